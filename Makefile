@@ -1,0 +1,37 @@
+# Everything runs in .venv, which is made when it is missing or older than the requirements.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: help setup demo test lint bench clean
+
+help:
+	@echo "make setup   install everything into .venv"
+	@echo "make demo    handwritten digits: two vision towers, a training run, a table and a picture"
+	@echo "make test    all tests"
+	@echo "make lint    ruff and mypy"
+	@echo "make bench   known-answer trainings and a speed comparison with diffusers"
+
+setup: .venv/installed
+
+.venv/installed: requirements.txt requirements-dev.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/python -m examples.digits.demo
+
+test: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/installed
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv outputs build .mypy_cache .ruff_cache .pytest_cache .hypothesis

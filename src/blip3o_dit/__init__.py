@@ -1,0 +1,37 @@
+"""blip3o-dit: CLIP tokens from EVA-CLIP tokens, by flow matching with BLIP3-o's diffusion transformer.
+
+The public names are imported when first used, so that importing the package stays light.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "BLIP3oDiTConfig": "blip3o_dit.config",
+    "FlowMatchingConfig": "blip3o_dit.config",
+    "TrainingConfig": "blip3o_dit.config",
+    "BLIP3oDiTModel": "blip3o_dit.model.blip3o_dit",
+    "BLIP3oFlowMatchingLoss": "blip3o_dit.flow.loss",
+    "BLIP3oInference": "blip3o_dit.inference.pipeline",
+    "BLIP3oTrainer": "blip3o_dit.training.trainer",
+    "EmbeddingStore": "blip3o_dit.data.store",
+    "StoreWriter": "blip3o_dit.data.store",
+    "open_embeddings": "blip3o_dit.data.source",
+    "convert_pickle": "blip3o_dit.data.source",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'blip3o_dit' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

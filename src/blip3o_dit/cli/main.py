@@ -1,0 +1,28 @@
+"""The command `blip3o-dit`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from blip3o_dit.cli import convert, generate, train
+from blip3o_dit.cli.common import run_command
+
+COMMANDS = {"train": train, "generate": generate, "convert": convert}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="blip3o-dit", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        sub = commands.add_parser(
+            name, help=module.DESCRIPTION, description=module.DESCRIPTION, allow_abbrev=False
+        )
+        module.add_arguments(sub)
+    arguments = parser.parse_args(argv)
+    return run_command(lambda: COMMANDS[arguments.command].run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

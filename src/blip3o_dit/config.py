@@ -1,0 +1,374 @@
+"""The three configurations: the network, the flow, the run. Keyword-only and validated when built."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+TRAINING_CONFIG_FILE = "training_config.json"
+SCHEDULE_TYPES = ("linear", "cosine")
+PREDICTION_TYPES = ("v_prediction", "epsilon", "sample")
+
+# Keyword arguments that PreTrainedConfig consumes without having a dataclass field for them.
+_PRETRAINED_EXTRAS = frozenset(
+    [
+        "model_type",
+        "name_or_path",
+        "_name_or_path",
+        "torch_dtype",
+        "attn_implementation",
+        "output_attentions",
+        "num_labels",
+        "_commit_hash",
+        "experts_implementation",
+        "use_cache",
+    ]
+)
+
+
+def check_name(field_name: str, value: Any, known: tuple[str, ...]) -> None:
+    """Raises ValueError, listing the known names, unless `value` is one of them."""
+    if value not in known:
+        raise ValueError(f"{field_name}: expected one of {known}, found {value!r}")
+
+
+def check_range(field_name: str, value: Any, low: float, high: float) -> None:
+    """Raises ValueError unless `value` is a number in [low, high)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
+        raise ValueError(f"{field_name}: expected a number in [{low}, {high}), found {value!r}")
+
+
+def check_sigmas(sigma_min: float, sigma_max: float) -> None:
+    """Raises ValueError unless 0 <= sigma_min < sigma_max < infinity."""
+    check_range("sigma_max", sigma_max, 0.0, math.inf)
+    check_range("sigma_min", sigma_min, 0.0, sigma_max)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowMatchingConfig:
+    """The path, what the network predicts on it, and how the condition is dropped.
+
+    Args:
+        schedule_type: "linear" (optimal transport) or "cosine" (trigonometric).
+        sigma_min, sigma_max: noise at t = 1 and at t = 0; 0 <= sigma_min < sigma_max.
+        prediction_type: "v_prediction", "epsilon" or "sample".
+        regularization_weight: weight of the mean square of the network's output in the loss.
+        condition_dropout: probability with which training replaces a sample's condition by the null
+            condition; classifier-free guidance needs it above zero. BLIP3-o uses 0.1.
+
+    Raises:
+        ValueError: names the field, what it expects and what it found.
+    """
+
+    schedule_type: str = "linear"
+    sigma_min: float = 1e-4
+    sigma_max: float = 1.0
+    prediction_type: str = "v_prediction"
+    regularization_weight: float = 0.0
+    condition_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_name("schedule_type", self.schedule_type, SCHEDULE_TYPES)
+        check_name("prediction_type", self.prediction_type, PREDICTION_TYPES)
+        check_sigmas(self.sigma_min, self.sigma_max)
+        check_range("regularization_weight", self.regularization_weight, 0.0, math.inf)
+        check_range("condition_dropout", self.condition_dropout, 0.0, 1.0)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> FlowMatchingConfig:
+        """Raises ValueError for an unknown key, listing the known ones."""
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"flow_matching: unknown {unknown}; known are {known}")
+        return cls(**values)
+
+
+class BLIP3oDiTConfig(PreTrainedConfig):
+    """Sizes of the diffusion transformer, and everything else that generation needs to know.
+
+    Args:
+        model_dim: hidden width d. num_layers, num_heads: blocks and attention heads.
+        num_kv_heads: heads of keys and values (grouped-query attention); None means `num_heads`.
+        ffn_dim: inner width of the feed-forward layers; None means int(8 d / 3) rounded up to a multiple
+            of 256, which is 4864 for d = 1792 as in the released weights.
+        in_channels: width of a target (CLIP) token. eva_embedding_size: width of a condition token.
+        input_size: side of the square grid of target tokens; 8 means 64 tokens.
+        norm_eps: of the RMS norms. rope_theta: base of the rotary embedding.
+        gradient_checkpointing: recompute each block in the backward pass to save memory.
+        normalize_embeddings: tokens were L2-normalised before training, and conditions must be again.
+        flow_matching: the fields of `FlowMatchingConfig`, as a dict (JSON) or as that class.
+
+    Raises:
+        ValueError: for an unknown name, or sizes that do not fit each other; says both numbers.
+    """
+
+    model_type = "blip3o-dit"
+
+    model_dim: int = 1792
+    num_layers: int = 24
+    num_heads: int = 28
+    num_kv_heads: int | None = None
+    ffn_dim: int | None = None
+    in_channels: int = 768
+    eva_embedding_size: int = 1280
+    input_size: int = 8
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    gradient_checkpointing: bool = False
+    normalize_embeddings: bool = False
+    flow_matching: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self._refuse_unknown(kwargs)
+        if self.num_kv_heads is None:
+            self.num_kv_heads = self.num_heads
+        self._check_types()
+        if self.ffn_dim is None:
+            self.ffn_dim = default_ffn_dim(self.model_dim)
+        flow = self.flow_matching if self.flow_matching is not None else FlowMatchingConfig()
+        if not isinstance(flow, FlowMatchingConfig):
+            flow = FlowMatchingConfig.from_dict(flow)
+        self.flow_matching = asdict(flow)
+        self._check_sizes()
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def own_fields(cls) -> list[str]:
+        """Names of this class's fields, without those every Hugging Face configuration has."""
+        inherited = {f.name for f in fields(PreTrainedConfig)}
+        return [f.name for f in fields(cls) if f.name not in inherited]
+
+    @property
+    def flow(self) -> FlowMatchingConfig:
+        return FlowMatchingConfig.from_dict(self.flow_matching or {})
+
+    @property
+    def num_tokens(self) -> int:
+        """Target tokens per sample, N = input_size^2."""
+        return self.input_size**2
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of all keys or values of a token."""
+        return (self.num_kv_heads or self.num_heads) * self.head_dim
+
+    @property
+    def time_embed_dim(self) -> int:
+        """Width of the time and pooled-condition embedding, min(d, 1024)."""
+        return min(self.model_dim, 1024)
+
+    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
+        unknown = sorted(set(kwargs) - _PRETRAINED_EXTRAS)
+        if unknown:
+            raise ValueError(f"BLIP3oDiTConfig: unknown {unknown}; known are {sorted(self.own_fields())}")
+
+    def _check_types(self) -> None:
+        for name in _INTEGER_FIELDS:
+            value = getattr(self, name)
+            if value is None and name == "ffn_dim":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}: expected a positive integer, found {value!r}")
+        for name in ("norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"{name}: expected a positive number, found {value!r}")
+        for name in ("gradient_checkpointing", "normalize_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected true or false, found {getattr(self, name)!r}")
+
+    def _check_sizes(self) -> None:
+        if self.model_dim % self.num_heads:
+            raise ValueError(
+                f"model_dim must be a multiple of num_heads, "
+                f"found model_dim={self.model_dim}, num_heads={self.num_heads}"
+            )
+        if self.head_dim % 4:
+            raise ValueError(
+                f"2-D rotary embedding needs a head width that is a multiple of 4, "
+                f"found model_dim / num_heads = {self.model_dim} / {self.num_heads} = {self.head_dim}"
+            )
+        if self.num_heads % (self.num_kv_heads or 1):
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads, "
+                f"found num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
+            )
+
+
+_INTEGER_FIELDS = (
+    *("model_dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim"),
+    *("in_channels", "eva_embedding_size", "input_size"),
+)
+
+
+def default_ffn_dim(model_dim: int, multiple_of: int = 256) -> int:
+    """int(8 d / 3) rounded up to a multiple of 256: 4864 for d = 1792, the width of the released weights.
+
+    diffusers >= 0.33 reads the official file as 7168 instead (BLIP3-o issues 29 and 93).
+    """
+    return multiple_of * math.ceil(int(8 * model_dim / 3) / multiple_of)
+
+
+def _option(default: Any, help_text: str, *, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": help_text, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """One training run: what the command line of `train_blip3o_dit.py` says, resolved and checked.
+
+    Written as `training_config.json` beside the weights. The fields are the flags; their meanings are the
+    help texts.
+
+    Raises:
+        ValueError: names the field, what it expects and what it found.
+    """
+
+    embeddings_path: str = _option("", "embedding store (folder) or documented pickle")
+    output_dir: str = _option("", "folder for weights, checkpoints, logs and curves")
+
+    model_dim: int = _option(1792, "hidden width of the transformer")
+    num_layers: int = _option(24, "transformer blocks")
+    num_heads: int = _option(28, "attention heads")
+    num_kv_heads: int | None = _option(None, "heads of keys and values (default: num_heads)")
+    ffn_dim: int | None = _option(None, "feed-forward width (default: 8/3 model_dim, rounded up)")
+    gradient_checkpointing: bool = _option(False, "recompute blocks in the backward pass")
+
+    num_epochs: float = _option(10.0, "passes over the training split")
+    max_steps: int = _option(-1, "stop after this many optimizer steps; overrides num_epochs")
+    batch_size: int = _option(32, "training samples per device and step")
+    eval_batch_size: int = _option(32, "evaluation samples per device and step")
+    gradient_accumulation_steps: int = _option(1, "batches per optimizer step")
+    learning_rate: float = _option(1e-4, "peak learning rate (AdamW)")
+    weight_decay: float = _option(0.0, "AdamW weight decay")
+    warmup_steps: int = _option(0, "optimizer steps of linear warm-up")
+    lr_scheduler_type: str = _option(
+        "cosine", "schedule after warm-up", choices=("cosine", "linear", "constant_with_warmup")
+    )
+    max_grad_norm: float = _option(1.0, "gradient clipping norm; 0 turns clipping off")
+    ema_decay: float = _option(0.999, "decay of the averaged weights used for inference; 0: none")
+
+    sigma_min: float = _option(1e-4, "noise left at t = 1")
+    sigma_max: float = _option(1.0, "noise at t = 0")
+    prediction_type: str = _option("v_prediction", "what the network predicts", choices=PREDICTION_TYPES)
+    schedule_type: str = _option("linear", "path from noise to data", choices=SCHEDULE_TYPES)
+    regularization_weight: float = _option(0.0, "weight of the mean square of the network output")
+    cfg_dropout: float = _option(0.1, "probability of training without the condition (guidance)")
+
+    eval_split: float = _option(0.1, "share of the samples held out; 0 trains on all of them")
+    split_by: str = _option(
+        "permutation",
+        "how samples are held out; key_hash does not change when data is appended",
+        choices=("permutation", "key_hash"),
+    )
+    normalize_embeddings: bool = _option(False, "L2-normalise every token before standardising")
+    num_workers: int = _option(0, "data-loader processes")
+
+    fp16: bool = _option(False, "float16 mixed precision (needs a GPU)")
+    bf16: bool = _option(False, "bfloat16 mixed precision")
+    device: str = _option("auto", "where to train", choices=("auto", "cpu", "cuda"))
+    seed: int = _option(42, "names every random draw: weights, split, order, noise, times")
+
+    logging_steps: int = _option(100, "optimizer steps between log lines")
+    save_steps: int = _option(1000, "optimizer steps between checkpoints")
+    save_total_limit: int | None = _option(None, "checkpoints kept (default: all)")
+    eval_steps: int = _option(1000, "optimizer steps between evaluations")
+    eval_samples: int = _option(64, "held-out samples that each evaluation generates")
+    eval_inference_steps: int = _option(20, "Euler steps of these generations")
+
+    wandb_project: str | None = _option(None, "log to this Weights & Biases project")
+    wandb_run_name: str | None = _option(None, "name of the run there")
+
+    def __post_init__(self) -> None:
+        if self.fp16 and self.bf16:
+            raise ValueError("fp16 and bf16: expected at most one of them, found both")
+        for name in _COUNTS_FROM_ONE:
+            _check_integer(name, getattr(self, name), 1)
+        for name in ("warmup_steps", "num_workers", "seed", "eval_samples"):
+            _check_integer(name, getattr(self, name), 0)
+        if self.save_total_limit is not None:
+            _check_integer("save_total_limit", self.save_total_limit, 1)
+        if self.max_steps != -1:
+            _check_integer("max_steps", self.max_steps, 1)
+        if not self.num_epochs > 0:
+            raise ValueError(f"num_epochs: expected a number above 0, found {self.num_epochs}")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+            check_range(name, getattr(self, name), 0.0, math.inf)
+        for name in ("ema_decay", "eval_split"):
+            check_range(name, getattr(self, name), 0.0, 1.0)
+        for option in fields(self):
+            if option.metadata["choices"]:
+                check_name(option.name, getattr(self, option.name), option.metadata["choices"])
+        self.flow_matching()
+
+    def to_json(self) -> bytes:
+        """The content of `training_config.json`."""
+        return json.dumps(asdict(self), indent=2).encode()
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> TrainingConfig:
+        """The configuration saved in a model folder or checkpoint.
+
+        Raises:
+            ValueError: when the file is missing, is not JSON, has unknown fields or bad values.
+        """
+        file = Path(folder) / TRAINING_CONFIG_FILE
+        if not file.is_file():
+            raise ValueError(f"{folder}: expected {TRAINING_CONFIG_FILE}, found none")
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file}: not readable JSON: {error}") from error
+        known = {f.name for f in fields(cls)}
+        unknown = set(values) - known if isinstance(values, dict) else {type(values).__name__}
+        if unknown:
+            raise ValueError(f"{file}: unknown {sorted(unknown)}; known are {sorted(known)}")
+        return cls(**values)
+
+    def flow_matching(self) -> FlowMatchingConfig:
+        """The flow part of the flags."""
+        return FlowMatchingConfig(
+            schedule_type=self.schedule_type,
+            sigma_min=self.sigma_min,
+            sigma_max=self.sigma_max,
+            prediction_type=self.prediction_type,
+            regularization_weight=self.regularization_weight,
+            condition_dropout=self.cfg_dropout,
+        )
+
+    def model(self, *, num_tokens: int, condition_dim: int, target_dim: int) -> BLIP3oDiTConfig:
+        """The model configuration of this run for data of these sizes. num_tokens must be a square."""
+        return BLIP3oDiTConfig(
+            model_dim=self.model_dim,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            ffn_dim=self.ffn_dim,
+            in_channels=target_dim,
+            eva_embedding_size=condition_dim,
+            input_size=math.isqrt(num_tokens),
+            gradient_checkpointing=self.gradient_checkpointing,
+            normalize_embeddings=self.normalize_embeddings,
+            flow_matching=asdict(self.flow_matching()),
+        )
+
+
+_COUNTS_FROM_ONE = (
+    *("batch_size", "eval_batch_size", "gradient_accumulation_steps"),
+    *("logging_steps", "save_steps", "eval_steps", "eval_inference_steps"),
+)
+
+
+def _check_integer(field_name: str, value: Any, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{field_name}: expected an integer >= {low}, found {value!r}")

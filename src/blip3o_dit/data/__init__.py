@@ -1,0 +1,1 @@
+"""Embeddings at rest: the store, the documented pickle, splits and statistics."""

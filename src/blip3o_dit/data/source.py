@@ -1,0 +1,153 @@
+"""Open embeddings wherever they are: a store folder, or the documented pickle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blip3o_dit.data.pickle_file import load_pickle
+from blip3o_dit.data.store import (
+    EmbeddingSource,
+    EmbeddingStore,
+    Indices,
+    Record,
+    StoreWriter,
+    batches,
+    check_pair,
+)
+
+EVA_KEY = "eva_blip3o_embeddings"
+CLIP_KEY = "clip_blip3o_embeddings"
+
+
+def open_embeddings(path: str | Path) -> EmbeddingSource:
+    """A store folder or a documented pickle file, checked.
+
+    Raises:
+        FileNotFoundError, ValueError: one line naming the file, what was expected and what was found.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return EmbeddingStore(path)
+    return PickledEmbeddings(path)
+
+
+class PickledEmbeddings:
+    """The documented pickle, held in memory as it is (`convert_pickle` makes a store of it).
+
+    Raises:
+        FileNotFoundError, ValueError: naming file, key, expectation and finding; `UnsafePickleError`
+            (a ValueError) when the file asks for anything but arrays, tensors and plain containers.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        content = load_pickle(self.path)
+        if not isinstance(content, dict):
+            raise ValueError(f"{path}: expected a dict, found a {type(content).__name__}")
+        self._eva = _tensor(self.path, content, EVA_KEY)
+        self._clip = _tensor(self.path, content, CLIP_KEY)
+        self._records = _records(self.path, content, len(self._eva))
+        check_pair(self.path, self._eva, self._clip, self._records)
+        if not len(self._eva):
+            raise ValueError(f"{path}: expected at least one sample, found none")
+        self.num_samples, self.num_tokens, self.condition_dim = self._eva.shape
+        self.target_dim = self._clip.shape[2]
+        self.config = content.get("config")
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def fetch(self, indices: Indices) -> tuple[Tensor, Tensor]:
+        """See `EmbeddingSource.fetch`."""
+        rows = torch.as_tensor(np.asarray(indices, dtype=np.int64))
+        return self._eva[rows].float(), self._clip[rows].float()
+
+    def records(self, indices: Indices | None = None) -> list[Record]:
+        """See `EmbeddingSource.records`."""
+        if indices is None:
+            return list(self._records)
+        return [self._records[int(index)] for index in indices]
+
+
+def convert_pickle(
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: str = "float16",
+    shard_size: int | None = None,
+    overwrite: bool = False,
+) -> EmbeddingStore:
+    """Write the documented pickle `source` as an embedding store at `target`."""
+    pickled = PickledEmbeddings(source)
+    writer = StoreWriter(
+        target,
+        num_tokens=pickled.num_tokens,
+        condition_dim=pickled.condition_dim,
+        target_dim=pickled.target_dim,
+        dtype=dtype,
+        shard_size=shard_size,
+        encoders={"converted_from": Path(source).name, "config": _plain(pickled.config)},
+        overwrite=overwrite,
+    )
+    with writer:
+        for rows in batches(range(pickled.num_samples), 256):
+            writer.append(*pickled.fetch(rows), pickled.records(rows))
+    return EmbeddingStore(target)
+
+
+def _tensor(path: Path, content: dict[Any, Any], key: str) -> Tensor:
+    if key not in content:
+        raise ValueError(f"{path}: expected the key {key!r}, found {sorted(map(str, content))}")
+    value = content[key]
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        native = value.astype(value.dtype.newbyteorder("="), copy=False)
+        value = torch.from_numpy(native if native.flags.writeable else native.copy())
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        kind = getattr(value, "dtype", type(value).__name__)
+        raise ValueError(f"{path}: {key}: expected an array of floats, found {kind}")
+    if value.ndim != 3:
+        raise ValueError(
+            f"{path}: {key}: expected rank 3 [samples, tokens, width], found shape {list(value.shape)}"
+        )
+    return value
+
+
+def _records(path: Path, content: dict[Any, Any], count: int) -> list[Record]:
+    """Keys (made up from the position when absent) and captions (left out when absent)."""
+    keys = _column(path, content, "keys", count)
+    captions = _column(path, content, "captions", count)
+    records: list[Record] = []
+    for row in range(count):
+        record: Record = {"key": f"{row:08d}" if keys is None else str(keys[row])}
+        if captions is not None and captions[row] is not None:
+            record["caption"] = str(captions[row])
+        records.append(record)
+    return records
+
+
+def _column(path: Path, content: dict[Any, Any], name: str, count: int) -> list[Any] | None:
+    values = content.get(name)
+    if values is None:
+        return None
+    values = values.tolist() if isinstance(values, np.ndarray) else values
+    if not isinstance(values, list | tuple):
+        raise ValueError(f"{path}: {name}: expected a list, found a {type(values).__name__}")
+    if not len(values):
+        return None
+    if len(values) != count:
+        raise ValueError(f"{path}: expected as many {name} as samples ({count}), found {len(values)}")
+    return list(values)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold of a pickle's config; the rest as text."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)

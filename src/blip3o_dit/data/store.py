@@ -1,0 +1,435 @@
+"""The embedding store: a folder of safetensors shards under one manifest, read through memory maps.
+
+    manifest.json             written last, by rename: a folder without it is not a store
+    shard-00000.safetensors   eva [n, L, C_eva] and clip [n, N, C_clip]
+    shard-00000.jsonl         one object per sample: "key", and "caption" or anything else known
+
+Memory does not grow with the data set. A shard's checksum is verified when a process first maps it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+MANIFEST = "manifest.json"
+FORMAT = "blip3o-dit embedding store"
+FORMAT_VERSION = 1
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+Indices = Sequence[int] | np.ndarray
+AnyIndices = TypeVar("AnyIndices", bound=Indices)
+
+Record = dict[str, Any]
+"""What is known of a sample beside its tokens: "key" (str), and perhaps "caption", "label", ..."""
+
+
+class EmbeddingSource(Protocol):
+    """What training, generation and evaluation read: a store, or a pickle in memory."""
+
+    path: Path
+    num_samples: int
+    num_tokens: int
+    condition_dim: int
+    target_dim: int
+
+    def fetch(self, indices: Indices) -> tuple[Tensor, Tensor]:
+        """Conditions [n, L, C_eva] and targets [n, N, C_clip], float32, in the order asked for."""
+
+    def records(self, indices: Indices | None = None) -> list[Record]:
+        """The records of these samples, or of all."""
+
+
+class EmbeddingStore:
+    """An embedding store opened for reading.
+
+    Opening reads the manifest and the sizes of the files; `fetch` maps shards when it needs them.
+
+    Args:
+        path: the store's folder.
+
+    Raises:
+        FileNotFoundError, ValueError: one line naming the file, what was expected and what was found.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.manifest = _read_manifest(self.path)
+        self.num_samples: int = self.manifest["num_samples"]
+        self.num_tokens: int = self.manifest["num_tokens"]
+        self.condition_dim: int = self.manifest["condition_dim"]
+        self.target_dim: int = self.manifest["target_dim"]
+        counts = [shard["num_samples"] for shard in self.manifest["shards"]]
+        self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self._verified: set[int] = set()
+        self._maps: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_maps": {}}  # data-loader processes map for themselves
+
+    def fetch(self, indices: Indices) -> tuple[Tensor, Tensor]:
+        """See `EmbeddingSource.fetch`. Raises ValueError for a damaged shard, IndexError out of range."""
+        wanted = np.asarray(indices, dtype=np.int64)
+        if len(wanted) and not (wanted.min() >= 0 and wanted.max() < self.num_samples):
+            raise IndexError(
+                f"{self.path}: expected indices in 0..{self.num_samples - 1}, "
+                f"found {wanted.min()}..{wanted.max()}"
+            )
+        eva = torch.empty(len(wanted), self.num_tokens, self.condition_dim)
+        clip = torch.empty(len(wanted), self.num_tokens, self.target_dim)
+        shards = np.searchsorted(self._starts, wanted, side="right") - 1
+        for shard in np.unique(shards):
+            rows = np.flatnonzero(shards == shard)
+            inside = torch.from_numpy(wanted[rows] - self._starts[shard])
+            shard_eva, shard_clip = self._map(int(shard))
+            eva[rows] = shard_eva[inside].float()
+            clip[rows] = shard_clip[inside].float()
+        return eva, clip
+
+    def records(self, indices: Indices | None = None) -> list[Record]:
+        """See `EmbeddingSource.records`."""
+        if indices is None:
+            return [record for shard in self.manifest["shards"] for record in self._table(shard)]
+        wanted = np.asarray(indices, dtype=np.int64)
+        shards = np.searchsorted(self._starts, wanted, side="right") - 1
+        found: dict[int, Record] = {}
+        for shard in np.unique(shards):
+            table = self._table(self.manifest["shards"][shard])
+            for index in wanted[shards == shard]:
+                found[int(index)] = table[index - self._starts[shard]]
+        return [found[int(index)] for index in wanted]
+
+    def verify(self) -> None:
+        """Check every shard's and table's checksum. Raises ValueError naming the first damaged file."""
+        for shard, entry in enumerate(self.manifest["shards"]):
+            self._map(shard)
+            self._table(entry)
+
+    def _map(self, shard: int) -> tuple[Tensor, Tensor]:
+        if shard not in self._maps:
+            entry = self.manifest["shards"][shard]
+            file = self.path / entry["file"]
+            if shard not in self._verified:
+                _check_digest(file, entry["sha256"])
+                self._verified.add(shard)
+            self._maps[shard] = self._open_shard(file, entry["num_samples"])
+        return self._maps[shard]
+
+    def _open_shard(self, file: Path, count: int) -> tuple[Tensor, Tensor]:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                eva, clip = tensors.get_tensor("eva"), tensors.get_tensor("clip")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: not a readable shard: {error}") from error
+        widths = {"eva": self.condition_dim, "clip": self.target_dim}
+        for (name, width), tensor in zip(widths.items(), (eva, clip), strict=True):
+            expected = [count, self.num_tokens, width]
+            if list(tensor.shape) != expected:
+                raise ValueError(f"{file}: {name}: expected shape {expected}, found {list(tensor.shape)}")
+        return eva, clip
+
+    def _table(self, shard: Mapping[str, Any]) -> list[Record]:
+        file = self.path / shard["table"]
+        _check_digest(file, shard["table_sha256"])
+        lines = file.read_text(encoding="utf-8").splitlines()
+        if len(lines) != shard["num_samples"]:
+            raise ValueError(f"{file}: expected {shard['num_samples']} records, found {len(lines)}")
+        return [json.loads(line) for line in lines]
+
+
+class StoreWriter:
+    """Write a store shard by shard; the manifest comes last, so a crash leaves no half store behind.
+
+    Use as a context manager: leaving it normally writes the manifest, leaving it by an exception does not.
+
+    Args:
+        path: folder to create; it must not hold a store already unless `overwrite`.
+        num_tokens, condition_dim, target_dim: sizes of a sample.
+        dtype: "float16", "bfloat16" or "float32" on disk.
+        shard_size: samples per shard; None aims at 256 MiB.
+        encoders: {"eva": {...}, "clip": {...}}, names and revisions, kept in the manifest.
+        pooling, normalization: how the tokens were made, kept in the manifest.
+
+    Raises:
+        ValueError: for data that cannot be trained on (counts, ranks, a token count that is not a square,
+            NaN or infinity), naming the sample.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        num_tokens: int,
+        condition_dim: int,
+        target_dim: int,
+        dtype: str = "float16",
+        shard_size: int | None = None,
+        encoders: Mapping[str, Any] | None = None,
+        pooling: str | None = None,
+        normalization: str = "none",
+        overwrite: bool = False,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {tuple(DTYPES)}, found {dtype!r}")
+        self.path = Path(path)
+        check_square(self.path, num_tokens)
+        if (self.path / MANIFEST).exists() and not overwrite:
+            raise ValueError(f"{self.path}: expected no store there, found one (overwrite it?)")
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / MANIFEST).unlink(missing_ok=True)
+        for stale in (*self.path.glob("shard-*.safetensors"), *self.path.glob("shard-*.jsonl")):
+            stale.unlink()
+        self._sizes = (num_tokens, condition_dim, target_dim)
+        self._dtype = dtype
+        bytes_per_sample = num_tokens * (condition_dim + target_dim) * DTYPES[dtype].itemsize
+        self.shard_size = shard_size or max(1, 2**28 // bytes_per_sample)
+        self._about = {
+            "encoders": dict(encoders or {}),
+            "pooling": pooling,
+            "normalization": normalization,
+        }
+        self._shards: list[dict[str, Any]] = []
+        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._pending_records: list[Record] = []
+        self._written = 0
+
+    def append(self, eva: Tensor, clip: Tensor, records: Sequence[Record]) -> None:
+        """Add n samples: eva [n, L, C_eva], clip [n, N, C_clip], n records with a "key" each."""
+        check_pair(self.path, eva, clip, records, expected=self._sizes, offset=self._total())
+        self._pending.append((self._to_disk(eva, "eva"), self._to_disk(clip, "clip")))
+        self._pending_records.extend(records)
+        while len(self._pending_records) >= self.shard_size:
+            self._write_shard(self.shard_size)
+
+    def close(self) -> EmbeddingStore:
+        """Write what is pending and the manifest; returns the store, opened."""
+        if self._pending_records:
+            self._write_shard(len(self._pending_records))
+        if not self._shards:
+            raise ValueError(f"{self.path}: expected at least one sample, found none")
+        num_tokens, condition_dim, target_dim = self._sizes
+        manifest = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "num_samples": self._written,
+            "num_tokens": num_tokens,
+            "condition_dim": condition_dim,
+            "target_dim": target_dim,
+            "dtype": self._dtype,
+            **self._about,
+            "shards": self._shards,
+        }
+        write_atomically(self.path / MANIFEST, json.dumps(manifest, indent=2).encode())
+        return EmbeddingStore(self.path)
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+
+    def _total(self) -> int:
+        return self._written + len(self._pending_records)
+
+    def _to_disk(self, tokens: Tensor, name: str) -> Tensor:
+        stored = tokens.detach().cpu().to(DTYPES[self._dtype])
+        if not torch.isfinite(stored).all():
+            raise ValueError(
+                f"{self.path}: {name}: largest value {tokens.abs().max():.3g} does not fit "
+                f"{self._dtype}; choose another dtype"
+            )
+        return stored
+
+    def _write_shard(self, count: int) -> None:
+        eva = torch.cat([pair[0] for pair in self._pending])
+        clip = torch.cat([pair[1] for pair in self._pending])
+        name = f"shard-{len(self._shards):05d}"
+        file, table = self.path / f"{name}.safetensors", self.path / f"{name}.jsonl"
+        save_file({"eva": eva[:count].contiguous(), "clip": clip[:count].contiguous()}, file)
+        lines = [json.dumps(record, ensure_ascii=False) for record in self._pending_records[:count]]
+        table.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        self._shards.append(
+            {
+                "file": file.name,
+                "num_samples": count,
+                "bytes": file.stat().st_size,
+                "sha256": _digest(file),
+                "table": table.name,
+                "table_sha256": _digest(table),
+            }
+        )
+        self._written += count
+        self._pending = [(eva[count:], clip[count:])] if len(eva) > count else []
+        self._pending_records = self._pending_records[count:]
+
+
+def check_pair(
+    where: Path,
+    eva: Tensor,
+    clip: Tensor,
+    records: Sequence[Record],
+    *,
+    expected: tuple[int, int, int] | None = None,
+    offset: int = 0,
+) -> None:
+    """Refuse samples that cannot be trained on, naming file, field, expectation and finding.
+
+    Args:
+        expected: (tokens, condition width, target width), when they are fixed already.
+        offset: index of the first of these samples, for the message.
+    """
+    for name, tokens in (("eva", eva), ("clip", clip)):
+        if tokens.ndim != 3:
+            raise ValueError(
+                f"{where}: {name}: expected rank 3 [samples, tokens, width], found shape {list(tokens.shape)}"
+            )
+    if not len(eva) == len(clip) == len(records):
+        raise ValueError(
+            f"{where}: expected equal counts, found {len(eva)} eva, {len(clip)} clip, {len(records)} records"
+        )
+    if eva.shape[1] != clip.shape[1]:
+        raise ValueError(
+            f"{where}: expected as many eva as clip tokens, found {eva.shape[1]} and {clip.shape[1]}"
+        )
+    check_square(where, clip.shape[1])
+    if expected is not None:
+        found = (clip.shape[1], eva.shape[2], clip.shape[2])
+        if found != expected:
+            raise ValueError(f"{where}: expected (tokens, eva width, clip width) {expected}, found {found}")
+    for name, tokens in (("eva", eva), ("clip", clip)):
+        bad = torch.nonzero(~torch.isfinite(tokens).flatten(1).all(dim=1))
+        if len(bad):
+            first = int(bad[0])
+            raise ValueError(
+                f"{where}: {name}: NaN or infinity in {len(bad)} samples, "
+                f"first in sample {offset + first} (key {records[first].get('key')!r})"
+            )
+    for row, record in enumerate(records):
+        if not isinstance(record.get("key"), str):
+            raise ValueError(
+                f"{where}: sample {offset + row}: expected a string key, found {record.get('key')!r}"
+            )
+
+
+def check_square(where: Path, num_tokens: int) -> None:
+    if num_tokens < 1 or math.isqrt(num_tokens) ** 2 != num_tokens:
+        raise ValueError(f"{where}: expected a square number of tokens (an n x n grid), found {num_tokens}")
+
+
+def batches(indices: AnyIndices, batch_size: int) -> Iterator[AnyIndices]:
+    """Consecutive pieces of `indices`, the last one perhaps shorter."""
+    for start in range(0, len(indices), batch_size):
+        yield indices[start : start + batch_size]  # type: ignore[misc]
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """All of the content or the previous file, never a part: write aside, flush, rename."""
+    path = Path(path)
+    aside = path.with_name(path.name + ".partial")
+    with open(aside, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: expected an embedding store folder, found none")
+    if not file.is_file():
+        raise ValueError(
+            f"{path}: expected {MANIFEST}, found none: not an embedding store, or an unfinished one"
+        )
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not readable JSON: {error}") from error
+    _check_manifest(file, manifest)
+    for shard in manifest["shards"]:
+        _check_file(path / shard["file"], shard["bytes"])
+    return manifest
+
+
+def _check_manifest(file: Path, manifest: Any) -> None:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{file}: expected format {FORMAT!r}, found another file")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{file}: expected format version {FORMAT_VERSION}, found {manifest.get('format_version')!r}"
+        )
+    _check_fields(file, manifest, dict.fromkeys(_MANIFEST_COUNTS, int) | {"shards": list})
+    for shard in manifest["shards"]:
+        _check_fields(file, shard, _SHARD_FIELDS)
+        for name in (shard["file"], shard["table"]):
+            if Path(name).name != name:
+                raise ValueError(f"{file}: expected a plain file name, found {name!r}")
+    check_square(file, manifest["num_tokens"])
+    total = sum(shard["num_samples"] for shard in manifest["shards"])
+    if total != manifest["num_samples"] or total < 1:
+        raise ValueError(f"{file}: num_samples is {manifest['num_samples']}, its shards hold {total}")
+
+
+_MANIFEST_COUNTS = ("num_samples", "num_tokens", "condition_dim", "target_dim")
+_SHARD_FIELDS = {
+    "file": str,
+    "num_samples": int,
+    "bytes": int,
+    "sha256": str,
+    "table": str,
+    "table_sha256": str,
+}
+
+
+def _check_fields(file: Path, values: Any, kinds: Mapping[str, type]) -> None:
+    for name, kind in kinds.items():
+        value = values.get(name) if isinstance(values, dict) else None
+        if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 1):
+            raise ValueError(
+                f"{file}: {name}: expected {'a positive ' if kind is int else 'a '}"
+                f"{kind.__name__}, found {value!r}"
+            )
+
+
+def _check_file(file: Path, size: int) -> None:
+    if not file.is_file():
+        raise ValueError(f"{file}: expected a shard, found no file")
+    found = file.stat().st_size
+    if found != size:
+        raise ValueError(f"{file}: expected {size} bytes, found {found}: truncated or altered")
+
+
+def _check_digest(file: Path, expected: str) -> None:
+    if not file.is_file():
+        raise ValueError(f"{file}: expected a file of the store, found none")
+    if _digest(file) != expected:
+        raise ValueError(f"{file}: its SHA-256 is not the manifest's: the file was altered")
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

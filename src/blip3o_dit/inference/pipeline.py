@@ -1,0 +1,309 @@
+"""BLIP3oInference: a trained model, ready to generate and to be measured."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from blip3o_dit.config import TrainingConfig, check_name
+from blip3o_dit.data.dataset import split_samples
+from blip3o_dit.data.source import open_embeddings
+from blip3o_dit.data.store import EmbeddingSource, StoreWriter, batches
+from blip3o_dit.evaluation.metrics import FidelitySums
+from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
+from blip3o_dit.model.blip3o_dit import EMA_FILE, EMA_VARIANT, BLIP3oDiTModel
+from blip3o_dit.randomness import named_normal, named_uniform
+
+SPLITS = ("all", "train", "eval")
+
+
+class BLIP3oInference:
+    """A trained model from an output folder or a checkpoint.
+
+    Args:
+        model_path: folder with `config.json` and `model.safetensors`.
+        device: "auto" (a GPU when there is one), "cpu", "cuda", "cuda:1", ...
+        dtype: compute and weight type, e.g. torch.bfloat16; the solver's state stays float32.
+        weights: "auto" takes the averaged weights when the folder has them, "ema" insists on them,
+            "raw" takes those of the last step.
+
+    Raises:
+        FileNotFoundError, ValueError: one line: no model there, weights that do not fit, no such device.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        device: str = "auto",
+        dtype: torch.dtype = torch.float32,
+        weights: str = "auto",
+    ) -> None:
+        self.model_path = Path(model_path)
+        self.device = pick_device(device)
+        self.weights = _pick_weights(self.model_path, weights)
+        self.model: BLIP3oDiTModel = BLIP3oDiTModel.from_pretrained(
+            self.model_path, dtype=dtype, variant=EMA_VARIANT if self.weights == "ema" else None
+        )
+        self.model.to(self.device).eval()
+
+    def generate(
+        self,
+        eva_embeddings: Tensor | np.ndarray,
+        num_inference_steps: int = 50,
+        *,
+        solver: str = "euler",
+        guidance_scale: float = 1.0,
+        seed: int = 0,
+        sample_index: Sequence[int] | None = None,
+    ) -> Tensor:
+        """CLIP tokens [B, N, 768] float32 on the CPU, for conditions [B, N, 1280].
+
+        Conditions and results are in the units of the training data; see `BLIP3oDiTModel.generate`.
+        """
+        generated = self.model.generate(
+            torch.as_tensor(eva_embeddings),
+            num_inference_steps=num_inference_steps,
+            solver=solver,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            sample_index=sample_index,
+        )
+        return generated.cpu()
+
+    def generate_from_dataset(
+        self,
+        dataset_path: str | Path,
+        num_samples: int | None = None,
+        batch_size: int = 8,
+        num_inference_steps: int = 50,
+        output_path: str | Path | None = None,
+        compute_metrics: bool = True,
+        *,
+        split: str = "all",
+        solver: str = "euler",
+        guidance_scale: float = 1.0,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> dict[str, Any]:
+        """Generate for the samples of a store or pickle.
+
+        Args:
+            num_samples: only the first so many of the split; None means all.
+            output_path: a name ending in .pkl or .pickle is written as a pickle of plain arrays, anything
+                else as an embedding store whose `clip` tokens are the generated ones.
+            compute_metrics: compare with the true tokens (`evaluation.metrics.FidelitySums`).
+            split: "all", or the side of the training run's own split.
+
+        Returns: `generated_clip_embeddings` [n, N, C] and `eva_embeddings`, `target_clip_embeddings`
+            (float32 arrays), `keys`, `captions`, `config`, and `generation_metrics` (a dict or None).
+
+        Raises:
+            FileNotFoundError, ValueError: one line naming what was expected and found.
+        """
+        source = self._open(dataset_path)
+        indices = self._choose(source, split, num_samples)
+        if output_path is not None:
+            _check_writable(Path(output_path))
+        sums = FidelitySums(self.model.target_mean)
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        with tqdm(total=len(indices), desc="generating", unit="sample", disable=not progress) as bar:
+            for piece in _pieces(indices, batch_size):
+                eva, clip = source.fetch(piece)
+                generated = self.generate(
+                    eva,
+                    num_inference_steps,
+                    solver=solver,
+                    guidance_scale=guidance_scale,
+                    seed=seed,
+                    sample_index=piece,
+                )
+                if compute_metrics:
+                    sums.add(generated, self.model.as_trained_on(clip))
+                parts.append((generated, eva, clip))
+                bar.update(len(piece))
+        arrays = [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
+        records = source.records(indices)
+        results = {
+            "generated_clip_embeddings": arrays[0],
+            "eva_embeddings": arrays[1],
+            "target_clip_embeddings": arrays[2],
+            "keys": [record["key"] for record in records],
+            "captions": [record.get("caption") for record in records],
+            "config": {
+                "model_path": str(self.model_path),
+                "weights": self.weights,
+                "num_inference_steps": num_inference_steps,
+                "solver": solver,
+                "guidance_scale": guidance_scale,
+                "seed": seed,
+                "split": split,
+                "normalize_embeddings": self.model.config.normalize_embeddings,
+            },
+            "generation_metrics": sums.result() if compute_metrics else None,
+        }
+        if output_path is not None:
+            write_results(results, records, Path(output_path))
+        return results
+
+    @torch.no_grad()
+    def evaluate_model(
+        self,
+        dataset_path: str | Path,
+        batch_size: int = 32,
+        split: str = "eval",
+        *,
+        num_samples: int | None = None,
+        num_inference_steps: int = 50,
+        solver: str = "euler",
+        guidance_scale: float = 1.0,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> dict[str, float]:
+        """The flow matching loss and the fidelity of generated tokens, on one side of the split.
+
+        Returns: `flow_matching_loss`, `num_samples` and the metrics of `FidelitySums`.
+
+        Raises:
+            FileNotFoundError, ValueError: one line naming what was expected and found.
+        """
+        source = self._open(dataset_path)
+        indices = self._choose(source, split, num_samples)
+        loss_fn = BLIP3oFlowMatchingLoss.from_config(self.model.config.flow)
+        sums, total = FidelitySums(self.model.target_mean), 0.0
+        with tqdm(total=len(indices), desc="evaluating", unit="sample", disable=not progress) as bar:
+            for piece in _pieces(indices, batch_size):
+                eva, clip = source.fetch(piece)
+                total += len(piece) * self._loss(loss_fn, eva, clip, piece, seed)
+                generated = self.generate(
+                    eva,
+                    num_inference_steps,
+                    solver=solver,
+                    guidance_scale=guidance_scale,
+                    seed=seed,
+                    sample_index=piece,
+                )
+                sums.add(generated, self.model.as_trained_on(clip))
+                bar.update(len(piece))
+        return {
+            "flow_matching_loss": total / len(indices),
+            "num_samples": float(len(indices)),
+            **sums.result(),
+        }
+
+    def _loss(
+        self,
+        loss_fn: BLIP3oFlowMatchingLoss,
+        eva: Tensor,
+        clip: Tensor,
+        indices: Sequence[int],
+        seed: int,
+    ) -> float:
+        x_1 = self.model.normalize_target(clip.to(self.device))
+        noise = named_normal(indices, x_1.shape[1:], seed=seed, stream="evaluation noise")
+        t = named_uniform(indices, seed=seed, stream="evaluation time")
+        sample = loss_fn.sample_path(x_1, noise.to(self.device), t.to(self.device))
+        condition = self.model.normalize_condition(eva.to(self.device))
+        dtype = self.model.dtype
+        prediction = self.model(sample.x_t.to(dtype), sample.t, condition.to(dtype))
+        return float(loss_fn(prediction, sample).flow_matching_loss)
+
+    def _open(self, path: str | Path) -> EmbeddingSource:
+        source, config = open_embeddings(path), self.model.config
+        found = (source.num_tokens, source.condition_dim, source.target_dim)
+        expected = (config.num_tokens, config.eva_embedding_size, config.in_channels)
+        if found != expected:
+            raise ValueError(
+                f"{path}: expected (tokens, eva width, clip width) {expected} as the model at "
+                f"{self.model_path}, found {found}"
+            )
+        return source
+
+    def _choose(self, source: EmbeddingSource, split: str, num_samples: int | None) -> list[int]:
+        """Indices of one side of the split that the training run made, the first `num_samples`."""
+        check_name("split", split, SPLITS)
+        if num_samples is not None and num_samples < 1:
+            raise ValueError(f"num_samples: expected at least 1, found {num_samples}")
+        if split == "all":
+            chosen = np.arange(source.num_samples)
+        else:
+            config = TrainingConfig.from_folder(self.model_path)
+            sides = split_samples(
+                source, eval_split=config.eval_split, seed=config.seed, split_by=config.split_by
+            )
+            chosen = sides.train if split == "train" else sides.eval
+        if not len(chosen):
+            raise ValueError(
+                f"{source.path}: expected samples in the {split} split, found none "
+                "(the model was trained with eval_split 0)"
+            )
+        return chosen[:num_samples].tolist()
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" -> a GPU when there is one. Raises ValueError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: expected {name}, found {torch.cuda.device_count()} CUDA GPUs")
+    return device
+
+
+def write_results(results: dict[str, Any], records: list[dict[str, Any]], path: Path) -> None:
+    """A pickle of plain arrays (.pkl, .pickle), or an embedding store with the generated tokens."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix in (".pkl", ".pickle"):
+        aside = path.with_name(path.name + ".partial")
+        with open(aside, "wb") as file:
+            pickle.dump(results, file, protocol=4)
+        os.replace(aside, path)
+        return
+    eva = torch.from_numpy(results["eva_embeddings"])
+    generated = torch.from_numpy(results["generated_clip_embeddings"])
+    writer = StoreWriter(
+        path,
+        num_tokens=generated.shape[1],
+        condition_dim=eva.shape[2],
+        target_dim=generated.shape[2],
+        dtype="float32",
+        encoders={"clip": {"generated_by": results["config"]}},
+    )
+    with writer:
+        writer.append(eva, generated, records)
+
+
+def _pick_weights(path: Path, weights: str) -> str:
+    check_name("weights", weights, ("auto", "ema", "raw"))
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path}: expected a model folder with config.json, found none")
+    has_ema = (path / EMA_FILE).is_file()
+    if weights == "ema" and not has_ema:
+        raise ValueError(f"{path}: expected averaged weights ({EMA_FILE}), found none")
+    return "raw" if weights == "raw" or not has_ema else "ema"
+
+
+def _check_writable(path: Path) -> None:
+    """Before hours of sampling, not after them."""
+    existing = path.parent
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"{path}: expected a folder that can be written, found {existing}")
+
+
+def _pieces(indices: list[int], batch_size: int) -> list[Sequence[int]]:
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
+    return list(batches(indices, batch_size))

@@ -1,0 +1,1 @@
+"""The diffusion transformer, its statistics, and conversion to and from other layouts."""

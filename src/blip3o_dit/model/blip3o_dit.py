@@ -1,0 +1,282 @@
+"""The model a user holds: the transformer, the statistics of its data, and generation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+from blip3o_dit.config import BLIP3oDiTConfig
+from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
+from blip3o_dit.flow.path import convert_prediction
+from blip3o_dit.flow.solvers import integrate
+from blip3o_dit.model.nextdit import NextDiT
+from blip3o_dit.randomness import named_normal
+
+GENERATION_STREAM = "generation noise"
+
+# Averaged weights lie beside the raw ones under Hugging Face's variant naming.
+EMA_VARIANT = "ema"
+EMA_FILE = f"model.{EMA_VARIANT}.safetensors"
+
+
+class BLIP3oDiTModel(PreTrainedModel):
+    """Diffusion transformer from EVA-CLIP tokens to CLIP tokens, with everything inference needs.
+
+    `forward` works in the network's units; `normalize_condition`, `normalize_target` and
+    `restore_target` lead there and back with the statistics of the training split, which are buffers of
+    the model and travel in its safetensors file. `generate` takes and returns tokens in the units of the
+    data.
+
+    Source: BLIP3-o, arXiv 2505.09568; see `nextdit.py` for the network.
+    """
+
+    config_class = BLIP3oDiTConfig
+    main_input_name = "hidden_states"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    config: BLIP3oDiTConfig
+    condition_mean: Tensor
+    condition_std: Tensor
+    target_mean: Tensor
+    target_std: Tensor
+    _no_split_modules = ["NextDiTBlock"]  # noqa: RUF012 - PreTrainedModel declares a list
+
+    def __init__(self, config: BLIP3oDiTConfig) -> None:
+        super().__init__(config)
+        self.dit = NextDiT(config)
+        self.register_buffer("condition_mean", torch.zeros(config.eva_embedding_size))
+        self.register_buffer("condition_std", torch.ones(config.eva_embedding_size))
+        self.register_buffer("target_mean", torch.zeros(config.in_channels))
+        self.register_buffer("target_std", torch.ones(config.in_channels))
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """All initialisation: Xavier for matrices, zero for biases, identity for norms.
+
+        The cross-attention gates, the modulations and the output layer start at zero (DiT's adaLN-Zero,
+        arXiv 2212.09748): an untrained model predicts zero and each block is the identity.
+        """
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            for name, parameter in module.named_parameters(recurse=False):
+                nn.init.constant_(parameter, 1.0 if name == "weight" else 0.0)
+        elif isinstance(module, BLIP3oDiTModel):  # visited last
+            self._zero_gates_and_output()
+            for name, buffer in self.named_buffers(recurse=False):
+                nn.init.constant_(buffer, 1.0 if name.endswith("std") else 0.0)
+
+    def _zero_gates_and_output(self) -> None:
+        zeroed = [self.dit.norm_out.linear_1, self.dit.norm_out.linear_2]
+        for layer in self.dit.blocks:
+            nn.init.zeros_(layer.gate)
+            zeroed.append(layer.norm1.linear)
+        for linear in zeroed:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        """One network call, in the network's units.
+
+        Args:
+            hidden_states: x_t [B, N, in_channels], N = input_size^2, row-major.
+            timestep: t [B] in [0, 1]; 0 is noise, 1 is data.
+            encoder_hidden_states: normalised condition [B, L, eva_embedding_size].
+
+        Returns: the prediction (`config.flow.prediction_type`), [B, N, in_channels].
+
+        Raises:
+            ValueError: for other shapes; says the expected and the found one.
+        """
+        self._check_forward(hidden_states, timestep, encoder_hidden_states)
+        return self.dit(hidden_states, timestep, encoder_hidden_states)
+
+    def normalize_condition(self, eva_embeddings: Tensor) -> Tensor:
+        """Condition tokens [B, L, C] in the units of the data -> the network's units, float32."""
+        return self._normalize(eva_embeddings, self.condition_mean, self.condition_std)
+
+    def normalize_target(self, clip_embeddings: Tensor) -> Tensor:
+        """Target tokens [B, N, C] in the units of the data -> the network's units, float32."""
+        return self._normalize(clip_embeddings, self.target_mean, self.target_std)
+
+    def restore_target(self, x_1: Tensor) -> Tensor:
+        """Inverse of the standardisation in `normalize_target`; L2-normalised data stays normalised."""
+        return x_1.float() * self.target_std.float() + self.target_mean.float()
+
+    def as_trained_on(self, tokens: Tensor) -> Tensor:
+        """Tokens [..., C] as training saw them before standardising: L2-normalised, if it did that."""
+        tokens = tokens.float()
+        return F.normalize(tokens, dim=-1) if self.config.normalize_embeddings else tokens
+
+    def set_statistics(self, *, condition: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> None:
+        """Store (mean, standard deviation) per channel, [C] each, of the training split."""
+        pairs = {"condition": condition, "target": target}
+        for side, (mean, std) in pairs.items():
+            for name, value in ((f"{side}_mean", mean), (f"{side}_std", std)):
+                buffer = self.get_buffer(name)
+                if value.shape != buffer.shape:
+                    raise ValueError(
+                        f"{name}: expected shape {tuple(buffer.shape)}, found {tuple(value.shape)}"
+                    )
+                buffer.copy_(value)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        eva_embeddings: Tensor,
+        *,
+        num_inference_steps: int = 50,
+        solver: str = "euler",
+        guidance_scale: float = 1.0,
+        seed: int = 0,
+        sample_index: Sequence[int] | None = None,
+        track: Callable[[Iterable[int]], Iterable[int]] | None = None,
+    ) -> Tensor:
+        """Sample CLIP tokens given EVA-CLIP tokens, by integrating the velocity from noise to data.
+
+        The noise of a row is named by (seed, its sample index), so a sample does not depend on the batch
+        it travels in. Draw several samples of one condition with different seeds or indices.
+
+        Args:
+            eva_embeddings: [B, L, eva_embedding_size], in the units of the training data.
+            num_inference_steps: intervals of the solver; euler costs one network call each, heun two.
+            guidance_scale: classifier-free guidance, v = v_null + s (v_cond - v_null); 1 turns it off.
+                Other values need a model trained with condition_dropout > 0, and double the batch.
+            seed, sample_index: name the noise; sample_index defaults to 0..B-1.
+            track: wraps the iterable of steps, for a progress bar.
+
+        Returns: [B, N, in_channels] float32, in the units of the training data.
+
+        Raises:
+            ValueError: for shapes, names or values that do not fit; says expected and found.
+        """
+        self._check_condition(eva_embeddings)
+        if guidance_scale != 1.0 and self.config.flow.condition_dropout == 0.0:
+            raise ValueError(
+                "guidance_scale: expected 1 because this model was trained with condition_dropout 0 "
+                f"and does not know the null condition, found {guidance_scale}"
+            )
+        batch = eva_embeddings.shape[0]
+        indices = range(batch) if sample_index is None else sample_index
+        if len(indices) != batch:
+            raise ValueError(f"sample_index: expected {batch} entries, found {len(indices)}")
+        shape = (self.config.num_tokens, self.config.in_channels)
+        noise = named_normal(indices, shape, seed=seed, stream=GENERATION_STREAM).to(self.device)
+        condition = self.normalize_condition(eva_embeddings.to(self.device))
+        velocity = self._velocity(condition, guidance_scale)
+        path = BLIP3oFlowMatchingLoss.from_config(self.config.flow).path
+        x_1 = integrate(
+            velocity,
+            path.source(noise),
+            num_steps=num_inference_steps,
+            solver=solver,
+            track=track,
+        )
+        return self.restore_target(x_1)
+
+    def _velocity(self, condition: Tensor, guidance_scale: float) -> Callable[[Tensor, Tensor], Tensor]:
+        """v(x, t) for one batch of normalised conditions, whose part of the network is computed here."""
+        guided = guidance_scale != 1.0
+        if guided:
+            condition = torch.cat([torch.zeros_like(condition), condition])
+        encoded = self.dit.encode_condition(condition.to(self.dtype))
+        flow = self.config.flow
+        path = BLIP3oFlowMatchingLoss.from_config(flow).path
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            if guided:
+                x, t = torch.cat([x, x]), torch.cat([t, t])
+            prediction = self.dit.predict(x.to(self.dtype), t, encoded)
+            v = convert_prediction(prediction, x, t, path, source=flow.prediction_type, target="v_prediction")
+            if guided:
+                v_null, v_condition = v.chunk(2)
+                v = v_null + guidance_scale * (v_condition - v_null)
+            return v
+
+        return velocity
+
+    def _normalize(self, tokens: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        return (self.as_trained_on(tokens) - mean.float()) / std.float()
+
+    def _check_condition(self, condition: Tensor) -> None:
+        width = self.config.eva_embedding_size
+        if condition.ndim != 3 or condition.shape[-1] != width:
+            raise ValueError(
+                f"condition: expected shape [batch, tokens, {width}], found {list(condition.shape)}"
+            )
+
+    def _check_forward(self, hidden_states: Tensor, timestep: Tensor, condition: Tensor) -> None:
+        batch = hidden_states.shape[0]
+        expected = [batch, self.config.num_tokens, self.config.in_channels]
+        if list(hidden_states.shape) != expected:
+            raise ValueError(f"hidden_states: expected shape {expected}, found {list(hidden_states.shape)}")
+        if list(timestep.shape) != [batch]:
+            raise ValueError(f"timestep: expected shape [{batch}], found {list(timestep.shape)}")
+        self._check_condition(condition)
+        if condition.shape[0] != batch:
+            raise ValueError(f"condition: expected a batch of {batch}, found {condition.shape[0]}")
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> Any:
+        """As `PreTrainedModel.from_pretrained`, but weights that do not fit the config are refused.
+
+        Raises:
+            ValueError: lists the missing, unexpected and misshapen tensors.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        with quiet_transformers():  # its report of misfits is many lines; ours is one
+            loaded: Any = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *args,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **kwargs,
+            )
+        model, info = loaded
+        refuse_misfits(str(pretrained_model_name_or_path), info)
+        return (model, info) if wants_info else model
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Errors only, and no progress bars for reading and writing files, as long as it lasts."""
+    level = hf_logging.get_verbosity()
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def refuse_misfits(where: str, loading_info: dict[str, Any]) -> None:
+    """Raise a one-line ValueError when a load reported missing, unexpected or misshapen tensors."""
+    problems = []
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = loading_info.get(kind) or ()
+        names = sorted(key if isinstance(key, str) else str(key[0]) for key in keys)
+        if names:
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            problems.append(f"{len(names)} {kind.replace('_keys', '')} ({shown})")
+    if problems:
+        raise ValueError(f"{where}: weights do not fit the configuration: " + "; ".join(problems))
+
+
+AutoConfig.register(BLIP3oDiTConfig.model_type, BLIP3oDiTConfig, exist_ok=True)
+AutoModel.register(BLIP3oDiTConfig, BLIP3oDiTModel, exist_ok=True)

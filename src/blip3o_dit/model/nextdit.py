@@ -1,0 +1,293 @@
+"""BLIP3-o's diffusion transformer (`NextDiTCrossAttn` around a modified Lumina NextDiT), whole, top-down.
+
+Sources: BLIP3-o (arXiv 2505.09568), Lumina-Next (arXiv 2406.18583). Parameter names are those of the
+released state dict. In the shape comments B is the batch, N the target tokens, L the condition tokens,
+d = model_dim, H = num_heads, G = num_kv_heads, h = head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from blip3o_dit.config import BLIP3oDiTConfig, default_ffn_dim
+from blip3o_dit.model.official_convention import official_timestep
+
+TIME_FREQUENCIES = 256
+
+
+@dataclass(frozen=True)
+class EncodedCondition:
+    """All that depends on the condition alone: computed once per sample, reused at every solver step.
+
+    `pooled` [B, min(d, 1024)] enters the modulation; `keys_values` holds each layer's cross-attention
+    keys and values, [B, G, L, h] each.
+    """
+
+    pooled: Tensor
+    keys_values: list[tuple[Tensor, Tensor]]
+
+
+class NextDiT(nn.Module):
+    """Velocity (or noise, or data) prediction for target tokens, given condition tokens.
+
+    Inputs and outputs are in the network's units, that is standardised; `BLIP3oDiTModel` converts.
+    """
+
+    def __init__(self, config: BLIP3oDiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = config.gradient_checkpointing
+        self.patch_embedder = PatchEmbedder(config.in_channels, config.model_dim)
+        self.caption_projection = CaptionProjection(config.eva_embedding_size, config.model_dim)
+        self.time_caption_embed = TimeCaptionEmbedding(config.model_dim, config.time_embed_dim)
+        self.layers = nn.ModuleList(NextDiTBlock(config) for _ in range(config.num_layers))
+        self.norm_out = OutputHead(config.model_dim, config.time_embed_dim, config.in_channels)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
+        """[B, N, in_channels], t [B] in [0, 1], [B, L, eva_embedding_size] -> [B, N, in_channels]."""
+        condition = self.caption_projection(condition)  # [B, L, d]
+        temb = self._time_embedding(timestep, self.time_caption_embed.pool(condition))
+        rope = self._rope(hidden_states)  # [N, h / 2] twice
+        x = self.patch_embedder(hidden_states)  # [B, N, d]
+        for layer in self.blocks:
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(layer.with_condition, x, condition, temb, rope, use_reentrant=False)
+            else:
+                x = layer.with_condition(x, condition, temb, rope)
+        return self.norm_out(x, temb)
+
+    def encode_condition(self, condition: Tensor) -> EncodedCondition:
+        """[B, L, eva_embedding_size] -> what `predict` needs of it."""
+        condition = self.caption_projection(condition)  # [B, L, d]
+        return EncodedCondition(
+            pooled=self.time_caption_embed.pool(condition),
+            keys_values=[layer.condition_keys_values(condition) for layer in self.blocks],
+        )
+
+    def predict(self, hidden_states: Tensor, timestep: Tensor, encoded: EncodedCondition) -> Tensor:
+        """`forward` with the condition's part already done."""
+        temb = self._time_embedding(timestep, encoded.pooled)
+        rope = self._rope(hidden_states)  # [N, h / 2] twice
+        x = self.patch_embedder(hidden_states)  # [B, N, d]
+        for layer, keys_values in zip(self.blocks, encoded.keys_values, strict=True):
+            x = layer(x, keys_values, temb, rope)
+        return self.norm_out(x, temb)
+
+    @property
+    def blocks(self) -> list[NextDiTBlock]:
+        """`layers`, as what they are."""
+        return cast("list[NextDiTBlock]", list(self.layers))
+
+    def _time_embedding(self, timestep: Tensor, pooled: Tensor) -> Tensor:
+        features = sinusoidal_features(official_timestep(timestep.float()))  # [B, 256]
+        return self.time_caption_embed(features.to(pooled.dtype), pooled)  # [B, min(d, 1024)]
+
+    def _rope(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        return rotary_tables(
+            math.isqrt(hidden_states.shape[1]),
+            self.config.head_dim,
+            self.config.rope_theta,
+            hidden_states.device,
+        )
+
+
+class NextDiTBlock(nn.Module):
+    """Self- and cross-attention under one output projection, then SwiGLU; sandwich norms, no shifts."""
+
+    def __init__(self, config: BLIP3oDiTConfig) -> None:
+        super().__init__()
+        d, eps = config.model_dim, config.norm_eps
+        self.gate = nn.Parameter(torch.zeros(config.num_heads))
+        self.attn1 = Attention(config)
+        self.attn2 = Attention(config, output_projection=True)
+        self.feed_forward = FeedForward(d, config.ffn_dim or default_ffn_dim(d))
+        self.norm1 = AdaptiveNorm(d, config.time_embed_dim, eps)
+        self.norm1_context = nn.RMSNorm(d, eps=eps)
+        self.norm2 = nn.RMSNorm(d, eps=eps)
+        self.ffn_norm1 = nn.RMSNorm(d, eps=eps)
+        self.ffn_norm2 = nn.RMSNorm(d, eps=eps)
+
+    def condition_keys_values(self, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Projected condition [B, L, d] -> keys and values [B, G, L, h]; no rotary embedding on them."""
+        return self.attn2.keys_values(self.norm1_context(condition))
+
+    def with_condition(
+        self, x: Tensor, condition: Tensor, temb: Tensor, rope: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        return self(x, self.condition_keys_values(condition), temb, rope)
+
+    def forward(
+        self,
+        x: Tensor,
+        condition_keys_values: tuple[Tensor, Tensor],
+        temb: Tensor,
+        rope: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        h, gate_msa, scale_mlp, gate_mlp = self.norm1(x, temb)  # [B, N, d], [B, 1, d] three times
+        own = attend(self.attn1.queries(h, rope), *self.attn1.keys_values(h, rope))  # [B, H, N, h]
+        cross = attend(self.attn2.queries(h, rope), *condition_keys_values)  # [B, H, N, h]
+        mixed = own + cross * self.gate.tanh().to(cross.dtype).view(-1, 1, 1)
+        attention = self.attn2.to_out[0](mixed.transpose(1, 2).flatten(2))  # [B, N, d]
+        x = x + gate_msa.tanh() * self.norm2(attention)
+        mlp = self.feed_forward(self.ffn_norm1(x) * (1 + scale_mlp))  # [B, N, d]
+        return x + gate_mlp.tanh() * self.ffn_norm2(mlp)
+
+
+class Attention(nn.Module):
+    """Projections of one attention, with LayerNorm across all heads of queries and of keys."""
+
+    def __init__(self, config: BLIP3oDiTConfig, *, output_projection: bool = False) -> None:
+        super().__init__()
+        d, kv_dim, self.head_dim = config.model_dim, config.kv_dim, config.head_dim
+        self.to_q = nn.Linear(d, d, bias=False)
+        self.to_k = nn.Linear(d, kv_dim, bias=False)
+        self.to_v = nn.Linear(d, kv_dim, bias=False)
+        self.norm_q = nn.LayerNorm(d, eps=1e-5)
+        self.norm_k = nn.LayerNorm(kv_dim, eps=1e-5)
+        if output_projection:
+            self.to_out = nn.ModuleList([nn.Linear(d, d, bias=False)])
+
+    def queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """[B, N, d] -> [B, H, N, h], rotated."""
+        return rotate(self._split_heads(self.norm_q(self.to_q(x))), rope)
+
+    def keys_values(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """[B, L, d] -> keys (rotated when `rope` is given) and values, [B, G, L, h] each."""
+        keys = self._split_heads(self.norm_k(self.to_k(x)))
+        return rotate(keys, rope) if rope else keys, self._split_heads(self.to_v(x))
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: linear_2(silu(linear_1 x) * linear_3 x), no biases."""
+
+    def __init__(self, dim: int, inner_dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(dim, inner_dim, bias=False)
+        self.linear_2 = nn.Linear(inner_dim, dim, bias=False)
+        self.linear_3 = nn.Linear(dim, inner_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)) * self.linear_3(x))
+
+
+class AdaptiveNorm(nn.Module):
+    """RMSNorm with a scale from the time embedding, and the block's other three modulations."""
+
+    def __init__(self, dim: int, time_embed_dim: int, eps: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(time_embed_dim, 4 * dim)
+        self.norm = nn.RMSNorm(dim, eps=eps)
+
+    def forward(self, x: Tensor, temb: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        modulation = self.linear(F.silu(temb)).unsqueeze(1)  # [B, 1, 4 d]
+        scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.chunk(4, dim=-1)
+        return self.norm(x) * (1 + scale_msa), gate_msa, scale_mlp, gate_mlp
+
+
+class TimeCaptionEmbedding(nn.Module):
+    """Time features plus the mean of the projected condition -> modulation input."""
+
+    def __init__(self, dim: int, time_embed_dim: int) -> None:
+        super().__init__()
+        self.timestep_embedder = TimestepEmbedder(time_embed_dim)
+        self.caption_embedder = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, time_embed_dim))
+
+    def pool(self, condition: Tensor) -> Tensor:
+        """[B, L, d] -> [B, min(d, 1024)]."""
+        return self.caption_embedder(condition.mean(dim=1))
+
+    def forward(self, time_features: Tensor, pooled: Tensor) -> Tensor:
+        return self.timestep_embedder(time_features) + pooled
+
+
+class TimestepEmbedder(nn.Module):
+    def __init__(self, time_embed_dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(TIME_FREQUENCIES, time_embed_dim)
+        self.linear_2 = nn.Linear(time_embed_dim, time_embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class CaptionProjection(nn.Module):
+    def __init__(self, in_dim: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_dim, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.gelu(self.linear_1(x), approximate="tanh"))
+
+
+class PatchEmbedder(nn.Module):
+    def __init__(self, in_channels: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(in_channels, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
+class OutputHead(nn.Module):
+    """LayerNorm without affine, a scale from the time embedding, and the output projection."""
+
+    def __init__(self, dim: int, time_embed_dim: int, out_channels: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(time_embed_dim, dim)
+        self.linear_2 = nn.Linear(dim, out_channels)
+        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        scale = self.linear_1(F.silu(temb)).unsqueeze(1)  # [B, 1, d]
+        return self.linear_2(self.norm(x) * (1 + scale))  # [B, N, in_channels]
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """softmax(q k / sqrt(h)) v: [B, H, N, h], [B, G, L, h], [B, G, L, h] -> [B, H, N, h]. No mask."""
+    grouped = keys.shape[1] != queries.shape[1]
+    return F.scaled_dot_product_attention(queries, keys, values, enable_gqa=grouped)
+
+
+def sinusoidal_features(timestep: Tensor) -> Tensor:
+    """[B] -> [B, 256]: cosines, then sines, of periods from 2 pi to 2 pi 10000; float32."""
+    half = TIME_FREQUENCIES // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) / half
+    angles = timestep[:, None] * torch.exp(-math.log(10000.0) * exponent)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def rotary_tables(
+    grid: int, head_dim: int, theta: float, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [grid * grid, head_dim / 2], row-major positions, float32.
+
+    Each axis has head_dim / 4 frequencies theta^(-4 k / head_dim); on the last axis height and width take
+    turns (h0, w0, h1, w1, ...), as in Lumina-Next. Computed when needed: `from_pretrained` would leave a
+    non-persistent buffer uninitialised, and the table is small.
+    """
+    exponent = torch.arange(0, head_dim, 4, dtype=torch.float32, device=device) / head_dim
+    position = torch.arange(grid, dtype=torch.float32, device=device)
+    angles = torch.outer(position, theta**-exponent)  # [grid, h / 4]
+    height = angles[:, None].expand(grid, grid, -1)
+    width = angles[None, :].expand(grid, grid, -1)
+    table = torch.stack([height, width], dim=-1).reshape(grid * grid, head_dim // 2)
+    return table.cos(), table.sin()
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each adjacent pair of channels of [B, H, N, h] by its position's angle, in float32."""
+    cos, sin = rope
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, H, N, h / 2] twice
+    rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return rotated.flatten(-2).to(x.dtype)

@@ -1,0 +1,47 @@
+"""Random numbers by name instead of by state.
+
+A draw is a function of its name (seed, stream, pass, sample index), so it does not change with the number
+of processes, the batch it travels in, data-loader workers, an evaluation in between, or a restart. Each
+name is hashed to the 128-bit key of a counter-based generator (Philox; Salmon et al. 2011), always on the
+CPU: every device sees the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def named_generator(*name: int | str) -> np.random.Generator:
+    """A generator whose whole stream is a function of `name`."""
+    digest = blake2b(repr(name).encode(), digest_size=16).digest()
+    key = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
+    return np.random.Generator(np.random.Philox(key=key))
+
+
+def named_normal(
+    indices: Sequence[int], shape: Sequence[int], *, seed: int, stream: str, pass_index: int = 0
+) -> Tensor:
+    """N(0, 1) of shape [len(indices), *shape], float32, on the CPU; row i belongs to sample indices[i]."""
+    out = np.empty((len(indices), *shape), dtype=np.float32)
+    for row, index in zip(out, indices, strict=True):
+        generator = named_generator(seed, stream, pass_index, int(index))
+        generator.standard_normal(out=row, dtype=np.float32)
+    return torch.from_numpy(out)
+
+
+def named_uniform(indices: Sequence[int], *, seed: int, stream: str, pass_index: int = 0) -> Tensor:
+    """U[0, 1) of shape [len(indices)], float32, on the CPU; entry i belongs to sample indices[i]."""
+    draws = [
+        named_generator(seed, stream, pass_index, int(index)).random(dtype=np.float32) for index in indices
+    ]
+    return torch.tensor(draws, dtype=torch.float32)
+
+
+def named_permutation(n: int, *, seed: int, stream: str, pass_index: int = 0) -> np.ndarray:
+    """A permutation of 0..n-1, int64."""
+    return named_generator(seed, stream, pass_index).permutation(n)

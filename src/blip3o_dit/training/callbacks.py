@@ -1,0 +1,145 @@
+"""Callbacks: averaged weights, console lines, the JSONL log, the curves."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from blip3o_dit.training.ema import ExponentialMovingAverage
+
+LOG_FILE = "training_log.jsonl"
+CURVES_FILE = "training_curves.png"
+
+logger = logging.getLogger(__name__)
+
+
+class EMACallback(TrainerCallback):
+    """Updates the averaged weights after each optimizer step."""
+
+    def __init__(self, ema: ExponentialMovingAverage) -> None:
+        self.ema = ema
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self.ema.update(getattr(model, "module", model), state.global_step)
+
+
+class ConsoleCallback(ProgressCallback):
+    """The Trainer's progress bar, with log lines a person can read under it."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and self.training_bar is not None and logs:
+            self.training_bar.write(format_log_line(state.global_step, logs))
+
+
+class JSONLogCallback(TrainerCallback):
+    """Appends every logged dict, with its step, to `training_log.jsonl` in the output folder."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        file = Path(args.output_dir or "") / LOG_FILE
+        # What an interrupted run logged after the checkpoint it resumes from happens again.
+        kept = [entry for entry in read_log(file) if entry["step"] <= state.global_step]
+        file.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            with open(Path(args.output_dir or "") / LOG_FILE, "a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class CurvesCallback(TrainerCallback):
+    """Redraws `training_curves.png` from the log at every checkpoint and at the end."""
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir or "")
+            draw_curves(read_log(folder / LOG_FILE), folder / CURVES_FILE)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.on_save(args, state, control)
+
+
+def read_log(file: Path) -> list[dict[str, Any]]:
+    """The entries of a `training_log.jsonl`, none when there is no such file."""
+    if not file.is_file():
+        return []
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def format_log_line(step: int, logs: dict[str, Any]) -> str:
+    """One line: the step, then name value pairs with four significant digits."""
+    hidden = ("epoch", "total_flos", "eval_steps_per_second", "eval_samples_per_second")
+    values = [
+        f"{name.removeprefix('eval_')} {value:.4g}"
+        for name, value in logs.items()
+        if isinstance(value, int | float) and name not in hidden
+    ]
+    kind = "eval" if any(name.startswith("eval_") for name in logs) else "train"
+    return f"[{kind}] step {step} epoch {logs.get('epoch', 0):.2f} | " + " | ".join(values)
+
+
+def draw_curves(log: list[dict[str, Any]], path: Path) -> None:
+    """Loss, one-call cosine, gradient norm and learning rate against the optimizer step, as a PNG."""
+    from matplotlib.figure import Figure  # an extra; the command line checks for it beforehand
+
+    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(2, 2).flat, _PANELS.items(), strict=True):
+        for name, color in zip(names, ("#0072b2", "#d55e00"), strict=False):
+            points = [(entry["step"], entry[name]) for entry in log if name in entry]
+            if points:
+                steps, values = zip(*points, strict=True)
+                label = "held out" if name.startswith("eval_") else "training"
+                axes.plot(steps, values, color=color, label=label, marker=".", linewidth=1.2)
+        axes.set(title=title, xlabel="optimizer step")
+        axes.grid(alpha=0.3)
+        if len(names) > 1 and axes.lines:
+            axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+_PANELS = {
+    "loss": ("loss", "eval_loss"),
+    "token cosine (training: one call; held out: generated)": (
+        *("cosine_similarity", "eval_cosine_similarity_mean"),
+    ),
+    "gradient norm before clipping": ("grad_norm",),
+    "learning rate": ("learning_rate",),
+}

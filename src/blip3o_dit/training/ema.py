@@ -1,0 +1,66 @@
+"""Exponential moving average of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from blip3o_dit.model.blip3o_dit import EMA_FILE, EMA_VARIANT, BLIP3oDiTModel
+
+
+class ExponentialMovingAverage:
+    """theta_ema <- d_n theta_ema + (1 - d_n) theta, with d_n = min(decay, (1 + n) / (10 + n)).
+
+    The warm-up lets short runs forget their initialisation: after n updates the average spans about the
+    last n / 9 of them until `decay` takes over. Kept in float32 on the model's device.
+    """
+
+    def __init__(self, model: BLIP3oDiTModel, decay: float) -> None:
+        self.decay = decay
+        self.weights = {n: p.detach().clone().float() for n, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: BLIP3oDiTModel, num_updates: int) -> None:
+        """Fold in the weights after optimizer step number `num_updates`, counted from 1."""
+        decay = min(self.decay, (1 + num_updates) / (10 + num_updates))
+        current = dict(model.named_parameters())
+        averages = [self.weights[name] for name in current]
+        values = [parameter.detach().float() for parameter in current.values()]
+        torch._foreach_lerp_(averages, values, 1.0 - decay)
+
+    @contextmanager
+    def applied(self, model: BLIP3oDiTModel) -> Iterator[None]:
+        """Inside, the model has the averaged weights; afterwards its own again, bit for bit."""
+        own = {name: p.detach().clone() for name, p in model.named_parameters()}
+        _copy_into(model, self.weights)
+        try:
+            yield
+        finally:
+            _copy_into(model, own)
+
+    def save(self, model: BLIP3oDiTModel, folder: str | Path) -> None:
+        """Write `model.ema.safetensors`: averaged weights, and the model's statistics."""
+        state = model.state_dict() | {name: value.to(model.dtype) for name, value in self.weights.items()}
+        model.save_pretrained(folder, state_dict=state, variant=EMA_VARIANT)
+
+    def load(self, folder: str | Path) -> None:
+        """Read what `save` wrote. Raises ValueError when the file is missing or does not fit."""
+        file = Path(folder) / EMA_FILE
+        if not file.is_file():
+            raise ValueError(f"{file}: expected averaged weights to resume from, found none")
+        saved = load_file(file)
+        for name, average in self.weights.items():
+            if name not in saved or saved[name].shape != average.shape:
+                raise ValueError(f"{file}: {name}: expected shape {list(average.shape)}")
+            average.copy_(saved[name])
+
+
+@torch.no_grad()
+def _copy_into(model: BLIP3oDiTModel, weights: dict[str, Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights[name])

@@ -1,0 +1,231 @@
+"""One training run from its configuration: check, prepare, train, save."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainingArguments, set_seed
+
+from blip3o_dit.config import BLIP3oDiTConfig, TrainingConfig
+from blip3o_dit.data.dataset import EmbeddingDataset, split_samples
+from blip3o_dit.data.source import open_embeddings
+from blip3o_dit.data.statistics import streamed_statistics
+from blip3o_dit.data.store import EmbeddingSource
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel, quiet_transformers
+from blip3o_dit.training.callbacks import CurvesCallback
+from blip3o_dit.training.settings import training_arguments
+from blip3o_dit.training.tracking import prepare_wandb
+from blip3o_dit.training.trainer import BLIP3oTrainer
+
+logger = logging.getLogger(__name__)
+
+# What a checkpoint must hold to continue from; the Trainer itself only notices some of them missing.
+CHECKPOINT_FILES = (
+    *("config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"),
+)
+
+
+def train(
+    config: TrainingConfig,
+    *,
+    resume: Path | None = None,
+    dry_run: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Train as configured; returns the output folder.
+
+    Args:
+        resume: checkpoint folder to continue from.
+        dry_run: do everything up to the first optimizer step, then stop without writing.
+        overwrite: allow an output folder that holds a run already.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: one line saying what was expected and what was found.
+    """
+    source = open_embeddings(_required(config.embeddings_path, "--embeddings_path"))
+    model_config = config.model(
+        num_tokens=source.num_tokens,
+        condition_dim=source.condition_dim,
+        target_dim=source.target_dim,
+    )
+    _check_output(Path(_required(config.output_dir, "--output_dir")), resume, overwrite, dry_run)
+    if resume is not None:
+        check_checkpoint(resume, model_config)
+    arguments = training_arguments(config, evaluate=config.eval_split > 0)
+    trainer = _build_trainer(config, model_config, source, arguments, dry_run)
+    if dry_run:
+        _first_step(trainer)
+        return Path(config.output_dir)
+    with quiet_transformers():
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        trainer.save_model()
+    if trainer.is_world_process_zero():
+        _finish(trainer)
+    return Path(config.output_dir)
+
+
+def check_checkpoint(checkpoint: Path, model_config: BLIP3oDiTConfig) -> None:
+    """Refuse a checkpoint that is not whole or does not fit the model.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file, or each differing field or tensor.
+    """
+    if not checkpoint.is_dir():
+        raise FileNotFoundError(f"{checkpoint}: expected a checkpoint folder, found none")
+    missing = [name for name in CHECKPOINT_FILES if not (checkpoint / name).is_file()]
+    if missing:
+        raise ValueError(f"{checkpoint}: expected a whole checkpoint, found no {', '.join(missing)}")
+    saved = json.loads((checkpoint / "config.json").read_text())
+    wanted = model_config.to_dict()
+    names = set(BLIP3oDiTConfig.own_fields()) - {"gradient_checkpointing"}
+    different = [
+        f"{name} is {saved.get(name)!r} there, {wanted[name]!r} here"
+        for name in sorted(names)
+        if saved.get(name) != wanted[name]
+    ]
+    if different:
+        raise ValueError(f"{checkpoint}: the checkpoint does not fit this run: " + "; ".join(different))
+    _check_tensors(checkpoint / "model.safetensors", model_config)
+
+
+def _build_trainer(
+    config: TrainingConfig,
+    model_config: BLIP3oDiTConfig,
+    source: EmbeddingSource,
+    arguments: TrainingArguments,
+    dry_run: bool,
+) -> BLIP3oTrainer:
+    split = split_samples(source, eval_split=config.eval_split, seed=config.seed, split_by=config.split_by)
+    set_seed(config.seed)
+    model = BLIP3oDiTModel(model_config)
+    _describe(config, model, source, len(split.train), len(split.eval), arguments)
+    _set_statistics(model, source, split.train, arguments)
+    if config.wandb_project and not dry_run and arguments.process_index == 0:
+        prepare_wandb(config.wandb_project, config.output_dir)
+    callbacks: list[TrainerCallback] = []
+    if importlib.util.find_spec("matplotlib"):
+        callbacks.append(CurvesCallback())
+    else:
+        logger.warning("no training_curves.png: matplotlib is not installed (pip install 'blip3o-dit[plot]')")
+    return BLIP3oTrainer(
+        model,
+        arguments,
+        config=config,
+        train_dataset=EmbeddingDataset(source, split.train),
+        eval_dataset=EmbeddingDataset(source, split.eval) if len(split.eval) else None,
+        callbacks=callbacks,
+    )
+
+
+def _set_statistics(
+    model: BLIP3oDiTModel, source: EmbeddingSource, train: Any, arguments: TrainingArguments
+) -> None:
+    """Stream the training split once on the first process; the others receive the result."""
+    found: list[Any] = [None]
+    if arguments.process_index == 0:
+        track = partial(tqdm, desc="statistics of the training split", unit="batch", leave=False)
+        found = list(
+            streamed_statistics(source, train, normalize=model.config.normalize_embeddings, track=track)
+        )
+    if arguments.world_size > 1:
+        found = found if arguments.process_index == 0 else [None, None]
+        torch.distributed.broadcast_object_list(found, src=0)
+    condition, target = found
+    model.set_statistics(condition=(condition.mean, condition.std), target=(target.mean, target.std))
+
+
+def _first_step(trainer: BLIP3oTrainer) -> None:
+    """Forward and backward of one batch, no update: whatever cannot work fails here."""
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.dit.train()
+    with trainer.compute_loss_context_manager():
+        loss = trainer.compute_loss(trainer.dit, trainer._prepare_inputs(batch))
+    loss.backward()
+    logger.info(
+        "dry run: data, model, loss (%.4g) and gradients work; nothing was trained or written",
+        loss.item(),
+    )
+
+
+def _finish(trainer: BLIP3oTrainer) -> None:
+    trainer.state.save_to_json(f"{trainer.args.output_dir}/trainer_state.json")
+    logger.info("the trained model is in %s", trainer.args.output_dir)
+    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    if evaluations:
+        last = {k: v for k, v in evaluations[-1].items() if isinstance(v, float)}
+        names = ("eval_loss", "eval_cosine_similarity_mean", "eval_r2")
+        shown = ", ".join(f"{name.removeprefix('eval_')} {last[name]:.4g}" for name in names if name in last)
+        logger.info("last evaluation on held-out samples: %s", shown)
+
+
+def _describe(
+    config: TrainingConfig,
+    model: BLIP3oDiTModel,
+    source: EmbeddingSource,
+    train: int,
+    held_out: int,
+    arguments: TrainingArguments,
+) -> None:
+    logger.info(
+        "data: %s, %d samples of %d tokens, %d -> %d wide; %d to train on, %d held out",
+        *(source.path, source.num_samples, source.num_tokens, source.condition_dim),
+        *(source.target_dim, train, held_out),
+    )
+    precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "float32"
+    logger.info(
+        "model: %.4g million parameters; %s on %s, %d process(es) x batch %d x accumulation %d",
+        sum(p.numel() for p in model.parameters()) / 1e6,
+        *(precision, arguments.device.type, arguments.world_size, config.batch_size),
+        config.gradient_accumulation_steps,
+    )
+
+
+def _check_output(output: Path, resume: Path | None, overwrite: bool, dry_run: bool) -> None:
+    """A folder that can be written and holds no other run, before any work is done."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output}: expected a folder to write to, found a file")
+    holds_run = any(output.glob("checkpoint-*")) or (output / "model.safetensors").exists()
+    if holds_run and resume is None and not overwrite and not dry_run:
+        raise ValueError(
+            f"{output}: expected no run there, found one: give --resume_from_checkpoint to continue "
+            "it, --overwrite_output_dir to start over, or another --output_dir"
+        )
+    existing = output
+    while not existing.exists():
+        existing = existing.parent
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"{output}: expected a folder that can be written, found it read-only")
+    if not dry_run:
+        output.mkdir(parents=True, exist_ok=True)
+
+
+def _check_tensors(file: Path, model_config: BLIP3oDiTConfig) -> None:
+    with torch.device("meta"):
+        expected = {k: list(v.shape) for k, v in BLIP3oDiTModel(model_config).state_dict().items()}
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            found = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not readable weights: {error}") from error
+    different = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+    if different:
+        name = different[0]
+        raise ValueError(
+            f"{file}: {len(different)} tensors do not fit, first {name}: "
+            f"expected {expected.get(name)}, found {found.get(name)}"
+        )
+
+
+def _required(value: str, flag: str) -> str:
+    if not value:
+        raise ValueError(f"{flag}: expected a path, found none")
+    return value

@@ -1,0 +1,138 @@
+"""The run's settings: written beside the weights, read back to resume, turned into Trainer arguments."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from blip3o_dit.config import TrainingConfig
+
+# `--debug` is a small and quick run; a flag given beside it wins.
+DEBUG_DEFAULTS: dict[str, Any] = {
+    "model_dim": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "max_steps": 20,
+    "batch_size": 8,
+    "eval_batch_size": 8,
+    "learning_rate": 1e-3,
+    "logging_steps": 5,
+    "eval_steps": 10,
+    "save_steps": 10,
+    "eval_samples": 8,
+    "eval_inference_steps": 5,
+}
+
+# Settings that a resumed run may change: they do not change what is learned from which data.
+_HARMLESS = frozenset(
+    [
+        "embeddings_path",
+        "output_dir",
+        "num_workers",
+        "device",
+        "logging_steps",
+        "save_steps",
+        "save_total_limit",
+        "eval_steps",
+        "eval_samples",
+        "eval_inference_steps",
+        "eval_batch_size",
+        "gradient_checkpointing",
+        "wandb_project",
+        "wandb_run_name",
+        "num_epochs",
+        "max_steps",
+    ]
+)
+
+
+def resolve_config(given: dict[str, Any], *, debug: bool, resume: Path | None) -> TrainingConfig:
+    """The configuration of a run from the flags that were given.
+
+    A resumed run takes what was not given from its checkpoint, and refuses to change what was learned:
+    the message shows each difference.
+    """
+    if resume is None:
+        return TrainingConfig(**((DEBUG_DEFAULTS if debug else {}) | given))
+    saved = asdict(TrainingConfig.from_folder(resume))
+    changed = [
+        f"{name} was {saved[name]!r}, now {value!r}"
+        for name, value in given.items()
+        if name not in _HARMLESS and saved[name] != value
+    ]
+    if changed:
+        raise ValueError(f"{resume}: cannot resume with other settings: " + "; ".join(changed))
+    return TrainingConfig(**(saved | given))
+
+
+def training_arguments(config: TrainingConfig, *, evaluate: bool) -> TrainingArguments:
+    """Hugging Face's arguments for this run.
+
+    Raises:
+        ValueError: for --fp16 or --device cuda without a GPU, or a launcher whose processes the Trainer
+            does not see.
+    """
+    on_cpu = use_cpu(config)
+    arguments = TrainingArguments(
+        output_dir=config.output_dir,
+        num_train_epochs=config.num_epochs,
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.eval_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_steps=config.warmup_steps,
+        lr_scheduler_type=config.lr_scheduler_type,
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.bf16,
+        fp16=config.fp16,
+        use_cpu=on_cpu,
+        seed=config.seed,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        save_total_limit=config.save_total_limit,
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=config.eval_steps,
+        dataloader_num_workers=config.num_workers,
+        dataloader_persistent_workers=config.num_workers > 0,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        report_to="wandb" if config.wandb_project else "none",
+        run_name=config.wandb_run_name,
+        disable_tqdm=False,
+    )
+    check_launch(arguments.world_size)
+    return arguments
+
+
+def use_cpu(config: TrainingConfig) -> bool:
+    """Whether to train on the CPU. Raises ValueError for settings that need a GPU when there is none."""
+    has_gpu = torch.cuda.is_available()
+    if config.device == "cuda" and not has_gpu:
+        raise ValueError("--device cuda: expected a CUDA GPU, found none")
+    on_cpu = config.device == "cpu" or not has_gpu
+    if config.fp16 and on_cpu:
+        raise ValueError(
+            "--fp16: expected a GPU, found none: float16 training does not work on the CPU; use --bf16 there"
+        )
+    return on_cpu
+
+
+def check_launch(world_size: int) -> None:
+    """Refuse a launch whose processes would each train alone into the same folder."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != world_size:
+        raise ValueError(
+            f"WORLD_SIZE: the launcher started {launched} processes, the Trainer sees {world_size}; "
+            "on a machine without GPUs set ACCELERATE_USE_CPU=true, or use "
+            "torchrun --standalone --nproc_per_node N"
+        )

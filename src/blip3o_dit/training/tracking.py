@@ -1,0 +1,63 @@
+"""Weights & Biases: set up before the Trainer's own callback starts the run."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import netrc
+import os
+import socket
+from pathlib import Path
+from urllib.parse import urlparse
+
+DEFAULT_URL = "https://api.wandb.ai"
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_wandb(project: str, output_dir: str) -> None:
+    """Point wandb at the project; without a key or a network, record offline and say so in one line.
+
+    Raises:
+        ValueError: wandb is not installed.
+    """
+    if importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            "--wandb_project: expected the package wandb, found none: "
+            "pip install 'blip3o-dit[wandb]', or leave the flag out"
+        )
+    os.environ["WANDB_PROJECT"] = project
+    os.environ.setdefault("WANDB_DIR", output_dir)
+    if "WANDB_MODE" in os.environ:
+        return
+    host = urlparse(os.environ.get("WANDB_BASE_URL", DEFAULT_URL)).hostname or ""
+    reason = None if _has_key(host) else "no API key (wandb login)"
+    if reason is None and not _reachable(host):
+        reason = f"{host} cannot be reached"
+    if reason is not None:
+        os.environ["WANDB_MODE"] = "offline"
+        logger.warning(
+            "Weights & Biases: %s; recording offline under %s/wandb (wandb sync uploads it later)",
+            *(reason, output_dir),
+        )
+
+
+def _has_key(host: str) -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    candidates = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
+    for file in (Path(name).expanduser() for name in candidates if name):
+        if file.is_file():
+            try:
+                return netrc.netrc(file).authenticators(host) is not None
+            except netrc.NetrcParseError:
+                return False
+    return False
+
+
+def _reachable(host: str, timeout: float = 3.0) -> bool:
+    try:
+        with socket.create_connection((host, 443), timeout=timeout):
+            return True
+    except OSError:
+        return False

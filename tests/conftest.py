@@ -1,0 +1,44 @@
+"""Shared by all tests: one thread (two cores, several processes), tiny real models, small stores."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from blip3o_dit.config import BLIP3oDiTConfig
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+
+torch.set_num_threads(1)
+
+
+def tiny_config(**changes: object) -> BLIP3oDiTConfig:
+    """A small configuration of the real class: 3x3 tokens, condition 12 wide, target 8 wide."""
+    sizes = dict(model_dim=48, num_layers=2, num_heads=3, in_channels=8, eva_embedding_size=12, input_size=3)
+    return BLIP3oDiTConfig(**(sizes | changes))
+
+
+def randomize(model: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> None:
+    """Every parameter random, gates and norms included, so that no path through the network is off."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = scale * torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1.0 + noise if ".norm" in name and name.endswith("weight") else noise)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_model() -> BLIP3oDiTModel:
+    model = BLIP3oDiTModel(tiny_config())
+    randomize(model)
+    return model.eval()

@@ -1,0 +1,74 @@
+"""Solvers against integrals with known answers, and their cost in calls."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from blip3o_dit.flow.path import PATHS
+from blip3o_dit.flow.solvers import CALLS_PER_STEP, SOLVERS, integrate
+
+
+class Counted:
+    def __init__(self, field) -> None:
+        self.field, self.times = field, []
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        assert t.shape == x.shape[:1]
+        self.times.append(float(t[0]))
+        return self.field(x, t)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("num_steps", [1, 7])
+def test_calls_are_those_claimed(solver: str, num_steps: int) -> None:
+    field = Counted(lambda x, t: torch.zeros_like(x))
+    integrate(field, torch.ones(3, 2), num_steps=num_steps, solver=solver)
+    assert len(field.times) == num_steps * CALLS_PER_STEP[solver]
+    assert field.times[0] == 0.0
+    if solver == "euler":
+        assert field.times == pytest.approx([k / num_steps for k in range(num_steps)])
+
+
+def test_euler_is_exact_for_a_constant_velocity_and_heun_for_a_linear_one() -> None:
+    x_0 = torch.randn(4, 3)
+    constant = integrate(lambda x, t: torch.full_like(x, 2.0), x_0, num_steps=3, solver="euler")
+    torch.testing.assert_close(constant, x_0 + 2.0)
+    ramp = integrate(lambda x, t: t[:, None].expand_as(x), x_0, num_steps=3, solver="heun")
+    torch.testing.assert_close(ramp, x_0 + 0.5)
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+def test_order_of_convergence(solver: str, order: int) -> None:
+    """dx/dt = x has x(1) = e x(0): halving the step divides the error by 2^order."""
+    x_0 = torch.ones(1, 1)
+    errors = [
+        abs(float(integrate(lambda x, t: x, x_0, num_steps=n, solver=solver)) - math.e) for n in (16, 32)
+    ]
+    assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.1)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_the_true_velocity_of_one_point_leads_from_noise_to_that_point(name: str) -> None:
+    """For data that is a single point the velocity is known in closed form; follow it."""
+    path = PATHS[name](sigma_min=1e-4, sigma_max=1.0)
+    point = torch.tensor([[1.5, -0.5]])
+
+    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        t = t[:, None]
+        noise = (x - path.alpha(t) * point) / path.sigma(t)
+        return path.alpha_derivative(t) * point + path.sigma_derivative(t) * noise
+
+    end = integrate(velocity, path.source(torch.randn(5, 2)), num_steps=400, solver="euler")
+    torch.testing.assert_close(end, point.expand(5, 2), atol=2e-2, rtol=0)
+
+
+def test_state_is_float32_and_bad_names_are_refused() -> None:
+    out = integrate(lambda x, t: x.bfloat16(), torch.ones(2, 2).bfloat16(), num_steps=2)
+    assert out.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"solver: expected one of \('euler', 'heun'\)"):
+        integrate(lambda x, t: x, torch.ones(1, 1), num_steps=1, solver="rk4")
+    with pytest.raises(ValueError, match="expected >= 1, found 0"):
+        integrate(lambda x, t: x, torch.ones(1, 1), num_steps=0)
