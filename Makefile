@@ -10,7 +10,7 @@ help:
 	@echo "make demo    handwritten digits: two vision towers, a training run, a table and a picture"
 	@echo "make test    all tests"
 	@echo "make lint    ruff and mypy"
-	@echo "make bench   known-answer trainings and a speed comparison with diffusers"
+	@echo "make bench   trainings with a known best answer, for each prediction type"
 
 setup: .venv/installed
 

@@ -513,9 +513,10 @@ def _array(shape: Any, dtype: Any, order: Any, data: Any) -> Any:
         _check_bools(data)
     if kind.kind == "U":
         _check_text(data, kind)
-    array: np.ndarray = np.ndarray(shape, kind, buffer=data, order=order)
-    array.flags.writeable = False
-    return array
+    # frombuffer locks a bytearray against resizing, which would free the memory; np.ndarray does not
+    flat = np.frombuffer(data, kind)
+    flat.flags.writeable = False
+    return flat.reshape(shape, order=order)
 
 
 def _plain_dtype(dtype: Any) -> np.dtype:

@@ -109,10 +109,10 @@ class NextDiTBlock(nn.Module):
         self.attn2 = Attention(config, output_projection=True)
         self.feed_forward = FeedForward(d, config.ffn_dim or default_ffn_dim(d))
         self.norm1 = AdaptiveNorm(d, config.time_embed_dim, eps)
-        self.norm1_context = nn.RMSNorm(d, eps=eps)
-        self.norm2 = nn.RMSNorm(d, eps=eps)
-        self.ffn_norm1 = nn.RMSNorm(d, eps=eps)
-        self.ffn_norm2 = nn.RMSNorm(d, eps=eps)
+        self.norm1_context = RMSNorm(d, eps=eps)
+        self.norm2 = RMSNorm(d, eps=eps)
+        self.ffn_norm1 = RMSNorm(d, eps=eps)
+        self.ffn_norm2 = RMSNorm(d, eps=eps)
 
     def condition_keys_values(self, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Projected condition [B, L, d] -> keys and values [B, G, L, h]; no rotary embedding on them."""
@@ -186,12 +186,20 @@ class AdaptiveNorm(nn.Module):
     def __init__(self, dim: int, time_embed_dim: int, eps: float) -> None:
         super().__init__()
         self.linear = nn.Linear(time_embed_dim, 4 * dim)
-        self.norm = nn.RMSNorm(dim, eps=eps)
+        self.norm = RMSNorm(dim, eps=eps)
 
     def forward(self, x: Tensor, temb: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         modulation = self.linear(F.silu(temb)).unsqueeze(1)  # [B, 1, 4 d]
         scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.chunk(4, dim=-1)
         return self.norm(x) * (1 + scale_msa), gate_msa, scale_mlp, gate_mlp
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm whose weight follows the input's dtype: under autocast they differ, and torch's fused
+    kernel takes one dtype only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class TimeCaptionEmbedding(nn.Module):

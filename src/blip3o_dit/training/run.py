@@ -23,7 +23,7 @@ from blip3o_dit.data.store import EmbeddingSource
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel, quiet_transformers
 from blip3o_dit.training.callbacks import CurvesCallback
 from blip3o_dit.training.settings import training_arguments
-from blip3o_dit.training.tracking import prepare_wandb
+from blip3o_dit.training.tracking import prepare_wandb, require_wandb
 from blip3o_dit.training.trainer import BLIP3oTrainer
 
 logger = logging.getLogger(__name__)
@@ -52,25 +52,28 @@ def train(
         FileNotFoundError, ValueError, OSError: one line saying what was expected and what was found.
     """
     source = open_embeddings(_required(config.embeddings_path, "--embeddings_path"))
-    model_config = config.model(
-        num_tokens=source.num_tokens,
-        condition_dim=source.condition_dim,
-        target_dim=source.target_dim,
-    )
+    model_config = _model_config(source, config)
     _check_output(Path(_required(config.output_dir, "--output_dir")), resume, overwrite, dry_run)
     if resume is not None:
         check_checkpoint(resume, model_config)
-    arguments = training_arguments(config, evaluate=config.eval_split > 0)
-    trainer = _build_trainer(config, model_config, source, arguments, dry_run)
     if dry_run:
-        _first_step(trainer)
+        _first_step(build_trainer(source, config))
         return Path(config.output_dir)
-    with quiet_transformers():
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        trainer.save_model()
+    trainer = train_on(source, config, resume=resume)
     if trainer.is_world_process_zero():
         _finish(trainer)
     return Path(config.output_dir)
+
+
+def train_on(source: EmbeddingSource, config: TrainingConfig, *, resume: Path | None = None) -> BLIP3oTrainer:
+    """Train on embeddings that are open already, and save; returns the trainer."""
+    if config.wandb_project and os.environ.get("RANK", "0") == "0":
+        prepare_wandb(config.wandb_project, config.output_dir)
+    trainer = build_trainer(source, config)
+    with quiet_transformers():
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        trainer.save_model()
+    return trainer
 
 
 def check_checkpoint(checkpoint: Path, model_config: BLIP3oDiTConfig) -> None:
@@ -97,20 +100,16 @@ def check_checkpoint(checkpoint: Path, model_config: BLIP3oDiTConfig) -> None:
     _check_tensors(checkpoint / "model.safetensors", model_config)
 
 
-def _build_trainer(
-    config: TrainingConfig,
-    model_config: BLIP3oDiTConfig,
-    source: EmbeddingSource,
-    arguments: TrainingArguments,
-    dry_run: bool,
-) -> BLIP3oTrainer:
+def build_trainer(source: EmbeddingSource, config: TrainingConfig) -> BLIP3oTrainer:
+    """Split, statistics, a freshly initialised model, and the trainer for them."""
+    if config.wandb_project:
+        require_wandb()
+    arguments = training_arguments(config, evaluate=config.eval_split > 0)
     split = split_samples(source, eval_split=config.eval_split, seed=config.seed, split_by=config.split_by)
     set_seed(config.seed)
-    model = BLIP3oDiTModel(model_config)
+    model = BLIP3oDiTModel(_model_config(source, config))
     _describe(config, model, source, len(split.train), len(split.eval), arguments)
     _set_statistics(model, source, split.train, arguments)
-    if config.wandb_project and not dry_run and arguments.process_index == 0:
-        prepare_wandb(config.wandb_project, config.output_dir)
     callbacks: list[TrainerCallback] = []
     if importlib.util.find_spec("matplotlib"):
         callbacks.append(CurvesCallback())
@@ -123,6 +122,14 @@ def _build_trainer(
         train_dataset=EmbeddingDataset(source, split.train),
         eval_dataset=EmbeddingDataset(source, split.eval) if len(split.eval) else None,
         callbacks=callbacks,
+    )
+
+
+def _model_config(source: EmbeddingSource, config: TrainingConfig) -> BLIP3oDiTConfig:
+    return config.model(
+        num_tokens=source.num_tokens,
+        condition_dim=source.condition_dim,
+        target_dim=source.target_dim,
     )
 
 

@@ -15,17 +15,17 @@ DEFAULT_URL = "https://api.wandb.ai"
 logger = logging.getLogger(__name__)
 
 
-def prepare_wandb(project: str, output_dir: str) -> None:
-    """Point wandb at the project; without a key or a network, record offline and say so in one line.
-
-    Raises:
-        ValueError: wandb is not installed.
-    """
+def require_wandb() -> None:
+    """Raises ValueError when wandb is not installed."""
     if importlib.util.find_spec("wandb") is None:
         raise ValueError(
             "--wandb_project: expected the package wandb, found none: "
             "pip install 'blip3o-dit[wandb]', or leave the flag out"
         )
+
+
+def prepare_wandb(project: str, output_dir: str) -> None:
+    """Point wandb at the project; without a key or a network, record offline and say so in one line."""
     os.environ["WANDB_PROJECT"] = project
     os.environ.setdefault("WANDB_DIR", output_dir)
     if "WANDB_MODE" in os.environ:

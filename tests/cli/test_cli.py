@@ -1,0 +1,148 @@
+"""Command lines: every flag reaches the run, mistakes are one line and a non-zero exit."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from blip3o_dit.cli.common import one_line, run_command
+from blip3o_dit.cli.main import main
+from blip3o_dit.cli.train import add_arguments
+from blip3o_dit.cli.train import main as train_main
+from blip3o_dit.config import TrainingConfig
+from blip3o_dit.data.store import EmbeddingStore
+from blip3o_dit.training.settings import DEBUG_DEFAULTS, resolve_config
+from tests.stores import write_linear_store
+
+SMALL = ["--model_dim=32", "--num_layers=1", "--num_heads=2", "--max_steps=2", "--logging_steps=1"]
+
+
+def documented_pickle(path: Path, samples: int = 6) -> Path:
+    generator = np.random.default_rng(0)
+    content = {
+        "eva_blip3o_embeddings": generator.normal(size=(samples, 4, 10)).astype(np.float32),
+        "clip_blip3o_embeddings": generator.normal(size=(samples, 4, 6)).astype(np.float32),
+        "captions": [f"caption {i}" for i in range(samples)],
+        "keys": [f"key {i}" for i in range(samples)],
+        "config": {"grid": 2},
+    }
+    path.write_bytes(pickle.dumps(content))
+    return path
+
+
+def test_each_flag_reaches_its_field() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    words: list[str] = []
+    expected = {}
+    for option in fields(TrainingConfig):
+        if isinstance(option.default, bool):
+            value = not option.default and option.name != "fp16"
+            words.append(f"--{option.name}" if value else f"--no-{option.name}")
+        elif option.metadata["choices"]:
+            value = option.metadata["choices"][-1]
+            words += [f"--{option.name}", value]
+        elif isinstance(option.default, float):
+            value = 0.5 if option.name == "sigma_max" else 0.25
+            words += [f"--{option.name}", str(value)]
+        elif option.name.startswith(("wandb", "embeddings", "output")):
+            value = "text"
+            words += [f"--{option.name}", "text"]
+        else:
+            value = 4
+            words += [f"--{option.name}", "4"]
+        expected[option.name] = value
+    given = vars(parser.parse_args(words))
+    config = resolve_config({n: given[n] for n in expected}, debug=False, resume=None)
+    assert {n: getattr(config, n) for n in expected} == expected
+
+
+def test_debug_is_small_and_explicit_flags_win() -> None:
+    config = resolve_config({"model_dim": 64}, debug=True, resume=None)
+    assert config.model_dim == 64
+    assert config.max_steps == DEBUG_DEFAULTS["max_steps"]
+
+
+def test_train_generate_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = documented_pickle(tmp_path / "data.pkl")
+    assert main(["convert", str(source), str(tmp_path / "store"), "--dtype", "float32"]) == 0
+    store = EmbeddingStore(tmp_path / "store")
+    assert (store.num_samples, store.num_tokens, store.condition_dim, store.target_dim) == (6, 4, 10, 6)
+    assert store.records([2]) == [{"key": "key 2", "caption": "caption 2"}]
+    run = [
+        "train",
+        "--embeddings_path",
+        str(store.path),
+        "--output_dir",
+        str(tmp_path / "run"),
+        *SMALL,
+        "--device=cpu",
+    ]
+    assert main(run) == 0
+    capsys.readouterr()
+    out = tmp_path / "out.pkl"
+    words = ["generate", str(tmp_path / "run"), str(source), str(out), "--num_inference_steps", "2"]
+    assert main([*words, "--device", "cpu"]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert "cosine_similarity_mean" in metrics and out.is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--embeddings_path: expected a path, found none"),
+        (["--embeddings_path", "nowhere.pkl", "--output_dir", "x"], "nowhere.pkl"),
+        (["--embeddings_path", "{store}"], "--output_dir: expected a path, found none"),
+        (["--embeddings_path", "{store}", "--output_dir", "x", "--num_heads", "3"], "num_heads=3"),
+        (["--embeddings_path", "{store}", "--output_dir", "x", "--eval_split", "2"], "eval_split"),
+        (["--embeddings_path", "{store}", "--output_dir", "x", "--resume_from_checkpoint", "no"], "no: "),
+    ],
+)
+def test_mistakes_are_one_line(
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = write_linear_store(tmp_path / "store", samples=6)
+    assert train_main([word.format(store=store.path) for word in words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert message in error
+    assert not (tmp_path / "x").exists()
+
+
+def test_unknown_and_abbreviated_flags_are_refused() -> None:
+    for words in (["--learning_rat", "1"], ["--frobnicate"]):
+        with pytest.raises(SystemExit) as stopped:
+            train_main(words)
+        assert stopped.value.code == 2
+
+
+def test_a_bug_of_ours_is_not_dressed_up_as_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise KeyError("ours")
+
+    with pytest.raises(KeyError):
+        run_command(broken)
+
+    def mistaken() -> None:
+        raise ValueError("two\nlines")
+
+    assert run_command(mistaken) == 2
+    monkeypatch.setenv("BLIP3O_DIT_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="two"):
+        run_command(mistaken)
+
+
+def test_one_line_messages() -> None:
+    assert one_line(ValueError("a\n  b")) == "a b"
+    assert one_line(FileNotFoundError(2, "No such file or directory", "x")) == "x: No such file or directory"

@@ -1,0 +1,231 @@
+"""Generation from saved models: identical after loading, independent of the batch, honest about misfits."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel
+
+from blip3o_dit.config import BLIP3oDiTConfig, TrainingConfig
+from blip3o_dit.data.pickle_file import load_pickle
+from blip3o_dit.data.store import EmbeddingStore
+from blip3o_dit.inference.pipeline import BLIP3oInference, pick_device
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.training.ema import ExponentialMovingAverage
+from tests.conftest import randomize, tiny_config
+from tests.stores import write_linear_store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> EmbeddingStore:
+    return write_linear_store(tmp_path / "store", samples=20)
+
+
+@pytest.fixture
+def folder(tiny_model: BLIP3oDiTModel, store: EmbeddingStore, tmp_path: Path) -> Path:
+    """What a training run leaves: weights with statistics, and the run's configuration."""
+    tiny_model.set_statistics(
+        condition=(torch.full((12,), 3.0), torch.full((12,), 1.1)),
+        target=(torch.linspace(-1, 1, 8), torch.linspace(0.1, 0.4, 8)),
+    )
+    tiny_model.save_pretrained(tmp_path / "model")
+    config = TrainingConfig(embeddings_path=str(store.path), output_dir="x", eval_split=0.25)
+    (tmp_path / "model" / "training_config.json").write_bytes(config.to_json())
+    return tmp_path / "model"
+
+
+def test_saved_and_loaded_models_generate_the_same(tiny_model: BLIP3oDiTModel, folder: Path) -> None:
+    eva = torch.randn(3, 9, 12)
+    expected = tiny_model.generate(eva, num_inference_steps=4, seed=5)
+    inference = BLIP3oInference(folder, device="cpu")
+    assert torch.equal(inference.generate(eva, num_inference_steps=4, seed=5), expected)
+    assert isinstance(AutoConfig.from_pretrained(folder), BLIP3oDiTConfig)
+    auto = AutoModel.from_pretrained(folder).eval()
+    assert torch.equal(auto.generate(eva, num_inference_steps=4, seed=5), expected)
+
+
+def test_a_sample_does_not_depend_on_its_batch(folder: Path) -> None:
+    inference = BLIP3oInference(folder, device="cpu")
+    eva = torch.randn(5, 9, 12)
+    together = inference.generate(eva, num_inference_steps=4, guidance_scale=2.0)
+    alone = inference.generate(eva[3:4], num_inference_steps=4, guidance_scale=2.0, sample_index=[3])
+    torch.testing.assert_close(together[3], alone[0], rtol=1e-3, atol=1e-3)
+    other = inference.generate(eva[3:4], num_inference_steps=4, guidance_scale=2.0, sample_index=[4])
+    assert (other - alone).abs().max() > 1e-2
+
+
+def test_seed_condition_solver_and_guidance_matter(folder: Path) -> None:
+    inference = BLIP3oInference(folder, device="cpu")
+    eva = torch.randn(2, 9, 12)
+    base = inference.generate(eva, num_inference_steps=4)
+    assert torch.equal(base, inference.generate(eva.numpy(), num_inference_steps=4))
+    changed = [
+        inference.generate(eva, num_inference_steps=4, seed=1),
+        inference.generate(eva + 0.5, num_inference_steps=4),
+        inference.generate(eva, num_inference_steps=4, solver="heun"),
+        inference.generate(eva, num_inference_steps=4, guidance_scale=3.0),
+    ]
+    assert all((other - base).abs().max() > 1e-4 for other in changed)
+
+
+def test_guidance_is_the_documented_combination(tiny_model: BLIP3oDiTModel) -> None:
+    condition = tiny_model.normalize_condition(torch.randn(2, 9, 12))
+    x, t = torch.randn(2, 9, 8), torch.full((2,), 0.3)
+    with torch.no_grad():
+        conditional = tiny_model._velocity(condition, 1.0)(x, t)
+        null = tiny_model._velocity(torch.zeros_like(condition), 1.0)(x, t)
+        guided = tiny_model._velocity(condition, 2.5)(x, t)
+    torch.testing.assert_close(guided, null + 2.5 * (conditional - null), rtol=1e-3, atol=1e-3)
+
+
+def test_network_calls_are_those_of_the_solver(tiny_model: BLIP3oDiTModel) -> None:
+    calls: list[int] = []
+    tiny_model.dit.patch_embedder.register_forward_hook(lambda *_: calls.append(1))
+    encoded: list[int] = []
+    tiny_model.dit.caption_projection.register_forward_hook(lambda *_: encoded.append(1))
+    eva = torch.randn(1, 9, 12)
+    tiny_model.generate(eva, num_inference_steps=6)
+    assert (len(calls), len(encoded)) == (6, 1)
+    tiny_model.generate(eva, num_inference_steps=6, solver="heun", guidance_scale=2.0)
+    assert (len(calls), len(encoded)) == (6 + 12, 2)
+
+
+def test_results_are_in_the_units_of_the_data() -> None:
+    """A model that predicts the velocity of a single point generates that point, statistics undone."""
+    model = BLIP3oDiTModel(tiny_config(flow_matching={"prediction_type": "sample"})).eval()
+    target_mean, target_std = torch.linspace(-5, 5, 8), torch.linspace(0.5, 2, 8)
+    model.set_statistics(condition=(torch.zeros(12), torch.ones(12)), target=(target_mean, target_std))
+    with torch.no_grad():
+        model.dit.norm_out.linear_2.bias.fill_(0.7)  # every prediction of x_1 is 0.7
+    generated = model.generate(torch.randn(2, 9, 12), num_inference_steps=100)
+    expected = (target_mean + 0.7 * target_std).expand(2, 9, 8)
+    torch.testing.assert_close(generated, expected, atol=0.1, rtol=0)
+
+
+def test_conditions_are_normalised_as_in_training() -> None:
+    model = BLIP3oDiTModel(tiny_config(normalize_embeddings=True))
+    randomize(model)
+    eva = torch.randn(2, 9, 12)
+    a = model.generate(eva, num_inference_steps=2)
+    b = model.generate(17.0 * eva, num_inference_steps=2)
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_averaged_weights_are_used_when_there_are_any(tiny_model: BLIP3oDiTModel, folder: Path) -> None:
+    assert BLIP3oInference(folder, device="cpu").weights == "raw"
+    with pytest.raises(ValueError, match="expected averaged weights"):
+        BLIP3oInference(folder, device="cpu", weights="ema")
+    average = ExponentialMovingAverage(tiny_model, 0.9)
+    for value in average.weights.values():
+        value.mul_(1.5)
+    average.save(tiny_model, folder)
+    eva = torch.randn(1, 9, 12)
+    raw = BLIP3oInference(folder, device="cpu", weights="raw").generate(eva, 2)
+    averaged = BLIP3oInference(folder, device="cpu")
+    assert averaged.weights == "ema"
+    assert torch.equal(raw, tiny_model.generate(eva, num_inference_steps=2))
+    with average.applied(tiny_model):
+        assert torch.equal(averaged.generate(eva, 2), tiny_model.generate(eva, num_inference_steps=2))
+
+
+def test_generate_from_dataset_writes_plain_arrays(folder: Path, store: EmbeddingStore) -> None:
+    inference = BLIP3oInference(folder, device="cpu")
+    path = folder / "results" / "generated.pkl"
+    results = inference.generate_from_dataset(
+        store.path, num_samples=7, batch_size=3, num_inference_steps=2, output_path=path, progress=False
+    )
+    read = load_pickle(path)
+    plain = pickle.loads(path.read_bytes())
+    assert isinstance(read, dict)
+    for name in ("generated_clip_embeddings", "eva_embeddings", "target_clip_embeddings"):
+        assert np.array_equal(read[name], results[name]) and np.array_equal(plain[name], results[name])
+    assert read["keys"] == [f"sample-{i}" for i in range(7)]
+    assert read["captions"][6] == "caption 6"
+    eva, clip = store.fetch(range(7))
+    assert np.array_equal(results["target_clip_embeddings"], clip.numpy())
+    whole = inference.generate(eva, 2)
+    np.testing.assert_allclose(results["generated_clip_embeddings"], whole.numpy(), rtol=1e-4, atol=1e-5)
+    metrics = results["generation_metrics"]
+    cosine = torch.cosine_similarity(whole, clip, dim=-1).mean()
+    assert metrics["cosine_similarity_mean"] == pytest.approx(float(cosine), abs=1e-5)
+
+
+def test_generate_from_dataset_writes_a_store(folder: Path, store: EmbeddingStore) -> None:
+    inference = BLIP3oInference(folder, device="cpu")
+    results = inference.generate_from_dataset(
+        store.path,
+        num_inference_steps=2,
+        output_path=folder / "generated",
+        split="eval",
+        compute_metrics=False,
+        progress=False,
+    )
+    written = EmbeddingStore(folder / "generated")
+    assert written.num_samples == 5 == len(results["keys"])
+    assert results["generation_metrics"] is None
+    generated = written.fetch(range(5))[1]
+    assert np.array_equal(generated.numpy(), results["generated_clip_embeddings"])
+    assert [record["key"] for record in written.records()] == results["keys"]
+
+
+def test_evaluate_model_uses_the_split_of_the_run(folder: Path, store: EmbeddingStore) -> None:
+    inference = BLIP3oInference(folder, device="cpu")
+    metrics = inference.evaluate_model(store.path, batch_size=2, num_inference_steps=2, progress=False)
+    again = inference.evaluate_model(store.path, batch_size=5, num_inference_steps=2, progress=False)
+    assert metrics["num_samples"] == 5
+    assert metrics == pytest.approx(again, rel=1e-4)
+    assert {"flow_matching_loss", "cosine_similarity_mean", "r2"} <= set(metrics)
+    assert inference.evaluate_model(store.path, split="train", num_samples=2, num_inference_steps=1)
+
+
+class TestRefusals:
+    def test_no_model(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match=r"expected a model folder with config\.json"):
+            BLIP3oInference(tmp_path)
+
+    def test_weights_that_do_not_fit(self, tiny_model: BLIP3oDiTModel, folder: Path) -> None:
+        tiny_config(num_layers=3).save_pretrained(folder)
+        with pytest.raises(ValueError, match=r"do not fit the configuration: 26 missing"):
+            BLIP3oInference(folder, device="cpu")
+        tiny_config(ffn_dim=512).save_pretrained(folder)
+        with pytest.raises(ValueError, match=r"6 mismatched \(dit.layers.0.feed_forward"):
+            BLIP3oInference(folder, device="cpu")
+        tiny_config(num_layers=1).save_pretrained(folder)
+        with pytest.raises(ValueError, match=r"26 unexpected"):
+            BLIP3oInference(folder, device="cpu")
+
+    def test_data_of_other_sizes(self, folder: Path, tmp_path: Path) -> None:
+        other = write_linear_store(tmp_path / "other", samples=4, condition=10)
+        with pytest.raises(ValueError, match=r"expected .* \(9, 12, 8\) .* found \(9, 10, 8\)"):
+            BLIP3oInference(folder, device="cpu").generate_from_dataset(other.path)
+
+    def test_bad_arguments(self, folder: Path, store: EmbeddingStore) -> None:
+        inference = BLIP3oInference(folder, device="cpu")
+        eva = torch.randn(2, 9, 12)
+        with pytest.raises(ValueError, match=r"expected shape \[batch, tokens, 12\], found \[2, 9, 11\]"):
+            inference.generate(eva[..., :11])
+        with pytest.raises(ValueError, match="sample_index: expected 2 entries, found 1"):
+            inference.generate(eva, 1, sample_index=[0])
+        with pytest.raises(ValueError, match="solver: expected one of"):
+            inference.generate(eva, 1, solver="rk45")
+        with pytest.raises(ValueError, match="split: expected one of"):
+            inference.evaluate_model(store.path, split="test")
+        with pytest.raises(ValueError, match="num_samples: expected at least 1, found 0"):
+            inference.generate_from_dataset(store.path, num_samples=0)
+        with pytest.raises(ValueError, match="batch_size: expected at least 1, found 0"):
+            inference.generate_from_dataset(store.path, batch_size=0)
+
+    def test_guidance_without_a_null_condition(self) -> None:
+        model = BLIP3oDiTModel(tiny_config(flow_matching={"condition_dropout": 0.0}))
+        with pytest.raises(ValueError, match="does not know the null condition, found 2"):
+            model.generate(torch.randn(1, 9, 12), guidance_scale=2.0)
+
+    def test_devices(self) -> None:
+        with pytest.raises(ValueError, match="expected auto, cpu, cuda or cuda:N, found 'abacus'"):
+            pick_device("abacus")
+        with pytest.raises(ValueError, match="CUDA GPUs"):
+            pick_device("cuda:99")

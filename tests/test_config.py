@@ -1,0 +1,90 @@
+"""Configurations: defaults, derived sizes, and errors that say both numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blip3o_dit.config import BLIP3oDiTConfig, FlowMatchingConfig, TrainingConfig, default_ffn_dim
+
+
+def test_defaults_are_the_official_sizes_at_our_widths() -> None:
+    config = BLIP3oDiTConfig()
+    assert (config.model_dim, config.num_layers, config.num_heads, config.num_kv_heads) == (1792, 24, 28, 28)
+    assert (config.eva_embedding_size, config.in_channels, config.num_tokens) == (1280, 768, 64)
+    assert (config.ffn_dim, config.head_dim, config.time_embed_dim) == (4864, 64, 1024)
+    assert config.flow == FlowMatchingConfig()
+
+
+@pytest.mark.parametrize(("dim", "width"), [(1792, 4864), (2048, 5632), (96, 256), (97, 512)])
+def test_feed_forward_width(dim: int, width: int) -> None:
+    assert default_ffn_dim(dim) == width
+
+
+def test_round_trip_through_json(tmp_path: Path) -> None:
+    config = BLIP3oDiTConfig(
+        model_dim=96, num_heads=6, num_kv_heads=2, ffn_dim=100, flow_matching={"schedule_type": "cosine"}
+    )
+    config.save_pretrained(tmp_path)
+    back = BLIP3oDiTConfig.from_pretrained(tmp_path)
+    assert {n: getattr(back, n) for n in config.own_fields()} == {
+        n: getattr(config, n) for n in config.own_fields()
+    }
+    assert back.flow.schedule_type == "cosine"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"modle_dim": 64}, r"unknown \['modle_dim'\]; known are .*'model_dim'"),
+        ({"model_dim": 100, "num_heads": 3}, "found model_dim=100, num_heads=3"),
+        ({"model_dim": 36, "num_heads": 6}, r"multiple of 4, found .* 36 / 6 = 6"),
+        ({"num_heads": 28, "num_kv_heads": 5}, "found num_heads=28, num_kv_heads=5"),
+        ({"num_layers": 0}, "num_layers: expected a positive integer, found 0"),
+        ({"model_dim": "64"}, "model_dim: expected a positive integer, found '64'"),
+        ({"norm_eps": -1.0}, "norm_eps: expected a positive number, found -1.0"),
+        ({"gradient_checkpointing": 1}, "gradient_checkpointing: expected true or false, found 1"),
+        ({"flow_matching": {"sigma": 1}}, r"flow_matching: unknown \['sigma'\]"),
+        ({"flow_matching": {"condition_dropout": 1.0}}, "condition_dropout.*found 1.0"),
+    ],
+)
+def test_bad_model_values(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BLIP3oDiTConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batch_size": 0}, "batch_size: expected an integer >= 1, found 0"),
+        ({"learning_rate": -1.0}, r"learning_rate: expected a number in \[0.0, inf\), found -1.0"),
+        ({"learning_rate": float("nan")}, "learning_rate.*found nan"),
+        ({"eval_split": 1.0}, r"eval_split: expected a number in \[0.0, 1.0\), found 1.0"),
+        ({"num_epochs": 0.0}, "num_epochs: expected a number above 0, found 0.0"),
+        ({"max_steps": 0}, "max_steps: expected an integer >= 1, found 0"),
+        ({"fp16": True, "bf16": True}, "expected at most one of them, found both"),
+        ({"split_by": "date"}, r"split_by: expected one of \('permutation', 'key_hash'\), found 'date'"),
+        ({"prediction_type": "x0"}, "prediction_type: expected one of .*found 'x0'"),
+        ({"sigma_min": 2.0}, "sigma_min.*found 2.0"),
+    ],
+)
+def test_bad_training_values(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(**values)
+
+
+def test_training_config_reads_what_it_writes_and_refuses_the_rest(tmp_path: Path) -> None:
+    config = TrainingConfig(embeddings_path="a", output_dir="b", learning_rate=3e-4, save_total_limit=2)
+    file = tmp_path / "training_config.json"
+    file.write_bytes(config.to_json())
+    assert TrainingConfig.from_folder(tmp_path) == config
+    file.write_text('{"leraning_rate": 1}')
+    with pytest.raises(ValueError, match=r"unknown \['leraning_rate'\]"):
+        TrainingConfig.from_folder(tmp_path)
+    file.write_text("{")
+    with pytest.raises(ValueError, match="not readable JSON"):
+        TrainingConfig.from_folder(tmp_path)
+    with pytest.raises(ValueError, match=r"expected training_config\.json, found none"):
+        TrainingConfig.from_folder(tmp_path / "nowhere")

@@ -1,0 +1,294 @@
+"""Training runs of a tiny real model: draws, resume, averaging, logs, refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from blip3o_dit.config import TrainingConfig
+from blip3o_dit.data.dataset import EmbeddingDataset, split_samples
+from blip3o_dit.data.store import EmbeddingStore
+from blip3o_dit.flow.path import LinearPath
+from blip3o_dit.model.blip3o_dit import EMA_FILE, BLIP3oDiTModel
+from blip3o_dit.training.callbacks import read_log
+from blip3o_dit.training.run import check_checkpoint, train
+from blip3o_dit.training.settings import resolve_config, training_arguments
+from blip3o_dit.training.trainer import BLIP3oTrainer, NonFiniteLossError
+from tests.stores import write_linear_store
+
+# 40 samples to train on, 5 steps a pass.
+TINY: dict[str, Any] = dict(
+    model_dim=32,
+    num_layers=1,
+    num_heads=2,
+    num_epochs=2,
+    batch_size=8,
+    eval_batch_size=8,
+    learning_rate=1e-3,
+    eval_split=1 / 6,
+    logging_steps=2,
+    eval_steps=5,
+    save_steps=5,
+    eval_samples=4,
+    eval_inference_steps=2,
+    device="cpu",
+)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
+    return write_linear_store(tmp_path_factory.mktemp("data") / "store")
+
+
+def config_for(store: EmbeddingStore, output: Path, **changes: Any) -> TrainingConfig:
+    return TrainingConfig(embeddings_path=str(store.path), output_dir=str(output), **(TINY | changes))
+
+
+@pytest.fixture(scope="module")
+def finished(store: EmbeddingStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One whole run of two passes, with a checkpoint at the boundary between them."""
+    return train(config_for(store, tmp_path_factory.mktemp("run") / "whole"))
+
+
+def make_trainer(store: EmbeddingStore, output: Path, **changes: Any) -> BLIP3oTrainer:
+    config = config_for(store, output, **changes)
+    split = split_samples(store, eval_split=config.eval_split, seed=config.seed)
+    torch.manual_seed(0)
+    model = BLIP3oDiTModel(config.model(num_tokens=9, condition_dim=12, target_dim=8))
+    return BLIP3oTrainer(
+        model,
+        training_arguments(config, evaluate=True),
+        config=config,
+        train_dataset=EmbeddingDataset(store, split.train),
+        eval_dataset=EmbeddingDataset(store, split.eval),
+    )
+
+
+def tensors(file: Path) -> dict[str, torch.Tensor]:
+    return load_file(file)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_output_folder_holds_all_that_generation_needs(finished: Path, store: EmbeddingStore) -> None:
+    names = {"config.json", "model.safetensors", EMA_FILE, "training_config.json"}
+    names |= {"training_log.jsonl", "training_curves.png"}
+    assert names <= {file.name for file in finished.iterdir()}
+    saved = json.loads((finished / "config.json").read_text())
+    assert saved["flow_matching"]["prediction_type"] == "v_prediction"
+    assert (saved["in_channels"], saved["eva_embedding_size"], saved["input_size"]) == (8, 12, 3)
+    split = split_samples(store, eval_split=1 / 6, seed=42)
+    eva, clip = store.fetch(split.train)
+    model = BLIP3oDiTModel.from_pretrained(finished)
+    torch.testing.assert_close(model.target_mean, clip.mean(dim=(0, 1)))
+    torch.testing.assert_close(model.condition_std, eva.flatten(0, 1).std(dim=0, correction=0))
+
+
+def test_resume_at_an_epoch_boundary_equals_the_uninterrupted_run(
+    finished: Path, store: EmbeddingStore, tmp_path: Path
+) -> None:
+    shutil.copytree(finished / "checkpoint-5", tmp_path / "again" / "checkpoint-5")
+    torch.manual_seed(123)  # the state of the process must not matter
+    resumed = train(config_for(store, tmp_path / "again"), resume=tmp_path / "again" / "checkpoint-5")
+    for file in ("model.safetensors", EMA_FILE):
+        assert same(tensors(finished / file), tensors(resumed / file)), file
+    whole = [entry for entry in read_log(finished / "training_log.jsonl") if entry["step"] > 6]
+    again = [entry for entry in read_log(resumed / "training_log.jsonl") if entry["step"] > 6]
+    assert [e["loss"] for e in whole if "loss" in e] == [e["loss"] for e in again if "loss" in e]
+    assert not same(tensors(finished / "model.safetensors"), tensors(resumed / EMA_FILE))
+
+
+def test_accumulation_of_small_batches_equals_one_large_batch(store: EmbeddingStore, tmp_path: Path) -> None:
+    # Batches of the same pass hold the same samples, noise and times whatever their size.
+    quiet = dict(max_steps=3, ema_decay=0.0, eval_split=0.0, save_steps=100, logging_steps=1)
+    large = train(config_for(store, tmp_path / "large", batch_size=8, **quiet))
+    small = train(config_for(store, tmp_path / "small", batch_size=4, gradient_accumulation_steps=2, **quiet))
+    losses = [
+        [e["loss"] for e in read_log(run / "training_log.jsonl") if "loss" in e] for run in (large, small)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_log_has_the_documented_quantities(finished: Path) -> None:
+    log = read_log(finished / "training_log.jsonl")
+    training = [entry for entry in log if "loss" in entry]
+    evaluation = [entry for entry in log if "eval_loss" in entry]
+    assert [entry["step"] for entry in training] == [2, 4, 6, 8, 10]
+    assert [entry["step"] for entry in evaluation] == [5, 10]
+    documented = {"loss", "flow_matching_loss", "regularization_loss", "cosine_similarity", "l2_distance"}
+    documented |= {"snr_db", "output_norm", "grad_norm", "learning_rate", "epoch", "step"}
+    assert documented <= set(training[0])
+    assert {"eval_loss", "eval_cosine_similarity_mean", "eval_r2"} <= set(evaluation[0])
+    assert all(math.isfinite(value) for entry in log for value in entry.values())
+    assert training[0]["loss"] == pytest.approx(training[0]["flow_matching_loss"])
+
+
+def test_network_input_and_loss_share_one_draw(store: EmbeddingStore, tmp_path: Path) -> None:
+    trainer = make_trainer(store, tmp_path)
+    batch = trainer.train_dataset.__getitems__([(0, 1), (0, 2)])
+    seen: dict[str, torch.Tensor] = {}
+
+    def record(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        seen["x_t"], seen["t"] = inputs[:2]
+
+    trainer.dit.register_forward_pre_hook(record)
+    loss = trainer.compute_loss(trainer.dit, batch)
+    x_1 = trainer.dit.normalize_target(batch["clip"])
+    path, t = LinearPath(), seen["t"][:, None, None]
+    noise = (seen["x_t"] - path.alpha(t) * x_1) / path.sigma(t)
+    assert abs(float(noise.mean())) < 0.3 and 0.7 < float(noise.std()) < 1.3
+    # An untrained model predicts zero, so the loss is the mean square of the target made of that noise.
+    target = x_1 + path.sigma_derivative(t) * noise
+    assert float(loss.detach()) == pytest.approx(float(target.square().mean()), rel=1e-4)
+
+
+def test_draws_do_not_depend_on_the_batch_and_change_with_the_pass(
+    store: EmbeddingStore, tmp_path: Path
+) -> None:
+    trainer = make_trainer(store, tmp_path)
+    dataset = trainer.train_dataset
+    together, condition = trainer.draw(dataset.__getitems__([(0, 4), (0, 7)]), "training")
+    alone, condition_alone = trainer.draw(dataset.__getitems__([(0, 7)]), "training")
+    later, _ = trainer.draw(dataset.__getitems__([(1, 7)]), "training")
+    assert torch.equal(together.x_t[1], alone.x_t[0]) and together.t[1] == alone.t[0]
+    assert torch.equal(condition[1], condition_alone[0])
+    assert later.t[0] != alone.t[0]
+    assert not torch.equal(later.noise, alone.noise)
+
+
+def test_condition_dropout_drops_whole_conditions_at_its_rate(store: EmbeddingStore, tmp_path: Path) -> None:
+    trainer = make_trainer(store, tmp_path, cfg_dropout=0.3)
+    dropped = []
+    for pass_index in range(10):
+        batch = trainer.train_dataset.__getitems__([(pass_index, i) for i in range(40)])
+        _, condition = trainer.draw(batch, "training")
+        zero = (condition == 0).flatten(1)
+        assert torch.equal(zero.all(dim=1), zero.any(dim=1))
+        dropped.append(zero.all(dim=1).float().mean())
+        _, kept = trainer.draw(batch, "evaluation")
+        assert not (kept == 0).flatten(1).all(dim=1).any()
+    assert 0.22 < float(torch.stack(dropped).mean()) < 0.38
+
+
+def test_a_non_finite_loss_stops_before_the_step(store: EmbeddingStore, tmp_path: Path) -> None:
+    trainer = make_trainer(store, tmp_path)
+    with torch.no_grad():
+        trainer.dit.dit.norm_out.linear_2.bias[0] = float("nan")
+    before = {name: p.clone() for name, p in trainer.dit.named_parameters()}
+    with pytest.raises(NonFiniteLossError, match="step 1: expected a finite loss, found nan for samples"):
+        trainer.train()
+    after = dict(trainer.dit.named_parameters())
+    assert all(torch.equal(before[n], after[n]) for n in before if "linear_2.bias" not in n)
+
+
+def test_ema_follows_its_formula_and_is_what_evaluation_uses(store: EmbeddingStore, tmp_path: Path) -> None:
+    trainer = make_trainer(store, tmp_path, ema_decay=0.5, max_steps=1)
+    name = "dit.norm_out.linear_2.weight"
+    start = trainer.dit.get_parameter(name).detach().clone()
+    trainer.train()
+    end = trainer.dit.get_parameter(name).detach()
+    assert trainer.ema is not None
+    decay = min(0.5, (1 + 1) / (10 + 1))
+    torch.testing.assert_close(trainer.ema.weights[name], decay * start + (1 - decay) * end)
+    own = {n: p.clone() for n, p in trainer.dit.named_parameters()}
+    with_average = trainer.evaluate()["eval_loss"]
+    assert all(torch.equal(own[n], p) for n, p in trainer.dit.named_parameters())
+    trainer.ema = None
+    assert trainer.evaluate()["eval_loss"] != with_average
+
+
+def test_evaluation_repeats_its_draws(store: EmbeddingStore, tmp_path: Path) -> None:
+    trainer = make_trainer(store, tmp_path)
+    first, second = trainer.evaluate(), trainer.evaluate()
+    assert first["eval_loss"] == second["eval_loss"]
+    assert first["eval_r2"] == second["eval_r2"]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample"])
+def test_other_predictions_and_paths_train(
+    store: EmbeddingStore, tmp_path: Path, prediction_type: str
+) -> None:
+    changes = dict(prediction_type=prediction_type, schedule_type="cosine", normalize_embeddings=True)
+    run = train(config_for(store, tmp_path / "run", max_steps=4, **changes))
+    losses = [e["loss"] for e in read_log(run / "training_log.jsonl") if "loss" in e]
+    assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
+
+
+class TestRefusals:
+    def test_half_a_checkpoint(self, finished: Path, store: EmbeddingStore, tmp_path: Path) -> None:
+        broken = tmp_path / "checkpoint-5"
+        shutil.copytree(finished / "checkpoint-5", broken)
+        (broken / "optimizer.pt").unlink()
+        with pytest.raises(ValueError, match=r"expected a whole checkpoint, found no optimizer.pt"):
+            train(config_for(store, tmp_path / "out"), resume=broken)
+        with pytest.raises(FileNotFoundError, match="expected a checkpoint folder, found none"):
+            train(config_for(store, tmp_path / "out"), resume=tmp_path / "nowhere")
+
+    def test_checkpoint_of_another_model(self, finished: Path, store: EmbeddingStore, tmp_path: Path) -> None:
+        other = config_for(store, tmp_path / "out", model_dim=64)
+        with pytest.raises(ValueError, match="model_dim is 32 there, 64 here"):
+            train(other, resume=finished / "checkpoint-5")
+
+    def test_checkpoint_with_other_tensors(self, finished: Path, tmp_path: Path) -> None:
+        broken = tmp_path / "checkpoint-5"
+        shutil.copytree(finished / "checkpoint-5", broken)
+        weights = tensors(broken / "model.safetensors")
+        del weights["dit.layers.0.gate"]
+        save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+        model = BLIP3oDiTModel.from_pretrained(finished)
+        with pytest.raises(ValueError, match=r"dit.layers.0.gate: expected \[2\], found None"):
+            check_checkpoint(broken, model.config)
+
+    def test_changed_settings_show_the_difference(self, finished: Path) -> None:
+        checkpoint = finished / "checkpoint-5"
+        with pytest.raises(ValueError, match=r"seed was 42, now 7"):
+            resolve_config({"seed": 7}, debug=False, resume=checkpoint)
+        with pytest.raises(ValueError, match=r"prediction_type was 'v_prediction', now 'sample'"):
+            resolve_config({"prediction_type": "sample"}, debug=False, resume=checkpoint)
+        resumed = resolve_config({"num_workers": 2}, debug=False, resume=checkpoint)
+        assert (resumed.model_dim, resumed.num_workers) == (32, 2)
+
+    def test_a_folder_that_holds_a_run(self, finished: Path, store: EmbeddingStore) -> None:
+        before = (finished / "model.safetensors").read_bytes()
+        with pytest.raises(ValueError, match="expected no run there, found one"):
+            train(config_for(store, finished))
+        assert (finished / "model.safetensors").read_bytes() == before
+
+    def test_an_output_path_that_cannot_be_a_folder(self, store: EmbeddingStore, tmp_path: Path) -> None:
+        file = tmp_path / "file"
+        file.write_text("")
+        with pytest.raises(ValueError, match="expected a folder to write to, found a file"):
+            train(config_for(store, file))
+        with pytest.raises((ValueError, OSError), match="file"):
+            train(config_for(store, file / "below"))
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_settings_that_need_a_gpu(self, store: EmbeddingStore, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"--fp16: expected a GPU.*use --bf16"):
+            train(config_for(store, tmp_path / "a", fp16=True))
+        with pytest.raises(ValueError, match="--device cuda: expected a CUDA GPU, found none"):
+            train(config_for(store, tmp_path / "a", device="cuda"))
+        assert not any(tmp_path.rglob("*.safetensors"))
+
+    def test_a_launch_the_trainer_does_not_see(
+        self, store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from blip3o_dit.training.settings import check_launch
+
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(ValueError, match="started 2 processes, the Trainer sees 1"):
+            check_launch(1)
+
+
+def test_dry_run_writes_nothing(store: EmbeddingStore, tmp_path: Path) -> None:
+    train(config_for(store, tmp_path / "dry"), dry_run=True)
+    assert not (tmp_path / "dry").exists() or not any((tmp_path / "dry").iterdir())
