@@ -14,11 +14,14 @@ import logging
 import math
 import os
 import pickle
+import pty
 import re
+import select
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,12 +29,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from matplotlib.image import imread
 from safetensors.torch import load_file
 
 from blip3o_dit.cli import generate
 from blip3o_dit.cli.train import main
 from blip3o_dit.config import BLIP3oDiTConfig, FlowMatchingConfig, TrainingConfig
+from blip3o_dit.model import nextdit
+from blip3o_dit.training.trainer import BLIP3oTrainer
 
 ROOT = Path(__file__).parents[1]
 HAS_GPU = torch.cuda.is_available()
@@ -146,6 +152,8 @@ python train_blip3o_dit.py \
   --debug \
   --dry_run  # Just test setup without training
 """
+
+CONFIGURE_DISTRIBUTED = "accelerate config"
 
 DISTRIBUTED = r"""
 accelerate launch train_blip3o_dit.py \
@@ -267,6 +275,36 @@ def log_of(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "training_log.jsonl").read_text().splitlines()]
 
 
+def run_with_enter(command: list[str], home: Path) -> tuple[int, str]:
+    """Run on a terminal and press Enter at each question; returns the exit status and what was shown."""
+    terminal, other_end = pty.openpty()
+    environment = os.environ | {"HF_HOME": str(home / "huggingface")}
+    path = str(Path(sys.executable).parent / command[0])
+    process = subprocess.Popen(
+        [path, *command[1:]],
+        env=environment,
+        stdin=other_end,
+        stdout=other_end,
+        stderr=other_end,
+        start_new_session=True,
+    )
+    os.close(other_end)
+    shown, deadline = b"", time.monotonic() + 60
+    try:
+        while process.poll() is None and time.monotonic() < deadline:
+            if select.select([terminal], [], [], 0.1)[0]:
+                try:
+                    shown += os.read(terminal, 1 << 16)
+                except OSError:  # how Linux says that the other end was closed
+                    break
+            elif shown:
+                os.write(terminal, b"\r")
+        return process.wait(timeout=10), shown.decode()
+    finally:
+        process.kill()
+        os.close(terminal)
+
+
 def json_of(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text())
 
@@ -367,8 +405,6 @@ def test_data_preparation(shared: Path) -> None:
     said = dict(line.split(": ", 1) for line in result.stdout.splitlines())
     numbers = ("samples", "tokens", "condition width (eva)", "target width (clip)")
     assert [said[name] for name in numbers] == [str(SAMPLES), "64", "1280", "768"]
-    broken = words(TEST_DATASET.replace("grid_embeddings.pkl", "none.pkl"), shared)
-    assert "none.pkl" in broken[-1]
 
 
 @pytest.mark.slow
@@ -446,8 +482,7 @@ def test_full_configuration(folder: Path, precision: str) -> None:
     )
     config = json_of(output / "training_config.json")
     assert {name: config[name] for name in asked} == asked
-    model = json_of(output / "config.json")
-    assert model["gradient_checkpointing"] and model["normalize_embeddings"]
+    assert json_of(output / "config.json")["normalize_embeddings"] is True
 
     # 22 samples in batches of 16 are two batches a pass, which make one optimizer step.
     training = [entry for entry in log_of(output) if "loss" in entry]
@@ -464,9 +499,23 @@ def test_full_configuration(folder: Path, precision: str) -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_fp16_without_a_gpu_is_refused(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.slow
+def test_gradient_checkpointing_is_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file of a run shows it: count the calls, one a block, in a dry run of the full configuration."""
+    calls = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        return torch.utils.checkpoint.checkpoint(*arguments, **options)
+
+    monkeypatch.setattr(nextdit, "checkpoint", counted)
+    block = FULL_CONFIGURATION.replace("--fp16", "--bf16")
+    flags = shlex.split("--num_layers 3 --num_workers 0 --dry_run")
+    assert run_here(block, folder, *SMALL, *flags) == 0
+    assert len(calls) == 3
+
+
+def test_fp16_without_a_gpu_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = snapshot(folder)
     status = run_here(FULL_CONFIGURATION, folder, *SMALL)
     said = capsys.readouterr().err.splitlines()
@@ -592,7 +641,8 @@ def test_custom_model() -> None:
         exec(CUSTOM_MODEL, names)
     config, model = names["config"], names["model"]
     assert (config.model_dim, config.num_layers, config.num_heads) == (2048, 32, 32)
-    assert model.dit.gradient_checkpointing and model.is_gradient_checkpointing
+    assert model.dit.gradient_checkpointing
+    assert config.gradient_checkpointing  # the user's object is as before: a second model is the same
 
     d, time, heads, inner, eva, clip = 2048, 1024, 32, 5632, 1280, 768
     attention = 3 * d * d + 2 * 2 * d  # q, k, v; two layer norms
@@ -649,34 +699,80 @@ def test_documented_settings() -> None:
 # Two processes on one machine; what `accelerate launch` is not told it asks its configuration for.
 MULTI_GPU = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
 LAUNCHERS = {
-    "accelerate": ("accelerate launch", {}, 1),
-    "torchrun": ("torchrun --standalone --nproc_per_node 2", {}, 2),
-    "accelerate --multi_gpu": (f"accelerate launch {MULTI_GPU}", {"ACCELERATE_USE_CPU": "true"}, 2),
-    "accelerate --multi_gpu, not told of the CPU": (f"accelerate launch {MULTI_GPU}", {}, 2),
+    "torchrun": ("torchrun --standalone --nproc_per_node 2", {}),
+    "accelerate --multi_gpu": (f"accelerate launch {MULTI_GPU}", {"ACCELERATE_USE_CPU": "true"}),
+    "accelerate --multi_gpu, not told of the CPU": (f"accelerate launch {MULTI_GPU}", {}),
 }
+
+
+DISTRIBUTED_FLAGS = [*SMALL, *shlex.split("--max_steps 2 --logging_steps 1 --save_steps 2")]
+
+
+def assert_trained_once(output: Path, said: str, *, processes: int) -> None:
+    """One training into one folder, whatever started it: not as many trainings as processes."""
+    assert_whole_run(output)
+    described = [line for line in said.splitlines() if "process(es)" in line]
+    assert len(described) == 1 and f"{processes} process(es) x batch" in described[0]
+    log = log_of(output)
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2]
+    assert [entry["step"] for entry in log if "eval_loss" in entry] == [2]
+    assert sum("train_runtime" in entry for entry in log) == 1
+    states = sorted(path.name for path in (output / "checkpoint-2").glob("rng_state*"))
+    assert states == (["rng_state.pth"] if processes == 1 else ["rng_state_0.pth", "rng_state_1.pth"])
+
+
+@pytest.mark.slow
+def test_distributed_as_configured(folder: Path) -> None:
+    """`accelerate config` with every question at its default, then the launch as it is written."""
+    status, shown = run_with_enter(CONFIGURE_DISTRIBUTED.split(), folder)
+    assert status == 0 and "configuration saved" in shown, shown
+    assert (folder / "huggingface/accelerate/default_config.yaml").is_file()
+    result = run_command([*words(DISTRIBUTED, folder), *DISTRIBUTED_FLAGS], folder)
+    assert result.returncode == 0, result.stderr
+    output = folder / "checkpoints/blip3o-dit-distributed"
+    assert_trained_once(output, result.stderr, processes=1)
+    config = json_of(output / "training_config.json")
+    assert (config["batch_size"], config["gradient_accumulation_steps"]) == (16, 2)
+
+
+@pytest.mark.slow
+def test_precision_of_accelerate_config(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who answers bf16 there launches with this variable: refused, or what runs is what is written down."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    used = []
+    whole = BLIP3oTrainer.train
+
+    def watched(self: BLIP3oTrainer, *arguments: Any, **options: Any) -> Any:
+        used.append(self.accelerator.mixed_precision)
+        return whole(self, *arguments, **options)
+
+    monkeypatch.setattr(BLIP3oTrainer, "train", watched)
+    status = run_here(DISTRIBUTED.replace("accelerate launch", "python"), folder, *DISTRIBUTED_FLAGS)
+    said = capsys.readouterr().err
+    if status != 0:
+        assert used == [] and "bf16" in said
+        return
+    config = json_of(folder / "checkpoints/blip3o-dit-distributed/training_config.json")
+    assert used == ["bf16" if config["bf16"] else "no"]
+    assert ("; bf16 on" if config["bf16"] else "; float32 on") in said
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_distributed(folder: Path, launcher: str) -> None:
-    """One training into one folder, whatever starts it: never as many trainings as processes."""
-    start, variables, processes = LAUNCHERS[launcher]
+def test_two_processes(folder: Path, launcher: str) -> None:
+    """Two processes take the step that one process takes with batches twice as large."""
+    start, variables = LAUNCHERS[launcher]
     command = words(DISTRIBUTED.replace("accelerate launch", start), folder)
-    flags = shlex.split("--batch_size 4 --max_steps 2 --logging_steps 1 --save_steps 2")
-    result = run_command([*command, *SMALL, *flags], folder, **variables)
+    result = run_command([*command, *DISTRIBUTED_FLAGS, "--batch_size", "4"], folder, **variables)
     assert result.returncode == 0, result.stderr
     output = folder / "checkpoints/blip3o-dit-distributed"
-    assert_whole_run(output)
-    described = [line for line in result.stderr.splitlines() if "process(es)" in line]
-    assert len(described) == 1
-    assert f"{processes} process(es) x batch 4 x accumulation 2" in described[0]
+    assert_trained_once(output, result.stderr, processes=2)
 
-    log = log_of(output)
-    training = [entry for entry in log if "loss" in entry]
-    assert [entry["step"] for entry in training] == [1, 2]
-    assert sum("train_runtime" in entry for entry in log) == 1
-    assert [entry["step"] for entry in log if "eval_loss" in entry] == [2]
-    # 22 samples are six batches of four; one step takes two of them on each process.
-    assert training[0]["epoch"] == pytest.approx(2 / 6 * processes, abs=1e-6)
-    states = sorted(path.name for path in (output / "checkpoint-2").glob("rng_state*"))
-    assert states == (["rng_state.pth"] if processes == 1 else ["rng_state_0.pth", "rng_state_1.pth"])
+    alone = folder / "alone"
+    flags = [*DISTRIBUTED_FLAGS, *shlex.split("--batch_size 8 --output_dir"), str(alone)]
+    assert run_here(DISTRIBUTED.replace("accelerate launch", "python"), folder, *flags) == 0
+    first, expected = log_of(output)[0], log_of(alone)[0]
+    for name in ("step", "epoch", "loss", "grad_norm", "cosine_similarity", "l2_distance"):
+        assert first[name] == pytest.approx(expected[name], rel=1e-4), name

@@ -206,8 +206,9 @@ def verdict(scores: dict[str, dict[str, float]]) -> list[str]:
             f"ridge ({dit:.3f}, {mean:.3f}, {ridge:.3f})."
         )
     lines += [
-        "Ridge predicts the average answer, which R2 and cosine reward; the DiT draws one sample of",
-        "the answers that are possible. Where it is below ridge here, it was trained too briefly.",
+        "This ridge sees one token at a time and predicts the average answer, which R2 and cosine reward;",
+        "a linear map of all 16 tokens would be stronger. The DiT sees all tokens and draws one sample of",
+        "the possible answers, after a short training.",
         "These towers are tiny and know only digits: the figures show that the pipeline works, and",
         "say nothing of how well real EVA-CLIP tokens determine real CLIP tokens.",
     ]

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 TRAINING_CONFIG_FILE = "training_config.json"
 SCHEDULE_TYPES = ("linear", "cosine")
+SPLIT_RULES = ("permutation", "key_hash")
 PREDICTION_TYPES = ("v_prediction", "epsilon", "sample")
 
 # Keyword arguments that PreTrainedConfig consumes without having a dataclass field for them.
@@ -269,7 +270,7 @@ class TrainingConfig:
     split_by: str = _option(
         "permutation",
         "how samples are held out; key_hash does not change when data is appended",
-        choices=("permutation", "key_hash"),
+        choices=SPLIT_RULES,
     )
     normalize_embeddings: bool = _option(False, "L2-normalise every token before standardising")
     num_workers: int = _option(0, "data-loader processes")
@@ -327,7 +328,7 @@ class TrainingConfig:
             raise ValueError(f"{folder}: expected {TRAINING_CONFIG_FILE}, found none")
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}: not readable JSON: {error}") from error
         known = {f.name for f in fields(cls)}
         unknown = set(values) - known if isinstance(values, dict) else {type(values).__name__}

@@ -18,7 +18,8 @@ from torch import Tensor
 
 def named_generator(*name: int | str) -> np.random.Generator:
     """A generator whose whole stream is a function of `name`."""
-    digest = blake2b(repr(name).encode(), digest_size=16).digest()
+    plain = tuple(part if isinstance(part, str) else int(part) for part in name)  # numpy's ints as well
+    digest = blake2b(repr(plain).encode(), digest_size=16).digest()
     key = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
     return np.random.Generator(np.random.Philox(key=key))
 

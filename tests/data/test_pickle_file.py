@@ -78,6 +78,11 @@ def error_of(path: Path) -> ValueError:
     return caught.value
 
 
+def reason_of(path: Path) -> str:
+    """The refusal's message after the file's name, which would match too much."""
+    return str(error_of(path)).removeprefix(f"{path}: ")
+
+
 # Benign files
 
 RNG = np.random.default_rng(0)
@@ -128,7 +133,7 @@ BENIGN = {
     "tensor views": [BASE[1:, 2:], BASE.t(), BASE[0, 0], BASE[:, ::2], BASE[4:]],
     "parameter": torch.nn.Parameter(torch.ones(2, 3)),
     "gradient": torch.ones(2, requires_grad=True),
-    "empty tensor": torch.zeros(0, 64, 3),
+    "empty tensors": [torch.zeros(0, 64, 3), torch.zeros(64, 0, 3)],
     "size": torch.zeros(2, 3).shape,
     "documented": {
         "eva_blip3o_embeddings": RNG.standard_normal((5, 4, 8)).astype(np.float16),
@@ -227,6 +232,16 @@ class Reduced:
         return os.mkdir, (self.marker,)
 
 
+class Nested:
+    """Pickles as a tensor's storage does, around any bytes."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return torch.storage._load_from_bytes, (self.data,)
+
+
 class Made:
     """Acts when an instance is made, with or without keywords, or when its state is set."""
 
@@ -309,7 +324,7 @@ HOSTILE = {
     "in an object array, protocol 2": lambda m: pickle.dumps(np.array([Reduced(m)], dtype=object), 2),
     "in a tensor's storage": lambda m: storage_bytes(torch_stream(Reduced(m))),
     "in a tensor's storage, as a zip": lambda m: storage_bytes(torch_zip(Reduced(m))),
-    "in a storage in a storage": lambda m: storage_bytes(storage_bytes(torch_stream(Reduced(m)))),
+    "in a storage in a storage": lambda m: storage_bytes(torch_stream(Nested(torch_stream(Reduced(m))))),
     "in a tensor's storage, plain": lambda m: storage_bytes(pickle.dumps(Reduced(m), 2)),
 }
 
@@ -390,8 +405,8 @@ def test_the_refusal_names_the_global_and_what_is_allowed(tmp_path: Path, asked:
 
 
 def test_a_name_with_line_breaks_stays_on_one_line(tmp_path: Path) -> None:
-    error = error_of(write(tmp_path, program(stack_name("os\nsystem", "x" * 5000 + "\x1b[0m"))))
-    assert "os\\nsystem" in str(error)
+    reason = reason_of(write(tmp_path, program(stack_name("os\nsystem", "x" * 5000 + "\x1b[0m"))))
+    assert "os\\nsystem" in reason
 
 
 @pytest.mark.parametrize("opcode", [b"\x82\xf0", b"\x83\xf0\x00", b"\x84\xf0\x00\x00\x00"])
@@ -454,7 +469,7 @@ def test_a_stand_in_has_nothing_to_write_to(kind: type) -> None:
     ],
 )
 def test_a_bare_name_is_no_result(tmp_path: Path, opcodes: bytes) -> None:
-    assert "is no array or tensor" in str(error_of(write(tmp_path, program(opcodes))))
+    assert "is no array or tensor" in reason_of(write(tmp_path, program(opcodes)))
 
 
 # Arrays and tensors that do not fit
@@ -470,7 +485,11 @@ def dtype(code: str, order: str = "<", parts: bytes = b"NNN", itemsize: int = -1
 
 
 def array(shape: bytes, kind: bytes, data: bytes, version: bytes = b"K\x01") -> bytes:
-    return RECONSTRUCT + b"(" + version + shape + kind + b"\x89" + data + b"tb"
+    return RECONSTRUCT + array_state(shape, kind, data, version)
+
+
+def array_state(shape: bytes, kind: bytes, data: bytes, version: bytes = b"K\x01") -> bytes:
+    return b"(" + version + shape + kind + b"\x89" + data + b"tb"
 
 
 def short_bytes(data: bytes) -> bytes:
@@ -482,6 +501,7 @@ def buffer(*arguments: bytes) -> bytes:
 
 
 TWO_FLOATS = short_bytes(struct.pack("<2f", 1, 2))
+STATE = array_state(b"K\x02\x85", dtype("f4"), TWO_FLOATS)
 
 
 def test_the_hand_made_array_is_sound(tmp_path: Path) -> None:
@@ -502,7 +522,7 @@ def test_the_hand_made_array_is_sound(tmp_path: Path) -> None:
         (array(b"K\x02\x85", dtype("f4"), text("12345678")), "found str"),
         (array(b"K\x02\x85", dtype("f4"), TWO_FLOATS, b"K\x02"), "version 1"),
         (array(b"K\x02\x85", text("f4"), TWO_FLOATS), "expected a NumPy dtype"),
-        (array(b"K\x02\x85", dtype("f4"), TWO_FLOATS) + b"Nb", "one NumPy array state"),
+        (array(b"K\x02\x85", dtype("f4"), TWO_FLOATS) + STATE, "one NumPy array state"),
         (array(b"K\x02\x85", dtype("f4", itemsize=1), TWO_FLOATS), "items of 4 bytes, found 1"),
         (array(b"K\x02\x85", dtype("f4", parts=b"N(t}"), TWO_FLOATS), "without fields"),
         (array(b"K\x02\x85", dtype("f4", order="?"), TWO_FLOATS), "byte order"),
@@ -519,7 +539,7 @@ def test_the_hand_made_array_is_sound(tmp_path: Path) -> None:
         (array(b"K\x01\x85", dtype("O8", "|"), b"]]a"), "found ['list']"),
         (array(b")", dtype("O8", "|"), b"]Na"), "shape ()"),
         (RECONSTRUCT, "is no array"),
-        (call(name(MULTIARRAY, "_reconstruct"), b"NNN"), "empty numpy.ndarray"),
+        (call(name(MULTIARRAY, "_reconstruct"), b"NK\x00\x85C\x01b"), "empty numpy.ndarray"),
         (call(name(MULTIARRAY, "scalar"), dtype("O8", "|"), b"N"), "found an object"),
         (call(name(MULTIARRAY, "scalar"), dtype("f4"), TWO_FLOATS), "expected 4 bytes"),
         (buffer(TWO_FLOATS, dtype("f4"), b"K\x03\x85", text("C")), "expected 12 bytes"),
@@ -532,7 +552,7 @@ def test_the_hand_made_array_is_sound(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_an_array_that_does_not_fit_is_refused(tmp_path: Path, opcodes: bytes, message: str) -> None:
-    assert message in str(error_of(write(tmp_path, program(opcodes))))
+    assert message in reason_of(write(tmp_path, program(opcodes)))
 
 
 def tensor(offset: int, size: tuple[int, ...], stride: tuple[int, ...], tail: bytes = b"") -> bytes:
@@ -574,12 +594,12 @@ def test_the_hand_made_tensor_is_sound(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_tensor_outside_its_storage_is_refused(tmp_path: Path, opcodes: bytes, message: str) -> None:
-    assert message in str(error_of(write(tmp_path, program(opcodes))))
+    assert message in reason_of(write(tmp_path, program(opcodes)))
 
 
 def test_an_expanded_tensor_is_refused_with_the_remedy(tmp_path: Path) -> None:
     data = pickle.dumps(torch.ones(1).expand(1000))
-    assert ".contiguous()" in str(error_of(write(tmp_path, data)))
+    assert ".contiguous()" in reason_of(write(tmp_path, data))
 
 
 def test_a_storage_that_is_never_filled_is_refused(tmp_path: Path) -> None:
@@ -588,7 +608,7 @@ def test_a_storage_that_is_never_filled_is_refused(tmp_path: Path) -> None:
     at = whole.rindex(b"\x80\x02]")  # the list of keys
     data = whole[:at] + b"\x80\x02]."
     assert torch.load(io.BytesIO(data), weights_only=True).shape == (100,)
-    assert "list of storages" in str(error_of(write(tmp_path, data)))
+    assert "list of storages" in reason_of(write(tmp_path, data))
 
 
 @pytest.mark.parametrize(
@@ -606,16 +626,23 @@ def test_a_storage_that_is_never_filled_is_refused(tmp_path: Path) -> None:
 def test_an_altered_storage_is_refused(tmp_path: Path, old: bytes, new: bytes, message: str) -> None:
     stream = torch_stream(torch.arange(6.0)._typed_storage())
     assert stream.count(old) == 1
-    error = error_of(write(tmp_path, storage_bytes(stream.replace(old, new))))
-    assert message in str(error)
+    reason = reason_of(write(tmp_path, storage_bytes(stream.replace(old, new))))
+    assert message in reason
+
+
+def test_bools_in_a_tensor_are_0_and_1(tmp_path: Path) -> None:
+    data = pickle.dumps(torch.tensor([True, True, False]))
+    assert data.count(b"\x01\x01\x00") == 1
+    error = reason_of(write(tmp_path, data.replace(b"\x01\x01\x00", b"\x01\x02\x00")))
+    assert "bools of 0 and 1" in error
 
 
 def test_a_storage_holds_nothing_but_numbers(tmp_path: Path) -> None:
-    inner = storage_bytes(torch_stream(torch.ones(2)._typed_storage()))
-    error = error_of(write(tmp_path, storage_bytes(inner)))
-    assert "asks for torch.storage._load_from_bytes" in str(error)
-    error = error_of(write(tmp_path, storage_bytes(torch_stream([1, 2]))))
-    assert "expected a torch storage, found list" in str(error)
+    inner = torch_stream(Nested(torch_stream(torch.ones(2)._typed_storage())))
+    reason = reason_of(write(tmp_path, storage_bytes(inner)))
+    assert "asks for torch.storage._load_from_bytes" in reason
+    reason = reason_of(write(tmp_path, storage_bytes(torch_stream([1, 2]))))
+    assert "expected a torch storage, found list" in reason
 
 
 def rezip(data: bytes, edit=lambda name, content: content, method=zipfile.ZIP_STORED) -> bytes:
@@ -631,7 +658,7 @@ def test_compressed_zip_records_are_refused(tmp_path: Path) -> None:
     assert_same(load_pickle(write(tmp_path, rezip(stored))), torch.zeros(1 << 20))
     small = rezip(stored, method=zipfile.ZIP_DEFLATED)
     assert len(small) < len(stored) / 100
-    assert "compressed" in str(error_of(write(tmp_path, small)))
+    assert "compressed" in reason_of(write(tmp_path, small))
 
 
 @pytest.mark.parametrize(
@@ -647,7 +674,7 @@ def test_compressed_zip_records_are_refused(tmp_path: Path) -> None:
 )
 def test_an_altered_torch_zip_is_refused(tmp_path: Path, edit, message: str) -> None:
     data = rezip(torch_zip(torch.arange(8.0)), edit)
-    assert message in str(error_of(write(tmp_path, data)))
+    assert message in reason_of(write(tmp_path, data))
 
 
 def storage_id(kind: str, numel: int) -> bytes:
@@ -655,14 +682,21 @@ def storage_id(kind: str, numel: int) -> bytes:
     return b"(" + text("storage") + name("torch", kind) + text("0") + text("cpu") + numbers + b"tQ"
 
 
-@pytest.mark.parametrize("other", [("IntStorage", 8), ("FloatStorage", 7)])
-def test_one_storage_has_one_type_and_length(tmp_path: Path, other: tuple[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (("IntStorage", 8), "expected 8 elements of torch.float32, found 8 of torch.int32"),
+        (("FloatStorage", 7), "expected 8 elements of torch.float32, found 7"),
+        (("float32", 8), "expected a torch storage's type and key"),
+    ],
+)
+def test_one_storage_has_one_type_and_length(tmp_path: Path, other, message: str) -> None:
     ids = storage_id("FloatStorage", 8) + storage_id(*other)
     data = rezip(
         torch_zip(torch.arange(8.0)),
         lambda name, x: program(ids, b"\x86") if name.endswith("data.pkl") else x,
     )
-    assert "expected 8 elements of torch.float32" in str(error_of(write(tmp_path, data)))
+    assert message in reason_of(write(tmp_path, data))
 
 
 @pytest.mark.parametrize("field", [20, 24, 42])  # compressed size, size, position
@@ -670,19 +704,19 @@ def test_a_zip_record_outside_the_file_is_refused(tmp_path: Path, field: int) ->
     data = bytearray(rezip(torch_zip(torch.arange(8.0))))
     at = data.index(b"PK\x01\x02") + field  # the first record of the central directory
     data[at : at + 4] = struct.pack("<I", 0x7FFFFFFF)
-    assert "inside the file" in str(error_of(write(tmp_path, bytes(data))))
+    assert "inside the file" in reason_of(write(tmp_path, bytes(data)))
 
 
 def test_a_flipped_bit_in_a_torch_zip_is_found(tmp_path: Path) -> None:
     data = torch_zip(torch.full((8,), 3.0))
     at = data.index(struct.pack("<f", 3.0) * 8)
     data = data[:at] + b"\x01" + data[at + 1 :]
-    assert "CRC" in str(error_of(write(tmp_path, data)))
+    assert "CRC" in reason_of(write(tmp_path, data))
 
 
 def test_another_zip_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", a=np.zeros(3))
-    assert "torch.save" in str(error_of(tmp_path / "a.npz"))
+    assert "torch.save" in reason_of(tmp_path / "a.npz")
 
 
 # Broken files
@@ -739,9 +773,43 @@ def test_a_broken_file_is_refused_in_one_line(tmp_path: Path, data: bytes, messa
 def test_a_missing_file_and_a_directory(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.pkl: no such file"):
         load_pickle(tmp_path / "none.pkl")
-    assert "found a directory" in str(error_of(tmp_path))
+    assert "found a directory" in reason_of(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    assert "found something else" in str(error_of(tmp_path / "pipe"))
+    assert "found something else" in reason_of(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        AttributeError, BufferError, EOFError, IndexError, KeyError, MemoryError, NotImplementedError,
+        OverflowError, RecursionError, RuntimeError, TypeError, UnicodeError, ZeroDivisionError,
+        pickle.UnpicklingError, struct.error, zipfile.BadZipFile,
+    ],
+)  # fmt: skip
+def test_reading_raises_no_other_error(tmp_path: Path, monkeypatch, kind: type) -> None:
+    def fail(*_: object) -> None:
+        raise kind
+
+    path = write(tmp_path, WHOLE)
+    monkeypatch.setattr(pickle_file, "_load", fail)
+    assert reason_of(path) == f"not a readable pickle: {kind.__name__}"
+
+
+def test_a_failing_disk_is_not_called_a_bad_pickle(tmp_path: Path, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(5, "input/output error")
+
+    path = write(tmp_path, WHOLE)
+    monkeypatch.setattr(pickle_file, "_load", fail)
+    with pytest.raises(OSError, match="input/output"):
+        load_pickle(path)
+
+
+def test_bytes_under_an_array_cannot_be_resized(tmp_path: Path) -> None:
+    held = b"\x96" + struct.pack("<Q", 8) + b"12345678\x940"
+    view = buffer(b"h\x00", dtype("f4"), b"K\x02\x85", text("C"))
+    data = b"\x80\x05" + held + b"(" + view + b"h\x00(K\x01et."
+    assert "Existing exports" in reason_of(write(tmp_path, data))
 
 
 @pytest.mark.parametrize(
@@ -764,8 +832,8 @@ def test_repeating_one_object_does_not_multiply_memory(tmp_path: Path, repeat: b
     ]
     head = b"".join(item + b"\x940" for item in remembered)
     assert load_pickle(write(tmp_path, program(head, repeat, b"0N"), "once.pkl")) is None
-    error = error_of(write(tmp_path, program(head, b"](", repeat * 60, b"e")))
-    assert "more bytes of content" in str(error)
+    reason = reason_of(write(tmp_path, program(head, b"](", repeat * 60, b"e")))
+    assert "more bytes of content" in reason
 
 
 @pytest.mark.parametrize("protocol", [4, 5])
@@ -828,13 +896,13 @@ def edited(data: bytes, edits: list[tuple[str, int, int, bytes]]) -> bytes:
     return data
 
 
-@settings(max_examples=800, derandomize=True, deadline=None, database=None)
+@settings(max_examples=500, derandomize=True, deadline=None, database=None)
 @given(seed=st.sampled_from(SEEDS), edits=st.lists(EDIT, min_size=1, max_size=4))
 def test_a_mutated_file_loads_or_is_refused(tmp_path_factory, seed: bytes, edits: list) -> None:
     load_or_refuse(tmp_path_factory.getbasetemp() / "mutated", edited(seed, edits))
 
 
-@settings(max_examples=300, derandomize=True, deadline=None, database=None)
+@settings(max_examples=200, derandomize=True, deadline=None, database=None)
 @given(data=st.binary(max_size=64))
 def test_noise_loads_or_is_refused(tmp_path_factory, data: bytes) -> None:
     load_or_refuse(tmp_path_factory.getbasetemp() / "noise", b"\x80\x04" + data)

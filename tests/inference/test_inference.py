@@ -14,7 +14,8 @@ from blip3o_dit.config import BLIP3oDiTConfig, TrainingConfig
 from blip3o_dit.data.pickle_file import load_pickle
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.inference.pipeline import BLIP3oInference, pick_device
-from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.blip3o_dit import GENERATION_STREAM, BLIP3oDiTModel
+from blip3o_dit.randomness import named_normal
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from tests.conftest import randomize, tiny_config
 from tests.stores import write_linear_store
@@ -106,13 +107,21 @@ def test_results_are_in_the_units_of_the_data() -> None:
     torch.testing.assert_close(generated, expected, atol=0.1, rtol=0)
 
 
+def test_sampling_starts_from_the_named_noise_at_the_scale_of_training() -> None:
+    """An untrained network predicts no velocity: what comes out is where sampling started."""
+    model = BLIP3oDiTModel(tiny_config(flow_matching={"sigma_max": 1.7}))
+    generated = model.generate(torch.randn(2, 9, 12), num_inference_steps=3, seed=4, sample_index=[8, 2])
+    noise = named_normal([8, 2], (9, 8), seed=4, stream=GENERATION_STREAM)
+    torch.testing.assert_close(generated, 1.7 * noise)
+
+
 def test_conditions_are_normalised_as_in_training() -> None:
     model = BLIP3oDiTModel(tiny_config(normalize_embeddings=True))
     randomize(model)
     eva = torch.randn(2, 9, 12)
     a = model.generate(eva, num_inference_steps=2)
     b = model.generate(17.0 * eva, num_inference_steps=2)
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
 def test_averaged_weights_are_used_when_there_are_any(tiny_model: BLIP3oDiTModel, folder: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
+from blip3o_dit.config import SPLIT_RULES, check_name
 from blip3o_dit.data.source import open_embeddings
 from blip3o_dit.data.statistics import streamed_statistics
 from blip3o_dit.data.store import EmbeddingSource
@@ -38,6 +39,9 @@ def split_samples(
     Raises:
         ValueError: when one side would be empty, with both counts.
     """
+    check_name("split_by", split_by, SPLIT_RULES)
+    if not 0.0 <= eval_split <= 1.0:
+        raise ValueError(f"eval_split: expected a share in [0, 1], found {eval_split}")
     if split_by == "permutation":
         split = split_permutation(source.num_samples, eval_split=eval_split, seed=seed)
     else:
@@ -123,6 +127,7 @@ def test_blip3o_dataset(path: str | Path) -> dict[str, Any]:
     """
     source = open_embeddings(path)
     everything = np.arange(source.num_samples)
+    source.records()  # checks the tables; the statistics check the shards
     condition, target = streamed_statistics(source, everything, normalize=False)
     facts: dict[str, Any] = {
         "path": str(source.path),

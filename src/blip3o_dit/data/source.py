@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from blip3o_dit.data.store import (
     Record,
     StoreWriter,
     batches,
+    check_indices,
     check_pair,
 )
 
@@ -64,6 +66,7 @@ class PickledEmbeddings:
 
     def fetch(self, indices: Indices) -> tuple[Tensor, Tensor]:
         """See `EmbeddingSource.fetch`."""
+        check_indices(self.path, indices, self.num_samples)
         rows = torch.as_tensor(np.asarray(indices, dtype=np.int64))
         return self._eva[rows].float(), self._clip[rows].float()
 
@@ -105,8 +108,7 @@ def _tensor(path: Path, content: dict[Any, Any], key: str) -> Tensor:
         raise ValueError(f"{path}: expected the key {key!r}, found {sorted(map(str, content))}")
     value = content[key]
     if isinstance(value, np.ndarray) and value.dtype.kind == "f":
-        native = value.astype(value.dtype.newbyteorder("="), copy=False)
-        value = torch.from_numpy(native if native.flags.writeable else native.copy())
+        value = _shared(value.astype(value.dtype.newbyteorder("="), copy=False))
     if not isinstance(value, Tensor) or not value.is_floating_point():
         kind = getattr(value, "dtype", type(value).__name__)
         raise ValueError(f"{path}: {key}: expected an array of floats, found {kind}")
@@ -115,6 +117,13 @@ def _tensor(path: Path, content: dict[Any, Any], key: str) -> Tensor:
             f"{path}: {key}: expected rank 3 [samples, tokens, width], found shape {list(value.shape)}"
         )
     return value
+
+
+def _shared(array: np.ndarray) -> Tensor:
+    """The array as a tensor on the same memory, even where that is read-only: nothing here writes to it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
 
 
 def _records(path: Path, content: dict[Any, Any], count: int) -> list[Record]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from blip3o_dit.data.store import EmbeddingSource, batches
 
 # A channel that never varies must come back as its constant: its generated deviation from the mean is
-# scaled by this share of the median deviation.
+# scaled by this share of the median deviation of those that vary.
 FLOOR = 1e-5
 
 
@@ -48,7 +48,8 @@ class ChannelAccumulator:
     def result(self) -> ChannelStatistics:
         variance = self.squares / self.count
         std = variance.sqrt()
-        floor = FLOOR * float(std.median()) or 1.0
+        varying = std[std > 0]
+        floor = FLOOR * float(varying.median()) if len(varying) else 1.0
         rms_norm = float((variance + self.mean.square()).sum().sqrt())
         return ChannelStatistics(self.mean.float(), std.clamp(min=floor).float(), rms_norm)
 

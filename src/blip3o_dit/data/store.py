@@ -84,12 +84,8 @@ class EmbeddingStore:
 
     def fetch(self, indices: Indices) -> tuple[Tensor, Tensor]:
         """See `EmbeddingSource.fetch`. Raises ValueError for a damaged shard, IndexError out of range."""
+        check_indices(self.path, indices, self.num_samples)
         wanted = np.asarray(indices, dtype=np.int64)
-        if len(wanted) and not (wanted.min() >= 0 and wanted.max() < self.num_samples):
-            raise IndexError(
-                f"{self.path}: expected indices in 0..{self.num_samples - 1}, "
-                f"found {wanted.min()}..{wanted.max()}"
-            )
         eva = torch.empty(len(wanted), self.num_tokens, self.condition_dim)
         clip = torch.empty(len(wanted), self.num_tokens, self.target_dim)
         shards = np.searchsorted(self._starts, wanted, side="right") - 1
@@ -116,6 +112,8 @@ class EmbeddingStore:
 
     def verify(self) -> None:
         """Check every shard's and table's checksum. Raises ValueError naming the first damaged file."""
+        self._verified.clear()
+        self._maps.clear()
         for shard, entry in enumerate(self.manifest["shards"]):
             self._map(shard)
             self._table(entry)
@@ -146,7 +144,7 @@ class EmbeddingStore:
     def _table(self, shard: Mapping[str, Any]) -> list[Record]:
         file = self.path / shard["table"]
         _check_digest(file, shard["table_sha256"])
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         if len(lines) != shard["num_samples"]:
             raise ValueError(f"{file}: expected {shard['num_samples']} records, found {len(lines)}")
         return [json.loads(line) for line in lines]
@@ -188,6 +186,10 @@ class StoreWriter:
             raise ValueError(f"dtype: expected one of {tuple(DTYPES)}, found {dtype!r}")
         self.path = Path(path)
         check_square(self.path, num_tokens)
+        sizes = {"condition_dim": condition_dim, "target_dim": target_dim, "shard_size": shard_size}
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise ValueError(f"{name}: expected at least 1, found {size}")
         if (self.path / MANIFEST).exists() and not overwrite:
             raise ValueError(f"{self.path}: expected no store there, found one (overwrite it?)")
         self.path.mkdir(parents=True, exist_ok=True)
@@ -205,21 +207,22 @@ class StoreWriter:
         }
         self._shards: list[dict[str, Any]] = []
         self._pending: list[tuple[Tensor, Tensor]] = []
-        self._pending_records: list[Record] = []
+        self._pending_lines: list[str] = []
         self._written = 0
 
     def append(self, eva: Tensor, clip: Tensor, records: Sequence[Record]) -> None:
         """Add n samples: eva [n, L, C_eva], clip [n, N, C_clip], n records with a "key" each."""
         check_pair(self.path, eva, clip, records, expected=self._sizes, offset=self._total())
+        lines = [_json_line(self.path, self._total() + row, record) for row, record in enumerate(records)]
         self._pending.append((self._to_disk(eva, "eva"), self._to_disk(clip, "clip")))
-        self._pending_records.extend(records)
-        while len(self._pending_records) >= self.shard_size:
+        self._pending_lines.extend(lines)
+        while len(self._pending_lines) >= self.shard_size:
             self._write_shard(self.shard_size)
 
     def close(self) -> EmbeddingStore:
         """Write what is pending and the manifest; returns the store, opened."""
-        if self._pending_records:
-            self._write_shard(len(self._pending_records))
+        if self._pending_lines:
+            self._write_shard(len(self._pending_lines))
         if not self._shards:
             raise ValueError(f"{self.path}: expected at least one sample, found none")
         num_tokens, condition_dim, target_dim = self._sizes
@@ -250,10 +253,10 @@ class StoreWriter:
             self.close()
 
     def _total(self) -> int:
-        return self._written + len(self._pending_records)
+        return self._written + len(self._pending_lines)
 
     def _to_disk(self, tokens: Tensor, name: str) -> Tensor:
-        stored = tokens.detach().cpu().to(DTYPES[self._dtype])
+        stored = tokens.detach().cpu().to(DTYPES[self._dtype], copy=True)  # the caller may reuse its buffer
         if not torch.isfinite(stored).all():
             raise ValueError(
                 f"{self.path}: {name}: largest value {tokens.abs().max():.3g} does not fit "
@@ -267,8 +270,7 @@ class StoreWriter:
         name = f"shard-{len(self._shards):05d}"
         file, table = self.path / f"{name}.safetensors", self.path / f"{name}.jsonl"
         save_file({"eva": eva[:count].contiguous(), "clip": clip[:count].contiguous()}, file)
-        lines = [json.dumps(record, ensure_ascii=False) for record in self._pending_records[:count]]
-        table.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        table.write_text("\n".join(self._pending_lines[:count]) + "\n", encoding="utf-8")
         self._shards.append(
             {
                 "file": file.name,
@@ -281,7 +283,7 @@ class StoreWriter:
         )
         self._written += count
         self._pending = [(eva[count:], clip[count:])] if len(eva) > count else []
-        self._pending_records = self._pending_records[count:]
+        self._pending_lines = self._pending_lines[count:]
 
 
 def check_pair(
@@ -300,7 +302,7 @@ def check_pair(
         offset: index of the first of these samples, for the message.
     """
     for name, tokens in (("eva", eva), ("clip", clip)):
-        if tokens.ndim != 3:
+        if tokens.ndim != 3 or tokens.shape[2] < 1:
             raise ValueError(
                 f"{where}: {name}: expected rank 3 [samples, tokens, width], found shape {list(tokens.shape)}"
             )
@@ -337,6 +339,22 @@ def check_square(where: Path, num_tokens: int) -> None:
         raise ValueError(f"{where}: expected a square number of tokens (an n x n grid), found {num_tokens}")
 
 
+def check_indices(where: Path, indices: Indices, num_samples: int) -> None:
+    """Raises IndexError unless all indices are in 0..num_samples-1."""
+    wanted = np.asarray(indices, dtype=np.int64)
+    if len(wanted) and not (wanted.min() >= 0 and wanted.max() < num_samples):
+        raise IndexError(
+            f"{where}: expected indices in 0..{num_samples - 1}, found {wanted.min()}..{wanted.max()}"
+        )
+
+
+def _json_line(where: Path, index: int, record: Record) -> str:
+    try:
+        return json.dumps(record)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: sample {index}: expected a record that JSON can hold: {error}") from error
+
+
 def batches(indices: AnyIndices, batch_size: int) -> Iterator[AnyIndices]:
     """Consecutive pieces of `indices`, the last one perhaps shorter."""
     for start in range(0, len(indices), batch_size):
@@ -364,7 +382,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         )
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not readable JSON: {error}") from error
     _check_manifest(file, manifest)
     for shard in manifest["shards"]:
@@ -405,7 +423,8 @@ _SHARD_FIELDS = {
 def _check_fields(file: Path, values: Any, kinds: Mapping[str, type]) -> None:
     for name, kind in kinds.items():
         value = values.get(name) if isinstance(values, dict) else None
-        if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 1):
+        in_range = not isinstance(value, int) or 1 <= value < 2**48
+        if not isinstance(value, kind) or isinstance(value, bool) or not in_range:
             raise ValueError(
                 f"{file}: {name}: expected {'a positive ' if kind is int else 'a '}"
                 f"{kind.__name__}, found {value!r}"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from blip3o_dit.data.store import EmbeddingSource, batches
@@ -34,8 +35,8 @@ class PositionMean:
 class TokenRidge:
     """Ridge regression from each condition token to the target token at its position.
 
-    One map for all positions: x = W^T [c, 1], minimising |x - W^T c|^2 + penalty |W|^2 over standardised
-    conditions (Hoerl and Kennard, 1970), by normal equations summed in float64.
+    One map for all positions: x = W^T c + bias, minimising |x - W^T c - bias|^2 + penalty |W|^2 over
+    standardised conditions (Hoerl and Kennard, 1970), by normal equations summed in float64.
     """
 
     weight: Tensor
@@ -54,16 +55,19 @@ class TokenRidge:
         width = source.condition_dim + 1
         gram = torch.zeros(width, width, dtype=torch.float64)
         cross = torch.zeros(width, source.target_dim, dtype=torch.float64)
+        # Moments about some token instead of zero: a large mean would drown the variance in rounding.
+        origin = source.fetch(indices[:1])[0][0, 0].double()
         for piece in batches(indices, batch_size):
             eva, clip = source.fetch(piece)
-            rows = torch.nn.functional.pad(eva.flatten(0, 1).double(), (0, 1), value=1.0)
+            rows = F.pad(eva.flatten(0, 1).double() - origin, (0, 1), value=1.0)
             gram += rows.T @ rows
             cross += rows.T @ clip.flatten(0, 1).double()
-        return cls(*_solve(gram, cross, penalty))
+        weight, bias = _solve(gram, cross, penalty)
+        return cls(weight.float(), (bias - origin @ weight).float())
 
     def predict(self, eva: Tensor) -> Tensor:
         """[n, N, C_eva] -> [n, N, C]."""
-        return eva.float() @ self.weight + self.bias
+        return (eva.double() @ self.weight.double() + self.bias.double()).float()
 
 
 def _solve(gram: Tensor, cross: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
@@ -74,4 +78,4 @@ def _solve(gram: Tensor, cross: Tensor, penalty: float) -> tuple[Tensor, Tensor]
     cross_covariance = cross[:-1] / count - torch.outer(mean_c, mean_x)
     variance = covariance.diagonal().clamp(min=1e-12)
     weight = torch.linalg.solve(covariance + penalty * torch.diag(variance), cross_covariance)
-    return weight.float(), (mean_x - mean_c @ weight).float()
+    return weight, mean_x - mean_c @ weight

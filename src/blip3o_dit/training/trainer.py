@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from blip3o_dit.config import TRAINING_CONFIG_FILE, TrainingConfig
@@ -188,6 +190,8 @@ class BLIP3oTrainer(Trainer):
             if self.ema is not None:
                 self.ema.save(self.dit, folder)
             write_atomically(f"{folder}/{TRAINING_CONFIG_FILE}", self.config.to_json())
+            # A pickle that nothing reads; training_config.json says the same in plain text.
+            Path(folder, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -1,0 +1,330 @@
+"""Splits, passes and batches: every sample where it belongs, whatever the workers or the order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from blip3o_dit.data import dataset
+from blip3o_dit.data.dataset import EmbeddingDataset, ShuffledPasses, Split, split_samples, whole_batch
+from blip3o_dit.data.store import EmbeddingStore, StoreWriter
+
+SIZES = dict(num_tokens=4, condition_dim=6, target_dim=3)
+
+
+def write(path: Path, keys: list[str], *, seed: int = 0) -> EmbeddingStore:
+    generator = torch.Generator().manual_seed(seed)
+    eva = torch.randn(len(keys), 4, 6, generator=generator)
+    clip = torch.randn(len(keys), 4, 3, generator=generator)
+    with StoreWriter(path, **SIZES, dtype="float32", shard_size=7) as writer:
+        writer.append(eva, clip, [{"key": key} for key in keys])
+    return EmbeddingStore(path)
+
+
+def names(count: int) -> list[str]:
+    return [f"picture {row}" for row in range(count)]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> EmbeddingStore:
+    return write(tmp_path / "store", names(23))
+
+
+# Splits
+
+BOTH_RULES = pytest.mark.parametrize("rule", ["permutation", "key_hash"])
+
+
+def same(a: Split, b: Split) -> bool:
+    return np.array_equal(a.train, b.train) and np.array_equal(a.eval, b.eval)
+
+
+@BOTH_RULES
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.7])
+def test_a_split_is_disjoint_complete_sorted_and_repeatable(tmp_path: Path, rule: str, share: float) -> None:
+    source = write(tmp_path / "s", names(120))
+    split = split_samples(source, eval_split=share, seed=1, split_by=rule)
+    both = np.concatenate([split.train, split.eval])
+    assert np.array_equal(np.sort(both), np.arange(120))
+    assert all(np.array_equal(side, np.sort(side)) for side in (split.train, split.eval))
+    assert split.train.dtype == split.eval.dtype == np.int64
+    assert same(split, split_samples(source, eval_split=share, seed=1, split_by=rule))
+
+
+@BOTH_RULES
+def test_another_seed_gives_another_split(tmp_path: Path, rule: str) -> None:
+    source = write(tmp_path / "s", names(120))
+    a, b = (split_samples(source, eval_split=0.3, seed=seed, split_by=rule) for seed in (0, 1))
+    assert len(np.intersect1d(a.eval, b.eval)) < 0.6 * len(a.eval)
+
+
+@BOTH_RULES
+def test_a_split_does_not_depend_on_the_state_of_the_process(tmp_path: Path, rule: str) -> None:
+    source = write(tmp_path / "s", names(60))
+    first = split_samples(source, eval_split=0.3, seed=0, split_by=rule)
+    torch.manual_seed(99)
+    np.random.seed(99)  # noqa: NPY002
+    assert same(first, split_samples(source, eval_split=0.3, seed=0, split_by=rule))
+
+
+@BOTH_RULES
+def test_a_split_of_nothing_trains_on_everything(store: EmbeddingStore, rule: str) -> None:
+    split = split_samples(store, eval_split=0.0, seed=0, split_by=rule)
+    assert np.array_equal(split.train, np.arange(23))
+    assert split.eval.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "held_out"), [(23, 0.1, 2), (23, 0.01, 1), (10, 0.26, 3), (2, 0.7, 1)]
+)
+def test_the_permutation_holds_out_the_rounded_share_but_at_least_one(
+    tmp_path: Path, count: int, share: float, held_out: int
+) -> None:
+    source = write(tmp_path / "s", names(count))
+    split = split_samples(source, eval_split=share, seed=0)
+    assert (len(split.train), len(split.eval)) == (count - held_out, held_out)
+
+
+def test_the_permutation_is_no_block_of_the_data(tmp_path: Path) -> None:
+    split = split_samples(write(tmp_path / "s", names(200)), eval_split=0.2, seed=0)
+    counts = np.histogram(split.eval, bins=4, range=(0, 200))[0]
+    assert counts.min() >= 4
+    assert np.diff(split.eval).max() > 1
+
+
+def test_the_hash_holds_out_about_its_share(tmp_path: Path) -> None:
+    source = write(tmp_path / "s", names(1000))
+    for share in (0.1, 0.5):
+        split = split_samples(source, eval_split=share, seed=0, split_by="key_hash")
+        assert abs(len(split.eval) - 1000 * share) < 4 * (1000 * share * (1 - share)) ** 0.5
+
+
+def test_the_hash_keeps_each_key_on_its_side_when_data_is_appended_and_reordered(tmp_path: Path) -> None:
+    few = names(80)
+    more = [*names(150), "ключ 🦊"]
+    shuffled = [more[row] for row in np.random.default_rng(0).permutation(len(more))]
+    sides = []
+    for number, keys in enumerate((few, more, shuffled)):
+        source = write(tmp_path / str(number), keys, seed=number)
+        split = split_samples(source, eval_split=0.3, seed=5, split_by="key_hash")
+        sides.append({keys[row] for row in split.eval})
+    assert sides[0] == sides[1] & set(few)
+    assert sides[1] == sides[2]
+
+
+def test_the_hash_does_not_follow_the_position(tmp_path: Path) -> None:
+    a = split_samples(write(tmp_path / "a", names(80)), eval_split=0.3, seed=0, split_by="key_hash")
+    b = split_samples(write(tmp_path / "b", names(80)[::-1]), eval_split=0.3, seed=0, split_by="key_hash")
+    assert np.array_equal(np.sort(79 - a.eval), b.eval)
+    assert not np.array_equal(a.eval, b.eval)
+
+
+def test_a_larger_share_keeps_what_the_smaller_one_held_out(tmp_path: Path) -> None:
+    source = write(tmp_path / "s", names(100))
+    for rule in ("permutation", "key_hash"):
+        small, large = (
+            split_samples(source, eval_split=share, seed=0, split_by=rule).eval for share in (0.1, 0.3)
+        )
+        assert set(small) < set(large)
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "rule", "sides"),
+    [
+        (1, 0.1, "permutation", "0 for training and 1 for evaluation"),
+        (3, 1.0, "permutation", "0 for training and 3 for evaluation"),
+        (3, 0.9, "permutation", "0 for training and 3 for evaluation"),
+        (3, 1.0, "key_hash", "0 for training and 3 for evaluation"),
+        (3, 1e-9, "key_hash", "3 for training and 0 for evaluation"),
+    ],
+)
+def test_an_empty_side_is_refused_with_both_counts(
+    tmp_path: Path, count: int, share: float, rule: str, sides: str
+) -> None:
+    source = write(tmp_path / "s", names(count))
+    with pytest.raises(ValueError, match=rf"eval_split={share} of {count} samples leaves {sides}") as caught:
+        split_samples(source, eval_split=share, seed=0, split_by=rule)
+    assert str(caught.value).startswith(str(tmp_path / "s"))
+
+
+def test_a_split_is_the_same_in_every_version(tmp_path: Path) -> None:
+    """Pinned: another order would move samples that a trained model has seen into its evaluation."""
+    source = write(tmp_path / "s", names(20))
+    assert split_samples(source, eval_split=0.2, seed=42).eval.tolist() == [1, 13, 14, 18]
+    assert split_samples(source, eval_split=0.2, seed=42, split_by="key_hash").eval.tolist() == [1, 2, 4, 10]
+
+
+def test_an_unknown_rule_is_refused_with_the_known_ones(store: EmbeddingStore) -> None:
+    with pytest.raises(ValueError, match=r"permutation.*key_hash.*random"):
+        split_samples(store, eval_split=0.3, seed=0, split_by="random")
+
+
+@pytest.mark.parametrize("share", [-0.1, float("nan")])
+def test_a_share_that_is_none_is_refused(store: EmbeddingStore, share: float) -> None:
+    with pytest.raises(ValueError, match="eval_split"):
+        split_samples(store, eval_split=share, seed=0)
+
+
+def test_a_numpy_integer_is_the_same_seed(store: EmbeddingStore) -> None:
+    plain = split_samples(store, eval_split=0.3, seed=3)
+    assert same(plain, split_samples(store, eval_split=0.3, seed=np.int64(3)))  # type: ignore[arg-type]
+
+
+# Passes
+
+
+def order_of(passes: ShuffledPasses, pass_index: int) -> list[tuple[int, int]]:
+    passes.set_epoch(pass_index)
+    return list(passes)
+
+
+def test_a_pass_holds_each_position_once_under_its_index() -> None:
+    order = order_of(ShuffledPasses(40, seed=0), 3)
+    assert sorted(position for _, position in order) == list(range(40))
+    assert {index for index, _ in order} == {3}
+    assert all(type(number) is int for item in order for number in item)
+    assert len(ShuffledPasses(40, seed=0)) == 40
+
+
+def test_the_order_is_a_function_of_seed_and_pass() -> None:
+    positions = {
+        (seed, index): [position for _, position in order_of(ShuffledPasses(40, seed=seed), index)]
+        for seed in (0, 1)
+        for index in (0, 1, 2)
+    }
+    assert len({tuple(order) for order in positions.values()}) == 6
+    assert list(range(40)) not in positions.values()
+    resumed = ShuffledPasses(40, seed=1)
+    torch.manual_seed(7)
+    assert [position for _, position in order_of(resumed, 2)] == positions[1, 2]
+
+
+def test_the_first_pass_needs_no_set_epoch() -> None:
+    assert list(ShuffledPasses(9, seed=0)) == order_of(ShuffledPasses(9, seed=0), 0)
+
+
+# Batches
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
+    return write(tmp_path_factory.mktemp("big"), names(50))
+
+
+INDICES = np.array([1, 3, 4, 9, 10, 11, 17, 20, 29, 33, 35, 41, 49])
+
+
+def passes(
+    store: EmbeddingStore, *, workers: int, batch_size: int, seed: int = 0
+) -> list[list[dict[str, Any]]]:
+    sampler = ShuffledPasses(len(INDICES), seed=seed)
+    loader: DataLoader = DataLoader(
+        EmbeddingDataset(store, INDICES),
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=whole_batch,
+        persistent_workers=workers > 0,
+    )
+    found = []
+    for index in (0, 1):
+        sampler.set_epoch(index)
+        found.append(list(loader))
+    return found
+
+
+def flat(batches: list[dict[str, Any]]) -> list[int]:
+    return [index for batch in batches for index in batch["index"]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_pass_brings_each_sample_once_in_another_order(big: EmbeddingStore, workers: int) -> None:
+    first, second = passes(big, workers=workers, batch_size=5)
+    assert [len(batch["index"]) for batch in first] == [5, 5, 3]
+    assert sorted(flat(first)) == sorted(flat(second)) == INDICES.tolist()
+    assert flat(first) != flat(second)
+    assert {batch["pass_index"] for batch in first} == {0}
+    assert {batch["pass_index"] for batch in second} == {1}
+    for batch in (*first, *second):
+        eva, clip = big.fetch(batch["index"])
+        assert torch.equal(batch["eva"], eva)
+        assert torch.equal(batch["clip"], clip)
+        assert all(type(index) is int for index in batch["index"])
+
+
+def test_the_order_does_not_depend_on_workers_or_batch_size(big: EmbeddingStore) -> None:
+    reference = [flat(batches) for batches in passes(big, workers=0, batch_size=5)]
+    assert [flat(batches) for batches in passes(big, workers=2, batch_size=4)] == reference
+    assert [flat(batches) for batches in passes(big, workers=0, batch_size=13)] == reference
+    assert [flat(batches) for batches in passes(big, workers=0, batch_size=5, seed=1)] != reference
+
+
+def test_plain_positions_are_pass_zero_in_the_order_of_the_split(big: EmbeddingStore) -> None:
+    loader: DataLoader = DataLoader(EmbeddingDataset(big, INDICES), batch_size=4, collate_fn=whole_batch)
+    batches = list(loader)
+    assert flat(batches) == INDICES.tolist()
+    assert {batch["pass_index"] for batch in batches} == {0}
+    assert torch.equal(torch.cat([batch["clip"] for batch in batches]), big.fetch(INDICES)[1])
+
+
+def test_one_item_is_a_batch_of_one(big: EmbeddingStore) -> None:
+    data = EmbeddingDataset(big, INDICES)
+    assert len(data) == len(INDICES)
+    batch = data[(6, 2)]
+    assert (batch["index"], batch["pass_index"]) == ([4], 6)
+    assert torch.equal(batch["eva"], big.fetch([4])[0])
+
+
+# The documented check
+
+
+def test_the_check_says_and_returns_what_is_in_the_data(
+    store: EmbeddingStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = dataset.test_blip3o_dataset(store.path)
+    eva, clip = (tokens.double().numpy() for tokens in store.fetch(range(23)))
+    deviation = clip.reshape(-1, 3).std(axis=0)
+    expected = {
+        "path": str(store.path),
+        "samples": 23,
+        "tokens": 4,
+        "condition width (eva)": 6,
+        "target width (clip)": 3,
+        "eva root mean square norm": round(float((eva**2).sum(-1).mean() ** 0.5), 4),
+        "clip root mean square norm": round(float((clip**2).sum(-1).mean() ** 0.5), 4),
+        "clip channel deviation": f"{deviation.min():.4g} to {deviation.max():.4g}",
+    }
+    assert facts == expected
+    assert capsys.readouterr().out.splitlines() == [f"{name}: {value}" for name, value in expected.items()]
+
+
+def test_the_documented_import_path_is_the_same_check() -> None:
+    from src.modules.datasets import blip3o_dataset
+
+    assert blip3o_dataset.test_blip3o_dataset is dataset.test_blip3o_dataset
+
+
+@pytest.mark.parametrize("name", ["shard-00003.safetensors", "shard-00003.jsonl"])
+def test_the_check_refuses_a_store_with_one_altered_byte(
+    store: EmbeddingStore, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = store.path / name
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: its SHA-256 is not the manifest's"):
+        dataset.test_blip3o_dataset(store.path)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_check_refuses_a_file_that_is_no_data_set(tmp_path: Path) -> None:
+    (tmp_path / "e.pkl").write_bytes(b"hello")
+    with pytest.raises(ValueError, match=r"e\.pkl: not a readable pickle"):
+        dataset.test_blip3o_dataset(tmp_path / "e.pkl")
+    with pytest.raises(FileNotFoundError, match=r"none\.pkl"):
+        dataset.test_blip3o_dataset(tmp_path / "none.pkl")

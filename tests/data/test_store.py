@@ -1,0 +1,581 @@
+"""The embedding store: what is written comes back, and what is damaged or unusable is refused."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from blip3o_dit.data.dataset import EmbeddingDataset, whole_batch
+from blip3o_dit.data.store import DTYPES, MANIFEST, EmbeddingStore, StoreWriter, batches, write_atomically
+
+SIZES = dict(num_tokens=4, condition_dim=6, target_dim=3)
+
+
+def samples(count: int, seed: int = 0) -> tuple[Tensor, Tensor, list[dict[str, Any]]]:
+    """Values that every dtype on disk holds exactly: small integers over 8."""
+    generator = torch.Generator().manual_seed(seed)
+    eva = torch.randint(-99, 99, (count, 4, 6), generator=generator) / 8
+    clip = torch.randint(-99, 99, (count, 4, 3), generator=generator) / 8
+    return eva, clip, [{"key": f"k{row}", "caption": f"picture {row}"} for row in range(count)]
+
+
+def write(path: Path, count: int = 7, *, seed: int = 0, **options: Any) -> EmbeddingStore:
+    writer = StoreWriter(path, **(SIZES | dict(dtype="float32", shard_size=3) | options))
+    writer.append(*samples(count, seed))
+    return writer.close()
+
+
+def refused(call: Callable[[], object]) -> str:
+    """The message of the ValueError that `call` raises."""
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def edit_manifest(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    manifest = json.loads((path / MANIFEST).read_text())
+    edit(manifest)
+    (path / MANIFEST).write_text(json.dumps(manifest))
+
+
+def flip_last_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+# Round trip
+
+
+@pytest.mark.parametrize("shard_size", [1, 3, 7, 50, None])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_written_comes_back(tmp_path: Path, dtype: str, shard_size: int | None) -> None:
+    eva, clip, records = samples(7)
+    store = write(tmp_path / "s", dtype=dtype, shard_size=shard_size)
+    got = store.fetch(range(7))
+    assert [tokens.dtype for tokens in got] == [torch.float32, torch.float32]
+    assert torch.equal(got[0], eva)
+    assert torch.equal(got[1], clip)
+    assert store.records() == records
+    assert len(store) == store.num_samples == 7
+    assert (store.num_tokens, store.condition_dim, store.target_dim) == (4, 6, 3)
+    assert len(store.manifest["shards"]) == -(-7 // (shard_size or 7))
+
+
+@pytest.mark.parametrize(("dtype", "kind"), DTYPES.items())
+def test_shards_hold_the_values_rounded_to_the_dtype(tmp_path: Path, dtype: str, kind: torch.dtype) -> None:
+    eva, clip = torch.randn(2, 4, 6), torch.randn(2, 4, 3)
+    with StoreWriter(tmp_path / "s", **SIZES, dtype=dtype) as writer:
+        writer.append(eva, clip, [{"key": "a"}, {"key": "b"}])
+    on_disk = load_file(tmp_path / "s" / "shard-00000.safetensors")
+    assert torch.equal(on_disk["eva"], eva.to(kind))
+    assert torch.equal(EmbeddingStore(tmp_path / "s").fetch([0, 1])[1], clip.to(kind).float())
+
+
+@pytest.mark.parametrize("indices", [[6, 0, 3, 3, 1, 6], [2, 3], [5], range(6, -1, -1), np.array([4, 0, 4])])
+def test_order_and_duplicates_are_kept_across_shards(tmp_path: Path, indices: Any) -> None:
+    eva, clip, records = samples(7)
+    store = write(tmp_path / "s")
+    got = store.fetch(indices)
+    assert torch.equal(got[0], eva[list(indices)])
+    assert torch.equal(got[1], clip[list(indices)])
+    assert store.records(indices) == [records[index] for index in indices]
+
+
+def test_no_indices_give_an_empty_batch(tmp_path: Path) -> None:
+    eva, clip = write(tmp_path / "s").fetch([])
+    assert (eva.shape, clip.shape) == ((0, 4, 6), (0, 4, 3))
+    assert EmbeddingStore(tmp_path / "s").records([]) == []
+
+
+@pytest.mark.parametrize("index", [-1, 7])
+def test_an_index_out_of_range_is_refused_by_tokens_and_records(tmp_path: Path, index: int) -> None:
+    store = write(tmp_path / "s")
+    with pytest.raises(IndexError, match=rf"expected indices in 0\.\.6, found 0\.\.{index}|found {index}"):
+        store.fetch([0, index])
+    with pytest.raises(IndexError):
+        store.records([0, index])
+
+
+@pytest.mark.parametrize("pieces", [[7], [1] * 7, [2, 0, 5], [4, 3]])
+def test_shards_do_not_depend_on_how_samples_were_appended(tmp_path: Path, pieces: list[int]) -> None:
+    whole = write(tmp_path / "whole")
+    eva, clip, records = samples(7)
+    with StoreWriter(tmp_path / "s", **SIZES, dtype="float32", shard_size=3) as writer:
+        start = 0
+        for count in pieces:
+            rows = slice(start, start + count)
+            writer.append(eva[rows], clip[rows], records[rows])
+            start += count
+    assert EmbeddingStore(tmp_path / "s").manifest["shards"] == whole.manifest["shards"]
+
+
+def test_a_buffer_may_be_reused_after_append(tmp_path: Path) -> None:
+    eva, clip, records = samples(2)
+    with StoreWriter(tmp_path / "s", **SIZES, dtype="float32", shard_size=8) as writer:
+        buffer = eva[:1].clone()
+        writer.append(buffer, clip[:1], records[:1])
+        buffer.copy_(eva[1:])
+        writer.append(buffer, clip[1:], records[1:])
+    assert torch.equal(EmbeddingStore(tmp_path / "s").fetch([0, 1])[0], eva)
+
+
+def test_records_keep_what_json_can_hold(tmp_path: Path) -> None:
+    eva, clip, _ = samples(5)
+    records = [
+        {"key": "plain"},
+        {"key": "日本/ключ 🦊", "caption": "naïve façade", "label": 3},
+        {"key": "c", "caption": 'two\nlines\r\nand a "quote", a \\ and a \t\x0b\x0c\x1c\x00'},
+        {"key": "d", "caption": "", "label": None, "score": 0.5},
+        {"key": "", "tags": ["a", {"b": [1, 2]}]},
+    ]
+    with StoreWriter(tmp_path / "s", **SIZES, shard_size=2) as writer:
+        writer.append(eva, clip, records)
+    store = EmbeddingStore(tmp_path / "s")
+    assert store.records() == records
+    assert store.records([4, 1]) == [records[4], records[1]]
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
+def test_records_keep_unicode_line_separators(tmp_path: Path, mark: str) -> None:
+    eva, clip, _ = samples(1)
+    records = [{"key": "a", "caption": f"two{mark}lines"}]
+    with StoreWriter(tmp_path / "s", **SIZES) as writer:
+        writer.append(eva, clip, records)
+    assert EmbeddingStore(tmp_path / "s").records() == records
+
+
+def test_a_lone_surrogate_in_a_caption_comes_back(tmp_path: Path) -> None:
+    eva, clip, _ = samples(1)
+    records = [{"key": "a", "caption": "file\udcff"}]  # how Python spells an undecodable byte of a file name
+    with StoreWriter(tmp_path / "s", **SIZES) as writer:
+        writer.append(eva, clip, records)
+    assert EmbeddingStore(tmp_path / "s").records() == records
+
+
+def test_the_manifest_says_how_the_tokens_were_made(tmp_path: Path) -> None:
+    about = dict(
+        encoders={"eva": {"name": "EVA", "revision": "1"}}, pooling="mean 2x2", normalization="l2 per token"
+    )
+    manifest = write(tmp_path / "s", dtype="bfloat16", **about).manifest
+    assert about.items() <= manifest.items()
+    assert manifest["dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "s" / MANIFEST).read_text()) == manifest
+
+
+def test_shards_aim_at_256_mib(tmp_path: Path) -> None:
+    sizes = dict(num_tokens=64, condition_dim=1280, target_dim=768)
+    half = StoreWriter(tmp_path / "a", **sizes, dtype="float16").shard_size
+    full = StoreWriter(tmp_path / "b", **sizes, dtype="float32").shard_size
+    assert (half, full) == (2**28 // (64 * 2048 * 2), 2**28 // (64 * 2048 * 4))
+
+
+# The manifest comes last
+
+
+def interrupted(writer: StoreWriter) -> None:
+    def extract() -> None:
+        with writer:
+            writer.append(*samples(7))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract()
+
+
+def test_an_exception_inside_the_context_leaves_no_store(tmp_path: Path) -> None:
+    interrupted(StoreWriter(tmp_path / "s", **SIZES, shard_size=3))
+    assert (tmp_path / "s" / "shard-00001.safetensors").exists()
+    assert not (tmp_path / "s" / MANIFEST).exists()
+    assert "expected manifest.json, found none" in refused(lambda: EmbeddingStore(tmp_path / "s"))
+
+
+def test_no_manifest_exists_while_shards_are_written(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path / "s", **SIZES, shard_size=3) as writer:
+        writer.append(*samples(7))
+        assert not list((tmp_path / "s").glob("manifest*"))
+    assert [file.name for file in (tmp_path / "s").glob("manifest*")] == [MANIFEST]
+
+
+def test_an_interrupted_overwrite_does_not_leave_the_old_manifest(tmp_path: Path) -> None:
+    write(tmp_path / "s")
+    interrupted(StoreWriter(tmp_path / "s", **SIZES, overwrite=True))
+    assert "unfinished" in refused(lambda: EmbeddingStore(tmp_path / "s"))
+
+
+def test_an_unfinished_store_can_be_written_again(tmp_path: Path) -> None:
+    writer = StoreWriter(tmp_path / "s", **SIZES, shard_size=1)
+    writer.append(*samples(7, seed=1))  # never closed
+    write(tmp_path / "s", 4, shard_size=4)
+    assert sorted(file.name for file in (tmp_path / "s").iterdir()) == [
+        MANIFEST,
+        "shard-00000.jsonl",
+        "shard-00000.safetensors",
+    ]
+
+
+def test_an_existing_store_is_refused_and_untouched(tmp_path: Path) -> None:
+    store = write(tmp_path / "s")
+    message = refused(lambda: write(tmp_path / "s", seed=1))
+    assert message.startswith(f"{tmp_path / 's'}: expected no store there, found one")
+    assert torch.equal(store.fetch(range(7))[0], samples(7)[0])
+
+
+def test_overwriting_leaves_nothing_of_the_previous_store(tmp_path: Path) -> None:
+    write(tmp_path / "s", 7, shard_size=1)
+    (tmp_path / "s" / "notes.txt").write_text("mine")
+    store = write(tmp_path / "s", 2, seed=1, overwrite=True)
+    assert sorted(file.name for file in (tmp_path / "s").iterdir()) == [
+        MANIFEST,
+        "notes.txt",
+        "shard-00000.jsonl",
+        "shard-00000.safetensors",
+    ]
+    assert torch.equal(store.fetch([0, 1])[0], samples(2, seed=1)[0])
+
+
+def test_an_atomic_write_that_fails_keeps_the_previous_file(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "a", b"first")
+    with pytest.raises(TypeError):
+        write_atomically(tmp_path / "a", "not bytes")  # type: ignore[arg-type]
+    assert (tmp_path / "a").read_bytes() == b"first"
+    write_atomically(tmp_path / "a", b"second")
+    assert (tmp_path / "a").read_bytes() == b"second"
+
+
+# Data that cannot be trained on
+
+
+def spoiled(count: int, where: str, at: tuple[int, ...], value: float) -> tuple[Tensor, Tensor, list]:
+    eva, clip, records = samples(count)
+    (eva if where == "eva" else clip)[at] = value
+    return eva, clip, records
+
+
+E, C, R = samples(4)
+
+REFUSED = {
+    "fewer clip": ((E, C[:3], R), "expected equal counts, found 4 eva, 3 clip, 4 records"),
+    "fewer records": ((E, C, R[:2]), "expected equal counts, found 4 eva, 4 clip, 2 records"),
+    "rank of eva": (
+        (E.flatten(1), C, R),
+        "eva: expected rank 3 [samples, tokens, width], found shape [4, 24]",
+    ),
+    "rank of clip": (
+        (E, C[None], R),
+        "clip: expected rank 3 [samples, tokens, width], found shape [1, 4, 4, 3]",
+    ),
+    "tokens": ((E, C[:, :1], R), "expected as many eva as clip tokens, found 4 and 1"),
+    "not square": (
+        (E[:, :3], C[:, :3], R),
+        "expected a square number of tokens (an n x n grid), found 3",
+    ),
+    "other grid": (
+        (E[:, :1], C[:, :1], R),
+        "expected (tokens, eva width, clip width) (4, 6, 3), found (1, 6, 3)",
+    ),
+    "widths": ((C, E, R), "expected (tokens, eva width, clip width) (4, 6, 3), found (4, 3, 6)"),
+    "no key": ((E, C, [*R[:3], {"caption": "x"}]), "sample 10: expected a string key, found None"),
+    "number as key": ((E, C, [R[0], {"key": 5}, *R[2:]]), "sample 8: expected a string key, found 5"),
+    "NaN": (
+        spoiled(4, "eva", (2, 3, 5), float("nan")),
+        "eva: NaN or infinity in 1 samples, first in sample 9 (key 'k2')",
+    ),
+    "infinities": (
+        spoiled(4, "clip", (slice(1, 4), 0, 0), -float("inf")),
+        "clip: NaN or infinity in 3 samples, first in sample 8 (key 'k1')",
+    ),
+    "fp16 overflow": (
+        spoiled(4, "clip", (1, 1, 1), -70000.0),
+        "clip: largest value 7e+04 does not fit float16; choose another dtype",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_samples_are_refused_by_name_and_leave_the_writer_usable(tmp_path: Path, name: str) -> None:
+    batch, message = REFUSED[name]
+    with StoreWriter(tmp_path / "s", **SIZES, shard_size=4) as writer:
+        writer.append(*samples(7))
+        assert refused(lambda: writer.append(*batch)) == f"{tmp_path / 's'}: {message}"
+        writer.append(*samples(2, seed=1))
+    store = EmbeddingStore(tmp_path / "s")
+    assert torch.equal(store.fetch(range(9))[0], torch.cat([samples(7)[0], samples(2, seed=1)[0]]))
+
+
+def test_what_overflows_fp16_fits_bfloat16(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path / "s", **SIZES, dtype="bfloat16") as writer:
+        writer.append(*spoiled(4, "clip", (1, 1, 1), -65536.0 * 2))
+    assert EmbeddingStore(tmp_path / "s").fetch([1])[1][0, 1, 1] == -131072
+
+
+def test_a_record_that_json_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
+    eva, clip, records = samples(2)
+    records[1]["label"] = np.int64(3)
+    writer = StoreWriter(tmp_path / "s", **SIZES, shard_size=1)
+    assert "sample 1" in refused(lambda: writer.append(eva, clip, records))
+
+
+def test_a_store_without_samples_is_refused(tmp_path: Path) -> None:
+    writer = StoreWriter(tmp_path / "s", **SIZES)
+    assert "expected at least one sample, found none" in refused(writer.close)
+    writer.append(*samples(0))
+    assert "expected at least one sample, found none" in refused(writer.close)
+    assert not (tmp_path / "s" / MANIFEST).exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "float64"}, r"expected one of \('float16', 'bfloat16', 'float32'\), found 'float64'"),
+        ({"num_tokens": 8}, "square number of tokens .*, found 8"),
+        ({"num_tokens": 0}, "square number of tokens .*, found 0"),
+        ({"num_tokens": -4}, "square number of tokens .*, found -4"),
+        ({"shard_size": 0}, "shard_size"),
+        ({"shard_size": -1}, "shard_size"),
+        ({"condition_dim": 0}, "condition_dim"),
+        ({"target_dim": 0}, "target_dim"),
+    ],
+)
+def test_sizes_that_make_no_store_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StoreWriter(tmp_path / "s", **(SIZES | change))
+    assert not (tmp_path / "s").exists()
+
+
+# Damage
+
+
+def test_a_truncated_shard_is_refused_at_opening(tmp_path: Path) -> None:
+    write(tmp_path / "s")
+    file = tmp_path / "s" / "shard-00001.safetensors"
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes()[:-1])
+    assert refused(lambda: EmbeddingStore(tmp_path / "s")) == (
+        f"{file}: expected {size} bytes, found {size - 1}: truncated or altered"
+    )
+
+
+def test_a_missing_shard_is_refused_at_opening(tmp_path: Path) -> None:
+    write(tmp_path / "s")
+    file = tmp_path / "s" / "shard-00002.safetensors"
+    file.unlink()
+    assert refused(lambda: EmbeddingStore(tmp_path / "s")) == f"{file}: expected a shard, found no file"
+
+
+def test_a_missing_table_is_refused_when_read(tmp_path: Path) -> None:
+    store = write(tmp_path / "s")
+    (tmp_path / "s" / "shard-00002.jsonl").unlink()
+    assert store.records([0])[0]["key"] == "k0"
+    assert "shard-00002.jsonl: expected a file" in refused(store.records)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "jsonl"])
+def test_one_altered_byte_is_refused_when_that_file_is_read(tmp_path: Path, kind: str) -> None:
+    write(tmp_path / "s")
+    flip_last_byte(tmp_path / "s" / f"shard-00001.{kind}")
+    store = EmbeddingStore(tmp_path / "s")
+    read: Callable[[Any], object] = store.fetch if kind == "safetensors" else store.records
+    read([0, 1, 2, 6])
+    altered = f"{tmp_path / 's'}/shard-00001.{kind}: its SHA-256 is not the manifest's: the file was altered"
+    for _ in range(2):
+        assert refused(lambda: read([0, 3])) == altered
+    assert refused(store.verify) == altered
+
+
+def test_verify_passes_a_sound_store_and_reads_again_what_was_read_before(tmp_path: Path) -> None:
+    store = write(tmp_path / "s")
+    store.fetch(range(7))
+    store.verify()
+    flip_last_byte(tmp_path / "s" / "shard-00001.safetensors")
+    assert "shard-00001.safetensors" in refused(store.verify)
+
+
+def test_opening_reads_no_shard(tmp_path: Path) -> None:
+    write(tmp_path / "s")
+    for file in (tmp_path / "s").glob("shard-*"):
+        file.write_bytes(b"\xff" * file.stat().st_size)
+    store = EmbeddingStore(tmp_path / "s")
+    assert store.num_samples == 7
+    assert "altered" in refused(lambda: store.fetch([0]))
+    assert "altered" in refused(lambda: store.records([0]))
+
+
+def test_a_shard_with_a_matching_checksum_but_other_content_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "s")
+    write(tmp_path / "other", target_dim=3, condition_dim=6, shard_size=2)
+
+    def take_other_files(manifest: dict[str, Any]) -> None:
+        other = json.loads((tmp_path / "other" / MANIFEST).read_text())["shards"][0]
+        for name in (other["file"], other["table"]):
+            (tmp_path / "s" / name).write_bytes((tmp_path / "other" / name).read_bytes())
+        manifest["shards"][0] = other | {"num_samples": 3}
+
+    edit_manifest(tmp_path / "s", take_other_files)
+    store = EmbeddingStore(tmp_path / "s")
+    assert "eva: expected shape [3, 4, 6], found [2, 4, 6]" in refused(lambda: store.fetch([0]))
+    assert "expected 3 records, found 2" in refused(store.records)
+
+
+def test_a_byte_changed_anywhere_in_the_manifest_never_changes_the_samples(tmp_path: Path) -> None:
+    store = write(tmp_path / "s", 4)
+    eva, clip = store.fetch(range(4))
+    records = store.records()
+    file = tmp_path / "s" / MANIFEST
+    whole = file.read_bytes()
+    accepted = bytearray()
+    for at, byte in enumerate(whole):
+        file.write_bytes(whole[:at] + bytes([byte ^ 1]) + whole[at + 1 :])
+        try:
+            altered = EmbeddingStore(tmp_path / "s")
+            got = altered.fetch(range(4))
+            found = altered.records()
+        except ValueError as error:
+            assert str(error).startswith(str(tmp_path / "s"))  # noqa: PT017
+            continue
+        accepted.append(byte)
+        assert altered.num_samples == 4
+        assert torch.equal(got[0], eva) and torch.equal(got[1], clip)
+        assert found == records
+    assert len(accepted) < 0.2 * len(whole)  # the descriptive fields only
+
+
+def set_field(*names: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
+    def edit(manifest: dict[str, Any]) -> None:
+        holder: Any = manifest
+        for name in names[:-1]:
+            holder = holder[name]
+        holder[names[-1]] = value
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (set_field("format", value="something"), "expected format 'blip3o-dit embedding store'"),
+        (set_field("format_version", value=2), "expected format version 1, found 2"),
+        (lambda m: m.pop("format_version"), "expected format version 1, found None"),
+        (set_field("num_samples", value=8), "num_samples is 8, its shards hold 7"),
+        (set_field("num_samples", value="7"), "num_samples: expected a positive int, found '7'"),
+        (set_field("num_samples", value=True), "num_samples: expected a positive int, found True"),
+        (set_field("target_dim", value=-3), "target_dim: expected a positive int, found -3"),
+        (lambda m: m.pop("condition_dim"), "condition_dim: expected a positive int, found None"),
+        (set_field("num_tokens", value=5), "expected a square number of tokens (an n x n grid), found 5"),
+        (set_field("shards", value={}), "shards: expected a list, found {}"),
+        (set_field("shards", value=[]), "num_samples is 7, its shards hold 0"),
+        (set_field("shards", 1, value=None), "file: expected a str, found None"),
+        (set_field("shards", 1, "bytes", value=0), "bytes: expected a positive int, found 0"),
+        (lambda m: m["shards"][2].pop("table_sha256"), "table_sha256: expected a str, found None"),
+    ],
+)
+def test_an_edited_manifest_is_refused(tmp_path: Path, edit: Callable[..., Any], message: str) -> None:
+    write(tmp_path / "s")
+    edit_manifest(tmp_path / "s", edit)
+    found = refused(lambda: EmbeddingStore(tmp_path / "s"))
+    assert found.startswith(f"{tmp_path / 's' / MANIFEST}: ")
+    assert message in found
+
+
+def test_a_number_that_no_store_reaches_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "s", 2)
+    edit_manifest(tmp_path / "s", set_field("num_samples", value=10**30))
+    edit_manifest(tmp_path / "s", set_field("shards", 0, "num_samples", value=10**30))
+    assert str(tmp_path / "s") in refused(lambda: EmbeddingStore(tmp_path / "s"))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff{}", b"[1]", b"null", b"[" * 100_000, b"9" * 5000], ids=range(7)
+)
+def test_a_manifest_that_is_none_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+    write(tmp_path / "s")
+    (tmp_path / "s" / MANIFEST).write_bytes(content)
+    assert refused(lambda: EmbeddingStore(tmp_path / "s")).startswith(f"{tmp_path / 's' / MANIFEST}: ")
+
+
+@pytest.mark.parametrize("field", ["file", "table"])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_file_outside_the_store_is_never_read(tmp_path: Path, field: str, absolute: bool) -> None:
+    write(tmp_path / "s")
+    write(tmp_path / "outside")  # the same bytes, so that only the name can be refused
+
+    def edit(manifest: dict[str, Any]) -> None:
+        folder = str(tmp_path / "outside") if absolute else "../outside"
+        manifest["shards"][0][field] = f"{folder}/{manifest['shards'][0][field]}"
+
+    edit_manifest(tmp_path / "s", edit)
+    assert "expected a plain file name, found" in refused(lambda: EmbeddingStore(tmp_path / "s"))
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "no\0where"])
+def test_a_name_that_is_no_file_is_refused(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "s")
+    edit_manifest(tmp_path / "s", set_field("shards", 0, "file", value=name))
+    assert str(tmp_path / "s") in refused(lambda: EmbeddingStore(tmp_path / "s"))
+
+
+def test_a_missing_folder_and_a_folder_that_is_no_store(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="none: expected an embedding store folder, found none"):
+        EmbeddingStore(tmp_path / "none")
+    assert "expected manifest.json, found none" in refused(lambda: EmbeddingStore(tmp_path))
+
+
+# Other processes, memory
+
+
+def test_a_store_pickles_without_its_maps_and_reads_again(tmp_path: Path) -> None:
+    store = write(tmp_path / "s", 200, shard_size=100)
+    before = len(pickle.dumps(store))
+    eva, _ = store.fetch(range(200))
+    packed = pickle.dumps(store)
+    assert len(packed) < before + 200
+    assert torch.equal(pickle.loads(packed).fetch(range(200))[0], eva)
+
+
+def test_a_fresh_process_reads_the_store(tmp_path: Path) -> None:
+    eva, clip, _ = samples(7)
+    store = write(tmp_path / "s")
+    store.fetch([0])
+    loader: DataLoader = DataLoader(
+        EmbeddingDataset(store, np.arange(7)),
+        batch_size=7,
+        num_workers=1,
+        collate_fn=whole_batch,
+        multiprocessing_context="spawn",
+    )
+    (batch,) = loader
+    assert torch.equal(batch["eva"], eva)
+    assert torch.equal(batch["clip"], clip)
+
+
+def private_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("RssAnon:")[1].split()[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_memory_does_not_grow_with_the_shards_read(tmp_path: Path) -> None:
+    count, shards = 256, 12
+    sizes = dict(num_tokens=4, condition_dim=512, target_dim=512)
+    eva = torch.randn(count, 4, 512)
+    with StoreWriter(tmp_path / "s", **sizes, shard_size=count) as writer:
+        for shard in range(shards):
+            writer.append(eva, eva, [{"key": f"{shard}/{row}"} for row in range(count)])
+    store = EmbeddingStore(tmp_path / "s")
+    total = sum(entry["bytes"] for entry in store.manifest["shards"])
+    store.fetch(range(32))
+    before = private_bytes()
+    for rows in batches(range(store.num_samples), 32):
+        store.fetch(rows)
+    assert private_bytes() - before < total / 4

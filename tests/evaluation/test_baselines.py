@@ -1,0 +1,165 @@
+"""Baselines against NumPy and scikit-learn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LinearRegression, Ridge
+from torch import Tensor
+
+from blip3o_dit.data.store import EmbeddingStore, StoreWriter
+from blip3o_dit.evaluation.baselines import PositionMean, TokenRidge
+
+TRAIN = np.random.default_rng(0).permutation(80)[:60]
+TEST = np.setdiff1d(np.arange(80), TRAIN)
+
+
+def write(path: Path, eva: Tensor, clip: Tensor) -> EmbeddingStore:
+    sizes = dict(num_tokens=eva.shape[1], condition_dim=eva.shape[2], target_dim=clip.shape[2])
+    with StoreWriter(path, **sizes, dtype="float32", shard_size=16) as writer:
+        writer.append(eva, clip, [{"key": str(row)} for row in range(len(eva))])
+    return EmbeddingStore(path)
+
+
+def correlated(offset: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Conditions of unlike scales that go together, noisy linear targets, another mean per position."""
+    generator = torch.Generator().manual_seed(0)
+    eva = torch.randn(80, 4, 6, generator=generator) @ torch.randn(6, 6, generator=generator)
+    clip = eva @ torch.randn(6, 3, generator=generator) + torch.randn(80, 4, 3, generator=generator)
+    clip = clip + 5 * torch.arange(4.0)[:, None]
+    return offset + eva * torch.tensor([1.0, 10.0, 0.01, 3.0, 1.0, 0.1]), clip
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> EmbeddingStore:
+    return write(tmp_path / "s", *correlated())
+
+
+def rows(tokens: Tensor) -> np.ndarray:
+    return tokens.double().numpy().reshape(-1, tokens.shape[-1])
+
+
+# The mean of each position
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 256])
+def test_the_position_mean_is_that_of_numpy(store: EmbeddingStore, batch_size: int) -> None:
+    baseline = PositionMean.fit(store, TRAIN, batch_size=batch_size)
+    expected = store.fetch(TRAIN)[1].double().numpy().mean(axis=0)
+    np.testing.assert_allclose(baseline.mean.numpy(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_the_position_mean_ignores_the_condition(store: EmbeddingStore) -> None:
+    baseline = PositionMean.fit(store, TRAIN)
+    eva, _ = store.fetch(TEST)
+    predicted = baseline.predict(eva)
+    assert predicted.shape == (20, 4, 3)
+    assert predicted.dtype == torch.float32
+    assert torch.equal(predicted, baseline.predict(100 * eva.flip(0)))
+    assert torch.equal(predicted[7], baseline.mean)
+
+
+def test_the_position_mean_is_summed_in_float64(tmp_path: Path) -> None:
+    clip = 1e4 + 0.01 * torch.randn(80, 4, 3)
+    baseline = PositionMean.fit(write(tmp_path / "s", clip, clip), np.arange(80), batch_size=1)
+    expected = clip.double().numpy().mean(axis=0).astype(np.float32)
+    assert np.array_equal(baseline.mean.numpy(), expected)
+
+
+# Ridge regression per token
+
+
+def by_scikit_learn(store: EmbeddingStore, penalty: float) -> np.ndarray:
+    """Ridge on standardised conditions of the training tokens; its alpha is penalty x number of tokens.
+
+    (covariance + penalty diag(variance)) W = cross-covariance, times n and in units of the deviations, is
+    (Z^T Z + n penalty I) W_Z = Z^T X.
+    """
+    eva, clip = store.fetch(TRAIN)
+    mean, deviation = rows(eva).mean(axis=0), rows(eva).std(axis=0)
+    deviation[np.ptp(rows(eva), axis=0) == 0] = 1.0
+    model = Ridge(alpha=penalty * len(rows(eva))).fit((rows(eva) - mean) / deviation, rows(clip))
+    return model.predict((rows(store.fetch(TEST)[0]) - mean) / deviation).reshape(20, 4, 3)
+
+
+@pytest.mark.parametrize("penalty", [1e-6, 1e-3, 0.1, 10.0])
+def test_ridge_is_that_of_scikit_learn_on_standardised_conditions(
+    store: EmbeddingStore, penalty: float
+) -> None:
+    predicted = TokenRidge.fit(store, TRAIN, penalty=penalty).predict(store.fetch(TEST)[0])
+    np.testing.assert_allclose(predicted.numpy(), by_scikit_learn(store, penalty), rtol=1e-4, atol=1e-4)
+
+
+def test_the_default_penalty_is_a_thousandth_of_the_variance(store: EmbeddingStore) -> None:
+    default, named = TokenRidge.fit(store, TRAIN), TokenRidge.fit(store, TRAIN, penalty=1e-3)
+    assert torch.equal(default.weight, named.weight)
+    assert torch.equal(default.bias, named.bias)
+
+
+def test_without_penalty_it_is_least_squares(store: EmbeddingStore) -> None:
+    eva, clip = store.fetch(TRAIN)
+    expected = LinearRegression().fit(rows(eva), rows(clip)).predict(rows(store.fetch(TEST)[0]))
+    predicted = TokenRidge.fit(store, TRAIN, penalty=0.0).predict(store.fetch(TEST)[0])
+    np.testing.assert_allclose(rows(predicted), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_huge_penalty_predicts_the_mean(store: EmbeddingStore) -> None:
+    predicted = TokenRidge.fit(store, TRAIN, penalty=1e9).predict(store.fetch(TEST)[0])
+    expected = rows(store.fetch(TRAIN)[1]).mean(axis=0)
+    np.testing.assert_allclose(rows(predicted), np.broadcast_to(expected, (80, 3)), rtol=1e-5)
+
+
+def test_ridge_recovers_an_exact_linear_map(tmp_path: Path) -> None:
+    eva = torch.randn(80, 4, 6)
+    weight, bias = torch.randn(6, 3), torch.randn(3)
+    found = TokenRidge.fit(write(tmp_path / "s", eva, eva @ weight + bias), np.arange(80), penalty=1e-9)
+    torch.testing.assert_close(found.weight, weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.bias, bias, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 60])
+def test_ridge_does_not_depend_on_the_batch_size(store: EmbeddingStore, batch_size: int) -> None:
+    reference = TokenRidge.fit(store, TRAIN)
+    found = TokenRidge.fit(store, TRAIN, batch_size=batch_size)
+    torch.testing.assert_close(found.weight, reference.weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.bias, reference.bias, rtol=1e-5, atol=1e-6)
+
+
+def test_ridge_does_not_depend_on_the_units_of_the_condition(tmp_path: Path, store: EmbeddingStore) -> None:
+    eva, clip = correlated()
+    units = torch.tensor([1.0, 1e3, 1e-3, 50.0, 0.2, 1.0])
+    other = write(tmp_path / "other", eva * units, clip)
+    torch.testing.assert_close(
+        TokenRidge.fit(other, TRAIN, penalty=0.1).predict(other.fetch(TEST)[0]),
+        TokenRidge.fit(store, TRAIN, penalty=0.1).predict(store.fetch(TEST)[0]),
+        rtol=1e-3,
+        atol=1e-3,
+    )
+
+
+@pytest.mark.parametrize("offset", [30.0, 300.0])
+def test_ridge_bears_an_offset_of_the_condition(tmp_path: Path, offset: float) -> None:
+    eva, clip = torch.randn(80, 4, 6) + offset, torch.randn(80, 4, 3)
+    store = write(tmp_path / "s", eva, clip)
+    predicted = TokenRidge.fit(store, TRAIN, penalty=0.1).predict(store.fetch(TEST)[0])
+    np.testing.assert_allclose(predicted.numpy(), by_scikit_learn(store, 0.1), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.7, 5 / 3, 333.3])
+def test_a_condition_channel_that_never_varied_gets_no_weight(tmp_path: Path, constant: float) -> None:
+    eva, clip = correlated()
+    eva[..., 4] = constant
+    store = write(tmp_path / "s", eva, clip)
+    baseline = TokenRidge.fit(store, TRAIN)
+    predicted = baseline.predict(store.fetch(TEST)[0])
+    np.testing.assert_allclose(predicted.numpy(), by_scikit_learn(store, 1e-3), rtol=1e-4, atol=1e-4)
+    assert float(baseline.weight[4].abs().max()) < 1e-3
+
+
+def test_half_precision_conditions_are_predicted_in_float32(store: EmbeddingStore) -> None:
+    baseline = TokenRidge.fit(store, TRAIN)
+    half = store.fetch(TEST)[0].half()
+    assert torch.equal(baseline.predict(half), baseline.predict(half.float()))
