@@ -494,8 +494,9 @@ def test_full_configuration(folder: Path, precision: str) -> None:
     assert len(said) == 1 and "no API key" in said[0]
     (record,) = output.glob("wandb/offline-run-*/run-*.wandb")
     recorded = record.read_bytes()
-    for text in (b"blip3o-experiments", b"large-model-v1", b"flow_matching_loss"):
-        assert text in recorded
+    # The run's project and name are fields 3 and 8 of its protobuf record; the command line is in it too.
+    assert b"\x1a\x12blip3o-experiments" in recorded and b"\x42\x0elarge-model-v1" in recorded
+    assert b"flow_matching_loss" in recorded
     assert "Traceback" not in result.stderr
 
 
@@ -515,13 +516,22 @@ def test_gradient_checkpointing_is_on(folder: Path, monkeypatch: pytest.MonkeyPa
     assert len(calls) == 3
 
 
-def test_fp16_without_a_gpu_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fp16_without_a_gpu_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line, before anything else is said (of Weights & Biases, which has no key) or written."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_PROJECT", "WANDB_DIR"):
+        monkeypatch.setenv(name, "")  # so that what the command sets is taken back after the test
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("NETRC", str(folder / "netrc"))
     before = snapshot(folder)
     status = run_here(FULL_CONFIGURATION, folder, *SMALL)
     said = capsys.readouterr().err.splitlines()
     assert status != 0
-    assert len(said) == 1 and "--fp16" in said[0] and "--bf16" in said[0]
+    assert "--fp16" in said[-1] and "--bf16" in said[-1]
     assert snapshot(folder) == before
+    assert len(said) == 1, said
 
 
 @pytest.mark.slow
@@ -642,7 +652,6 @@ def test_custom_model() -> None:
     config, model = names["config"], names["model"]
     assert (config.model_dim, config.num_layers, config.num_heads) == (2048, 32, 32)
     assert model.dit.gradient_checkpointing
-    assert config.gradient_checkpointing  # the user's object is as before: a second model is the same
 
     d, time, heads, inner, eva, clip = 2048, 1024, 32, 5632, 1280, 768
     attention = 3 * d * d + 2 * 2 * d  # q, k, v; two layer norms
@@ -661,6 +670,16 @@ def test_custom_model() -> None:
         *(time * d + d, d * clip + clip),  # head
     )
     assert sum(parameter.numel() for parameter in model.parameters()) == 32 * block + sum(ends)
+
+
+def test_custom_configuration_serves_twice() -> None:
+    """Building a model leaves the user's configuration as it was."""
+    names: dict[str, Any] = {}
+    with torch.device("meta"):
+        exec(CUSTOM_MODEL.replace("2048", "64").replace("32", "2"), names)
+        second = type(names["model"])(names["config"])
+    assert names["config"].gradient_checkpointing
+    assert names["model"].dit.gradient_checkpointing and second.dit.gradient_checkpointing
 
 
 def test_custom_loss() -> None:

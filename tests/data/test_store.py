@@ -245,10 +245,17 @@ def test_overwriting_leaves_nothing_of_the_previous_store(tmp_path: Path) -> Non
     assert torch.equal(store.fetch([0, 1])[0], samples(2, seed=1)[0])
 
 
-def test_an_atomic_write_that_fails_keeps_the_previous_file(tmp_path: Path) -> None:
+def test_an_atomic_write_that_fails_keeps_the_previous_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "no space left on device")
+
     write_atomically(tmp_path / "a", b"first")
-    with pytest.raises(TypeError):
-        write_atomically(tmp_path / "a", "not bytes")  # type: ignore[arg-type]
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr("os.fsync", fail)
+        with pytest.raises(OSError, match="no space"):
+            write_atomically(tmp_path / "a", b"second")
     assert (tmp_path / "a").read_bytes() == b"first"
     write_atomically(tmp_path / "a", b"second")
     assert (tmp_path / "a").read_bytes() == b"second"

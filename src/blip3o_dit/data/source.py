@@ -112,6 +112,8 @@ def _tensor(path: Path, content: dict[Any, Any], key: str) -> Tensor:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         kind = getattr(value, "dtype", type(value).__name__)
         raise ValueError(f"{path}: {key}: expected an array of floats, found {kind}")
+    if value.dtype == torch.float64:
+        value = value.float()  # what does not fit becomes infinite, and is refused as such
     if value.ndim != 3:
         raise ValueError(
             f"{path}: {key}: expected rank 3 [samples, tokens, width], found shape {list(value.shape)}"

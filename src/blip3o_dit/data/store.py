@@ -190,6 +190,8 @@ class StoreWriter:
         for name, size in sizes.items():
             if size is not None and size < 1:
                 raise ValueError(f"{name}: expected at least 1, found {size}")
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path}: expected a folder to write to, found a file")
         if (self.path / MANIFEST).exists() and not overwrite:
             raise ValueError(f"{self.path}: expected no store there, found one (overwrite it?)")
         self.path.mkdir(parents=True, exist_ok=True)
@@ -214,15 +216,20 @@ class StoreWriter:
         """Add n samples: eva [n, L, C_eva], clip [n, N, C_clip], n records with a "key" each."""
         check_pair(self.path, eva, clip, records, expected=self._sizes, offset=self._total())
         lines = [_json_line(self.path, self._total() + row, record) for row, record in enumerate(records)]
-        self._pending.append((self._to_disk(eva, "eva"), self._to_disk(clip, "clip")))
-        self._pending_lines.extend(lines)
-        while len(self._pending_lines) >= self.shard_size:
-            self._write_shard(self.shard_size)
+        stored = self._to_disk(eva, "eva"), self._to_disk(clip, "clip")
+        start = 0
+        while start < len(lines):
+            piece = slice(start, start + self.shard_size - len(self._pending_lines))
+            self._pending.append((stored[0][piece], stored[1][piece]))
+            self._pending_lines.extend(lines[piece])
+            if len(self._pending_lines) == self.shard_size:
+                self._write_shard()
+            start = piece.stop
 
     def close(self) -> EmbeddingStore:
         """Write what is pending and the manifest; returns the store, opened."""
         if self._pending_lines:
-            self._write_shard(len(self._pending_lines))
+            self._write_shard()
         if not self._shards:
             raise ValueError(f"{self.path}: expected at least one sample, found none")
         num_tokens, condition_dim, target_dim = self._sizes
@@ -264,13 +271,15 @@ class StoreWriter:
             )
         return stored
 
-    def _write_shard(self, count: int) -> None:
+    def _write_shard(self) -> None:
+        """Everything pending becomes one shard."""
+        count = len(self._pending_lines)
         eva = torch.cat([pair[0] for pair in self._pending])
         clip = torch.cat([pair[1] for pair in self._pending])
         name = f"shard-{len(self._shards):05d}"
         file, table = self.path / f"{name}.safetensors", self.path / f"{name}.jsonl"
-        save_file({"eva": eva[:count].contiguous(), "clip": clip[:count].contiguous()}, file)
-        table.write_text("\n".join(self._pending_lines[:count]) + "\n", encoding="utf-8")
+        save_file({"eva": eva, "clip": clip}, file)
+        table.write_text("\n".join(self._pending_lines) + "\n", encoding="utf-8")
         self._shards.append(
             {
                 "file": file.name,
@@ -282,8 +291,7 @@ class StoreWriter:
             }
         )
         self._written += count
-        self._pending = [(eva[count:], clip[count:])] if len(eva) > count else []
-        self._pending_lines = self._pending_lines[count:]
+        self._pending, self._pending_lines = [], []
 
 
 def check_pair(

@@ -35,8 +35,8 @@ class PositionMean:
 class TokenRidge:
     """Ridge regression from each condition token to the target token at its position.
 
-    One map for all positions: x = W^T c + bias, minimising |x - W^T c - bias|^2 + penalty |W|^2 over
-    standardised conditions (Hoerl and Kennard, 1970), by normal equations summed in float64.
+    One map for all positions, x = W^T c + bias, that minimises the mean of |x - W^T c - bias|^2 plus
+    penalty |W|^2 over standardised conditions (Hoerl and Kennard, 1970), by normal equations in float64.
     """
 
     weight: Tensor

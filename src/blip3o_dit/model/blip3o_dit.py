@@ -56,7 +56,9 @@ class BLIP3oDiTModel(PreTrainedModel):
         self.register_buffer("condition_std", torch.ones(config.eva_embedding_size))
         self.register_buffer("target_mean", torch.zeros(config.in_channels))
         self.register_buffer("target_std", torch.ones(config.in_channels))
-        self.post_init()
+        checkpointing = config.gradient_checkpointing
+        self.post_init()  # applies config.gradient_checkpointing, and takes it out of the config
+        config.gradient_checkpointing = checkpointing
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

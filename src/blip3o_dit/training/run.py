@@ -6,6 +6,8 @@ import importlib.util
 import json
 import logging
 import os
+import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from blip3o_dit.data.statistics import streamed_statistics
 from blip3o_dit.data.store import EmbeddingSource
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel, quiet_transformers
 from blip3o_dit.training.callbacks import CurvesCallback
-from blip3o_dit.training.settings import training_arguments
+from blip3o_dit.training.settings import training_arguments, use_cpu
 from blip3o_dit.training.tracking import prepare_wandb, require_wandb
 from blip3o_dit.training.trainer import BLIP3oTrainer
 
@@ -51,13 +53,15 @@ def train(
     Raises:
         FileNotFoundError, ValueError, OSError: one line saying what was expected and what was found.
     """
+    use_cpu(config)  # what cannot run on this machine is refused before anything is read or written
     source = open_embeddings(_required(config.embeddings_path, "--embeddings_path"))
     model_config = _model_config(source, config)
     _check_output(Path(_required(config.output_dir, "--output_dir")), resume, overwrite, dry_run)
     if resume is not None:
         check_checkpoint(resume, model_config)
     if dry_run:
-        _first_step(build_trainer(source, config))
+        with tempfile.TemporaryDirectory() as aside:  # the Trainer makes its folder when it is built
+            _first_step(build_trainer(source, replace(config, output_dir=aside)))
         return Path(config.output_dir)
     trainer = train_on(source, config, resume=resume)
     if trainer.is_world_process_zero():

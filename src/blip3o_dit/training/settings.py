@@ -57,6 +57,7 @@ def resolve_config(given: dict[str, Any], *, debug: bool, resume: Path | None) -
     A resumed run takes what was not given from its checkpoint, and refuses to change what was learned:
     the message shows each difference.
     """
+    given = launcher_precision() | given
     if resume is None:
         return TrainingConfig(**((DEBUG_DEFAULTS if debug else {}) | given))
     saved = asdict(TrainingConfig.from_folder(resume))
@@ -70,12 +71,18 @@ def resolve_config(given: dict[str, Any], *, debug: bool, resume: Path | None) -
     return TrainingConfig(**(saved | given))
 
 
+def launcher_precision() -> dict[str, Any]:
+    """The mixed precision that `accelerate launch` asks for, as the flag that says the same."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return {precision: True} if precision in ("bf16", "fp16") else {}
+
+
 def training_arguments(config: TrainingConfig, *, evaluate: bool) -> TrainingArguments:
     """Hugging Face's arguments for this run.
 
     Raises:
         ValueError: for --fp16 or --device cuda without a GPU, or a launcher whose processes the Trainer
-            does not see.
+            does not see or whose precision is another.
     """
     on_cpu = use_cpu(config)
     arguments = TrainingArguments(
@@ -105,12 +112,19 @@ def training_arguments(config: TrainingConfig, *, evaluate: bool) -> TrainingArg
         dataloader_persistent_workers=config.num_workers > 0,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
         report_to="wandb" if config.wandb_project else "none",
         run_name=config.wandb_run_name,
         disable_tqdm=False,
     )
+    # Without a launcher the Trainer would spread one process over all GPUs (DataParallel); use one.
+    arguments._n_gpu = min(1, arguments.n_gpu)
     check_launch(arguments.world_size)
+    asked = launcher_precision()
+    if any(not getattr(config, name) for name in asked):
+        raise ValueError(
+            f"ACCELERATE_MIXED_PRECISION: the launcher asks for {', '.join(asked)}, the run is configured "
+            "otherwise: give the same precision to both"
+        )
     return arguments
 
 
