@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from blip3o_dit.config import TrainingConfig
-from blip3o_dit.data.store import Indices, Record
+from blip3o_dit.data.checks import Indices, Record
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
 from blip3o_dit.flow.path import ProbabilityPath, convert_prediction
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel

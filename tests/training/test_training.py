@@ -282,10 +282,10 @@ class TestRefusals:
     def test_a_launch_the_trainer_does_not_see(
         self, store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from blip3o_dit.training.settings import check_launch
+        from blip3o_dit.launch import check_launch
 
         monkeypatch.setenv("WORLD_SIZE", "2")
-        with pytest.raises(ValueError, match="started 2 processes, the Trainer sees 1"):
+        with pytest.raises(ValueError, match="started 2 processes, this program sees 1"):
             check_launch(1)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,16 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blip3o_dit.data.checks import Indices, Record, check_indices, check_pair
 from blip3o_dit.data.pickle_file import load_pickle
 from blip3o_dit.data.store import (
     EmbeddingSource,
     EmbeddingStore,
-    Indices,
-    Record,
     StoreWriter,
     batches,
-    check_indices,
-    check_pair,
 )
 
 EVA_KEY = "eva_blip3o_embeddings"
@@ -101,6 +100,32 @@ def convert_pickle(
         for rows in batches(range(pickled.num_samples), 256):
             writer.append(*pickled.fetch(rows), pickled.records(rows))
     return EmbeddingStore(target)
+
+
+def write_pickle(source: EmbeddingSource, path: str | Path) -> None:
+    """Write embeddings as the documented pickle of NumPy arrays, which holds all of them in memory."""
+    path = Path(path)
+    shapes = [(source.num_tokens, source.condition_dim), (source.num_tokens, source.target_dim)]
+    half = getattr(source, "manifest", {}).get("dtype") == "float16"
+    dtype = np.float16 if half else np.float32
+    eva, clip = (np.empty((source.num_samples, *shape), dtype=dtype) for shape in shapes)
+    for rows in batches(range(source.num_samples), 256):
+        batch = source.fetch(rows)
+        eva[rows.start : rows.stop], clip[rows.start : rows.stop] = (tokens.numpy() for tokens in batch)
+    records = source.records()
+    content = {
+        EVA_KEY: eva,
+        CLIP_KEY: clip,
+        "captions": [record.get("caption", "") for record in records],
+        "keys": [record["key"] for record in records],
+        "config": getattr(source, "manifest", {}).get("extraction", {}),
+        "total_samples": source.num_samples,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".partial")
+    with open(aside, "wb") as file:
+        pickle.dump(content, file, protocol=4)
+    os.replace(aside, path)
 
 
 def _tensor(path: Path, content: dict[Any, Any], key: str) -> Tensor:

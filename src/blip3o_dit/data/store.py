@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,16 +23,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from blip3o_dit.data.checks import AnyIndices, Indices, Record, check_indices, check_pair, check_square
+
 MANIFEST = "manifest.json"
 FORMAT = "blip3o-dit embedding store"
 FORMAT_VERSION = 1
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-
-Indices = Sequence[int] | np.ndarray
-AnyIndices = TypeVar("AnyIndices", bound=Indices)
-
-Record = dict[str, Any]
-"""What is known of a sample beside its tokens: "key" (str), and perhaps "caption", "label", ..."""
 
 
 class EmbeddingSource(Protocol):
@@ -215,8 +210,11 @@ class StoreWriter:
     def append(self, eva: Tensor, clip: Tensor, records: Sequence[Record]) -> None:
         """Add n samples: eva [n, L, C_eva], clip [n, N, C_clip], n records with a "key" each."""
         check_pair(self.path, eva, clip, records, expected=self._sizes, offset=self._total())
-        lines = [_json_line(self.path, self._total() + row, record) for row, record in enumerate(records)]
-        stored = self._to_disk(eva, "eva"), self._to_disk(clip, "clip")
+        lines = [json_line(self.path, self._total() + row, record) for row, record in enumerate(records)]
+        # Copies: the caller may reuse its buffers.
+        stored = [
+            to_disk(self.path, tokens, name, self._dtype) for name, tokens in (("eva", eva), ("clip", clip))
+        ]
         start = 0
         while start < len(lines):
             piece = slice(start, start + self.shard_size - len(self._pending_lines))
@@ -232,19 +230,7 @@ class StoreWriter:
             self._write_shard()
         if not self._shards:
             raise ValueError(f"{self.path}: expected at least one sample, found none")
-        num_tokens, condition_dim, target_dim = self._sizes
-        manifest = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "num_samples": self._written,
-            "num_tokens": num_tokens,
-            "condition_dim": condition_dim,
-            "target_dim": target_dim,
-            "dtype": self._dtype,
-            **self._about,
-            "shards": self._shards,
-        }
-        write_atomically(self.path / MANIFEST, json.dumps(manifest, indent=2).encode())
+        write_manifest(self.path, self._sizes, self._dtype, self._shards, self._about)
         return EmbeddingStore(self.path)
 
     def __enter__(self) -> StoreWriter:
@@ -262,101 +248,75 @@ class StoreWriter:
     def _total(self) -> int:
         return self._written + len(self._pending_lines)
 
-    def _to_disk(self, tokens: Tensor, name: str) -> Tensor:
-        stored = tokens.detach().cpu().to(DTYPES[self._dtype], copy=True)  # the caller may reuse its buffer
-        if not torch.isfinite(stored).all():
-            raise ValueError(
-                f"{self.path}: {name}: largest value {tokens.abs().max():.3g} does not fit "
-                f"{self._dtype}; choose another dtype"
-            )
-        return stored
-
     def _write_shard(self) -> None:
         """Everything pending becomes one shard."""
-        count = len(self._pending_lines)
         eva = torch.cat([pair[0] for pair in self._pending])
         clip = torch.cat([pair[1] for pair in self._pending])
-        name = f"shard-{len(self._shards):05d}"
-        file, table = self.path / f"{name}.safetensors", self.path / f"{name}.jsonl"
-        save_file({"eva": eva, "clip": clip}, file)
-        table.write_text("\n".join(self._pending_lines) + "\n", encoding="utf-8")
-        self._shards.append(
-            {
-                "file": file.name,
-                "num_samples": count,
-                "bytes": file.stat().st_size,
-                "sha256": _digest(file),
-                "table": table.name,
-                "table_sha256": _digest(table),
-            }
-        )
-        self._written += count
+        self._shards.append(write_shard(self.path, len(self._shards), eva, clip, self._pending_lines))
+        self._written += len(self._pending_lines)
         self._pending, self._pending_lines = [], []
 
 
-def check_pair(
-    where: Path,
-    eva: Tensor,
-    clip: Tensor,
-    records: Sequence[Record],
-    *,
-    expected: tuple[int, int, int] | None = None,
-    offset: int = 0,
+def write_shard(folder: Path, number: int, eva: Tensor, clip: Tensor, lines: Sequence[str]) -> dict[str, Any]:
+    """Write one shard and its table; returns its manifest entry. Tensors in the dtype of the store."""
+    file, table = folder / f"shard-{number:05d}.safetensors", folder / f"shard-{number:05d}.jsonl"
+    save_file({"eva": eva.contiguous(), "clip": clip.contiguous()}, file)
+    table.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return {
+        "file": file.name,
+        "num_samples": len(lines),
+        "bytes": file.stat().st_size,
+        "sha256": _digest(file),
+        "table": table.name,
+        "table_sha256": _digest(table),
+    }
+
+
+def write_manifest(
+    folder: Path,
+    sizes: tuple[int, int, int],
+    dtype: str,
+    shards: Sequence[Mapping[str, Any]],
+    about: Mapping[str, Any],
 ) -> None:
-    """Refuse samples that cannot be trained on, naming file, field, expectation and finding.
+    """Make the folder a store: the manifest, written last and atomically.
 
     Args:
-        expected: (tokens, condition width, target width), when they are fixed already.
-        offset: index of the first of these samples, for the message.
+        sizes: (tokens, condition width, target width). shards: what `write_shard` returned, in order.
+        about: how the tokens were made, any JSON values.
     """
-    for name, tokens in (("eva", eva), ("clip", clip)):
-        if tokens.ndim != 3 or tokens.shape[2] < 1:
-            raise ValueError(
-                f"{where}: {name}: expected rank 3 [samples, tokens, width], found shape {list(tokens.shape)}"
-            )
-    if not len(eva) == len(clip) == len(records):
+    num_tokens, condition_dim, target_dim = sizes
+    manifest = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "num_samples": sum(shard["num_samples"] for shard in shards),
+        "num_tokens": num_tokens,
+        "condition_dim": condition_dim,
+        "target_dim": target_dim,
+        "dtype": dtype,
+        **about,
+        "shards": list(shards),
+    }
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
+
+
+def to_disk(where: Path, tokens: Tensor, name: str, dtype: str) -> Tensor:
+    """Tokens in the dtype of the store, on the CPU, as a copy.
+
+    Raises:
+        ValueError: when a value does not fit.
+    """
+    stored = tokens.detach().cpu().to(DTYPES[dtype], copy=True)
+    if not torch.isfinite(stored).all():
         raise ValueError(
-            f"{where}: expected equal counts, found {len(eva)} eva, {len(clip)} clip, {len(records)} records"
+            f"{where}: {name}: largest value {tokens.abs().max():.3g} does not fit {dtype}; "
+            "choose another dtype"
         )
-    if eva.shape[1] != clip.shape[1]:
-        raise ValueError(
-            f"{where}: expected as many eva as clip tokens, found {eva.shape[1]} and {clip.shape[1]}"
-        )
-    check_square(where, clip.shape[1])
-    if expected is not None:
-        found = (clip.shape[1], eva.shape[2], clip.shape[2])
-        if found != expected:
-            raise ValueError(f"{where}: expected (tokens, eva width, clip width) {expected}, found {found}")
-    for name, tokens in (("eva", eva), ("clip", clip)):
-        bad = torch.nonzero(~torch.isfinite(tokens).flatten(1).all(dim=1))
-        if len(bad):
-            first = int(bad[0])
-            raise ValueError(
-                f"{where}: {name}: NaN or infinity in {len(bad)} samples, "
-                f"first in sample {offset + first} (key {records[first].get('key')!r})"
-            )
-    for row, record in enumerate(records):
-        if not isinstance(record.get("key"), str):
-            raise ValueError(
-                f"{where}: sample {offset + row}: expected a string key, found {record.get('key')!r}"
-            )
+    return stored
 
 
-def check_square(where: Path, num_tokens: int) -> None:
-    if num_tokens < 1 or math.isqrt(num_tokens) ** 2 != num_tokens:
-        raise ValueError(f"{where}: expected a square number of tokens (an n x n grid), found {num_tokens}")
-
-
-def check_indices(where: Path, indices: Indices, num_samples: int) -> None:
-    """Raises IndexError unless all indices are in 0..num_samples-1."""
-    wanted = np.asarray(indices, dtype=np.int64)
-    if len(wanted) and not (wanted.min() >= 0 and wanted.max() < num_samples):
-        raise IndexError(
-            f"{where}: expected indices in 0..{num_samples - 1}, found {wanted.min()}..{wanted.max()}"
-        )
-
-
-def _json_line(where: Path, index: int, record: Record) -> str:
+def json_line(where: Path, index: int, record: Record) -> str:
+    """A record as a line of a shard's table. Raises ValueError, naming the sample, if JSON cannot hold it."""
     try:
         return json.dumps(record)
     except (TypeError, ValueError) as error:

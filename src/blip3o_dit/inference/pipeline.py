@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,21 +115,13 @@ class BLIP3oInference:
             _check_writable(Path(output_path))
         sums = FidelitySums(self.model.target_mean)
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        with tqdm(total=len(indices), desc="generating", unit="sample", disable=not progress) as bar:
-            for piece in _pieces(indices, batch_size):
-                eva, clip = source.fetch(piece)
-                generated = self.generate(
-                    eva,
-                    num_inference_steps,
-                    solver=solver,
-                    guidance_scale=guidance_scale,
-                    seed=seed,
-                    sample_index=piece,
-                )
-                if compute_metrics:
-                    sums.add(generated, self.model.as_trained_on(clip))
-                parts.append((generated, eva, clip))
-                bar.update(len(piece))
+        sampling = {"solver": solver, "guidance_scale": guidance_scale, "seed": seed}
+        for _, eva, clip, generated in self._generate_in_batches(
+            source, indices, batch_size, num_inference_steps, sampling, progress
+        ):
+            if compute_metrics:
+                sums.add(generated, self.model.as_trained_on(clip))
+            parts.append((generated, eva, clip))
         arrays = [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
         records = source.records(indices)
         results = {
@@ -142,9 +134,7 @@ class BLIP3oInference:
                 "model_path": str(self.model_path),
                 "weights": self.weights,
                 "num_inference_steps": num_inference_steps,
-                "solver": solver,
-                "guidance_scale": guidance_scale,
-                "seed": seed,
+                **sampling,
                 "split": split,
                 "normalize_embeddings": self.model.config.normalize_embeddings,
             },
@@ -179,25 +169,36 @@ class BLIP3oInference:
         indices = self._choose(source, split, num_samples)
         loss_fn = BLIP3oFlowMatchingLoss.from_config(self.model.config.flow)
         sums, total = FidelitySums(self.model.target_mean), 0.0
-        with tqdm(total=len(indices), desc="evaluating", unit="sample", disable=not progress) as bar:
-            for piece in _pieces(indices, batch_size):
-                eva, clip = source.fetch(piece)
-                total += len(piece) * self._loss(loss_fn, eva, clip, piece, seed)
-                generated = self.generate(
-                    eva,
-                    num_inference_steps,
-                    solver=solver,
-                    guidance_scale=guidance_scale,
-                    seed=seed,
-                    sample_index=piece,
-                )
-                sums.add(generated, self.model.as_trained_on(clip))
-                bar.update(len(piece))
+        sampling = {"solver": solver, "guidance_scale": guidance_scale, "seed": seed}
+        for piece, eva, clip, generated in self._generate_in_batches(
+            source, indices, batch_size, num_inference_steps, sampling, progress
+        ):
+            total += len(piece) * self._loss(loss_fn, eva, clip, piece, seed)
+            sums.add(generated, self.model.as_trained_on(clip))
         return {
             "flow_matching_loss": total / len(indices),
             "num_samples": float(len(indices)),
             **sums.result(),
         }
+
+    def _generate_in_batches(
+        self,
+        source: EmbeddingSource,
+        indices: list[int],
+        batch_size: int,
+        num_inference_steps: int,
+        sampling: dict[str, Any],
+        progress: bool,
+    ) -> Iterator[tuple[Sequence[int], Tensor, Tensor, Tensor]]:
+        """(indices, conditions, true tokens, generated tokens) of one batch after the other."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
+        with tqdm(total=len(indices), desc="generating", unit="sample", disable=not progress) as bar:
+            for piece in batches(indices, batch_size):
+                eva, clip = source.fetch(piece)
+                generated = self.generate(eva, num_inference_steps, sample_index=piece, **sampling)
+                yield piece, eva, clip, generated
+                bar.update(len(piece))
 
     def _loss(
         self,
@@ -301,9 +302,3 @@ def _check_writable(path: Path) -> None:
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"{path}: expected a folder that can be written, found {existing}")
-
-
-def _pieces(indices: list[int], batch_size: int) -> list[Sequence[int]]:
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
-    return list(batches(indices, batch_size))

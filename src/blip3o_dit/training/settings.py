@@ -11,6 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from blip3o_dit.config import TrainingConfig
+from blip3o_dit.launch import check_launch
 
 # `--debug` is a small and quick run; a flag given beside it wins.
 DEBUG_DEFAULTS: dict[str, Any] = {
@@ -139,14 +140,3 @@ def use_cpu(config: TrainingConfig) -> bool:
             "--fp16: expected a GPU, found none: float16 training does not work on the CPU; use --bf16 there"
         )
     return on_cpu
-
-
-def check_launch(world_size: int) -> None:
-    """Refuse a launch whose processes would each train alone into the same folder."""
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != world_size:
-        raise ValueError(
-            f"WORLD_SIZE: the launcher started {launched} processes, the Trainer sees {world_size}; "
-            "on a machine without GPUs set ACCELERATE_USE_CPU=true, or use "
-            "torchrun --standalone --nproc_per_node N"
-        )

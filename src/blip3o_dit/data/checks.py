@@ -1,0 +1,80 @@
+"""What samples must be to be trained on; every refusal names the file, the expectation and the finding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Indices = Sequence[int] | np.ndarray
+AnyIndices = TypeVar("AnyIndices", bound=Indices)
+
+Record = dict[str, Any]
+"""What is known of a sample beside its tokens: "key" (str), and perhaps "caption", "label", ..."""
+
+
+def check_pair(
+    where: Path,
+    eva: Tensor,
+    clip: Tensor,
+    records: Sequence[Record],
+    *,
+    expected: tuple[int, int, int] | None = None,
+    offset: int = 0,
+) -> None:
+    """Refuse samples that cannot be trained on, naming file, field, expectation and finding.
+
+    Args:
+        expected: (tokens, condition width, target width), when they are fixed already.
+        offset: index of the first of these samples, for the message.
+    """
+    for name, tokens in (("eva", eva), ("clip", clip)):
+        if tokens.ndim != 3 or tokens.shape[2] < 1:
+            raise ValueError(
+                f"{where}: {name}: expected rank 3 [samples, tokens, width], found shape {list(tokens.shape)}"
+            )
+    if not len(eva) == len(clip) == len(records):
+        raise ValueError(
+            f"{where}: expected equal counts, found {len(eva)} eva, {len(clip)} clip, {len(records)} records"
+        )
+    if eva.shape[1] != clip.shape[1]:
+        raise ValueError(
+            f"{where}: expected as many eva as clip tokens, found {eva.shape[1]} and {clip.shape[1]}"
+        )
+    check_square(where, clip.shape[1])
+    if expected is not None:
+        found = (clip.shape[1], eva.shape[2], clip.shape[2])
+        if found != expected:
+            raise ValueError(f"{where}: expected (tokens, eva width, clip width) {expected}, found {found}")
+    for name, tokens in (("eva", eva), ("clip", clip)):
+        bad = torch.nonzero(~torch.isfinite(tokens).flatten(1).all(dim=1))
+        if len(bad):
+            first = int(bad[0])
+            raise ValueError(
+                f"{where}: {name}: NaN or infinity in {len(bad)} samples, "
+                f"first in sample {offset + first} (key {records[first].get('key')!r})"
+            )
+    for row, record in enumerate(records):
+        if not isinstance(record.get("key"), str):
+            raise ValueError(
+                f"{where}: sample {offset + row}: expected a string key, found {record.get('key')!r}"
+            )
+
+
+def check_square(where: Path, num_tokens: int) -> None:
+    if num_tokens < 1 or math.isqrt(num_tokens) ** 2 != num_tokens:
+        raise ValueError(f"{where}: expected a square number of tokens (an n x n grid), found {num_tokens}")
+
+
+def check_indices(where: Path, indices: Indices, num_samples: int) -> None:
+    """Raises IndexError unless all indices are in 0..num_samples-1."""
+    wanted = np.asarray(indices, dtype=np.int64)
+    if len(wanted) and not (wanted.min() >= 0 and wanted.max() < num_samples):
+        raise IndexError(
+            f"{where}: expected indices in 0..{num_samples - 1}, found {wanted.min()}..{wanted.max()}"
+        )
