@@ -115,6 +115,16 @@ def test_sampling_starts_from_the_named_noise_at_the_scale_of_training() -> None
     torch.testing.assert_close(generated, 1.7 * noise)
 
 
+def test_statistics_stay_float32_when_weights_do_not(tiny_model: BLIP3oDiTModel, folder: Path) -> None:
+    loaded = BLIP3oInference(folder, device="cpu", dtype=torch.bfloat16).model
+    cast = tiny_model.to(torch.bfloat16)
+    for model in (loaded, cast):
+        assert model.dtype == torch.bfloat16
+        assert torch.equal(model.target_mean, torch.linspace(-1, 1, 8))
+    generated = loaded.generate(torch.randn(2, 9, 12), num_inference_steps=2)
+    assert generated.dtype == torch.float32 and torch.isfinite(generated).all()
+
+
 def test_conditions_are_normalised_as_in_training() -> None:
     model = BLIP3oDiTModel(tiny_config(normalize_embeddings=True))
     randomize(model)

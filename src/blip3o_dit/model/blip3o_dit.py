@@ -22,6 +22,8 @@ from blip3o_dit.randomness import named_normal
 
 GENERATION_STREAM = "generation noise"
 
+STATISTICS = ["condition_mean", "condition_std", "target_mean", "target_std"]
+
 # Averaged weights lie beside the raw ones under Hugging Face's variant naming.
 EMA_VARIANT = "ema"
 EMA_FILE = f"model.{EMA_VARIANT}.safetensors"
@@ -47,6 +49,8 @@ class BLIP3oDiTModel(PreTrainedModel):
     condition_std: Tensor
     target_mean: Tensor
     target_std: Tensor
+    # bfloat16 would move a channel's mean by up to 0.4 %: the statistics stay float32 beside any weights.
+    _keep_in_fp32_modules_strict = STATISTICS
     _no_split_modules = ["NextDiTBlock"]  # noqa: RUF012 - PreTrainedModel declares a list
 
     def __init__(self, config: BLIP3oDiTConfig) -> None:
@@ -87,6 +91,16 @@ class BLIP3oDiTModel(PreTrainedModel):
         for linear in zeroed:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> BLIP3oDiTModel:
+        """`.to`, `.bfloat16`, `.cuda`, ...: the statistics change device, never dtype."""
+        before = {name: self.get_buffer(name) for name in STATISTICS}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = self.get_buffer(name)
+            if after.dtype != buffer.dtype and not buffer.is_meta:
+                self._buffers[name] = buffer.to(after.device)
+        return self
 
     def forward(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         """One network call, in the network's units.
