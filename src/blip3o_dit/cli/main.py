@@ -6,10 +6,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from blip3o_dit.cli import convert, generate, train
+from blip3o_dit.cli import convert, extract, generate, inspect, train
 from blip3o_dit.cli.common import run_command
 
-COMMANDS = {"train": train, "generate": generate, "convert": convert}
+COMMANDS = {
+    "extract": extract,
+    "inspect": inspect,
+    "train": train,
+    "generate": generate,
+    "convert": convert,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

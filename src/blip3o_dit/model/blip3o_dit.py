@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.utils import logging as hf_logging
 
 from blip3o_dit.config import BLIP3oDiTConfig
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
 from blip3o_dit.flow.path import convert_prediction
 from blip3o_dit.flow.solvers import integrate
 from blip3o_dit.model.nextdit import NextDiT
+from blip3o_dit.quiet import quiet_transformers
 from blip3o_dit.randomness import named_normal
 
 GENERATION_STREAM = "generation noise"
@@ -264,21 +263,6 @@ class BLIP3oDiTModel(PreTrainedModel):
         model, info = loaded
         refuse_misfits(str(pretrained_model_name_or_path), info)
         return (model, info) if wants_info else model
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Errors only, and no progress bars for reading and writing files, as long as it lasts."""
-    level = hf_logging.get_verbosity()
-    bars = hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bars:
-            hf_logging.enable_progress_bar()
 
 
 def refuse_misfits(where: str, loading_info: dict[str, Any]) -> None:

@@ -22,7 +22,8 @@ from blip3o_dit.data.dataset import EmbeddingDataset, split_samples
 from blip3o_dit.data.source import open_embeddings
 from blip3o_dit.data.statistics import streamed_statistics
 from blip3o_dit.data.store import EmbeddingSource
-from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel, quiet_transformers
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.quiet import quiet_transformers
 from blip3o_dit.training.callbacks import CurvesCallback
 from blip3o_dit.training.settings import training_arguments, use_cpu
 from blip3o_dit.training.tracking import prepare_wandb, require_wandb

@@ -1,0 +1,73 @@
+"""blip3o-dit inspect: what is in a store, as text and as a sheet of token maps."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+DESCRIPTION = "Say what is in an embedding store or pickle, and draw a few samples."
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("embeddings", type=Path, help="embedding store or documented pickle")
+    parser.add_argument("--picture", type=Path, help="PNG to write (default: beside the store)")
+    parser.add_argument("--no-picture", action="store_true", help="text only")
+    parser.add_argument("--pictures", help="where the pictures are, as for extract")
+    parser.add_argument("--samples", type=int, default=6, help="samples in the picture")
+    parser.add_argument("--json", type=Path, help="also write the findings as JSON")
+    parser.add_argument("--seed", type=int, default=0, help="chooses the samples")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from functools import partial
+
+    from tqdm.auto import tqdm
+
+    from blip3o_dit.data.source import open_embeddings
+    from blip3o_dit.extraction.inspection import format_inspection, inspect_embeddings
+
+    source = open_embeddings(arguments.embeddings)
+    if arguments.samples < 1:
+        raise ValueError(f"--samples: expected at least 1, found {arguments.samples}")
+    inspection = inspect_embeddings(source, track=partial(tqdm, unit="batch", desc="reading", leave=False))
+    sys.stdout.write(format_inspection(inspection))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(inspection.to_json(), indent=2) + "\n")
+    if not arguments.no_picture:
+        path = arguments.embeddings
+        target = arguments.picture or path.with_name(f"{path.stem}_inspection.png")
+        _draw(source, target, arguments)
+        logger.info("the picture: %s", target)
+
+
+def _draw(source: Any, target: Path, arguments: argparse.Namespace) -> None:
+    from blip3o_dit.extraction.inspection import draw_contact_sheet
+    from blip3o_dit.randomness import named_permutation
+
+    order = named_permutation(source.num_samples, seed=arguments.seed, stream="contact sheet")
+    chosen = sorted(order[: arguments.samples].tolist())
+    records = source.records(chosen)
+    eva, clip = source.fetch(chosen)
+    titles = [f"{r['key'][-28:]}\n{(r.get('caption') or '')[:28]}" for r in records]
+    pictures = _pictures(arguments.pictures, [record["key"] for record in records])
+    draw_contact_sheet(target, eva=eva, clip=clip, pictures=pictures, titles=titles)
+
+
+def _pictures(where: str | None, keys: list[str]) -> list[Any]:
+    from blip3o_dit.extraction.pictures import UnreadablePictureError, decode_picture
+    from blip3o_dit.extraction.sources import list_pictures
+
+    refs = {ref.key: ref for ref in list_pictures(where)} if where else {}
+    found: list[Any] = []
+    for key in keys:
+        try:
+            found.append(decode_picture(refs[key].read()) if key in refs else None)
+        except (UnreadablePictureError, OSError):
+            found.append(None)
+    return found

@@ -1,0 +1,1 @@
+"""From pictures to embeddings: sources, decoding, vision towers, pooling, the engine."""

@@ -1,0 +1,331 @@
+"""From pictures to an embedding store, resumable and shared out over processes.
+
+The list of pictures is cut into units of `shard_size`; a unit becomes one shard, whichever process works on
+it and however often it is interrupted (`progress.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from blip3o_dit.config import check_name
+from blip3o_dit.data.checks import check_pair
+from blip3o_dit.data.store import (
+    DTYPES,
+    MANIFEST,
+    EmbeddingStore,
+    json_line,
+    to_disk,
+    write_shard,
+)
+from blip3o_dit.extraction.encoders import Preprocessing, VisionEncoder, load_encoder, tiny_encoder
+from blip3o_dit.extraction.pictures import MOST_PIXELS, UnreadablePictureError, decode_picture
+from blip3o_dit.extraction.pooling import pool_tokens
+from blip3o_dit.extraction.progress import claim_folder, clean_up, finish_store, read_entry, write_entry
+from blip3o_dit.extraction.sources import PictureRef, list_pictures
+from blip3o_dit.launch import check_launch
+
+DEFAULT_EVA = "BAAI/EVA-CLIP-8B"
+DEFAULT_CLIP = "openai/clip-vit-large-patch14"
+DECODE_BATCH = 16
+
+logger = logging.getLogger(__name__)
+
+Towers = dict[str, VisionEncoder]
+"""By side, "eva" and "clip"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractionConfig:
+    """What to extract, from what, into what.
+
+    Args:
+        pictures: folder, list file, webdataset tars, parquet or Hugging Face dataset folder.
+        output: the store's folder.
+        eva, clip: the towers, as `load_encoder` takes them. eva_revision, clip_revision: hub revisions.
+        towers_from_scratch: tiny, seeded, random towers instead, to try the pipeline: their tokens mean
+            nothing, and the manifest says so.
+        tokens: per picture after pooling, a square.
+        dtype: in which the towers compute. store_dtype: on disk.
+        batch_size: pictures per call of a tower. shard_size: pictures per shard.
+        workers: decoding processes per process. device: "auto", "cpu", "cuda", ...
+        strict: the first unreadable picture is an error instead of a line in `skipped.jsonl`.
+        max_pixels: larger pictures are refused before they are decoded.
+        seed: of towers from scratch.
+
+    Raises:
+        ValueError: names the field, what it expects and what it found.
+    """
+
+    pictures: str
+    output: str
+    eva: str = DEFAULT_EVA
+    clip: str = DEFAULT_CLIP
+    eva_revision: str | None = None
+    clip_revision: str | None = None
+    towers_from_scratch: bool = False
+    tokens: int = 64
+    dtype: str = "float32"
+    store_dtype: str = "float16"
+    batch_size: int = 32
+    shard_size: int = 1024
+    workers: int = 2
+    device: str = "auto"
+    strict: bool = False
+    max_pixels: int = MOST_PIXELS
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_name("dtype", self.dtype, tuple(DTYPES))
+        check_name("store_dtype", self.store_dtype, tuple(DTYPES))
+        for name, low in _LOWEST.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < low:
+                raise ValueError(f"{name}: expected an integer >= {low}, found {value!r}")
+        if self.max_pixels > MOST_PIXELS:
+            raise ValueError(f"max_pixels: expected at most {MOST_PIXELS}, found {self.max_pixels}")
+
+
+_LOWEST = {"tokens": 1, "batch_size": 1, "shard_size": 1, "max_pixels": 1, "workers": 0, "seed": 0}
+
+# What may differ between a run and its continuation: it does not change what is written.
+_HARMLESS = ("pictures", "output", "workers", "device")
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A picture ready for both towers ([3, size, size] each), or the reason why it is not."""
+
+    index: int
+    eva: Tensor | None = None
+    clip: Tensor | None = None
+    reason: str | None = None
+
+
+@dataclass
+class Unit:
+    """What a unit has collected so far: tokens by side, table lines, skipped pictures."""
+
+    eva: list[Tensor] = field(default_factory=list)
+    clip: list[Tensor] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)
+
+
+def extract(config: ExtractionConfig, *, progress: bool = True) -> EmbeddingStore | None:
+    """Extract embeddings, or continue an extraction that was interrupted.
+
+    Returns the finished store on the first process, None on the others.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: one line naming what was expected and what was found; also
+            for a folder that holds an extraction with other settings.
+    """
+    state = PartialState(cpu=config.device == "cpu" or not torch.cuda.is_available())
+    check_launch(state.num_processes)
+    device = _device(config.device, state)
+    refs = list_pictures(config.pictures)
+    towers = load_towers(config, device)
+    settings = _settings(config, refs, towers)
+    output = Path(config.output)
+    if state.is_main_process:
+        claim_folder(output, settings)
+    state.wait_for_everyone()
+    if not (output / MANIFEST).is_file():
+        extractor = Extractor(config, refs, towers)
+        extractor.run(state.process_index, state.num_processes, progress=progress and state.is_main_process)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            finish_store(
+                output,
+                extractor.num_units,
+                sizes=(config.tokens, towers["eva"].width, towers["clip"].width),
+                dtype=config.store_dtype,
+                pooling=_pooling(config.tokens, towers),
+                settings=settings,
+            )
+    if not state.is_main_process:
+        return None
+    clean_up(output)
+    return EmbeddingStore(output)
+
+
+def load_towers(config: ExtractionConfig, device: torch.device) -> Towers:
+    """Both towers on the device. Raises ValueError for tokens that their grids do not pool into."""
+    dtype = DTYPES[config.dtype]
+    if config.towers_from_scratch:
+        logger.warning("towers from scratch: tiny and random, their tokens mean nothing")
+        towers = {side: tiny_encoder(side, seed=config.seed) for side in ("eva", "clip")}
+    else:
+        towers = {
+            "eva": load_encoder(config.eva, dtype=dtype, revision=config.eva_revision),
+            "clip": load_encoder(config.clip, dtype=dtype, revision=config.clip_revision),
+        }
+    for tower in towers.values():
+        pool_tokens(torch.empty(1, tower.grid**2, 1), config.tokens)  # refuses before any work is done
+        tower.to(device, dtype).eval().requires_grad_(False)
+    return towers
+
+
+class Extractor:
+    """Works through the units that fall to one process."""
+
+    def __init__(self, config: ExtractionConfig, refs: Sequence[PictureRef], towers: Towers) -> None:
+        self.config = config
+        self.refs = refs
+        self.towers = towers
+        self.output = Path(config.output)
+        self.num_units = math.ceil(len(refs) / config.shard_size)
+
+    def run(self, rank: int, world_size: int, *, progress: bool) -> None:
+        """Write every unfinished unit whose number is `rank` modulo `world_size`."""
+        mine = range(rank, self.num_units, world_size)
+        todo = [unit for unit in mine if read_entry(self.output, unit) is None]
+        indices = [index for unit in todo for index in self._indices(unit)]
+        total = sum(len(self._indices(unit)) for unit in mine)
+        bar = tqdm(total=total, initial=total - len(indices), unit="picture", disable=not progress)
+        written = 0
+        with bar:
+            for number, decoded in itertools.groupby(self._decoded(indices), key=self._unit_of):
+                written += self._write_unit(number, self._encode(decoded, bar))
+                bar.set_postfix_str(f"{written / 2**20:.1f} MiB written")
+
+    def _indices(self, unit: int) -> range:
+        start = unit * self.config.shard_size
+        return range(start, min(start + self.config.shard_size, len(self.refs)))
+
+    def _unit_of(self, decoded: Decoded) -> int:
+        return decoded.index // self.config.shard_size
+
+    def _decoded(self, indices: Sequence[int]) -> Iterator[Decoded]:
+        """The pictures in order, decoded ahead of the towers by worker processes."""
+        preprocessing = {side: tower.preprocessing for side, tower in self.towers.items()}
+        loader: Iterable[list[Decoded]] = DataLoader(
+            DecodingDataset(self.refs, indices, preprocessing, self.config.max_pixels),
+            batch_size=DECODE_BATCH,
+            num_workers=self.config.workers,
+            collate_fn=list,
+        )
+        for batch in loader:
+            yield from batch
+
+    def _encode(self, decoded: Iterable[Decoded], bar: tqdm) -> Unit:
+        unit = Unit()
+        batch: list[Decoded] = []
+        for picture in decoded:
+            bar.update()
+            if picture.reason is not None:
+                unit.skipped.append(self._skip(picture.index, picture.reason))
+                continue
+            batch.append(picture)
+            if len(batch) == self.config.batch_size:
+                self._run_towers(batch, unit)
+                batch = []
+        if batch:
+            self._run_towers(batch, unit)
+        return unit
+
+    def _skip(self, index: int, reason: str) -> dict[str, str]:
+        ref = self.refs[index]
+        if self.config.strict:
+            raise ValueError(f"{ref.location}: {reason} (--strict)")
+        return {"key": ref.key, "location": ref.location, "reason": reason}
+
+    @torch.inference_mode()
+    def _run_towers(self, batch: Sequence[Decoded], unit: Unit) -> None:
+        """Tokens of a batch of pictures, pooled, checked and in the dtype of the store."""
+        records = [_record(self.refs[picture.index]) for picture in batch]
+        tokens: dict[str, Tensor] = {}
+        for side, tower in self.towers.items():
+            weight = next(tower.parameters())
+            pixels = torch.stack([getattr(picture, side) for picture in batch])  # [B, 3, size, size]
+            grid = tower(pixels.to(weight.device, weight.dtype))  # [B, grid * grid, C]
+            tokens[side] = pool_tokens(grid.float(), self.config.tokens).cpu()  # [B, tokens, C]
+        check_pair(self.output, tokens["eva"], tokens["clip"], records, offset=batch[0].index)
+        for side, pieces in (("eva", unit.eva), ("clip", unit.clip)):
+            pieces.append(to_disk(self.output, tokens[side], side, self.config.store_dtype))
+        unit.lines += [json_line(self.output, p.index, r) for p, r in zip(batch, records, strict=True)]
+
+    def _write_unit(self, number: int, unit: Unit) -> int:
+        """The shard, then the entry that makes it count; returns the bytes written."""
+        shard = None
+        if unit.lines:
+            shard = write_shard(self.output, number, torch.cat(unit.eva), torch.cat(unit.clip), unit.lines)
+        write_entry(self.output, number, shard, unit.skipped)
+        return shard["bytes"] if shard else 0
+
+
+class DecodingDataset(Dataset):
+    """Reads, decodes and preprocesses pictures; runs in the data loader's processes."""
+
+    def __init__(
+        self,
+        refs: Sequence[PictureRef],
+        indices: Sequence[int],
+        preprocessing: dict[str, Preprocessing],
+        max_pixels: int,
+    ) -> None:
+        self.refs = refs
+        self.indices = indices
+        self.preprocessing = preprocessing
+        self.max_pixels = max_pixels
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> Decoded:
+        index = self.indices[position]
+        try:
+            picture = decode_picture(self.refs[index].read(), max_pixels=self.max_pixels)
+        except UnreadablePictureError as error:
+            return Decoded(index, reason=str(error))
+        except (OSError, ValueError) as error:
+            return Decoded(index, reason=f"cannot be read: {error}")
+        pixels = {side: prepare(picture) for side, prepare in self.preprocessing.items()}
+        return Decoded(index, eva=pixels["eva"], clip=pixels["clip"])
+
+
+def _settings(config: ExtractionConfig, refs: Sequence[PictureRef], towers: Towers) -> dict[str, Any]:
+    """All that decides the content of the store."""
+    digest = hashlib.sha256()
+    for ref in refs:
+        digest.update(json.dumps([ref.key, ref.caption]).encode() + b"\n")
+    return {
+        "settings": {name: value for name, value in asdict(config).items() if name not in _HARMLESS},
+        "pictures": {"count": len(refs), "sha256": digest.hexdigest()},
+        "towers": {side: tower.describe() for side, tower in towers.items()},
+    }
+
+
+def _pooling(tokens: int, towers: Towers) -> str:
+    side = math.isqrt(tokens)
+    return ", ".join(f"{name} {t.grid}x{t.grid} -> {side}x{side} mean" for name, t in towers.items())
+
+
+def _device(name: str, state: PartialState) -> torch.device:
+    if name == "auto":
+        return state.device
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device: expected a CUDA GPU for {name!r}, found none")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}") from error
+
+
+def _record(ref: PictureRef) -> dict[str, Any]:
+    return {"key": ref.key} if ref.caption is None else {"key": ref.key, "caption": ref.caption}

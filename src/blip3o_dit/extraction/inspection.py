@@ -1,0 +1,237 @@
+"""What is in a store: counts, norms, outliers, and a sheet of pictures beside their token maps."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from blip3o_dit.data.statistics import ChannelAccumulator
+from blip3o_dit.data.store import EmbeddingSource, batches
+
+SHOWN = 3  # outliers named per kind
+
+
+@dataclass(frozen=True)
+class SideInspection:
+    """One side's tokens. Norms are L2 norms per token; outliers are (index, times the median)."""
+
+    width: int
+    norm_mean: float
+    norm_std: float
+    norm_min: float
+    norm_max: float
+    channel_mean_range: tuple[float, float]
+    channel_std_range: tuple[float, float]
+    outlier_channels: list[tuple[int, float]]
+    outlier_positions: list[tuple[int, float]]
+    non_finite_samples: int
+    first_non_finite: str | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The findings of `inspect_embeddings`; `about` is what the manifest says of the making."""
+
+    path: str
+    num_samples: int
+    num_tokens: int
+    captions: int
+    duplicate_keys: int
+    duplicate_examples: list[str]
+    sides: dict[str, SideInspection]
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class _Side:
+    """Streamed sums over one side."""
+
+    def __init__(self, width: int, num_tokens: int) -> None:
+        self.channels = ChannelAccumulator(width)
+        self.squares = torch.zeros(width, dtype=torch.float64)
+        self.norms = ChannelAccumulator(1)
+        self.positions = torch.zeros(num_tokens, dtype=torch.float64)
+        self.extremes = [float("inf"), 0.0]
+        self.bad: list[int] = []
+
+    def add(self, tokens: Tensor, indices: Sequence[int]) -> None:
+        finite = torch.isfinite(tokens).flatten(1).all(dim=1)
+        self.bad += [int(i) for i in np.asarray(indices)[~finite.numpy()]]
+        tokens = tokens[finite].double()
+        if not len(tokens):
+            return
+        norms = tokens.norm(dim=-1)
+        self.channels.add(tokens)
+        self.squares += tokens.square().sum(dim=(0, 1))
+        self.norms.add(norms[..., None])
+        self.positions += norms.sum(dim=0)
+        self.extremes = [min(self.extremes[0], float(norms.min())), max(self.extremes[1], float(norms.max()))]
+
+    def result(self, source: EmbeddingSource) -> SideInspection:
+        if not self.channels.count:
+            raise ValueError(f"{source.path}: expected finite samples, found none")
+        mean, std = self.channels.mean, (self.channels.squares / self.channels.count).sqrt()
+        first = source.records([self.bad[0]])[0]["key"] if self.bad else None
+        return SideInspection(
+            width=len(mean),
+            norm_mean=float(self.norms.mean),
+            norm_std=float((self.norms.squares / self.norms.count).sqrt()),
+            norm_min=self.extremes[0],
+            norm_max=self.extremes[1],
+            channel_mean_range=(float(mean.min()), float(mean.max())),
+            channel_std_range=(float(std.min()), float(std.max())),
+            outlier_channels=_outliers((self.squares / self.channels.count).sqrt()),
+            outlier_positions=_outliers(self.positions),
+            non_finite_samples=len(self.bad),
+            first_non_finite=first,
+        )
+
+
+def inspect_embeddings(
+    source: EmbeddingSource,
+    *,
+    batch_size: int = 256,
+    track: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+) -> Inspection:
+    """Read every sample once, in bounded memory, and say what is there.
+
+    NaN and infinity are counted, not refused; a damaged shard is refused (ValueError).
+    """
+    sides = {"eva": _Side(source.condition_dim, source.num_tokens)}
+    sides["clip"] = _Side(source.target_dim, source.num_tokens)
+    pieces: Iterable[range] = list(batches(range(source.num_samples), batch_size))
+    for piece in track(pieces) if track else pieces:
+        for side, tokens in zip(sides.values(), source.fetch(piece), strict=True):
+            side.add(tokens, piece)
+    records = source.records()
+    repeated = [key for key, count in Counter(record["key"] for record in records).items() if count > 1]
+    manifest = getattr(source, "manifest", {})
+    return Inspection(
+        path=str(source.path),
+        num_samples=source.num_samples,
+        num_tokens=source.num_tokens,
+        captions=sum("caption" in record for record in records),
+        duplicate_keys=len(repeated),
+        duplicate_examples=repeated[:SHOWN],
+        sides={name: side.result(source) for name, side in sides.items()},
+        about={k: manifest[k] for k in ("dtype", "pooling", "skipped", "encoders") if k in manifest},
+    )
+
+
+def format_inspection(inspection: Inspection) -> str:
+    """The findings as text for a terminal, warnings last."""
+    lines = [
+        inspection.path,
+        f"  samples {inspection.num_samples}, tokens {inspection.num_tokens}, captions {inspection.captions}",
+    ]
+    for name in ("dtype", "pooling", "skipped"):
+        if inspection.about.get(name) is not None:
+            lines.append(f"  {name}: {inspection.about[name]}")
+    for name, side in inspection.sides.items():
+        tower = inspection.about.get("encoders", {}).get(name, {})
+        lines += ["", f"{name}: {side.width} wide" + (f", {tower['name']}" if "name" in tower else "")]
+        lines.append(
+            f"  token norm {side.norm_mean:.4g} +- {side.norm_std:.3g}, "
+            f"from {side.norm_min:.4g} to {side.norm_max:.4g}"
+        )
+        lines.append("  channel means {:.3g} to {:.3g}".format(*side.channel_mean_range))
+        lines.append("  channel deviations {:.3g} to {:.3g}".format(*side.channel_std_range))
+        lines.append("  strongest channels " + _named(side.outlier_channels))
+        grid = int(inspection.num_tokens**0.5)
+        cells = [(f"row {i // grid} column {i % grid}", ratio) for i, ratio in side.outlier_positions]
+        lines.append("  strongest tokens " + _named(cells))
+    return "\n".join([*lines, "", *warnings_of(inspection)]) + "\n"
+
+
+def warnings_of(inspection: Inspection) -> list[str]:
+    """What a user should know before training on this; one line each."""
+    found = []
+    for name, side in inspection.sides.items():
+        if side.non_finite_samples:
+            found.append(
+                f"warning: {name}: NaN or infinity in {side.non_finite_samples} samples, "
+                f"first {side.first_non_finite}"
+            )
+        if inspection.about.get("encoders", {}).get(name, {}).get("meaningful") is False:
+            found.append(f"warning: {name}: tower from scratch, these tokens mean nothing")
+    if inspection.duplicate_keys:
+        examples = ", ".join(inspection.duplicate_examples)
+        found.append(f"warning: {inspection.duplicate_keys} keys are there more than once: {examples}")
+    return found or ["no NaN, no infinity, no duplicate keys"]
+
+
+def draw_contact_sheet(
+    path: str | Path,
+    *,
+    eva: Tensor,
+    clip: Tensor,
+    pictures: Sequence[Image.Image | None],
+    titles: Sequence[str],
+) -> None:
+    """A PNG with one row per sample: the picture, and PCA-to-RGB maps of its EVA and CLIP tokens.
+
+    Args:
+        eva, clip: [k, N, C]; the principal components and the colour scale are those of all k samples.
+        pictures: None where the picture is not known.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("the picture: expected matplotlib: pip install 'blip3o-dit[plot]'") from None
+    rows = len(titles)
+    figure = Figure(figsize=(7.5, 2.3 * rows + 0.5), layout="constrained")
+    grid = figure.subplots(rows, 3, squeeze=False)
+    for column, heading in enumerate(("picture", "EVA tokens", "CLIP tokens")):
+        grid[0, column].set_title(heading)
+    maps = (token_colours(eva), token_colours(clip))
+    for row in range(rows):
+        for axes in grid[row]:
+            axes.set_xticks([])
+            axes.set_yticks([])
+        picture = pictures[row]
+        if picture is None:
+            grid[row, 0].text(0.5, 0.5, "not known", ha="center", va="center", color="0.5")
+        else:
+            grid[row, 0].imshow(np.asarray(picture))
+        grid[row, 0].set_ylabel(titles[row], fontsize=8)
+        for column, colours in enumerate(maps, start=1):
+            grid[row, column].imshow(colours[row], interpolation="nearest")
+    figure.savefig(path, dpi=110)
+
+
+def token_colours(tokens: Tensor) -> np.ndarray:
+    """[k, N, C] -> [k, n, n, 3] in 0..1: three principal components, the middle 98 % over the range."""
+    flat = tokens.flatten(0, 1).double()
+    centred = flat - flat.mean(dim=0)
+    _, _, directions = torch.linalg.svd(centred, full_matrices=False)
+    projected = torch.zeros(len(flat), 3, dtype=torch.float64)
+    kept = min(3, len(directions))
+    projected[:, :kept] = centred @ directions[:kept].T
+    low, high = (torch.quantile(projected, q, dim=0) for q in (0.01, 0.99))
+    scaled = ((projected - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    side = int(tokens.shape[1] ** 0.5)
+    return scaled.reshape(len(tokens), side, side, 3).numpy()
+
+
+def _outliers(strength: Tensor) -> list[tuple[int, float]]:
+    """The strongest entries, each as times the median."""
+    median = float(strength.median())
+    order = strength.argsort(descending=True)[:SHOWN]
+    return [(int(i), float(strength[i]) / median if median else float("inf")) for i in order]
+
+
+def _named(outliers: Sequence[tuple[Any, float]]) -> str:
+    return ", ".join(f"{name} ({ratio:.3g} x the median)" for name, ratio in outliers)

@@ -1,0 +1,23 @@
+"""transformers without its reports and progress bars."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers.utils import logging as hf_logging
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Errors only, and no progress bars for reading and writing files, as long as it lasts."""
+    level = hf_logging.get_verbosity()
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()

@@ -1,0 +1,216 @@
+"""The extraction engine: what it writes, what it skips, and that interruptions leave no trace."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from blip3o_dit.cli.main import main
+from blip3o_dit.data.source import open_embeddings
+from blip3o_dit.data.store import EmbeddingStore
+from blip3o_dit.extraction import extract as engine
+from blip3o_dit.extraction.encoders import tiny_encoder
+from blip3o_dit.extraction.extract import ExtractionConfig, extract
+from blip3o_dit.extraction.pictures import decode_picture
+from blip3o_dit.extraction.pooling import pool_tokens
+from blip3o_dit.extraction.progress import SKIPPED_FILE
+
+ROOT = Path(__file__).parent.parent.parent
+COUNT, BROKEN = 22, {"b/07.png": b"", "b/13.png": b"not a picture"}
+TINY = ["--towers-from-scratch", "--batch_size", "4", "--shard_size", "6", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    for index in range(COUNT):
+        path = folder / ("a" if index < 5 else "b") / f"{index:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        pixels = generator.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    for name, data in BROKEN.items():
+        (folder / name).write_bytes(data)
+    (folder / "a" / "00.txt").write_text("the first picture")
+    return folder
+
+
+def settings(pictures: Path, output: Path, **changes: Any) -> ExtractionConfig:
+    config = ExtractionConfig(
+        pictures=str(pictures),
+        output=str(output),
+        towers_from_scratch=True,
+        batch_size=4,
+        shard_size=6,
+        workers=0,
+        device="cpu",
+    )
+    return replace(config, **changes)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def whole(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted extraction on one process."""
+    output = tmp_path_factory.mktemp("whole") / "store"
+    extract(settings(pictures, output), progress=False)
+    return output
+
+
+def test_tokens_are_those_of_the_towers(pictures: Path, whole: Path) -> None:
+    store = EmbeddingStore(whole)
+    keys = [record["key"] for record in store.records()]
+    expected = sorted(path.relative_to(pictures).as_posix() for path in pictures.rglob("*.png"))
+    assert keys == [key for key in expected if key not in BROKEN]
+    assert store.records([0])[0]["caption"] == "the first picture"
+    assert "caption" not in store.records([1])[0]
+    picture = decode_picture((pictures / keys[9]).read_bytes())
+    found = dict(zip(("eva", "clip"), store.fetch([9]), strict=True))
+    for side, tokens in found.items():
+        tower = tiny_encoder(side).eval()
+        with torch.no_grad():
+            direct = pool_tokens(tower(tower.preprocessing(picture)[None]), 64)
+        torch.testing.assert_close(tokens, direct, rtol=2e-3, atol=2e-3)
+        assert tokens.std() > 0.01
+
+
+def test_the_skip_list_is_exact(whole: Path) -> None:
+    skipped = [json.loads(line) for line in (whole / SKIPPED_FILE).read_text().splitlines()]
+    assert {picture["key"] for picture in skipped} == set(BROKEN)
+    assert all(picture["reason"] and picture["location"] for picture in skipped)
+    manifest = EmbeddingStore(whole).manifest
+    assert (manifest["skipped"], manifest["num_samples"]) == (2, COUNT - 2)
+
+
+def test_the_finished_store_holds_nothing_of_its_making(whole: Path) -> None:
+    shards = {f"shard-{i:05d}.{kind}" for i in range(4) for kind in ("safetensors", "jsonl")}
+    assert set(content(whole)) == shards | {"manifest.json", SKIPPED_FILE}
+    assert str(whole.parent) not in (whole / "manifest.json").read_text()
+    manifest = EmbeddingStore(whole).manifest
+    assert manifest["encoders"]["eva"]["meaningful"] is False
+    assert "16x16 -> 8x8" in manifest["pooling"]
+
+
+@pytest.mark.parametrize("interrupted_at", [0, 1, 3])
+def test_an_interrupted_extraction_continues_to_the_same_bytes(
+    pictures: Path, whole: Path, tmp_path: Path, interrupted_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_entry = engine.write_entry
+    done: list[int] = []
+
+    def failing(output: Path, unit: int, *rest: Any) -> None:
+        if unit == interrupted_at and interrupted_at not in done:
+            done.append(unit)
+            raise KeyboardInterrupt
+        done.append(unit)
+        write_entry(output, unit, *rest)
+
+    monkeypatch.setattr(engine, "write_entry", failing)
+    config = settings(pictures, tmp_path / "store")
+    with pytest.raises(KeyboardInterrupt):
+        extract(config, progress=False)
+    with pytest.raises(ValueError, match="not an embedding store, or an unfinished one"):
+        EmbeddingStore(tmp_path / "store")
+    extract(replace(config, workers=1), progress=False)
+    assert done == [*range(interrupted_at + 1), *range(interrupted_at, 4)]  # finished units were not redone
+    assert content(tmp_path / "store") == content(whole)
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_it_writes_the_same_bytes(
+    pictures: Path, whole: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "extract_embeddings_production.py", str(pictures), *TINY]
+    command += ["--output", str(tmp_path / "store"), "--workers", "1"]
+    first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
+    started = time.monotonic()
+    while not list(tmp_path.glob("store/shard-*.safetensors")) and time.monotonic() - started < 60:
+        time.sleep(0.002)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert not (tmp_path / "store" / "manifest.json").exists()
+    subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+    assert content(tmp_path / "store") == content(whole)
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_bytes(pictures: Path, whole: Path, tmp_path: Path) -> None:
+    launcher = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, "extract_embeddings_production.py", str(pictures), *TINY]
+    command += ["--output", str(tmp_path / "store"), "--workers", "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-1500:]
+    assert content(tmp_path / "store") == content(whole)
+
+
+def test_repeating_a_finished_command_changes_nothing(pictures: Path, whole: Path) -> None:
+    before = {name: (whole / name).stat().st_mtime_ns for name in content(whole)}
+    extract(settings(pictures, whole), progress=False)
+    assert {name: (whole / name).stat().st_mtime_ns for name in content(whole)} == before
+
+
+class TestRefusals:
+    def test_another_command_on_the_same_folder(self, pictures: Path, whole: Path) -> None:
+        with pytest.raises(ValueError, match=r"settings\.tokens is 64 there, 16 here"):
+            extract(settings(pictures, whole, tokens=16), progress=False)
+
+    def test_other_pictures(self, pictures: Path, whole: Path) -> None:
+        with pytest.raises(ValueError, match=r"pictures\.count is 22 there, 5 here"):
+            extract(settings(pictures / "a", whole), progress=False)
+
+    def test_a_folder_with_other_files(self, pictures: Path, tmp_path: Path) -> None:
+        (tmp_path / "notes.txt").write_text("mine")
+        with pytest.raises(ValueError, match="expected an empty folder or a begun extraction"):
+            extract(settings(pictures, tmp_path), progress=False)
+        assert (tmp_path / "notes.txt").read_text() == "mine"
+
+    def test_strict(self, pictures: Path, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"b/07\.png.*--strict"):
+            extract(settings(pictures, tmp_path / "store", strict=True), progress=False)
+
+    def test_no_readable_picture(self, tmp_path: Path) -> None:
+        (tmp_path / "in").mkdir()
+        (tmp_path / "in" / "a.png").write_bytes(b"")
+        with pytest.raises(ValueError, match="expected at least one readable picture, found none of 1"):
+            extract(settings(tmp_path / "in", tmp_path / "out"), progress=False)
+
+    @pytest.mark.parametrize("tokens", [60, 49, 1024])
+    def test_tokens_that_do_not_pool(self, pictures: Path, tmp_path: Path, tokens: int) -> None:
+        with pytest.raises(ValueError, match=str(tokens)):
+            extract(settings(pictures, tmp_path / "out", tokens=tokens), progress=False)
+        assert not (tmp_path / "out").exists()
+
+    def test_bad_settings(self) -> None:
+        with pytest.raises(ValueError, match="batch_size: expected an integer >= 1, found 0"):
+            ExtractionConfig(pictures="a", output="b", batch_size=0)
+        with pytest.raises(ValueError, match="store_dtype: expected one of"):
+            ExtractionConfig(pictures="a", output="b", store_dtype="int8")
+
+
+def test_the_command_writes_the_documented_pickle(pictures: Path, whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "embeddings" / "blip3o_grid_embeddings.pkl"
+    words = ["extract", str(pictures), "--output", str(output), "--format", "pickle", *TINY]
+    assert main([*words, "--workers", "0"]) == 0
+    documented = pickle.loads(output.read_bytes())
+    assert documented["eva_blip3o_embeddings"].shape == (20, 64, 64)
+    assert documented["clip_blip3o_embeddings"].shape == (20, 64, 48)
+    assert documented["captions"][0] == "the first picture"
+    read, store = open_embeddings(output), EmbeddingStore(whole)
+    for ours, theirs in zip(read.fetch(range(20)), store.fetch(range(20)), strict=True):
+        assert torch.equal(ours, theirs)
