@@ -13,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from blip3o_dit.cli.extract import main as extract_main
 from blip3o_dit.cli.main import main as command_main
 from blip3o_dit.cli.train import main as train_main
 
@@ -43,6 +45,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     }
     (tmp_path / "embeddings").mkdir()
     (tmp_path / "embeddings" / "blip3o_grid_embeddings.pkl").write_bytes(pickle.dumps(content))
+    (tmp_path / "images").mkdir()
+    for index in range(3):
+        pixels = generator.integers(0, 256, (50, 60, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{index}.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -59,6 +65,8 @@ def run_bash(words: list[str]) -> None:
         assert words[1:] == [".venv/bin/activate"]
     elif words[:2] == ["python", "-c"]:
         exec(words[2], {})
+    elif words[:2] == ["python", "extract_embeddings_production.py"]:
+        assert extract_main([*words[2:], "--workers", "0", "--device", "cpu"]) == 0
     elif words[:2] == ["python", "train_blip3o_dit.py"]:
         assert train_main(small(words[2:])) == 0
     elif program == "blip3o-dit":
@@ -101,7 +109,12 @@ def test_every_snippet_runs_in_order(folder: Path) -> None:
         else:
             for words in commands(block):
                 run_bash(words)
-    for produced in ("checkpoints/run/model.safetensors", "results/generated.pkl", "my_store/manifest.json"):
+    made = ("checkpoints/run/model.safetensors", "results/generated.pkl", "my_store/manifest.json")
+    for produced in (*made, "embeddings/pictures_inspection.png"):
+        "checkpoints/run/model.safetensors",
+        "results/generated.pkl",
+        "embeddings/pictures_inspection.png",
+    ):
         assert (folder / produced).is_file(), produced
     assert (folder / "checkpoints/run/checkpoint-4").is_dir()  # the resumed run went on
 
@@ -114,5 +127,5 @@ def test_installed_versions_are_the_pinned_ones() -> None:
 
 
 def test_files_the_readme_names_exist() -> None:
-    for name in ("requirements.txt", "train_blip3o_dit.py", "Makefile", "LICENSE"):
+    for name in ("requirements.txt", "train_blip3o_dit.py", "docs/eva-clip-parity.md", "Makefile", "LICENSE"):
         assert (ROOT / name).is_file()

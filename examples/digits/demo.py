@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -22,14 +24,15 @@ from sklearn.preprocessing import StandardScaler
 from blip3o_dit.cli.common import set_up_logging
 from blip3o_dit.config import TrainingConfig
 from blip3o_dit.data.dataset import Split, split_permutation
-from blip3o_dit.data.store import EmbeddingStore, StoreWriter
+from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.evaluation.baselines import PositionMean, TokenRidge
 from blip3o_dit.evaluation.metrics import fidelity
+from blip3o_dit.extraction.extract import ExtractionConfig, extract
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.training.callbacks import LOG_FILE, read_log
 from blip3o_dit.training.run import train
 from examples.digits.figure import draw_demo_figure
-from examples.digits.towers import DigitTokens, digit_tokens
+from examples.digits.towers import ClipTower, EvaTower, digit_towers, load_digit_pictures, save_tower
 
 TRUE, DIT, RIDGE, MEAN = "true CLIP tokens", "DiT (generated)", "ridge", "per-position mean"
 SEED = 0
@@ -57,41 +60,56 @@ def main() -> None:
     set_up_logging()
     started = time.monotonic()
 
-    split = split_permutation(1797, eval_split=EVAL_SPLIT, seed=SEED)
-    logger.info("1/4  two vision towers, trained on %d digits of 1797", len(split.train))
-    digits = digit_tokens(split.train, seed=SEED, steps=arguments.tower_steps)
-    store = write_store(arguments.output_dir / "store", digits)
+    output = arguments.output_dir
+    pictures, labels = load_digit_pictures()
+    split = split_permutation(len(pictures), eval_split=EVAL_SPLIT, seed=SEED)
+    logger.info("1/5  two vision towers, trained on %d digits of %d", len(split.train), len(pictures))
+    towers = digit_towers(pictures, labels, split.train, seed=SEED, steps=arguments.tower_steps)
 
-    logger.info("2/4  training the diffusion transformer on %s", store.path)
-    model = train(training_config(arguments.output_dir, store, arguments.steps), overwrite=True)
+    logger.info("2/5  extracting the tokens of all pictures")
+    store = extract_store(output, pictures, labels, towers)
 
-    logger.info("3/4  CLIP tokens for the %d held-out digits", len(split.eval))
-    held_out = generate(model, store, digits, split)
+    logger.info("3/5  training the diffusion transformer on %s", store.path)
+    model = train(training_config(output, store, arguments.steps), overwrite=True)
 
-    logger.info("4/4  measuring")
-    scores = measure(held_out, digits, split)
-    report(arguments.output_dir, held_out, scores, arguments.steps)
-    print(f"\n{time.monotonic() - started:.0f} s in all, results in {arguments.output_dir}")
+    logger.info("4/5  CLIP tokens for the %d held-out digits", len(split.eval))
+    held_out = generate(model, store, pictures, labels, split)
+
+    logger.info("5/5  measuring")
+    scores = measure(held_out, store, labels, split)
+    report(output, held_out, scores, arguments.steps)
+    print(f"\n{time.monotonic() - started:.0f} s in all, results in {output}")
 
 
-def write_store(path: Path, digits: DigitTokens) -> EmbeddingStore:
-    """The towers' tokens as an embedding store; keys are positions in scikit-learn's data set."""
-    writer = StoreWriter(
-        path,
-        num_tokens=digits.condition.shape[1],
-        condition_dim=digits.condition.shape[2],
-        target_dim=digits.target.shape[2],
-        encoders={"eva": {"name": "digits EVA tower"}, "clip": {"name": "digits CLIP tower"}},
-        pooling="2x2 mean of an 8x8 grid",
-        overwrite=True,
+def extract_store(
+    output: Path, pictures: np.ndarray, labels: np.ndarray, towers: tuple[EvaTower, ClipTower]
+) -> EmbeddingStore:
+    """Picture files and tower checkpoints on disk, and the store that the extraction makes of them."""
+    folder = output / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for index, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+        name = f"digit-{index:04d}.png"
+        Image.fromarray(picture).save(folder / name)
+        lines.append(json.dumps({"path": name, "caption": f"a handwritten {label}"}))
+    (folder / "digits.jsonl").write_text("\n".join(lines) + "\n")
+    for side, tower in zip(("eva", "clip"), towers, strict=True):
+        save_tower(tower, output / "towers" / side)
+    shutil.rmtree(output / "store", ignore_errors=True)  # an earlier demo's, of other towers perhaps
+    store = extract(
+        ExtractionConfig(
+            pictures=str(folder / "digits.jsonl"),
+            output=str(output / "store"),
+            eva=str(output / "towers" / "eva"),
+            clip=str(output / "towers" / "clip"),
+            tokens=16,
+            batch_size=128,
+            workers=1,
+            device="cpu",
+        )
     )
-    records = [
-        {"key": f"digit-{i:04d}", "caption": f"a handwritten {label}", "label": int(label)}
-        for i, label in enumerate(digits.labels)
-    ]
-    with writer:
-        writer.append(digits.condition, digits.target, records)
-    return EmbeddingStore(path)
+    assert store is not None  # one process
+    return store
 
 
 def training_config(output_dir: Path, store: EmbeddingStore, steps: int) -> TrainingConfig:
@@ -115,7 +133,9 @@ def training_config(output_dir: Path, store: EmbeddingStore, steps: int) -> Trai
     )
 
 
-def generate(model: Path, store: EmbeddingStore, digits: DigitTokens, split: Split) -> HeldOut:
+def generate(
+    model: Path, store: EmbeddingStore, pictures: np.ndarray, labels: np.ndarray, split: Split
+) -> HeldOut:
     """One generated sample per held-out digit, and the baselines' predictions for it."""
     results = BLIP3oInference(model, device="cpu").generate_from_dataset(
         store.path,
@@ -132,17 +152,19 @@ def generate(model: Path, store: EmbeddingStore, digits: DigitTokens, split: Spl
         MEAN: PositionMean.fit(store, split.train).predict(eva),
     }
     return HeldOut(
-        pictures=digits.pictures[split.eval],
-        labels=digits.labels[split.eval],
+        pictures=pictures[split.eval],
+        labels=labels[split.eval],
         tokens={name: value.numpy() for name, value in tokens.items()},
     )
 
 
-def measure(held_out: HeldOut, digits: DigitTokens, split: Split) -> dict[str, dict[str, float]]:
+def measure(
+    held_out: HeldOut, store: EmbeddingStore, labels: np.ndarray, split: Split
+) -> dict[str, dict[str, float]]:
     """Method -> metric -> value. The classifier has seen true CLIP tokens only."""
-    train_tokens = digits.target[split.train]
+    _, train_tokens = store.fetch(split.train)
     classifier = digit_classifier()
-    classifier.fit(train_tokens.flatten(1).numpy(), digits.labels[split.train])
+    classifier.fit(train_tokens.flatten(1).numpy(), labels[split.train])
     truth, mean = torch.from_numpy(held_out.tokens[TRUE]), train_tokens.mean(dim=(0, 1))
     scores = {}
     for name, tokens in held_out.tokens.items():

@@ -1,28 +1,28 @@
 """Two small vision towers, trained here, that describe the same handwritten digits differently.
 
-They stand in for CLIP and EVA-CLIP, so that the demo needs no download. The architectures are
-transformers' own classes with tiny configurations, and tokens are extracted as from the real
-towers: patch tokens (CLS dropped) -> final norm -> visual projection -> 2x2 mean. Here the mean
-turns 8x8 patches into 4x4 tokens.
+They stand in for CLIP and EVA-CLIP, so that the demo needs no download. The architectures are the real
+ones with tiny sizes, saved as checkpoints that the extraction loads like any other, and tokens are those
+of the real towers: patch tokens (CLS dropped) -> final norm -> visual projection -> 2x2 mean. Here the
+mean turns 8x8 patches into 4x4 tokens.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm.auto import trange
-from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-    Dinov2Config,
-    Dinov2Model,
-)
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from blip3o_dit.extraction.eva_clip import EvaClipConfig, EvaClipVision
 
 PICTURE_SIZE = 32
 PATCH_SIZE = 4
@@ -62,14 +62,28 @@ def digit_tokens(
     Raises ValueError when an index is no integer, out of range or there twice.
     """
     pictures, labels = load_digit_pictures()
+    towers = digit_towers(pictures, labels, train_indices, seed=seed, progress=progress, steps=steps)
+    condition, target = (encode(tower, pictures, progress=progress) for tower in towers)
+    return DigitTokens(pictures, labels, condition=condition, target=target)
+
+
+def digit_towers(
+    pictures: np.ndarray,
+    labels: np.ndarray,
+    train_indices: Sequence[int] | np.ndarray | Tensor,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+    steps: int = 250,
+) -> tuple["EvaTower", "ClipTower"]:
+    """Both towers, trained on the digits at `train_indices` and on no other; see `digit_tokens`."""
     train = _checked_indices(train_indices, len(pictures))
-    tokens = []
-    for number, tower_class in enumerate((EvaTower, ClipTower)):
-        tower_seed = 2 * seed + number  # the towers share neither first weights nor batch order
-        tower = tower_class(seed=tower_seed)
-        train_tower(tower, pictures[train], labels[train], seed=tower_seed, steps=steps, progress=progress)
-        tokens.append(encode(tower, pictures, progress=progress))
-    return DigitTokens(pictures, labels, condition=tokens[0], target=tokens[1])
+    eva, clip = EvaTower(seed=2 * seed), ClipTower(seed=2 * seed + 1)
+    for number, tower in enumerate((eva, clip)):  # they share neither first weights nor batch order
+        train_tower(
+            tower, pictures[train], labels[train], seed=2 * seed + number, steps=steps, progress=progress
+        )
+    return eva, clip
 
 
 def load_digit_pictures() -> tuple[np.ndarray, np.ndarray]:
@@ -115,7 +129,7 @@ class ClipTower(nn.Module):
 
 
 class EvaTower(nn.Module):
-    """The condition side: a DINOv2-shaped vision transformer, projected to 64 numbers a token."""
+    """The condition side: EVA-CLIP's vision transformer, projected to 64 numbers a token."""
 
     name = "EVA"
     width = 64
@@ -127,24 +141,37 @@ class EvaTower(nn.Module):
 
     def __init__(self, *, seed: int) -> None:
         super().__init__()
-        config = Dinov2Config(
+        config = EvaClipConfig(
             image_size=PICTURE_SIZE,
             patch_size=PATCH_SIZE,
             hidden_size=96,
-            mlp_ratio=2,
+            intermediate_size=192,
             num_hidden_layers=2,
             num_attention_heads=3,
-            use_mask_token=False,
+            projection_dim=self.width,
         )
         with _seeded(seed):
-            self.vision = Dinov2Model(config)
-            self.visual_projection = nn.Linear(config.hidden_size, self.width, bias=False)
+            self.vision = EvaClipVision(config)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels: float32 [B, 3, 32, 32] in -1..1 -> tokens [B, 16, 64]."""
-        # Unlike CLIP's, Dinov2Model's last_hidden_state has been through the final norm.
-        patches = self.vision(pixel_values=pixels).last_hidden_state[:, 1:]  # [B, 64, 96]
-        return pool_2x2(self.visual_projection(patches))  # [B, 16, 64]
+        return pool_2x2(self.vision(pixels))  # [B, 64, 64] -> [B, 16, 64]
+
+
+def save_tower(tower: ClipTower | EvaTower, folder: Path) -> None:
+    """A checkpoint folder as the published ones: config, safetensors, preprocessing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(tower, ClipTower):
+        tower.vision.save_pretrained(folder)
+    else:
+        config = asdict(tower.vision.config)
+        named = {"architectures": ["EvaCLIPModel"], "projection_dim": config.pop("projection_dim")}
+        (folder / "config.json").write_text(json.dumps({**named, "vision_config": config}, indent=2))
+        save_file(tower.vision.state_dict(), folder / "model.safetensors")
+    half = [0.5, 0.5, 0.5]
+    size = {"height": PICTURE_SIZE, "width": PICTURE_SIZE}
+    preprocessing = {"size": size, "resample": 0, "image_mean": half, "image_std": half}
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing, indent=2))
 
 
 def pool_2x2(tokens: Tensor) -> Tensor:

@@ -1,16 +1,20 @@
 """The digits demo's towers and its figure: what they promise, with a few training steps only."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
 
 from examples.digits import towers
+from examples.digits.demo import extract_store
 from examples.digits.figure import draw_demo_figure, token_colours
 from examples.digits.towers import (
     ClipTower,
     EvaTower,
     digit_tokens,
+    digit_towers,
     encode,
     load_digit_pictures,
     pixel_blocks,
@@ -245,3 +249,15 @@ def _figure_inputs():
         },
         "title_note": "made up",
     }
+
+
+def test_saved_towers_give_the_same_tokens_through_the_extraction_engine(tmp_path: Path) -> None:
+    pictures, labels = load_digit_pictures()
+    shown, captions = pictures[:40], labels[:40]
+    trained = digit_towers(shown, captions, range(20), progress=False, steps=2)
+    store = extract_store(tmp_path, shown, captions, trained)
+    found = store.fetch(range(40))
+    for tower, tokens in zip(trained, found, strict=True):
+        torch.testing.assert_close(tokens, encode(tower, shown), rtol=2e-3, atol=2e-3)  # float16 on disk
+    assert store.records([3])[0] == {"key": "digit-0003.png", "caption": f"a handwritten {captions[3]}"}
+    assert store.manifest["pooling"] == "eva 8x8 -> 4x4 mean, clip 8x8 -> 4x4 mean"

@@ -110,6 +110,7 @@ class Embeddings(nn.Module):
         self.class_embedding = nn.Parameter(torch.randn(d) * 0.02)
         self.patch_embedding = nn.Conv2d(3, d, kernel_size=patch, stride=patch)
         self.position_embedding = nn.Embedding(config.grid**2 + 1, d)
+        nn.init.normal_(self.position_embedding.weight, std=0.02)
 
     def forward(self, pixels: Tensor) -> Tensor:
         patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # [B, T - 1, d]
