@@ -111,10 +111,6 @@ def test_every_snippet_runs_in_order(folder: Path) -> None:
                 run_bash(words)
     made = ("checkpoints/run/model.safetensors", "results/generated.pkl", "my_store/manifest.json")
     for produced in (*made, "embeddings/pictures_inspection.png"):
-        "checkpoints/run/model.safetensors",
-        "results/generated.pkl",
-        "embeddings/pictures_inspection.png",
-    ):
         assert (folder / produced).is_file(), produced
     assert (folder / "checkpoints/run/checkpoint-4").is_dir()  # the resumed run went on
 
