@@ -9,6 +9,8 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from blip3o_dit.extraction.sources import list_pictures
@@ -115,13 +117,28 @@ def test_a_truncated_tar_is_refused_and_a_shrunken_file_noticed(tmp_path: Path) 
         ref.read()
 
 
-def test_parquet(tmp_path: Path) -> None:
-    arrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
+def seven_rows() -> pyarrow.Table:
     images = [{"bytes": f"picture {i}".encode(), "path": None} for i in range(7)]
-    table = arrow.table({"image": images, "text": [f"t{i}" for i in range(7)]})
-    pyarrow.parquet.write_table(table, tmp_path / "part.parquet", row_group_size=3)
+    return pyarrow.table({"image": images, "text": [f"t{i}" for i in range(7)]})
+
+
+def test_a_saved_hugging_face_dataset(tmp_path: Path) -> None:
+    write(tmp_path, {"dataset_info.json": "{}", "state.json": "{}"})
+    table = seven_rows()
+    file = str(tmp_path / "data.arrow")
+    with pyarrow.OSFile(file, "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    assert listed(tmp_path) == [(f"data/{i}", f"t{i}", f"picture {i}".encode()) for i in range(7)]
+
+
+def test_a_damaged_table_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, {"a.parquet": "not parquet"})
+    with pytest.raises(ValueError, match=r"a\.parquet: not a readable table"):
+        list_pictures(tmp_path)
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(seven_rows(), tmp_path / "part.parquet", row_group_size=3)
     assert listed(tmp_path) == [(f"part/{i}", f"t{i}", f"picture {i}".encode()) for i in range(7)]
     with pytest.raises(ValueError, match=r"expected an image column \(photo\)"):
         list_pictures(tmp_path, image_column="photo")
