@@ -23,10 +23,11 @@ from blip3o_dit.data.source import open_embeddings
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.extraction import extract as engine
 from blip3o_dit.extraction.encoders import tiny_encoder
-from blip3o_dit.extraction.extract import ExtractionConfig, extract
+from blip3o_dit.extraction.extract import ExtractionConfig, Extractor, extract, load_towers
 from blip3o_dit.extraction.pictures import decode_picture
 from blip3o_dit.extraction.pooling import pool_tokens
-from blip3o_dit.extraction.progress import SKIPPED_FILE
+from blip3o_dit.extraction.progress import SKIPPED_FILE, read_entry
+from blip3o_dit.extraction.sources import list_pictures
 
 ROOT = Path(__file__).parent.parent.parent
 COUNT, BROKEN = 22, {"b/07.png": b"", "b/13.png": b"not a picture"}
@@ -157,6 +158,18 @@ def test_two_processes_write_the_same_bytes(pictures: Path, whole: Path, tmp_pat
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-1500:]
     assert content(tmp_path / "store") == content(whole)
+
+
+def test_each_process_writes_its_own_units_only(pictures: Path, tmp_path: Path) -> None:
+    config = settings(pictures, tmp_path)
+    towers = load_towers(config, torch.device("cpu"))
+    Extractor(config, list_pictures(pictures), towers).run(1, 2, progress=False)
+    assert [unit for unit in range(4) if read_entry(tmp_path, unit)] == [1, 3]
+
+
+def test_keeping_every_patch_token(pictures: Path, tmp_path: Path) -> None:
+    store = extract(settings(pictures / "a", tmp_path / "store", tokens=256), progress=False)
+    assert store is not None and (store.num_samples, store.num_tokens) == (5, 256)
 
 
 def test_repeating_a_finished_command_changes_nothing(pictures: Path, whole: Path) -> None:
