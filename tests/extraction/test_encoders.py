@@ -13,10 +13,14 @@ from PIL import Image
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    Dinov2Config,
+    Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
     SiglipVisionConfig,
     SiglipVisionModel,
+    ViTConfig,
+    ViTModel,
 )
 
 from blip3o_dit.extraction.encoders import Preprocessing, load_encoder, tiny_encoder
@@ -76,6 +80,22 @@ def test_any_automodel_vision_tower(tmp_path: Path) -> None:
             expected = model(pixel_values=pixels).last_hidden_state[:, prefix:]
             torch.testing.assert_close(encoder(pixels), expected)
         assert encoder(pixels).shape == (2, 36, 32)
+
+
+def test_grids_that_are_not_square_or_not_known_are_refused(tmp_path: Path) -> None:
+    sizes = SIZES | {"image_size": [24, 48]}
+    ViTModel(ViTConfig(**sizes, intermediate_size=64)).save_pretrained(tmp_path / "wide")
+    with pytest.raises(ValueError, match=r"expected a square image_size, found \[24, 48\]"):
+        load_encoder(str(tmp_path / "wide"))
+    encoder = load_encoder(str(stretching_tower(tmp_path / "dino"))).eval()
+    with pytest.raises(ValueError, match=r"expected 36 patch tokens \(6x6\) and at most 1 others, found"):
+        encoder(torch.randn(1, 3, 48, 24))
+
+
+def stretching_tower(folder: Path) -> Path:
+    """A DINOv2 checkpoint, whose positions stretch to any picture."""
+    Dinov2Model(Dinov2Config(**SIZES)).save_pretrained(folder)
+    return folder
 
 
 def test_preprocessing_resizes_crops_and_normalises() -> None:

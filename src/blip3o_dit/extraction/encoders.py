@@ -139,18 +139,21 @@ class EvaClipEncoder(VisionEncoder):
 class AutoEncoder(VisionEncoder):
     """Any vision model of transformers' AutoModel: its last hidden patch tokens."""
 
-    def __init__(self, model: nn.Module, *, patch_size: int, hidden_size: int, **about: Any) -> None:
+    def __init__(
+        self, model: nn.Module, *, patch_size: int, hidden_size: int, registers: int, **about: Any
+    ) -> None:
         grid = about["preprocessing"].size // patch_size
         super().__init__(grid=grid, width=hidden_size, tokens="last hidden state", **about)
         self.model = model
+        self.most_prefix = 1 + registers
 
     def forward(self, pixels: Tensor) -> Tensor:
         hidden = self.model(pixel_values=pixels).last_hidden_state  # [B, prefix + grid * grid, d]
         prefix = hidden.shape[1] - self.grid**2  # CLS and registers come first
-        if hidden.ndim != 3 or prefix < 0:
+        if hidden.ndim != 3 or not 0 <= prefix <= self.most_prefix:
             raise ValueError(
-                f"{self.name}: expected at least {self.grid**2} patch tokens for a {self.grid}x{self.grid} "
-                f"grid, found shape {list(hidden.shape)}"
+                f"{self.name}: expected {self.grid**2} patch tokens ({self.grid}x{self.grid}) and at most "
+                f"{self.most_prefix} others, found shape {list(hidden.shape)}"
             )
         return hidden[:, prefix:]
 
@@ -264,12 +267,15 @@ def _load_auto(folder: Path, dtype: torch.dtype, about: dict[str, Any]) -> AutoE
     image_size, patch_size = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
     if not isinstance(patch_size, int):
         raise ValueError(f"{folder}: expected a vision tower with square patches, found {config.model_type}")
-    preprocessing = _preprocessing(folder, image_size if isinstance(image_size, int) else 224)
+    sides = set(image_size) if isinstance(image_size, list | tuple) else {image_size or 224}
+    if len(sides) != 1:
+        raise ValueError(f"{folder}: expected a square image_size, found {list(image_size or [])}")
+    preprocessing = _preprocessing(folder, sides.pop())
     if preprocessing.size % patch_size:
         raise ValueError(
             f"{folder}: {preprocessing.size} pixels are not a multiple of the patch size {patch_size}"
         )
-    about["preprocessing"] = preprocessing
+    about |= {"preprocessing": preprocessing, "registers": getattr(vision, "num_register_tokens", 0) or 0}
     return AutoEncoder(tower, patch_size=patch_size, hidden_size=vision.hidden_size, **about)
 
 
