@@ -17,6 +17,7 @@ ALLOWED = {
     "randomness": set(),
     "launch": set(),
     "quiet": set(),
+    "token_colours": set(),
     "flow": set(),
     "data": set(),
     "model": {"flow"},
@@ -50,7 +51,7 @@ def test_imports_point_down(file: Path) -> None:
         return
     ours = {name.split(".")[1] for name in imports(file) if name.startswith("blip3o_dit.")}
     ours &= set(ALLOWED)
-    assert ours <= ALLOWED[package] | {package, "config", "randomness", "launch", "quiet"}
+    assert ours <= ALLOWED[package] | {package, "config", "randomness", "launch", "quiet", "token_colours"}
     foreign = " ".join(imports(file))
     if package != "training":
         assert "transformers.Trainer" not in foreign and "TrainingArguments" not in foreign

@@ -69,6 +69,8 @@ def run_bash(words: list[str]) -> None:
         assert extract_main([*words[2:], "--workers", "0", "--device", "cpu"]) == 0
     elif words[:2] == ["python", "train_blip3o_dit.py"]:
         assert train_main(small(words[2:])) == 0
+    elif words[:2] == ["blip3o-dit", "evaluate"]:
+        assert command_main([*words[1:], "--num_inference_steps=2", "--curve_calls=1", "--bootstrap=20"]) == 0
     elif program == "blip3o-dit":
         assert command_main([word.replace("50", "2") for word in words[1:]]) == 0
     elif program in ("torchrun", "accelerate"):
@@ -123,5 +125,5 @@ def test_installed_versions_are_the_pinned_ones() -> None:
 
 
 def test_files_the_readme_names_exist() -> None:
-    for name in ("requirements.txt", "train_blip3o_dit.py", "docs/eva-clip-parity.md", "Makefile", "LICENSE"):
+    for name in ("requirements.txt", "train_blip3o_dit.py", "docs/eva-clip-parity.md", "docs/evaluation.md", "Makefile"):
         assert (ROOT / name).is_file()

@@ -12,15 +12,13 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+from blip3o_dit.token_colours import token_colours
+
 # Okabe and Ito's palette, which colour-blind readers can tell apart; the truth is the dark grey.
 METHOD_COLOURS = ("#3A3A3A", "#0072B2", "#E69F00", "#999999", "#CC79A7", "#56B4E9")
 CURVE_COLOURS = ("#009E73", "#D55E00", "#3A3A3A", "#CC79A7")
 INK, FAINT, GRID = "#222222", "#8A8A8A", "#E3E3E3"
 TITLE_SIZE, TEXT_SIZE, SMALL_SIZE = 12, 10, 9
-
-# Where the three principal components go in RGB: the first to lightness, the second to yellow-blue
-# (which most colour-blind readers see), and only the weakest to red-green. Rows are orthonormal.
-COMPONENTS_TO_RGB = np.array([[1, 1, 1], [1, 1, -2], [1, -1, 0]]) / np.sqrt([[3], [6], [2]])
 
 
 def draw_demo_figure(
@@ -60,24 +58,6 @@ def draw_demo_figure(
     _draw_metrics(figure, lower, metrics, colours)
     figure.text(0.5, 0.035, title_note, ha="center", va="center", fontsize=TEXT_SIZE, color=INK)
     FigureCanvasAgg(figure).print_png(path)
-
-
-def token_colours(tokens: np.ndarray, true_tokens: np.ndarray) -> np.ndarray:
-    """Tokens [..., W] as RGB in 0..1 [..., 3], by three principal components of the true tokens.
-
-    Centre, basis and scale are those of the true tokens, so that equal colours mean equal tokens
-    (as far as three components tell) whatever the row.
-    """
-    true = true_tokens.reshape(-1, true_tokens.shape[-1])
-    centre = true.mean(axis=0)
-    basis = np.linalg.svd(true - centre, full_matrices=False)[2][:3]  # [3, W]
-    # The decomposition leaves the signs open; fix them, or colours could flip between machines.
-    largest = np.abs(basis).argmax(axis=1, keepdims=True)
-    basis = basis * np.sign(np.take_along_axis(basis, largest, axis=1))
-    # A few extreme tokens may clip: scaled to the maximum, everything else would look grey.
-    scale = np.percentile(np.abs((true - centre) @ basis.T), 96, axis=0)  # [3]
-    components = ((tokens - centre) @ basis.T) / scale  # [..., 3]
-    return np.clip(0.5 + 0.62 * components @ COMPONENTS_TO_RGB, 0, 1)
 
 
 def _check_shapes(pictures: np.ndarray, labels: Sequence[int], rows: Mapping[str, np.ndarray]) -> None:

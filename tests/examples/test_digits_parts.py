@@ -7,9 +7,10 @@ import pytest
 import torch
 from matplotlib.image import imread
 
+from blip3o_dit.token_colours import token_colours
 from examples.digits import towers
 from examples.digits.demo import extract_store
-from examples.digits.figure import draw_demo_figure, token_colours
+from examples.digits.figure import draw_demo_figure
 from examples.digits.towers import (
     ClipTower,
     EvaTower,
@@ -259,5 +260,9 @@ def test_saved_towers_give_the_same_tokens_through_the_extraction_engine(tmp_pat
     found = store.fetch(range(40))
     for tower, tokens in zip(trained, found, strict=True):
         torch.testing.assert_close(tokens, encode(tower, shown), rtol=2e-3, atol=2e-3)  # float16 on disk
-    assert store.records([3])[0] == {"key": "digit-0003.png", "caption": f"a handwritten {captions[3]}"}
+    assert store.records([3])[0] == {
+        "key": "digit-0003.png",
+        "caption": f"a handwritten {captions[3]}",
+        "label": str(captions[3]),
+    }
     assert store.manifest["pooling"] == "eva 8x8 -> 4x4 mean, clip 8x8 -> 4x4 mean"

@@ -47,6 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _draw(source: Any, target: Path, arguments: argparse.Namespace) -> None:
+    from blip3o_dit.cli.pictures import pictures_by_key
     from blip3o_dit.extraction.inspection import draw_contact_sheet
     from blip3o_dit.randomness import named_permutation
 
@@ -55,19 +56,5 @@ def _draw(source: Any, target: Path, arguments: argparse.Namespace) -> None:
     records = source.records(chosen)
     eva, clip = source.fetch(chosen)
     titles = [f"{r['key'][-28:]}\n{(r.get('caption') or '')[:28]}" for r in records]
-    pictures = _pictures(arguments.pictures, [record["key"] for record in records])
+    pictures = pictures_by_key(arguments.pictures)([record["key"] for record in records])
     draw_contact_sheet(target, eva=eva, clip=clip, pictures=pictures, titles=titles)
-
-
-def _pictures(where: str | None, keys: list[str]) -> list[Any]:
-    from blip3o_dit.extraction.pictures import UnreadablePictureError, decode_picture
-    from blip3o_dit.extraction.sources import list_pictures
-
-    refs = {ref.key: ref for ref in list_pictures(where)} if where else {}
-    found: list[Any] = []
-    for key in keys:
-        try:
-            found.append(decode_picture(refs[key].read()) if key in refs else None)
-        except (UnreadablePictureError, OSError):
-            found.append(None)
-    return found

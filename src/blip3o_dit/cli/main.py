@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from blip3o_dit.cli import convert, extract, generate, inspect, train
+from blip3o_dit.cli import convert, evaluate, extract, generate, inspect, train
 from blip3o_dit.cli.common import run_command
 
 COMMANDS = {
@@ -14,6 +14,7 @@ COMMANDS = {
     "inspect": inspect,
     "train": train,
     "generate": generate,
+    "evaluate": evaluate,
     "convert": convert,
 }
 

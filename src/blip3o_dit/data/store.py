@@ -47,6 +47,10 @@ class EmbeddingSource(Protocol):
         """The records of these samples, or of all."""
 
 
+UNMAP_AFTER = 2**28
+"""Bytes (as float32) a store hands out before it drops its maps; mapping again costs microseconds a shard."""
+
+
 class EmbeddingStore:
     """An embedding store opened for reading.
 
@@ -70,6 +74,7 @@ class EmbeddingStore:
         self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self._verified: set[int] = set()
         self._maps: dict[int, tuple[Tensor, Tensor]] = {}
+        self._bytes_read = 0
 
     def __len__(self) -> int:
         return self.num_samples
@@ -90,6 +95,7 @@ class EmbeddingStore:
             shard_eva, shard_clip = self._map(int(shard))
             eva[rows] = shard_eva[inside].float()
             clip[rows] = shard_clip[inside].float()
+        self._release_pages(eva.nbytes + clip.nbytes)
         return eva, clip
 
     def records(self, indices: Indices | None = None) -> list[Record]:
@@ -104,6 +110,13 @@ class EmbeddingStore:
             for index in wanted[shards == shard]:
                 found[int(index)] = table[index - self._starts[shard]]
         return [found[int(index)] for index in wanted]
+
+    def _release_pages(self, bytes_read: int) -> None:
+        """Unmap everything now and then: pages that were read count as this process's memory until then."""
+        self._bytes_read += bytes_read
+        if self._bytes_read > UNMAP_AFTER:
+            self._maps.clear()
+            self._bytes_read = 0
 
     def verify(self) -> None:
         """Check every shard's and table's checksum. Raises ValueError naming the first damaged file."""

@@ -1,8 +1,15 @@
-"""What needs no network: the yardsticks a generated embedding is held against."""
+"""What needs no network: the yardsticks a generated embedding is held against.
+
+Each baseline is fitted on the training split, streamed, and answers `predict(eva)` [n, L, C_eva] ->
+[n, N, C] in the units of the data: its best guess. Some can also `sample`: `methods.py` wraps the others
+with `ResidualGaussian`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -10,6 +17,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blip3o_dit.data.store import EmbeddingSource, batches
+from blip3o_dit.randomness import named_generator, named_normal
+
+PENALTIES = tuple(10.0**exponent for exponent in range(-6, 3))
+WIDEST = 2560
+"""Most features of a neighbourhood ridge: its normal equations hold WIDEST^2 numbers several times."""
+
+
+class Baseline(Protocol):
+    """A point prediction."""
+
+    def predict(self, eva: Tensor) -> Tensor:
+        """[n, L, C_eva] -> [n, N, C], float32, in the units of the data."""
+
+
+@dataclass(frozen=True)
+class TrainingMean:
+    """The training split's mean token, at every position and whatever the condition. `mean` [C]."""
+
+    mean: Tensor
+    num_tokens: int
+
+    @classmethod
+    def fit(cls, source: EmbeddingSource, indices: np.ndarray, batch_size: int = 256) -> TrainingMean:
+        """Streamed over the samples at `indices`."""
+        return cls(PositionMean.fit(source, indices, batch_size).mean.mean(dim=0), source.num_tokens)
+
+    def predict(self, eva: Tensor) -> Tensor:
+        """[n, L, C_eva] -> [n, N, C]."""
+        return self.mean.expand(len(eva), self.num_tokens, -1)
 
 
 @dataclass(frozen=True)
@@ -31,16 +67,65 @@ class PositionMean:
         return self.mean.expand(len(eva), -1, -1)
 
 
+class Moments:
+    """Sums of products of features [F] and targets [C], taken about an origin near the data, float64.
+
+    Two of them can be added, and answer how well any linear map does on what they have seen.
+    """
+
+    def __init__(self, width: int, target_dim: int) -> None:
+        self.gram = torch.zeros(width + 1, width + 1, dtype=torch.float64)
+        self.cross = torch.zeros(width + 1, target_dim, dtype=torch.float64)
+        self.target_squares = torch.zeros(target_dim, dtype=torch.float64)
+
+    def add(self, features: Tensor, targets: Tensor) -> None:
+        """features [rows, F], targets [rows, C], both less their origins."""
+        rows = F.pad(features.double(), (0, 1), value=1.0)
+        targets = targets.double()
+        self.gram += rows.T @ rows
+        self.cross += rows.T @ targets
+        self.target_squares += targets.square().sum(dim=0)
+
+    def merge(self, other: Moments) -> None:
+        self.gram += other.gram
+        self.cross += other.cross
+        self.target_squares += other.target_squares
+
+    def solve(self, penalty: float) -> tuple[Tensor, Tensor]:
+        """(W [F, C], bias [C]): ridge with the penalty in units of each feature's variance."""
+        covariance, cross_covariance, mean_c, mean_x = self.centred()
+        variance = covariance.diagonal().clamp(min=1e-12)
+        weight = torch.linalg.solve(covariance + penalty * torch.diag(variance), cross_covariance)
+        return weight, mean_x - mean_c @ weight
+
+    def centred(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Covariance [F, F], cross-covariance [F, C], mean of the features [F] and of the targets [C]."""
+        count = self.gram[-1, -1]
+        mean_c, mean_x = self.gram[-1, :-1] / count, self.cross[-1] / count
+        covariance = self.gram[:-1, :-1] / count - torch.outer(mean_c, mean_c)
+        cross_covariance = self.cross[:-1] / count - torch.outer(mean_c, mean_x)
+        return covariance, cross_covariance, mean_c, mean_x
+
+    def squared_error(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """Mean of (x - W^T c - bias)^2 per channel, [C]."""
+        full = torch.cat([weight, bias[None]])
+        count = self.gram[-1, -1]
+        explained = (full * (self.gram @ full)).sum(dim=0)
+        return (self.target_squares - 2 * (full * self.cross).sum(dim=0) + explained) / count
+
+
 @dataclass(frozen=True)
 class TokenRidge:
     """Ridge regression from each condition token to the target token at its position.
 
-    One map for all positions, x = W^T c + bias, that minimises the mean of |x - W^T c - bias|^2 plus
+    One map for all positions, x = W^T (c - origin) + bias, that minimises the mean of |x - x_hat|^2 plus
     penalty |W|^2 over standardised conditions (Hoerl and Kennard, 1970), by normal equations in float64.
     """
 
+    origin: Tensor
     weight: Tensor
     bias: Tensor
+    penalty: float
 
     @classmethod
     def fit(
@@ -48,34 +133,325 @@ class TokenRidge:
         source: EmbeddingSource,
         indices: np.ndarray,
         *,
-        penalty: float = 1e-3,
-        batch_size: int = 256,
+        penalty: float | None = None,
+        validation: np.ndarray | None = None,
+        batch_size: int = 64,
     ) -> TokenRidge:
-        """Streamed over the samples at `indices`; `penalty` is relative to the condition's variance."""
-        width = source.condition_dim + 1
-        gram = torch.zeros(width, width, dtype=torch.float64)
-        cross = torch.zeros(width, source.target_dim, dtype=torch.float64)
-        # Moments about some token instead of zero: a large mean would drown the variance in rounding.
-        origin = source.fetch(indices[:1])[0][0, 0].double()
-        for piece in batches(indices, batch_size):
-            eva, clip = source.fetch(piece)
-            rows = F.pad(eva.flatten(0, 1).double() - origin, (0, 1), value=1.0)
-            gram += rows.T @ rows
-            cross += rows.T @ clip.flatten(0, 1).double()
-        weight, bias = _solve(gram, cross, penalty)
-        return cls(weight.float(), (bias - origin @ weight).float())
+        """Streamed over the samples at `indices`, and those at `validation`, if any.
+
+        Args:
+            penalty: relative to each condition channel's variance. None takes the one of `PENALTIES` that
+                does best on the validation samples, and 1e-3 without any; the final map is fitted on both.
+        """
+        return cls.fit_twice(source, indices, penalty=penalty, validation=validation, batch_size=batch_size)[
+            0
+        ]
+
+    @classmethod
+    def fit_twice(
+        cls,
+        source: EmbeddingSource,
+        indices: np.ndarray,
+        *,
+        penalty: float | None = None,
+        validation: np.ndarray | None = None,
+        batch_size: int = 64,
+    ) -> tuple[TokenRidge, TokenRidge]:
+        """The map fitted on everything, and with the same penalty the one that saw no validation sample."""
+        origin, x_origin = _origins(source, indices)
+
+        def moments(rows: np.ndarray) -> Moments:
+            return _token_moments(source, rows, (origin, x_origin), batch_size)
+
+        final, before = (
+            cls(origin.float(), weight.float(), (bias + x_origin).float(), chosen)
+            for weight, bias, chosen in _fit_ridge(moments, indices, validation, penalty)
+        )
+        return final, before
 
     def predict(self, eva: Tensor) -> Tensor:
         """[n, N, C_eva] -> [n, N, C]."""
-        return (eva.double() @ self.weight.double() + self.bias.double()).float()
+        return (eva.float() - self.origin) @ self.weight + self.bias
 
 
-def _solve(gram: Tensor, cross: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
-    """Centre the moments, add the penalty in units of each channel's variance, solve."""
-    count = gram[-1, -1]
-    mean_c, mean_x = gram[-1, :-1] / count, cross[-1] / count
-    covariance = gram[:-1, :-1] / count - torch.outer(mean_c, mean_c)
-    cross_covariance = cross[:-1] / count - torch.outer(mean_c, mean_x)
-    variance = covariance.diagonal().clamp(min=1e-12)
-    weight = torch.linalg.solve(covariance + penalty * torch.diag(variance), cross_covariance)
-    return weight, mean_x - mean_c @ weight
+@dataclass(frozen=True)
+class NeighbourhoodRidge:
+    """Ridge regression from the 3x3 condition tokens around a position to the target token there.
+
+    The token itself enters whole. Its eight neighbours enter whole while 9 C_eva features fit in `WIDEST`,
+    and by their leading principal components above. Outside the grid is the mean token.
+    """
+
+    mean: Tensor
+    components: Tensor
+    weight: Tensor
+    bias: Tensor
+    penalty: float
+
+    @classmethod
+    def fit(
+        cls,
+        source: EmbeddingSource,
+        indices: np.ndarray,
+        *,
+        penalty: float | None = None,
+        validation: np.ndarray | None = None,
+        batch_size: int = 64,
+    ) -> NeighbourhoodRidge:
+        """As `TokenRidge.fit`."""
+        return cls.fit_twice(source, indices, penalty=penalty, validation=validation, batch_size=batch_size)[
+            0
+        ]
+
+    @classmethod
+    def fit_twice(
+        cls,
+        source: EmbeddingSource,
+        indices: np.ndarray,
+        *,
+        penalty: float | None = None,
+        validation: np.ndarray | None = None,
+        batch_size: int = 64,
+    ) -> tuple[NeighbourhoodRidge, NeighbourhoodRidge]:
+        """As `TokenRidge.fit_twice`."""
+        mean, components = _principal_components(source, indices, batch_size)
+        x_origin = _origins(source, indices)[1]
+
+        def moments(rows: np.ndarray) -> Moments:
+            sums = Moments(source.condition_dim + 8 * components.shape[1], source.target_dim)
+            for eva, clip in _fetched(source, rows, batch_size):
+                features = neighbourhood_features(eva - mean, components)
+                sums.add(features.flatten(0, 1), clip.flatten(0, 1) - x_origin)
+            return sums
+
+        final, before = (
+            cls(mean.float(), components.float(), weight.float(), (bias + x_origin).float(), chosen)
+            for weight, bias, chosen in _fit_ridge(moments, indices, validation, penalty)
+        )
+        return final, before
+
+    def predict(self, eva: Tensor) -> Tensor:
+        """[n, N, C_eva] -> [n, N, C]."""
+        return neighbourhood_features(eva.float() - self.mean, self.components) @ self.weight + self.bias
+
+
+def neighbourhood_features(centred: Tensor, components: Tensor) -> Tensor:
+    """Centred tokens [n, N, C] -> [n, N, C + 8 r]: the token, then its neighbours' components, row-major."""
+    side = int(centred.shape[1] ** 0.5)
+    grid = (centred @ components).reshape(len(centred), side, side, -1)
+    padded = F.pad(grid, (0, 0, 1, 1, 1, 1))
+    around = [
+        padded[:, 1 + dy : 1 + dy + side, 1 + dx : 1 + dx + side].flatten(1, 2)
+        for dy in (-1, 0, 1)
+        for dx in (-1, 0, 1)
+        if (dy, dx) != (0, 0)
+    ]
+    return torch.cat([centred, *around], dim=-1)
+
+
+@dataclass(frozen=True)
+class Procrustes:
+    """A rotation and a scale from each condition token to its target token: x = s (c - origin) Q + bias.
+
+    Q [C_eva, C] is the matrix with orthonormal rows or columns that maximises the covariance of cQ with x
+    (Schoenemann 1966), and s the scale of least squared error. It says how far the two encoders are the
+    same space seen from another side.
+    """
+
+    origin: Tensor
+    weight: Tensor
+    bias: Tensor
+    scale: float
+
+    @classmethod
+    def fit(cls, source: EmbeddingSource, indices: np.ndarray, batch_size: int = 64) -> Procrustes:
+        """Streamed over the samples at `indices`."""
+        origin = _origins(source, indices)
+        covariance, cross, mean_c, mean_x = _token_moments(source, indices, origin, batch_size).centred()
+        left, _, right = torch.linalg.svd(cross, full_matrices=False)
+        rotation = left @ right
+        size = float((rotation * (covariance @ rotation)).sum())
+        scale = float((rotation * cross).sum()) / size if size > 0 else 0.0
+        weight = scale * rotation
+        bias = mean_x + origin[1] - mean_c @ weight
+        return cls(origin[0].float(), weight.float(), bias.float(), scale)
+
+    def predict(self, eva: Tensor) -> Tensor:
+        """[n, N, C_eva] -> [n, N, C]."""
+        return (eva.float() - self.origin) @ self.weight + self.bias
+
+
+@dataclass(frozen=True)
+class NearestNeighbours:
+    """The target tokens of the k training samples whose mean condition token is nearest by cosine.
+
+    The best guess is their mean; a sample is one of them, drawn at random.
+    """
+
+    source: EmbeddingSource
+    bank: Tensor
+    bank_indices: np.ndarray
+    centre: Tensor
+    k: int
+
+    @classmethod
+    def fit(
+        cls, source: EmbeddingSource, indices: np.ndarray, *, k: int = 10, batch_size: int = 256
+    ) -> NearestNeighbours:
+        """Keeps the mean condition token of each sample, [n, C_eva]; cosines are about their mean."""
+        pooled = torch.cat([source.fetch(piece)[0].mean(dim=1) for piece in batches(indices, batch_size)])
+        centre = pooled.mean(dim=0)
+        bank = F.normalize(pooled - centre, dim=-1)
+        return cls(source, bank, np.asarray(indices), centre, min(k, len(indices)))
+
+    def predict(self, eva: Tensor) -> Tensor:
+        """[n, L, C_eva] -> [n, N, C]."""
+        nearest = self._nearest(eva)
+        total = torch.zeros(len(eva), self.source.num_tokens, self.source.target_dim)
+        for column in nearest.T:
+            total += self.source.fetch(column)[1]
+        return total / self.k
+
+    def sample(self, eva: Tensor, indices: Sequence[int], *, seed: int, draw: int) -> Tensor:
+        """[n, L, C_eva] -> [n, N, C]: one neighbour's tokens, named by (seed, sample index, draw)."""
+        nearest = self._nearest(eva)
+        chosen = [
+            named_generator(seed, "neighbour", draw, int(index)).integers(0, self.k) for index in indices
+        ]
+        return self.source.fetch(nearest[np.arange(len(eva)), chosen])[1]
+
+    def _nearest(self, eva: Tensor) -> np.ndarray:
+        """Indices in the source, [n, k]."""
+        queries = F.normalize(eva.float().mean(dim=1) - self.centre, dim=-1)
+        return self.bank_indices[(queries @ self.bank.T).topk(self.k, dim=1).indices.numpy()]
+
+
+@dataclass(frozen=True)
+class ResidualGaussian:
+    """What a point prediction leaves open, as a Gaussian: turns it into a sampler.
+
+    The residual's covariance is taken as a Kronecker product of one over positions [N, N] and one over
+    channels [C, C] (a matrix normal distribution), from moments over samples the prediction was not fitted
+    on. `positions` and `channels` are square roots of the factors.
+    """
+
+    positions: Tensor
+    channels: Tensor
+
+    @classmethod
+    def fit(
+        cls,
+        baseline: Baseline,
+        source: EmbeddingSource,
+        indices: np.ndarray,
+        *,
+        scale: Tensor,
+        batch_size: int = 64,
+    ) -> ResidualGaussian:
+        """Streamed over the samples at `indices`; `scale` [C] makes channels comparable, e.g. their std."""
+        positions = torch.zeros(source.num_tokens, source.num_tokens, dtype=torch.float64)
+        channels = torch.zeros(source.target_dim, source.target_dim, dtype=torch.float64)
+        for piece in batches(indices, batch_size):
+            eva, clip = source.fetch(piece)
+            residual = ((clip - baseline.predict(eva)) / scale).double()
+            positions += (residual @ residual.mT).sum(dim=0)
+            channels += (residual.flatten(0, 1).T) @ residual.flatten(0, 1)
+        positions /= len(indices) * source.target_dim
+        channels /= len(indices) * source.num_tokens
+        variance = float(channels.trace()) / source.target_dim
+        if variance == 0.0:
+            return cls(torch.zeros_like(positions).float(), torch.zeros_like(channels).float())
+        return cls(_root(positions / variance).float(), (_root(channels) * scale.double()).float())
+
+    def sample(self, indices: Sequence[int], *, seed: int, draw: int) -> Tensor:
+        """Residuals [n, N, C], named by (seed, sample index, draw)."""
+        shape = (len(self.positions), len(self.channels))
+        noise = named_normal(indices, shape, seed=seed, stream="residual", pass_index=draw)
+        return self.positions @ noise @ self.channels
+
+
+def split_validation(indices: np.ndarray, *, most: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(fit, validation): at most `most` of the samples, a tenth of them for validation, both ascending."""
+    order = named_generator(seed, "baseline samples").permutation(np.asarray(indices))[:most]
+    held_back = max(1, len(order) // 10) if len(order) > 1 else 0
+    return np.sort(order[held_back:]), np.sort(order[:held_back])
+
+
+def _fit_ridge(
+    moments_of: Callable[[np.ndarray], Moments],
+    indices: np.ndarray,
+    validation: np.ndarray | None,
+    penalty: float | None,
+) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """(W, bias, penalty) fitted on everything, then the same without the validation samples.
+
+    An open penalty is chosen on the validation samples.
+    """
+    moments = moments_of(indices)
+    held_back = None
+    if validation is not None and len(validation):
+        held_back = moments_of(validation)
+        if penalty is None:
+            penalty = min(PENALTIES, key=lambda p: _standardized_error(held_back, *moments.solve(p)))
+    penalty = 1e-3 if penalty is None else penalty
+    before = moments.solve(penalty)
+    if held_back is not None:
+        moments.merge(held_back)
+    yield *moments.solve(penalty), penalty
+    yield *before, penalty
+
+
+def _standardized_error(moments: Moments, weight: Tensor, bias: Tensor) -> float:
+    """Mean over the channels of the error in units of the channel's variance."""
+    count = moments.gram[-1, -1]
+    variance = moments.target_squares / count - (moments.cross[-1] / count).square()
+    varies = variance > 1e-12 * variance.max()
+    error = moments.squared_error(weight, bias)[varies] / variance[varies]
+    return float(error.mean()) if len(error) else 0.0
+
+
+def _origins(source: EmbeddingSource, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Some token of each side: moments about zero would drown a small variance in a large mean."""
+    eva, clip = source.fetch(indices[:1])
+    return eva[0, 0].double(), clip[0, 0].double()
+
+
+def _token_moments(
+    source: EmbeddingSource, rows: np.ndarray, origin: tuple[Tensor, Tensor], batch_size: int
+) -> Moments:
+    sums = Moments(source.condition_dim, source.target_dim)
+    for eva, clip in _fetched(source, rows, batch_size):
+        sums.add(eva.flatten(0, 1) - origin[0], clip.flatten(0, 1) - origin[1])
+    return sums
+
+
+def _principal_components(
+    source: EmbeddingSource, indices: np.ndarray, batch_size: int
+) -> tuple[Tensor, Tensor]:
+    """Mean condition token [C_eva], and leading principal directions [C_eva, r] (all while they fit)."""
+    width = source.condition_dim
+    kept = min(width, max(1, (WIDEST - width) // 8))
+    origin = _origins(source, indices)[0]
+    total, gram, count = torch.zeros(width, dtype=torch.float64), torch.zeros(width, width).double(), 0
+    for eva, _ in _fetched(source, indices, batch_size):
+        rows = eva.flatten(0, 1) - origin
+        total += rows.sum(dim=0)
+        gram += rows.T @ rows
+        count += len(rows)
+    mean = total / count
+    if kept == width:
+        return mean + origin, torch.eye(width, dtype=torch.float64)
+    _, directions = torch.linalg.eigh(gram / count - torch.outer(mean, mean))
+    return mean + origin, directions[:, -kept:]
+
+
+def _fetched(source: EmbeddingSource, rows: np.ndarray, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for piece in batches(rows, batch_size):
+        eva, clip = source.fetch(piece)
+        yield eva.double(), clip.double()
+
+
+def _root(matrix: Tensor) -> Tensor:
+    """The symmetric square root of a covariance."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T

@@ -157,6 +157,7 @@ def extract(config: ExtractionConfig, *, progress: bool = True) -> EmbeddingStor
                 dtype=config.store_dtype,
                 pooling=_pooling(config.tokens, towers),
                 settings=settings,
+                pictures=config.pictures,
             )
     if not state.is_main_process:
         return None
@@ -303,7 +304,7 @@ def _settings(config: ExtractionConfig, refs: Sequence[PictureRef], towers: Towe
     """All that decides the content of the store."""
     digest = hashlib.sha256()
     for ref in refs:
-        digest.update(json.dumps([ref.key, ref.caption]).encode() + b"\n")
+        digest.update(json.dumps([ref.key, ref.caption, ref.label]).encode() + b"\n")
     return {
         "settings": {name: value for name, value in asdict(config).items() if name not in _HARMLESS},
         "pictures": {"count": len(refs), "sha256": digest.hexdigest()},
@@ -328,4 +329,5 @@ def _device(name: str, state: PartialState) -> torch.device:
 
 
 def _record(ref: PictureRef) -> dict[str, Any]:
-    return {"key": ref.key} if ref.caption is None else {"key": ref.key, "caption": ref.caption}
+    known = {"caption": ref.caption, "label": ref.label}
+    return {"key": ref.key} | {name: value for name, value in known.items() if value is not None}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from blip3o_dit.data.statistics import ChannelAccumulator
 from blip3o_dit.data.store import EmbeddingSource, batches
+from blip3o_dit.token_colours import token_colours
 
 SHOWN = 3  # outliers named per kind
 
@@ -196,7 +197,7 @@ def draw_contact_sheet(
     grid = figure.subplots(rows, 3, squeeze=False)
     for column, heading in enumerate(("picture", "EVA tokens", "CLIP tokens")):
         grid[0, column].set_title(heading)
-    maps = (token_colours(eva), token_colours(clip))
+    maps = (_maps(eva), _maps(clip))
     for row in range(rows):
         for axes in grid[row]:
             axes.set_xticks([])
@@ -212,18 +213,10 @@ def draw_contact_sheet(
     figure.savefig(path, dpi=110)
 
 
-def token_colours(tokens: Tensor) -> np.ndarray:
-    """[k, N, C] -> [k, n, n, 3] in 0..1: three principal components, the middle 98 % over the range."""
-    flat = tokens.flatten(0, 1).double()
-    centred = flat - flat.mean(dim=0)
-    _, _, directions = torch.linalg.svd(centred, full_matrices=False)
-    projected = torch.zeros(len(flat), 3, dtype=torch.float64)
-    kept = min(3, len(directions))
-    projected[:, :kept] = centred @ directions[:kept].T
-    low, high = (torch.quantile(projected, q, dim=0) for q in (0.01, 0.99))
-    scaled = ((projected - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+def _maps(tokens: Tensor) -> np.ndarray:
+    """[k, N, C] -> [k, n, n, 3]."""
     side = int(tokens.shape[1] ** 0.5)
-    return scaled.reshape(len(tokens), side, side, 3).numpy()
+    return token_colours(tokens.numpy(), tokens.numpy()).reshape(len(tokens), side, side, 3)
 
 
 def _outliers(strength: Tensor) -> list[tuple[int, float]]:

@@ -78,8 +78,11 @@ def finish_store(
     dtype: str,
     pooling: str,
     settings: Mapping[str, Any],
+    pictures: str,
 ) -> None:
     """Write the list of skipped pictures, then the manifest, and sum up the skipped ones in one line.
+
+    `pictures` is where they were read from, for commands that show some of them.
 
     Raises:
         ValueError: when a unit is unfinished, or no picture was readable.
@@ -103,6 +106,7 @@ def finish_store(
         "normalization": "none",
         "skipped": len(skipped),
         "extraction": settings,
+        "pictures": pictures,
     }
     write_manifest(output, sizes, dtype, shards, about)
     _say_skipped(skipped, output)

@@ -37,6 +37,7 @@ class PictureRef:
     size: int = -1
     row: int = -1
     column: str = ""
+    label: str | None = None
 
     @property
     def location(self) -> str:
@@ -61,7 +62,7 @@ def list_pictures(
 
     * a folder: pictures below it by their suffix, captions from a .txt beside them; hidden files ignored.
     * .txt or .tsv: one `path<TAB>caption` a line. .csv: a header with path (or image, file_name) and
-      caption (or text), perhaps key. .jsonl: objects with these names. Relative to the list file.
+      caption (or text), perhaps key and label. .jsonl: objects with these names. Relative to the list file.
     * a .tar or a folder of them (webdataset): an image and a .txt or .json by stem, read in place.
     * a .parquet or a folder of them, or a dataset saved by Hugging Face datasets: needs pyarrow.
 
@@ -160,7 +161,8 @@ def _list_file(path: Path) -> list[PictureRef]:
             seen[name] = seen.get(name, 0) + 1
             key = name if seen[name] == 1 else f"{name}#{seen[name]}"
         file = str(path.parent / name)
-        refs.append(PictureRef(key=key, caption=None if caption is None else str(caption), file=file))
+        label = row.get("label")
+        refs.append(PictureRef(key=key, caption=_plain(caption), file=file, label=_plain(label)))
     return refs
 
 
@@ -208,6 +210,7 @@ def _list_tar(path: Path) -> list[PictureRef]:
     """Members of one tar, by stem; only headers and captions are read, nothing is unpacked."""
     images: dict[str, tarfile.TarInfo] = {}
     captions: dict[str, str] = {}
+    labels: dict[str, str] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -222,6 +225,9 @@ def _list_tar(path: Path) -> list[PictureRef]:
                     caption = _tar_caption(tar, member, suffix)
                     if caption:
                         captions[stem] = caption
+                elif suffix == ".cls":
+                    file = tar.extractfile(member)
+                    labels[stem] = file.read(2**10).decode("utf-8", errors="replace").strip() if file else ""
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header it has read
     except (tarfile.TarError, EOFError, OSError) as error:
         raise ValueError(f"{path}: not a whole tar: {error}") from error
@@ -233,6 +239,7 @@ def _list_tar(path: Path) -> list[PictureRef]:
             member=member.name,
             offset=member.offset_data,
             size=member.size,
+            label=_plain(labels.get(stem)),
         )
         for stem, member in images.items()
     ]
@@ -261,17 +268,23 @@ def _list_table(path: Path, image_column: str | None, caption_column: str | None
     if caption_column and caption_column not in names:
         raise ValueError(f"{path}: expected a caption column {caption_column}, found {list(names)}")
     captions = column_of(caption) if caption else [None] * count
+    labels = column_of("label") if "label" in names else [None] * count
     return [
         PictureRef(
             key=f"{path.stem}/{row}",
-            caption=None if captions[row] is None else str(captions[row]),
+            caption=_plain(captions[row]),
             file=str(path),
             member=f"row {row}",
             row=row,
             column=image,
+            label=_plain(labels[row]),
         )
         for row in range(count)
     ]
+
+
+def _plain(value: Any) -> str | None:
+    return None if value is None or value == "" else str(value)
 
 
 def _open_table(file: str) -> tuple[Sequence[str], int, Callable[[str], list[Any]]]:

@@ -109,10 +109,10 @@ class BLIP3oInference:
         Raises:
             FileNotFoundError, ValueError: one line naming what was expected and found.
         """
-        source = self._open(dataset_path)
-        indices = self._choose(source, split, num_samples)
+        source = self.open(dataset_path)
+        indices = self.choose(source, split, num_samples)
         if output_path is not None:
-            _check_writable(Path(output_path))
+            check_writable(Path(output_path))
         sums = FidelitySums(self.model.target_mean)
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         sampling = {"solver": solver, "guidance_scale": guidance_scale, "seed": seed}
@@ -165,8 +165,8 @@ class BLIP3oInference:
         Raises:
             FileNotFoundError, ValueError: one line naming what was expected and found.
         """
-        source = self._open(dataset_path)
-        indices = self._choose(source, split, num_samples)
+        source = self.open(dataset_path)
+        indices = self.choose(source, split, num_samples)
         loss_fn = BLIP3oFlowMatchingLoss.from_config(self.model.config.flow)
         sums, total = FidelitySums(self.model.target_mean), 0.0
         sampling = {"solver": solver, "guidance_scale": guidance_scale, "seed": seed}
@@ -217,7 +217,8 @@ class BLIP3oInference:
         prediction = self.model(sample.x_t.to(dtype), sample.t, condition.to(dtype))
         return float(loss_fn(prediction, sample).flow_matching_loss)
 
-    def _open(self, path: str | Path) -> EmbeddingSource:
+    def open(self, path: str | Path) -> EmbeddingSource:
+        """Embeddings at `path`, refused (ValueError) when their sizes are not the model's."""
         source, config = open_embeddings(path), self.model.config
         found = (source.num_tokens, source.condition_dim, source.target_dim)
         expected = (config.num_tokens, config.eva_embedding_size, config.in_channels)
@@ -228,11 +229,12 @@ class BLIP3oInference:
             )
         return source
 
-    def _choose(self, source: EmbeddingSource, split: str, num_samples: int | None) -> list[int]:
+    def choose(self, source: EmbeddingSource, split: str, num_samples: int | None) -> list[int]:
         """Indices of one side of the split that the training run made, the first `num_samples`."""
         check_name("split", split, SPLITS)
         if num_samples is not None and num_samples < 1:
             raise ValueError(f"num_samples: expected at least 1, found {num_samples}")
+        chosen: np.ndarray
         if split == "all":
             chosen = np.arange(source.num_samples)
         else:
@@ -295,7 +297,7 @@ def _pick_weights(path: Path, weights: str) -> str:
     return "raw" if weights == "raw" or not has_ema else "ema"
 
 
-def _check_writable(path: Path) -> None:
+def check_writable(path: Path) -> None:
     """Before hours of sampling, not after them."""
     existing = path.parent
     while not existing.exists():

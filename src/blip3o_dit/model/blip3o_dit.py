@@ -156,19 +156,20 @@ class BLIP3oDiTModel(PreTrainedModel):
         guidance_scale: float = 1.0,
         seed: int = 0,
         sample_index: Sequence[int] | None = None,
+        draw: int = 0,
         track: Callable[[Iterable[int]], Iterable[int]] | None = None,
     ) -> Tensor:
         """Sample CLIP tokens given EVA-CLIP tokens, by integrating the velocity from noise to data.
 
-        The noise of a row is named by (seed, its sample index), so a sample does not depend on the batch
-        it travels in. Draw several samples of one condition with different seeds or indices.
+        The noise of a row is named by (seed, draw, its sample index), so a sample does not depend on the
+        batch it travels in. Other draws are further samples of the same conditions.
 
         Args:
             eva_embeddings: [B, L, eva_embedding_size], in the units of the training data.
             num_inference_steps: intervals of the solver; euler costs one network call each, heun two.
             guidance_scale: classifier-free guidance, v = v_null + s (v_cond - v_null); 1 turns it off.
                 Other values need a model trained with condition_dropout > 0, and double the batch.
-            seed, sample_index: name the noise; sample_index defaults to 0..B-1.
+            seed, draw, sample_index: name the noise; sample_index defaults to 0..B-1.
             track: wraps the iterable of steps, for a progress bar.
 
         Returns: [B, N, in_channels] float32, in the units of the training data.
@@ -176,29 +177,61 @@ class BLIP3oDiTModel(PreTrainedModel):
         Raises:
             ValueError: for shapes, names or values that do not fit; says expected and found.
         """
-        self._check_condition(eva_embeddings)
         if guidance_scale != 1.0 and self.config.flow.condition_dropout == 0.0:
             raise ValueError(
                 "guidance_scale: expected 1 because this model was trained with condition_dropout 0 "
                 f"and does not know the null condition, found {guidance_scale}"
             )
-        batch = eva_embeddings.shape[0]
-        indices = range(batch) if sample_index is None else sample_index
-        if len(indices) != batch:
-            raise ValueError(f"sample_index: expected {batch} entries, found {len(indices)}")
-        shape = (self.config.num_tokens, self.config.in_channels)
-        noise = named_normal(indices, shape, seed=seed, stream=GENERATION_STREAM).to(self.device)
-        condition = self.normalize_condition(eva_embeddings.to(self.device))
-        velocity = self._velocity(condition, guidance_scale)
-        path = BLIP3oFlowMatchingLoss.from_config(self.config.flow).path
+        x_0, condition = self._start(eva_embeddings, seed, sample_index, draw)
         x_1 = integrate(
-            velocity,
-            path.source(noise),
+            self._velocity(condition, guidance_scale),
+            x_0,
             num_steps=num_inference_steps,
             solver=solver,
             track=track,
         )
         return self.restore_target(x_1)
+
+    @torch.no_grad()
+    def estimate(
+        self,
+        eva_embeddings: Tensor,
+        *,
+        seed: int = 0,
+        sample_index: Sequence[int] | None = None,
+        draw: int = 0,
+    ) -> Tensor:
+        """The average answer E[x_1 | condition] by one network call at t = 0, where x_t tells nothing of x_1.
+
+        Returns: [B, N, in_channels] float32, in the units of the training data.
+
+        Raises:
+            ValueError: for a model that predicts the noise, which says nothing of x_1 at t = 0.
+        """
+        flow = self.config.flow
+        if flow.prediction_type == "epsilon":
+            raise ValueError("estimate: expected prediction_type v_prediction or sample, found epsilon")
+        x_0, condition = self._start(eva_embeddings, seed, sample_index, draw)
+        t = torch.zeros(len(x_0), device=x_0.device)
+        velocity = self._velocity(condition, guidance_scale=1.0)(x_0, t)
+        path = BLIP3oFlowMatchingLoss.from_config(flow).path
+        return self.restore_target(
+            convert_prediction(velocity, x_0, t, path, source="v_prediction", target="sample")
+        )
+
+    def _start(
+        self, eva_embeddings: Tensor, seed: int, sample_index: Sequence[int] | None, draw: int
+    ) -> tuple[Tensor, Tensor]:
+        """x_0 [B, N, C], and the condition in the network's units [B, L, C_eva]."""
+        self._check_condition(eva_embeddings)
+        batch = eva_embeddings.shape[0]
+        indices = range(batch) if sample_index is None else sample_index
+        if len(indices) != batch:
+            raise ValueError(f"sample_index: expected {batch} entries, found {len(indices)}")
+        shape = (self.config.num_tokens, self.config.in_channels)
+        noise = named_normal(indices, shape, seed=seed, stream=GENERATION_STREAM, pass_index=draw)
+        path = BLIP3oFlowMatchingLoss.from_config(self.config.flow).path
+        return path.source(noise.to(self.device)), self.normalize_condition(eva_embeddings.to(self.device))
 
     def _velocity(self, condition: Tensor, guidance_scale: float) -> Callable[[Tensor, Tensor], Tensor]:
         """v(x, t) for one batch of normalised conditions, whose part of the network is computed here."""

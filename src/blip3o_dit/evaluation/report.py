@@ -1,0 +1,285 @@
+"""report.html and README.md (the model card), both written from the content of metrics.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader
+
+from blip3o_dit.data.store import write_atomically
+from blip3o_dit.evaluation import figures
+from blip3o_dit.evaluation.catalogue import TABLES, Metric, MetricTable
+
+METRICS_FILE = "metrics.json"
+REPORT_FILE = "report.html"
+CARD_FILE = "README.md"
+CARD_MARK = "<!-- Written by blip3o-dit evaluate; it is replaced at the next evaluation. -->"
+
+DIFFERENCE_LABELS = {
+    "conditional.energy_score": ("energy score", "down"),
+    "conditional.token_energy_score": ("energy score per token", "down"),
+    "best_guess.r2": ("R2, best guess", "up"),
+    "best_guess.cosine_similarity_mean": ("token cosine, best guess", "up"),
+    "sample.r2": ("R2, one sample", "up"),
+    "sample.cosine_similarity_mean": ("token cosine, one sample", "up"),
+}
+
+
+@dataclass(frozen=True)
+class ShownSamples:
+    """A few samples for the page: name -> tokens [k, N, C] (the true ones first), pictures, titles."""
+
+    rows: Mapping[str, np.ndarray]
+    titles: Sequence[str]
+    pictures: Sequence[Any] | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    text: str
+    interval: str = ""
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    is_model: bool
+    cells: list[Cell]
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    note: str
+    columns: list[str]
+    rows: list[Row] = field(default_factory=list)
+
+
+def write_metrics(result: Mapping[str, Any], folder: Path) -> None:
+    """metrics.json; the schema is in docs/evaluation.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / METRICS_FILE, (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_report(result: Mapping[str, Any], folder: Path, samples: ShownSamples | None = None) -> None:
+    """report.html: one page without scripts or anything from elsewhere."""
+    environment = Environment(loader=PackageLoader("blip3o_dit.evaluation", "."), autoescape=True)
+    environment.trim_blocks = True
+    page = environment.get_template(f"{REPORT_FILE}.jinja").render(**_content(result, samples))
+    write_atomically(folder / REPORT_FILE, page.encode())
+
+
+def write_card(result: Mapping[str, Any], folder: Path) -> bool:
+    """README.md with Hugging Face metadata; False when a file that is not ours stands there."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    path = folder / CARD_FILE
+    if path.exists() and CARD_MARK not in path.read_text(encoding="utf-8", errors="replace"):
+        return False
+    model = next(method for method in result["methods"] if method["is_model"])
+    data_name = Path(result["data"]["path"]).name
+    wanted = (("conditional", "energy_score"), ("best_guess", "r2"), ("sample", "cosine_similarity_mean"))
+    found = [
+        EvalResult(
+            task_type="feature-extraction",
+            dataset_type="embedding-store",
+            dataset_name=data_name,
+            dataset_split=result["data"]["split"],
+            metric_type=f"{group}.{name}",
+            metric_value=round(model["metrics"][group][name]["value"], 6),
+        )
+        for group, name in wanted
+        if model["metrics"].get(group, {}).get(name, {}).get("value") is not None
+    ]
+    data = ModelCardData(
+        library_name="blip3o-dit",
+        tags=["flow-matching", "diffusion-transformer", "clip", "eva-clip", "embeddings"],
+        model_name=result["models"][0]["folder"],
+        eval_results=found,
+    )
+    text = f"---\n{data.to_yaml()}\n---\n{CARD_MARK}\n\n{_card_text(result)}"
+    write_atomically(path, text.encode())
+    return True
+
+
+def _content(result: Mapping[str, Any], samples: ShownSamples | None) -> dict[str, Any]:
+    methods, data = result["methods"], result["data"]
+    models = [method for method in methods if method["is_model"]]
+    names = " and ".join(model["folder"] for model in result["models"])
+    baselines = [m for m in methods if not m["is_model"]]
+    best = min(
+        ((m["name"], m["metrics"]["conditional"]["energy_score"]["value"]) for m in baselines),
+        key=lambda pair: pair[1],
+        default=None,
+    )
+    curves = {name: points for name, points in result["curve"].items() if points}
+    return {
+        "title": f"Evaluation of {names}",
+        "subtitle": (
+            f"{data['num_samples']} samples of {data['path']} ({data['split']} split), "
+            f"{data['num_tokens']} tokens of {data['target_dim']} numbers given {data['num_tokens']} "
+            f"of {data['condition_dim']}"
+        ),
+        "summary": result["summary"],
+        "samples": samples and figures.sample_figure(samples.rows, samples.pictures, samples.titles),
+        "tables": [_table(table, result) for table in TABLES],
+        "differences": _difference_tables(result),
+        "spread": figures.spread_figure([*models, *(m for m in baselines if m["name"] == "ridge")]),
+        "curve": figures.curve_figure(curves, best) if curves else "",
+        "curve_samples": result["settings"]["curve_samples"],
+        "positions": figures.position_figure(models),
+        "costs": [_cost(method) for method in methods],
+        "methods": methods,
+        "settings": _settings(result),
+    }
+
+
+def _table(table: MetricTable, result: Mapping[str, Any]) -> Table:
+    rows = [(m["name"], m["is_model"], m["metrics"]) for m in result["methods"]]
+    group = table.metrics[0].group
+    reference: dict[str, Any] = {}
+    if group in ("tokens", "pooled"):
+        reference = {group: result["floor"][group]} if result["floor"] else {}
+        rows += [("true against true", False, reference)] if reference else []
+    if group == "use" and result["data"].get("probe_accuracy_of_truth"):
+        reference = {"use": {"probe_accuracy": result["data"]["probe_accuracy_of_truth"]}}
+        rows.append(("true tokens", False, reference))
+    rows = [row for row in rows if group in row[2]]
+    shown = [m for m in table.metrics if any(m.name in found[group] for _, _, found in rows)]
+    best = {metric.name: _best(metric, [f for n, _, f in rows if f is not reference]) for metric in shown}
+    return Table(
+        table.title,
+        table.note,
+        [metric.label for metric in shown],
+        [
+            Row(
+                name,
+                is_model,
+                [
+                    _cell(found[group].get(metric.name), best=found is not reference and best[metric.name])
+                    for metric in shown
+                ],
+            )
+            for name, is_model, found in rows
+        ],
+    )
+
+
+def _best(metric: Metric, found: Sequence[Mapping[str, Any]]) -> float | None:
+    """The best value of a column, or None when the column has no better end."""
+    values = [f[metric.group].get(metric.name, {}).get("value") for f in found]
+    present = [value for value in values if value is not None]
+    if not present or metric.better == "none":
+        return None
+    if metric.better == "one":
+        return min(present, key=lambda value: abs(value - 1))
+    return max(present) if metric.better == "up" else min(present)
+
+
+def _cell(estimate: Mapping[str, Any] | None, *, best: float | bool | None = None) -> Cell:
+    if not estimate or estimate["value"] is None:
+        return Cell("-")
+    interval = ""
+    if estimate["low"] is not None and estimate["high"] is not None:
+        interval = f"{number(estimate['low'])} to {number(estimate['high'])}"
+    same = best is not None and best is not False and number(estimate["value"]) == number(float(best))
+    return Cell(number(estimate["value"]), interval, same)
+
+
+def number(value: float) -> str:
+    """Three significant digits, no exponent where it can be read without."""
+    if abs(value) < 1e-6:
+        return "0"
+    if 0.001 <= abs(value) < 10_000:
+        digits = 3 if abs(value) < 10 else 1
+        return f"{value:.{digits}f}"
+    return f"{value:.2e}"
+
+
+def _difference_tables(result: Mapping[str, Any]) -> list[Table]:
+    """One for each model: the model's figure less every other method's."""
+    tables = []
+    for name, others in result["differences"].items():
+        kinds = [kind for kind in DIFFERENCE_LABELS if any(kind in found for found in others.values())]
+        directions = {"up": "above zero", "down": "below zero"}
+        rows = [
+            Row(f"less {other}", False, [_cell(found.get(kind)) for kind in kinds])
+            for other, found in others.items()
+        ]
+        columns = [
+            f"{DIFFERENCE_LABELS[k][0]} ({directions[DIFFERENCE_LABELS[k][1]]} is better)" for k in kinds
+        ]
+        note = "Paired: the same samples and resamples. An interval without zero is a difference."
+        tables.append(Table(f"{name} less the others", note, columns, rows))
+    return tables
+
+
+def _cost(method: Mapping[str, Any]) -> dict[str, Any]:
+    cost = method["cost"]
+    return {
+        "name": method["name"],
+        "is_model": method["is_model"],
+        "calls": cost["network_calls"] or "-",
+        "milliseconds": f"{cost['milliseconds_per_sample']:.3g}",
+        "memory": f"{cost['peak_memory_mib']:.0f} MiB",
+    }
+
+
+def _settings(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = [("command", result["command"])] if result.get("command") else []
+    for model in result["models"]:
+        rows.append(
+            (
+                model["name"],
+                f"{model['path']}, {model['weights']} weights, {model['parameters']:,} parameters",
+            )
+        )
+    rows += [(name, str(value)) for name, value in result["settings"].items()]
+    rows += [(name, str(value)) for name, value in result["versions"].items()]
+    return rows
+
+
+def _card_text(result: Mapping[str, Any]) -> str:
+    model = result["models"][0]
+    lines = [
+        f"# {model['folder']}",
+        "",
+        "A BLIP3-o diffusion transformer trained by flow matching to generate CLIP tokens from EVA-CLIP",
+        "tokens, by blip3o-dit.",
+        "",
+        f"* condition {result['data']['num_tokens']} x {result['data']['condition_dim']}, "
+        f"target {result['data']['num_tokens']} x {result['data']['target_dim']}",
+        f"* {model['parameters']:,} parameters, {model['weights']} weights evaluated",
+        "",
+        "## How good it is",
+        "",
+        *(f"* {line}" for line in result["summary"]),
+        "",
+        f"Measured on {result['data']['num_samples']} samples ({result['data']['split']} split). "
+        f"All figures: `{METRICS_FILE}`, `{REPORT_FILE}`.",
+        "",
+    ]
+    for table in TABLES[:3]:
+        made = _table(table, result)
+        lines += [f"### {made.title}", "", "| | " + " | ".join(made.columns) + " |"]
+        lines.append("|---" * (len(made.columns) + 1) + "|")
+        lines += [f"| {row.name} | " + " | ".join(c.text for c in row.cells) + " |" for row in made.rows]
+        lines.append("")
+    lines += [
+        "## Use",
+        "",
+        "```python",
+        "from blip3o_dit import BLIP3oInference",
+        "",
+        'inference = BLIP3oInference("path/to/this/folder")',
+        "clip = inference.generate(eva_embeddings, num_inference_steps=50)",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

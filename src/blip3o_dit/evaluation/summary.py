@@ -1,0 +1,183 @@
+"""What the figures say, in words made from the figures. Every sentence is written from metrics.json alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+LINEAR = ("ridge", "ridge 3x3")
+
+
+def summarize(result: Mapping[str, Any]) -> list[str]:
+    """Sentences, the most important first; `result` is the content of metrics.json."""
+    models = [method for method in result["methods"] if method["is_model"]]
+    lines = []
+    for model in models:
+        lines += [
+            _against_best_baseline(result, model),
+            _against_ridge(result, model),
+            _calibration(model),
+            _distribution(result, model),
+            _use(result, model),
+            _cost(result, model),
+        ]
+    return [*(line for line in lines if line), *_between_models(result, models), *_warnings(result)]
+
+
+def _against_best_baseline(result: Mapping[str, Any], model: Mapping[str, Any]) -> str:
+    """The verdict: is the model a better sampler than the best baseline?"""
+    baselines = [method for method in result["methods"] if not method["is_model"]]
+    if not baselines:
+        return ""
+    best = min(baselines, key=_energy)
+    name, other = model["name"], best["name"]
+    scores = f"energy score {_energy(model):.3f} against {_energy(best):.3f}, lower is better"
+    difference = result["differences"][name][other]["conditional.energy_score"]
+    verdict = compare(difference)
+    if verdict == "better":
+        return f"{name} is the better sampler: it beats the best baseline, {other} ({scores})."
+    if verdict == "worse":
+        return (
+            f"{name} is worse than {other} on this data ({scores}): train longer, or use {other}, "
+            "which costs next to nothing."
+        )
+    return f"{name} is no better than {other} on this data ({scores}): train longer, or use {other}."
+
+
+def _against_ridge(result: Mapping[str, Any], model: Mapping[str, Any]) -> str:
+    """How much of what the best linear map leaves is explained by the model's best guess."""
+    ridges = [m for m in result["methods"] if m["name"] in LINEAR]
+    r2 = _value(model, "best_guess", "r2")
+    if not ridges or r2 is None:
+        return ""
+    best = max(ridges, key=lambda m: _value(m, "best_guess", "r2") or -1.0)
+    linear = _value(best, "best_guess", "r2")
+    if linear is None or linear >= 1.0:
+        return ""
+    share = (r2 - linear) / (1 - linear)
+    verdict = compare(result["differences"][model["name"]][best["name"]]["best_guess.r2"], lower=False)
+    figures = f"R2 {r2:.3f} against {linear:.3f}"
+    if verdict == "better":
+        return (
+            f"As a best guess, one call of {model['name']} explains {share:.0%} of what {best['name']} "
+            f"leaves ({figures})."
+        )
+    if verdict == "worse":
+        return (
+            f"As a best guess, one call of {model['name']} is below {best['name']} ({figures}): "
+            "where only the average answer is needed, use the linear map."
+        )
+    return f"As a best guess, one call of {model['name']} is no better than {best['name']} ({figures})."
+
+
+def _calibration(model: Mapping[str, Any]) -> str:
+    ratio = _value(model, "conditional", "spread_error_ratio")
+    if ratio is None:
+        return ""
+    if ratio < 0.9:
+        word = "over-confident: its samples of one condition differ too little"
+    elif ratio > 1.1:
+        word = "under-confident: its samples of one condition differ too much"
+    else:
+        word = "calibrated to within a tenth"
+    return f"{model['name']} is {word} (spread over error {ratio:.2f}, 1 is right)."
+
+
+def _distribution(result: Mapping[str, Any], model: Mapping[str, Any]) -> str:
+    found = _value(model, "tokens", "frechet")
+    floor = (result.get("floor") or {}).get("tokens", {}).get("frechet", {}).get("value")
+    if found is None or floor is None:
+        return ""
+    if found <= floor:
+        return (
+            f"As a set, its tokens are as close to the true ones as other true ones are "
+            f"(Frechet distance {found:.3g}, true against true {floor:.3g})."
+        )
+    return (
+        f"As a set, its tokens are {found / floor:.1f} times as far from the true ones as other true "
+        f"ones are (Frechet distance {found:.3g} against {floor:.3g})."
+    )
+
+
+def _use(result: Mapping[str, Any], model: Mapping[str, Any]) -> str:
+    recall, samples = _value(model, "use", "recall_at_1"), result["data"]["num_samples"]
+    parts = [f"A sample finds its own picture first among {samples} for {recall:.0%} of them"]
+    accuracy, truth = _value(model, "use", "probe_accuracy"), result["data"].get("probe_accuracy_of_truth")
+    if accuracy is not None and truth:
+        parts.append(
+            f"a linear classifier fitted on true tokens is right on {accuracy:.1%} of the samples and on "
+            f"{truth['value']:.1%} of the true tokens"
+        )
+    return "; ".join(parts) + "."
+
+
+def _cost(result: Mapping[str, Any], model: Mapping[str, Any]) -> str:
+    points = result.get("curve", {}).get(model["name"])
+    if not points:
+        return ""
+    most = max(point["network_calls"] for point in points)
+    full = min(p["energy_score"]["value"] for p in points if p["network_calls"] == most)
+    enough = min(
+        (p for p in points if p["energy_score"]["value"] <= 1.02 * full), key=lambda p: p["network_calls"]
+    )
+    cost = model["cost"]
+    line = (
+        f"A sample took {cost['network_calls']} network calls and "
+        f"{cost['milliseconds_per_sample']:.3g} ms in this run"
+    )
+    if enough["network_calls"] < most:
+        line += (
+            f"; {enough['network_calls']} calls with {enough['solver']} are within 2 % of the energy score "
+            f"of {most}"
+        )
+    return line + "."
+
+
+def _between_models(result: Mapping[str, Any], models: list[Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for first, second in pairwise(models):
+        difference = result["differences"][first["name"]][second["name"]]["conditional.energy_score"]
+        word = {"better": "better than", "worse": "worse than", "equal": "not told apart from"}
+        interval = ""
+        if difference["low"] is not None:
+            interval = f", 95 % interval {difference['low']:+.4f} to {difference['high']:+.4f}"
+        lines.append(
+            f"{first['name']} is {word[compare(difference)]} {second['name']} by energy score "
+            f"(difference {difference['value']:+.4f}{interval})."
+        )
+    return lines
+
+
+def _warnings(result: Mapping[str, Any]) -> list[str]:
+    lines = []
+    mean = next((m for m in result["methods"] if m["name"] == "position mean"), None)
+    if mean is not None:
+        cosine = _value(mean, "best_guess", "cosine_similarity_mean")
+        pooled = _value(mean, "best_guess", "pooled_cosine_similarity_mean")
+        lines.append(
+            f"Cosine flatters: a constant answer, the mean of each position, already scores {cosine:.2f} per "
+            f"token and {pooled:.2f} pooled."
+        )
+    if result["data"]["num_samples"] < 100:
+        lines.append(
+            f"Only {result['data']['num_samples']} samples were measured: the figures are rough, "
+            "distribution distances above all."
+        )
+    return lines
+
+
+def compare(difference: Mapping[str, float | None], *, lower: bool = True) -> str:
+    """ "better", "worse" or "equal" for a model-minus-other difference; equal without a clear interval."""
+    low, high = difference["low"], difference["high"]
+    if low is None or high is None or low <= 0 <= high:
+        return "equal"
+    return "better" if (high < 0) == lower else "worse"
+
+
+def _energy(method: Mapping[str, Any]) -> float:
+    return _value(method, "conditional", "energy_score") or 0.0
+
+
+def _value(method: Mapping[str, Any], group: str, name: str) -> float | None:
+    return method["metrics"].get(group, {}).get(name, {}).get("value")

@@ -1,0 +1,470 @@
+"""Models beside baselines on held-out samples: metrics.json, report.html and the model card."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from blip3o_dit.config import TRAINING_CONFIG_FILE, TrainingConfig
+from blip3o_dit.data.dataset import split_samples
+from blip3o_dit.data.store import EmbeddingSource
+from blip3o_dit.evaluation import engine, figures, report
+from blip3o_dit.evaluation.baselines import (
+    Baseline,
+    NearestNeighbours,
+    NeighbourhoodRidge,
+    PositionMean,
+    Procrustes,
+    ResidualGaussian,
+    TokenRidge,
+    TrainingMean,
+    split_validation,
+)
+from blip3o_dit.evaluation.engine import Answers, EvaluationSettings, Track, Truth
+from blip3o_dit.evaluation.methods import (
+    BaselineMethod,
+    Method,
+    ModelMethod,
+    NeighbourMethod,
+    NormalizedEmbeddings,
+)
+from blip3o_dit.evaluation.regression import NetworkRegression
+from blip3o_dit.evaluation.summary import summarize
+from blip3o_dit.inference.pipeline import BLIP3oInference, check_writable
+from blip3o_dit.randomness import named_permutation
+
+FORMAT = "blip3o-dit evaluation"
+FORMAT_VERSION = 1
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What `evaluate_models` does beside measuring; `measure` says how much is measured.
+
+    Args:
+        split: "eval", "train" or "all"; the first two are the sides of the first model's training split.
+        num_samples: only so many of them, chosen by the seed; None means all.
+        num_inference_steps, solver, guidance_scale, seed: how the models sample.
+        curve_calls, curve_samples: network calls and samples of the cost curve; no calls means no curve.
+        fit_on: embeddings whose training side the baselines are fitted on; None means the evaluated ones.
+        fit_samples: most training samples a baseline is fitted on.
+        regression_steps: train the same network by plain regression for so many steps, as a baseline.
+        shown: samples drawn on the page.
+        weights, device, dtype: as `BLIP3oInference`.
+    """
+
+    split: str = "eval"
+    num_samples: int | None = None
+    num_inference_steps: int = 50
+    solver: str = "euler"
+    guidance_scale: float = 1.0
+    seed: int = 0
+    curve_calls: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 50)
+    curve_samples: int = 256
+    fit_on: str | None = None
+    fit_samples: int = 5000
+    regression_steps: int = 0
+    shown: int = 6
+    weights: str = "auto"
+    device: str = "auto"
+    dtype: torch.dtype = torch.float32
+    measure: EvaluationSettings = field(default_factory=EvaluationSettings)
+
+    def __post_init__(self) -> None:
+        least = {"num_inference_steps": 1, "curve_samples": 2, "fit_samples": 2, "regression_steps": 0}
+        for name, lowest in (least | {"shown": 0}).items():
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name}: expected at least {lowest}, found {getattr(self, name)}")
+        if any(calls < 1 for calls in self.curve_calls):
+            raise ValueError(f"curve_calls: expected 1 or more each, found {list(self.curve_calls)}")
+
+
+def evaluate_models(
+    models: Sequence[str | Path],
+    embeddings: str | Path,
+    output_dir: str | Path | None = None,
+    config: EvaluationConfig | None = None,
+    *,
+    pictures: Callable[[list[str]], list[Any]] | None = None,
+    progress: bool = True,
+    command: str | None = None,
+) -> dict[str, Any]:
+    """Measure trained models beside baselines, and write what was found.
+
+    Args:
+        models: folders of training runs or checkpoints; all are measured on the same samples.
+        embeddings: store or documented pickle.
+        output_dir: for metrics.json, report.html and README.md; None means the first model's folder.
+        pictures: keys -> RGB images or None, for the page.
+        command: shown on the page.
+
+    Returns: the content of metrics.json; its schema is in docs/evaluation.md.
+
+    Raises:
+        FileNotFoundError, ValueError: one line naming what was expected and found.
+    """
+    config = config or EvaluationConfig()
+    figures.require_matplotlib()
+    folder = Path(models[0] if output_dir is None else output_dir)
+    check_writable(folder / report.METRICS_FILE)
+    loaded = [
+        BLIP3oInference(path, device=config.device, dtype=config.dtype, weights=config.weights)
+        for path in models
+    ]
+    _check_comparable(loaded, config)
+    source, indices = _held_out(loaded[0], embeddings, config)
+    for other in loaded[1:]:
+        other.open(embeddings)
+    methods = _model_methods(loaded, config)
+    result, samples = evaluate_methods(
+        methods,
+        source,
+        indices,
+        fit_source=_fit_source(loaded[0], source, embeddings, config),
+        config=config,
+        statistics=(loaded[0].model.target_mean, loaded[0].model.target_std),
+        regression_like=loaded[0],
+        pictures=pictures,
+        progress=progress,
+    )
+    result["command"] = command
+    result["models"] = [_about(method.name, found) for method, found in zip(methods, loaded, strict=True)]
+    report.write_metrics(result, folder)
+    report.write_report(result, folder, samples)
+    if not report.write_card(result, folder):
+        logger.warning("%s: kept, as it was not written by an evaluation", folder / report.CARD_FILE)
+    return result
+
+
+def evaluate_methods(
+    methods: Sequence[Method],
+    source: EmbeddingSource,
+    indices: np.ndarray,
+    *,
+    fit_source: tuple[EmbeddingSource, np.ndarray],
+    config: EvaluationConfig,
+    statistics: tuple[torch.Tensor, torch.Tensor],
+    regression_like: BLIP3oInference | None = None,
+    pictures: Callable[[list[str]], list[Any]] | None = None,
+    progress: bool = True,
+) -> tuple[dict[str, Any], report.ShownSamples | None]:
+    """Measure any methods beside the baselines. `fit_source` is (embeddings, training indices).
+
+    Args:
+        statistics: mean and standard deviation of the training tokens per channel, [C] each.
+
+    Returns: the content of metrics.json, and the samples for the page.
+    """
+    track = _track(progress)
+    mean, std = (value.float().cpu() for value in statistics)
+    truth = engine.gather_truth(source, indices, mean=mean, std=std, settings=config.measure, track=track)
+    fit_on, train = fit_source
+    if fit_on is source:
+        engine.fit_probe(truth, train, track)
+    floor = engine.true_floor(truth, fit_on, train) if len(train) >= 2 else None
+    baselines = _fit_baselines(fit_on, train, std, config, regression_like, track) if len(train) else []
+    everything = [*methods, *baselines]
+    described, found = [], []
+    for method in everything:
+        answers = engine.collect_answers(method, truth, track)
+        described.append(engine.describe(answers, truth))
+        found.append(engine.without_vectors(answers))
+    result: dict[str, Any] = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "summary": [],
+        "models": [],
+        "data": _data(source, truth, config),
+        "settings": _settings(config),
+        "versions": _versions(),
+        "methods": described,
+        "floor": floor,
+        "differences": _differences(found, config),
+        "curve": _curves(methods, truth, config, track),
+        "command": None,
+    }
+    result["summary"] = summarize(result)
+    return result, _shown(everything, truth, config, pictures)
+
+
+def _fit_baselines(
+    source: EmbeddingSource,
+    train: np.ndarray,
+    std: torch.Tensor,
+    config: EvaluationConfig,
+    regression_like: BLIP3oInference | None,
+    track: Track,
+) -> list[Method]:
+    """Every baseline, fitted; the Gaussian residuals are those of samples held back from the fit."""
+    fit, validation = split_validation(train, most=config.fit_samples, seed=config.seed)
+    both = np.sort(np.concatenate([fit, validation]))
+
+    def gaussian(name: str, about: str, final: Baseline, on_fit: Baseline) -> Method:
+        residual = None
+        if len(validation):
+            residual = ResidualGaussian.fit(on_fit, source, validation, scale=std)
+        return BaselineMethod(name, about, final, residual, seed=config.seed)
+
+    def ridge(name: str, about: str, kind: type[TokenRidge] | type[NeighbourhoodRidge]) -> Method:
+        final, on_fit = kind.fit_twice(source, fit, validation=validation)
+        chosen = f"{about}, penalty {final.penalty:g} chosen on {len(validation)} validation samples"
+        return gaussian(name, f"{chosen}; Gaussian residual", final, on_fit)
+
+    makers: dict[str, Callable[[], Method]] = {
+        "training mean": lambda: gaussian(
+            "training mean",
+            "the training split's mean token; Gaussian residual",
+            TrainingMean.fit(source, both),
+            TrainingMean.fit(source, fit),
+        ),
+        "position mean": lambda: gaussian(
+            "position mean",
+            "the training split's mean token at each position; Gaussian residual",
+            PositionMean.fit(source, both),
+            PositionMean.fit(source, fit),
+        ),
+        "ridge": lambda: ridge(
+            "ridge", "linear map from each condition token to the token there", TokenRidge
+        ),
+        "ridge 3x3": lambda: ridge(
+            "ridge 3x3", "linear map from the 3x3 condition tokens around each position", NeighbourhoodRidge
+        ),
+        "procrustes": lambda: gaussian(
+            "procrustes",
+            "rotation and scale of each condition token; Gaussian residual",
+            Procrustes.fit(source, both),
+            Procrustes.fit(source, fit),
+        ),
+        "nearest neighbours": lambda: NeighbourMethod(NearestNeighbours.fit(source, both), seed=config.seed),
+    }
+    found = [makers[name]() for name in track(list(makers), "baselines")]
+    if config.regression_steps and regression_like is not None:
+        network = NetworkRegression.fit(
+            regression_like.model,
+            source,
+            fit.tolist(),
+            steps=config.regression_steps,
+            seed=config.seed,
+            track=lambda steps: track(list(steps), "network regression"),
+        )
+        about = f"the model's network, least squares, {config.regression_steps} steps; Gaussian residual"
+        found.append(gaussian("network regression", about, network, network))
+    return found
+
+
+def _differences(found: Sequence[Answers], config: EvaluationConfig) -> dict[str, Any]:
+    """Model -> other method -> figure -> paired difference."""
+    return {
+        model.method.name: {
+            other.method.name: engine.paired_differences(model, other, config.measure)
+            for other in found
+            if other is not model
+        }
+        for model in found
+        if model.method.is_model
+    }
+
+
+def _curves(
+    methods: Sequence[Method], truth: Truth, config: EvaluationConfig, track: Track
+) -> dict[str, Any]:
+    return {
+        method.name: engine.quality_curve(
+            method, truth, calls=config.curve_calls, samples=config.curve_samples, track=track
+        )
+        for method in methods
+        if isinstance(method, ModelMethod)
+    }
+
+
+def _shown(
+    methods: Sequence[Method],
+    truth: Truth,
+    config: EvaluationConfig,
+    pictures: Callable[[list[str]], list[Any]] | None,
+) -> report.ShownSamples | None:
+    """Tokens of a few samples: true, two draws and the best guess of each model, and ridge's guess."""
+    if not config.shown:
+        return None
+    order = named_permutation(len(truth.indices), seed=config.seed, stream="shown samples")
+    indices = truth.indices[np.sort(order[: config.shown])]
+    eva, clip = truth.source.fetch(indices)
+    rows = {"true": clip}
+    for method in methods:
+        if method.is_model:
+            rows[f"{method.name}, sample 1"] = method.sample(eva, indices.tolist(), 0)
+            rows[f"{method.name}, sample 2"] = method.sample(eva, indices.tolist(), 1)
+        guess = (
+            method.best_guess(eva, indices.tolist()) if method.is_model or method.name == "ridge" else None
+        )
+        if guess is not None:
+            rows[f"{method.name}, best guess"] = guess
+    records = truth.source.records(indices)
+    keys = [record["key"] for record in records]
+    return report.ShownSamples(
+        {name: tokens.numpy() for name, tokens in rows.items()},
+        [str(record.get("label") or key)[-18:] for record, key in zip(records, keys, strict=True)],
+        pictures(keys) if pictures else None,
+    )
+
+
+def _check_comparable(loaded: Sequence[BLIP3oInference], config: EvaluationConfig) -> None:
+    """Refuse models whose held-out samples or units differ: their figures would not be comparable."""
+    first, *others = loaded
+    for other in others:
+        if other.model.config.normalize_embeddings != first.model.config.normalize_embeddings:
+            raise ValueError(
+                f"{other.model_path}: expected normalize_embeddings "
+                f"{first.model.config.normalize_embeddings} as in {first.model_path}, found "
+                f"{other.model.config.normalize_embeddings}: their tokens have other units"
+            )
+        if config.split == "all":
+            continue
+        mine, theirs = (TrainingConfig.from_folder(model.model_path) for model in (first, other))
+        for name in ("eval_split", "seed", "split_by"):
+            if getattr(mine, name) != getattr(theirs, name):
+                raise ValueError(
+                    f"{other.model_path}: expected {name} {getattr(mine, name)} as in {first.model_path}, "
+                    f"found {getattr(theirs, name)}: it was trained on other samples (--split all on "
+                    "embeddings that neither has seen compares them)"
+                )
+
+
+def _held_out(
+    model: BLIP3oInference, embeddings: str | Path, config: EvaluationConfig
+) -> tuple[EmbeddingSource, np.ndarray]:
+    source = model.open(embeddings)
+    indices = np.asarray(model.choose(source, config.split, None))
+    if config.num_samples is not None:
+        if config.num_samples < 2:
+            raise ValueError(f"num_samples: expected at least 2, found {config.num_samples}")
+        order = named_permutation(len(indices), seed=config.seed, stream="evaluated samples")
+        indices = np.sort(indices[order[: config.num_samples]])
+    return _as_trained_on(model, source), indices
+
+
+def _fit_source(
+    model: BLIP3oInference, source: EmbeddingSource, embeddings: str | Path, config: EvaluationConfig
+) -> tuple[EmbeddingSource, np.ndarray]:
+    """(embeddings, training indices) for baselines, probe and floor."""
+    settings = None
+    if (model.model_path / TRAINING_CONFIG_FILE).is_file():
+        settings = TrainingConfig.from_folder(model.model_path)
+    path = config.fit_on
+    if path is None and config.split == "all":
+        path = settings.embeddings_path if settings else None
+        if path is None or not Path(path).exists():
+            raise ValueError(
+                f"{embeddings}: with --split all the baselines need embeddings to be fitted on (--fit_on), "
+                f"found none at {path}"
+            )
+    if path is not None and Path(path).resolve() != Path(embeddings).resolve():
+        fitted: EmbeddingSource = _as_trained_on(model, model.open(path))
+    elif config.split == "all":
+        raise ValueError(
+            f"{embeddings}: --split all would measure baselines on samples they were fitted on; "
+            "expected other embeddings in --fit_on"
+        )
+    else:
+        fitted = source
+    if settings is None:
+        return fitted, np.arange(fitted.num_samples)
+    sides = split_samples(
+        fitted, eval_split=settings.eval_split, seed=settings.seed, split_by=settings.split_by
+    )
+    return fitted, sides.train
+
+
+def _as_trained_on(model: BLIP3oInference, source: EmbeddingSource) -> EmbeddingSource:
+    return NormalizedEmbeddings(source) if model.model.config.normalize_embeddings else source
+
+
+def _model_methods(loaded: Sequence[BLIP3oInference], config: EvaluationConfig) -> list[ModelMethod]:
+    names = ["DiT"] if len(loaded) == 1 else _unique([found.model_path.resolve() for found in loaded])
+    return [
+        ModelMethod(
+            found.model,
+            name=name,
+            num_inference_steps=config.num_inference_steps,
+            solver=config.solver,
+            guidance_scale=config.guidance_scale,
+            seed=config.seed,
+        )
+        for name, found in zip(names, loaded, strict=True)
+    ]
+
+
+def _unique(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart."""
+    for length in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-length:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError(f"--compare: expected different models, found {paths[0]} more than once")
+
+
+def _about(name: str, found: BLIP3oInference) -> dict[str, Any]:
+    return {
+        "name": name,
+        "folder": found.model_path.resolve().name,
+        "path": str(found.model_path),
+        "weights": "averaged (EMA)" if found.weights == "ema" else "raw",
+        "parameters": sum(parameter.numel() for parameter in found.model.parameters()),
+        "device": str(found.device),
+        "dtype": str(found.model.dtype).removeprefix("torch."),
+    }
+
+
+def _data(source: EmbeddingSource, truth: Truth, config: EvaluationConfig) -> dict[str, Any]:
+    return {
+        "path": str(source.path),
+        "split": config.split,
+        "num_samples": len(truth.indices),
+        "num_tokens": source.num_tokens,
+        "condition_dim": source.condition_dim,
+        "target_dim": source.target_dim,
+        "drawn_samples": int(truth.drawn.sum()),
+        "probe_accuracy_of_truth": truth.probe_accuracy and truth.probe_accuracy.to_json(),
+    }
+
+
+def _settings(config: EvaluationConfig) -> dict[str, Any]:
+    settings = asdict(config)
+    measure = settings.pop("measure")
+    settings["dtype"] = str(config.dtype).removeprefix("torch.")
+    settings["curve_calls"] = list(config.curve_calls)
+    return settings | {f"measure_{name}": value for name, value in measure.items()}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    found["threads"] = str(torch.get_num_threads())
+    return found | {name: version(name) for name in ("blip3o-dit", "torch", "transformers", "numpy")}
+
+
+def _track(progress: bool) -> Track:
+    def track(items: Iterable[Any], name: str) -> Iterable[Any]:
+        return tqdm(items, desc=name, unit="", leave=False, disable=not progress)
+
+    return track
+
+
+def command_line(arguments: Sequence[str] | None = None) -> str:
+    """The command as a user typed it, for the page."""
+    words = sys.argv[1:] if arguments is None else arguments
+    return shlex.join(["blip3o-dit", *words])

@@ -1,0 +1,259 @@
+"""The evaluation as a whole on constructed samplers, and against theory on linear-Gaussian data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import quad
+from torch import Tensor
+
+from benchmarks.linear_gaussian import LinearGaussian
+from blip3o_dit.evaluation import engine
+from blip3o_dit.evaluation.engine import EvaluationSettings
+from blip3o_dit.randomness import named_normal
+from tests.stores import write_linear_store
+
+SETTINGS = EvaluationSettings(
+    batch_size=64, draw_samples=400, distribution_samples=800, bootstrap=200, half_samples=10
+)
+
+
+def no_track(items: Iterable[Any], name: str) -> Iterable[Any]:
+    return items
+
+
+@dataclass
+class Sampler:
+    """A method whose draws are a function of (mean, noise): what a test wants to see measured."""
+
+    data: LinearGaussian
+    draw: Callable[[Tensor, Tensor, Tensor], Tensor]
+    name: str = "sampler"
+    about: str = ""
+    is_model: bool = True
+    calls: int = 0
+    random: bool = True
+
+    def best_guess(self, eva: Tensor, indices: Sequence[int]) -> Tensor:
+        return self.data.mean(eva)
+
+    def sample(self, eva: Tensor, indices: Sequence[int], draw: int) -> Tensor:
+        shape = (self.data.num_tokens, self.data.target_dim)
+        noise = named_normal(indices, shape, seed=5, stream="sampler", pass_index=draw)
+        return self.draw(self.data.mean(eva), noise @ self.data.factor.T, self.data.fetch(indices)[1])
+
+
+DATA = LinearGaussian(num_samples=1200, num_tokens=4, condition_dim=6, target_dim=6)
+MEAN, STD = DATA._clip.mean(dim=(0, 1)), DATA._clip.std(dim=(0, 1), correction=0)
+HELD_OUT = np.arange(600)
+
+
+@pytest.fixture(scope="module")
+def truth() -> engine.Truth:
+    return engine.gather_truth(DATA, HELD_OUT, mean=MEAN, std=STD, settings=SETTINGS, track=no_track)
+
+
+CASES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "perfect": lambda mean, noise, true: mean + noise,
+    "mean": lambda mean, noise, true: mean,
+    "constant": lambda mean, noise, true: MEAN.expand_as(mean),
+    "shuffled": lambda mean, noise, true: (mean + noise).roll(1, dims=0),
+    "truth": lambda mean, noise, true: true,
+    "truth plus noise": lambda mean, noise, true: true + 0.5 * STD * noise,
+    "over-dispersed": lambda mean, noise, true: mean + 2 * noise,
+    "half spread": lambda mean, noise, true: mean + 0.5 * noise,
+}
+
+
+@pytest.fixture(scope="module")
+def measured(truth: engine.Truth) -> dict[str, dict[str, Any]]:
+    found = {}
+    for name, draw in CASES.items():
+        answers = engine.collect_answers(Sampler(DATA, draw, name=name), truth, no_track)
+        found[name] = engine.describe(answers, truth)
+    return found
+
+
+def value(measured: dict[str, Any], case: str, path: str) -> float:
+    group, name = path.split(".")
+    return measured[case]["metrics"][group][name]["value"]
+
+
+# Each row: in this figure, the first case must be clearly better than the second.
+BETTER = [
+    ("conditional.energy_score", "down", "perfect", "mean"),
+    ("conditional.energy_score", "down", "perfect", "over-dispersed"),
+    ("conditional.energy_score", "down", "perfect", "half spread"),
+    ("conditional.energy_score", "down", "perfect", "shuffled"),
+    ("conditional.energy_score", "down", "mean", "constant"),
+    ("conditional.token_energy_score", "down", "perfect", "mean"),
+    ("sample.r2", "up", "mean", "perfect"),  # R2 and cosine prefer the average: why they are not enough
+    ("sample.cosine_similarity_mean", "up", "mean", "perfect"),
+    ("sample.r2", "up", "truth", "truth plus noise"),
+    ("sample.r2", "up", "perfect", "shuffled"),
+    ("use.recall_at_1", "up", "truth", "perfect"),
+    ("use.recall_at_10", "up", "perfect", "shuffled"),
+    ("use.reverse_recall_at_10", "up", "perfect", "shuffled"),
+    ("use.median_rank", "down", "perfect", "shuffled"),
+    ("use.neighbour_agreement", "up", "perfect", "shuffled"),
+    ("tokens.frechet", "down", "perfect", "mean"),
+    ("tokens.frechet", "down", "perfect", "over-dispersed"),
+    ("tokens.mmd", "down", "perfect", "mean"),
+    ("tokens.recall", "up", "perfect", "constant"),
+    ("tokens.coverage", "up", "perfect", "over-dispersed"),
+    ("tokens.precision", "up", "perfect", "over-dispersed"),
+    ("tokens.wasserstein", "down", "perfect", "mean"),
+    ("pooled.frechet", "down", "perfect", "over-dispersed"),
+]
+
+
+@pytest.mark.parametrize(("path", "direction", "good", "bad"), BETTER)
+def test_each_figure_reacts_the_right_way(
+    measured: dict[str, Any], path: str, direction: str, good: str, bad: str
+) -> None:
+    better, worse = value(measured, good, path), value(measured, bad, path)
+    assert (better - worse if direction == "up" else worse - better) > 0.02 * abs(worse), (better, worse)
+
+
+def test_figures_with_a_known_value(measured: dict[str, Any]) -> None:
+    assert value(measured, "truth", "sample.r2") == pytest.approx(1.0)
+    assert value(measured, "truth", "use.recall_at_1") == 1.0
+    assert value(measured, "truth", "use.neighbour_agreement") == 1.0
+    assert value(measured, "truth", "tokens.frechet") == pytest.approx(0.0, abs=1e-6)
+    assert value(measured, "truth", "tokens.wasserstein") == 0.0
+    assert value(measured, "constant", "sample.r2") == pytest.approx(0.0, abs=1e-5)
+    assert value(measured, "constant", "use.reverse_median_rank") == pytest.approx(300.5)
+    assert value(measured, "mean", "conditional.spread_error_ratio") == 0.0
+    assert value(measured, "mean", "conditional.diversity") == 0.0
+    # shuffled within a batch, so over samples as good as unrelated: the token sets stay the same
+    assert value(measured, "shuffled", "tokens.wasserstein") < 0.1
+    assert value(measured, "half spread", "conditional.spread_error_ratio") < 0.6
+    assert value(measured, "over-dispersed", "conditional.spread_error_ratio") > 1.3
+
+
+def mean_root(eigenvalues: np.ndarray) -> float:
+    """E sqrt(sum of lambda_i z_i^2), z standard normal, by its one-dimensional integral."""
+
+    def integrand(s: float) -> float:
+        return (1 - np.prod((1 + 2 * eigenvalues * s) ** -0.5)) * s**-1.5
+
+    low, high = quad(integrand, 0, 1)[0], quad(integrand, 1, np.inf)[0]
+    return (low + high) / (2 * np.sqrt(np.pi))
+
+
+@pytest.fixture(scope="module")
+def theory() -> dict[str, float]:
+    """What the exact posterior sampler must score, in closed form."""
+    factor = (DATA.factor / STD[:, None]).double().numpy()
+    eigenvalues = np.linalg.eigvalsh(factor @ factor.T)
+    joint = np.tile(eigenvalues, DATA.num_tokens)
+    return {
+        # |x - y| for two draws is that of a Gaussian with twice the covariance; the score is half of it
+        "energy_score": mean_root(2 * joint) / 2 / np.sqrt(len(joint)),
+        "token_energy_score": mean_root(2 * eigenvalues) / 2 / np.sqrt(len(eigenvalues)),
+        "spread_error_ratio": 1.0,
+    }
+
+
+@pytest.mark.parametrize("name", ["energy_score", "token_energy_score", "spread_error_ratio"])
+def test_the_exact_posterior_sampler_scores_what_theory_says(
+    measured: dict[str, Any], theory: dict[str, float], name: str
+) -> None:
+    found = measured["perfect"]["metrics"]["conditional"][name]
+    assert found["low"] - 1e-3 <= theory[name] <= found["high"] + 1e-3
+    assert found["value"] == pytest.approx(theory[name], rel=0.03)
+
+
+def test_spread_and_error_agree_bin_by_bin(measured: dict[str, Any]) -> None:
+    bins = measured["perfect"]["spread_error"]
+    assert sum(point["samples"] for point in bins) == 400
+    for point in bins[1:-1]:
+        assert point["error"] == pytest.approx(point["spread"], rel=0.2)
+
+
+def test_intervals_hold_the_value(measured: dict[str, Any]) -> None:
+    for group in measured["perfect"]["metrics"].values():
+        for name, found in group.items():
+            if found["low"] is not None:
+                assert found["low"] <= found["value"] <= found["high"], name
+
+
+def test_the_true_floor_is_small_and_a_perfect_sampler_is_near_it(
+    truth: engine.Truth, measured: dict[str, Any]
+) -> None:
+    floor = engine.true_floor(truth, DATA, np.arange(600, 1200))
+    assert floor["samples"] == 600
+    assert floor["tokens"]["coverage"]["value"] > 0.9
+    assert floor["tokens"]["frechet"]["value"] < 0.5 * value(measured, "mean", "tokens.frechet")
+    assert value(measured, "perfect", "tokens.frechet") < 2 * floor["tokens"]["frechet"]["value"]
+
+
+def test_paired_differences_are_narrower_than_the_difference_of_intervals(truth: engine.Truth) -> None:
+    answers = {
+        name: engine.collect_answers(Sampler(DATA, CASES[name], name=name), truth, no_track)
+        for name in ("perfect", "half spread")
+    }
+    found = engine.paired_differences(answers["perfect"], answers["half spread"], SETTINGS)
+    assert set(found) >= {"sample.r2", "conditional.energy_score", "best_guess.r2"}
+    score = found["conditional.energy_score"]
+    assert score["low"] < score["value"] < score["high"] < 0
+    assert found["best_guess.r2"]["value"] == pytest.approx(0.0, abs=1e-12)
+    r2 = found["sample.r2"]
+    described = [engine.describe(a, truth)["metrics"]["sample"]["r2"] for a in answers.values()]
+    assert r2["value"] == pytest.approx(described[0]["value"] - described[1]["value"])
+    assert r2["high"] - r2["low"] < described[0]["high"] - described[0]["low"] + described[1]["high"]
+
+
+def test_the_batch_size_changes_nothing() -> None:
+    figures = []
+    for batch_size in (1, 7, 64):
+        settings = EvaluationSettings(batch_size=batch_size, draw_samples=10, bootstrap=20, half_samples=4)
+        truth = engine.gather_truth(
+            DATA, HELD_OUT[:30], mean=MEAN, std=STD, settings=settings, track=no_track
+        )
+        answers = engine.collect_answers(Sampler(DATA, CASES["perfect"]), truth, no_track)
+        described = engine.describe(answers, truth)
+        figures.append({**described["metrics"]["sample"], **described["metrics"]["conditional"]})
+    for other in figures[1:]:
+        for name, estimate in figures[0].items():
+            assert other[name]["value"] == pytest.approx(estimate["value"], rel=1e-5), name
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_few_samples_are_refused(count: int) -> None:
+    with pytest.raises(ValueError, match=f"expected at least 2 samples to evaluate, found {count}"):
+        engine.gather_truth(DATA, HELD_OUT[:count], mean=MEAN, std=STD, settings=SETTINGS, track=no_track)
+
+
+def test_nan_is_refused_by_sample(truth: engine.Truth) -> None:
+    bad = LinearGaussian(num_samples=50, num_tokens=4, condition_dim=6, target_dim=6)
+    bad._clip[7, 2, 3] = float("nan")
+    with pytest.raises(ValueError, match="clip: expected finite numbers, found NaN or infinity in sample 7"):
+        engine.gather_truth(bad, np.arange(50), mean=MEAN, std=STD, settings=SETTINGS, track=no_track)
+    broken = Sampler(DATA, lambda mean, noise, true: mean / 0 * 0, name="broken")
+    with pytest.raises(ValueError, match="broken: generated tokens: expected finite numbers"):
+        engine.collect_answers(broken, truth, no_track)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "draws", "draw_samples", "bootstrap"])
+def test_settings_out_of_range_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected at least"):
+        EvaluationSettings(**{name: 0})
+
+
+def test_the_kept_tokens_are_those_of_the_source(tmp_path: Path) -> None:
+    store = write_linear_store(tmp_path / "s")
+    settings = EvaluationSettings(batch_size=5, distribution_samples=100)
+    truth = engine.gather_truth(
+        store, np.arange(3, 40), mean=torch.zeros(8), std=torch.ones(8), settings=settings, track=no_track
+    )
+    clip = store.fetch(np.arange(3, 40))[1]
+    assert len(set(zip(truth.token_rows.tolist(), truth.token_positions.tolist(), strict=True))) == 100
+    assert torch.equal(truth.tokens, clip[truth.token_rows, truth.token_positions])
+    torch.testing.assert_close(truth.pooled, clip.mean(dim=1))

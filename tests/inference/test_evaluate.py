@@ -1,0 +1,361 @@
+"""blip3o-dit evaluate: the files it writes, what it refuses, and the page in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from blip3o_dit.cli.main import main
+from blip3o_dit.config import TrainingConfig
+from blip3o_dit.data.store import EmbeddingStore, StoreWriter
+from blip3o_dit.evaluation.summary import compare, summarize
+from blip3o_dit.inference.pipeline import BLIP3oInference
+from blip3o_dit.training.run import train
+from tests.stores import write_linear_store
+
+QUICK = ["--num_inference_steps", "2", "--curve_calls", "1", "2", "--bootstrap", "50", "--device", "cpu"]
+
+
+def labelled_store(path: Path) -> EmbeddingStore:
+    """As `write_linear_store`, with labels that the tokens tell."""
+    plain = write_linear_store(path.with_name("plain"), samples=80)
+    eva, clip = plain.fetch(range(80))
+    labels = ["high" if value > 0 else "low" for value in clip.mean(dim=(1, 2)) - clip.mean()]
+    records = [{"key": f"k{i}", "label": label} for i, label in enumerate(labels)]
+    with StoreWriter(path, num_tokens=9, condition_dim=12, target_dim=8, dtype="float32") as writer:
+        writer.append(eva, clip, records)
+    return EmbeddingStore(path)
+
+
+def train_model(store: EmbeddingStore, output: Path, **changes: Any) -> Path:
+    settings = dict(
+        embeddings_path=str(store.path),
+        output_dir=str(output),
+        model_dim=16,
+        num_layers=1,
+        num_heads=2,
+        max_steps=4,
+        batch_size=8,
+        eval_split=0.4,
+        eval_samples=2,
+        eval_inference_steps=2,
+        device="cpu",
+    )
+    return train(TrainingConfig(**(settings | changes)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two trained models `a` and `b`, their store, and one evaluation of both in `out`."""
+    root = tmp_path_factory.mktemp("evaluate")
+    store = labelled_store(root / "store")
+    for name, seed in (("a", {}), ("b", {"max_steps": 6})):
+        train_model(store, root / name, **seed)
+    words = ["evaluate", str(root / "a"), str(store.path), "--compare", str(root / "b")]
+    assert main([*words, "--output_dir", str(root / "out"), "--regression_steps", "3", *QUICK]) == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def result(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "out" / "metrics.json").read_text())
+
+
+def test_every_method_is_there_with_every_figure(result: dict[str, Any]) -> None:
+    names = [method["name"] for method in result["methods"]]
+    baselines = ["training mean", "position mean", "ridge", "ridge 3x3", "procrustes", "nearest neighbours"]
+    assert names == ["a", "b", *baselines, "network regression"]
+    groups = {"sample", "best_guess", "use", "tokens", "pooled", "conditional"}
+    for method in result["methods"]:
+        assert set(method["metrics"]) == groups
+        assert method["metrics"]["use"]["probe_accuracy"]["value"] >= 0
+        assert len(method["maps"]["cosine"]) == len(method["maps"]["r2"]) == 9
+        for group in method["metrics"].values():
+            for name, figure in group.items():
+                assert set(figure) == {"value", "low", "high"}, name
+                assert isinstance(figure["value"], float), name
+    assert result["data"]["num_samples"] == 32
+    assert result["floor"]["samples"] == 32
+
+
+def test_the_schema_is_documented(result: dict[str, Any]) -> None:
+    text = Path(__file__).parents[2].joinpath("docs", "evaluation.md").read_text()
+    method = result["methods"][0]
+    names = {*result, *result["data"], *method, *method["cost"], *result["curve"]["a"][0]}
+    names |= {name for group in method["metrics"].values() for name in group} | set(method["metrics"])
+    missing = {name for name in names if f"`{name}`" not in text}
+    assert not missing
+
+
+def test_the_figures_are_those_of_the_inference_class(folder: Path, result: dict[str, Any]) -> None:
+    inference = BLIP3oInference(folder / "a", device="cpu")
+    metrics = inference.evaluate_model(folder / "store", num_inference_steps=2, progress=False)
+    for name, estimate in result["methods"][0]["metrics"]["sample"].items():
+        assert estimate["value"] == pytest.approx(metrics[name], rel=1e-6), name
+    generated = inference.generate_from_dataset(
+        folder / "store", split="eval", num_inference_steps=2, progress=False
+    )
+    assert generated["generation_metrics"] == pytest.approx(
+        {name: metrics[name] for name in generated["generation_metrics"]}, rel=1e-6
+    )
+
+
+def test_ridge_beats_an_untrained_model_and_the_summary_says_so(result: dict[str, Any]) -> None:
+    first = result["summary"][0]
+    assert first.startswith("a is worse than ridge") and "train longer" in first
+    assert any("a is " in line and " b by energy score" in line for line in result["summary"])
+    assert any("Only 32 samples" in line for line in result["summary"])
+
+
+def test_the_curve_counts_network_calls(result: dict[str, Any]) -> None:
+    points = [(point["solver"], point["network_calls"]) for point in result["curve"]["a"]]
+    assert points == [("euler", 1), ("euler", 2), ("heun", 2)]
+
+
+def test_paired_differences_between_models(result: dict[str, Any]) -> None:
+    a, b = (m["metrics"]["conditional"]["energy_score"]["value"] for m in result["methods"][:2])
+    found = result["differences"]["a"]["b"]["conditional.energy_score"]
+    assert found["value"] == pytest.approx(a - b, abs=1e-9)
+    assert result["differences"]["b"]["a"]["conditional.energy_score"]["value"] == pytest.approx(
+        b - a, abs=1e-9
+    )
+
+
+def test_the_page_stands_alone(folder: Path, result: dict[str, Any]) -> None:
+    page = (folder / "out" / "report.html").read_text()
+    assert "<script" not in page
+    assert not re.findall(r"""(?:src|href)=["'](?!#|data:)""", page)
+    assert not re.findall(r"url\((?!#)", page)
+    namespaces = ("http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink")
+    for address in re.findall(r"https?://[^\s\"'<>]+", page):
+        assert address in namespaces, address
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    for line in result["summary"]:
+        assert line.split("(")[0].replace("'", "&#39;").strip() in page
+
+
+def test_names_are_escaped(folder: Path, tmp_path: Path) -> None:
+    strange = tmp_path / "<b>model & co"
+    shutil.copytree(folder / "a", strange)
+    words = ["evaluate", str(strange), str(folder / "store"), "--output_dir", str(tmp_path / "out")]
+    assert main([*words, "--num_samples", "5", *QUICK]) == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<b>model" not in page and "&lt;b&gt;model &amp; co" in page
+
+
+def test_the_model_card_has_the_hubs_metadata(folder: Path) -> None:
+    text = (folder / "out" / "README.md").read_text()
+    header = yaml.safe_load(text.split("---")[1])
+    assert header["library_name"] == "blip3o-dit"
+    metrics = header["model-index"][0]["results"][0]["metrics"]
+    assert "conditional.energy_score" in [metric["type"] for metric in metrics]
+    assert "## How good it is" in text
+
+
+def test_a_readme_that_is_not_ours_is_kept(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    words = ["evaluate", str(folder / "a"), str(folder / "store"), "--output_dir", str(tmp_path)]
+    assert main([*words, "--num_samples", "5", *QUICK]) == 0
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_by_default_the_files_lie_beside_the_weights(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "a", tmp_path / "a")
+    assert main(["evaluate", str(tmp_path / "a"), str(folder / "store"), "--num_samples", "5", *QUICK]) == 0
+    assert {"metrics.json", "report.html", "README.md"} <= {f.name for f in (tmp_path / "a").iterdir()}
+
+
+def test_the_same_command_gives_the_same_figures(folder: Path, tmp_path: Path) -> None:
+    found = []
+    for name in ("one", "two"):
+        words = ["evaluate", str(folder / "a"), str(folder / "store"), "--output_dir", str(tmp_path / name)]
+        assert main([*words, *QUICK]) == 0
+        content = json.loads((tmp_path / name / "metrics.json").read_text())
+        for method in content["methods"]:
+            method.pop("cost")
+        found.append([content["methods"], content["floor"], content["differences"]])
+    assert found[0] == found[1]
+
+
+def test_other_embeddings_are_measured_with_the_baselines_of_the_training_ones(
+    folder: Path, tmp_path: Path
+) -> None:
+    other = write_linear_store(tmp_path / "other", samples=30)
+    words = ["evaluate", str(folder / "a"), str(other.path), "--split", "all"]
+    assert main([*words, "--output_dir", str(tmp_path / "out"), *QUICK]) == 0
+    content = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert content["data"]["num_samples"] == 30
+    assert content["methods"][3]["name"] == "ridge"
+
+
+def test_normalized_embeddings_are_compared_as_trained(folder: Path, tmp_path: Path) -> None:
+    store = EmbeddingStore(folder / "store")
+    model = train_model(store, tmp_path / "n", normalize_embeddings=True)
+    assert main(["evaluate", str(model), str(store.path), *QUICK]) == 0
+    content = json.loads((model / "metrics.json").read_text())
+    by_name = {method["name"]: method for method in content["methods"]}
+    assert by_name["ridge"]["metrics"]["best_guess"]["norm_ratio_mean"]["value"] == pytest.approx(1, abs=0.1)
+    metrics = BLIP3oInference(model, device="cpu").evaluate_model(
+        store.path, num_inference_steps=2, progress=False
+    )
+    assert by_name["DiT"]["metrics"]["sample"]["r2"]["value"] == pytest.approx(metrics["r2"], rel=1e-6)
+    words = ["evaluate", str(folder / "a"), str(store.path), "--compare", str(model)]
+    assert main([*words, *QUICK]) == 2
+
+
+def error_of(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
+    assert main(words) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    return error
+
+
+def test_mistakes_are_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, store = str(folder / "a"), str(folder / "store")
+    narrow = write_linear_store(tmp_path / "narrow", condition=11)
+    assert "expected (tokens, eva width, clip width) (9, 12, 8)" in error_of(
+        capsys, ["evaluate", model, str(narrow.path), *QUICK]
+    )
+    one = write_linear_store(tmp_path / "one", samples=1)
+    assert "expected at least 2 samples to evaluate, found 1" in error_of(
+        capsys, ["evaluate", model, str(one.path), "--split", "all", *QUICK]
+    )
+    assert "num_samples: expected at least 2, found 1" in error_of(
+        capsys, ["evaluate", model, store, "--num_samples", "1", *QUICK]
+    )
+    assert "measure baselines on samples they were fitted on" in error_of(
+        capsys, ["evaluate", model, store, "--split", "all", *QUICK]
+    )
+    assert "expected different models" in error_of(
+        capsys, ["evaluate", model, store, "--compare", model, *QUICK]
+    )
+    assert "draws: expected at least 2, found 1" in error_of(
+        capsys, ["evaluate", model, store, "--draws", "1", *QUICK]
+    )
+    assert "expected a model folder with config.json" in error_of(
+        capsys, ["evaluate", str(tmp_path / "nothing"), store, *QUICK]
+    )
+    other = train_model(EmbeddingStore(folder / "store"), tmp_path / "c", seed=9)
+    assert "expected seed 42" in error_of(capsys, ["evaluate", model, store, "--compare", str(other), *QUICK])
+    assert not (tmp_path / "out").exists()
+
+
+def test_nan_in_the_data_is_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import pickle
+
+    eva, clip = EmbeddingStore(folder / "store").fetch(range(80))
+    clip[5, 0, 0] = float("nan")
+    content = {"eva_blip3o_embeddings": eva.numpy(), "clip_blip3o_embeddings": clip.numpy()}
+    (tmp_path / "bad.pkl").write_bytes(pickle.dumps(content))
+    error = error_of(capsys, ["evaluate", str(folder / "a"), str(tmp_path / "bad.pkl"), *QUICK])
+    assert "NaN or infinity in 1 samples, first in sample 5" in error
+    (tmp_path / "empty.pkl").write_bytes(pickle.dumps({name: values[:0] for name, values in content.items()}))
+    error = error_of(capsys, ["evaluate", str(folder / "a"), str(tmp_path / "empty.pkl"), *QUICK])
+    assert "expected at least one sample" in error
+
+
+def test_differences_are_read_by_their_interval() -> None:
+    assert compare({"value": -1.0, "low": -2.0, "high": -0.5}) == "better"
+    assert compare({"value": 1.0, "low": 0.5, "high": 2.0}) == "worse"
+    assert compare({"value": 1.0, "low": 0.5, "high": 2.0}, lower=False) == "better"
+    assert compare({"value": 1.0, "low": -0.5, "high": 2.0}) == "equal"
+    assert compare({"value": 1.0, "low": None, "high": None}) == "equal"
+
+
+def test_the_summary_follows_the_numbers(result: dict[str, Any]) -> None:
+    """Turn the figures round and read the other verdict."""
+    turned = json.loads(json.dumps(result))
+    turned["methods"] = [m for m in turned["methods"] if m["name"] != "b"]
+    model = turned["methods"][0]
+    model["metrics"]["conditional"]["energy_score"]["value"] = 0.01
+    model["metrics"]["conditional"]["spread_error_ratio"]["value"] = 1.02
+    ridge = next(m for m in turned["methods"] if m["name"] == "ridge")
+    ridge["metrics"]["best_guess"]["r2"]["value"] = 0.5
+    next(m for m in turned["methods"] if m["name"] == "ridge 3x3")["metrics"]["best_guess"]["r2"]["value"] = (
+        0.4
+    )
+    model["metrics"]["best_guess"]["r2"]["value"] = 0.56
+    better = {"value": -0.1, "low": -0.2, "high": -0.05}
+    for found in turned["differences"]["a"].values():
+        found["conditional.energy_score"] = better
+        found["best_guess.r2"] = {"value": 0.06, "low": 0.01, "high": 0.1}
+    lines = summarize(turned)
+    assert lines[0].startswith("a is the better sampler")
+    assert "explains 12% of what ridge leaves" in lines[1]
+    assert "calibrated" in lines[2]
+    for found in turned["differences"]["a"].values():
+        found["conditional.energy_score"] = {"value": -0.1, "low": -0.2, "high": 0.05}
+    assert "is no better than" in summarize(turned)[0]
+
+
+def browser() -> str | None:
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """The page over HTTP, and the paths that were asked for."""
+    asked: list[str] = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            super().do_GET()
+
+        def log_message(self, *args: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder / "out"))) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_address[1]}", asked
+        http.shutdown()
+
+
+@pytest.mark.skipif(browser() is None, reason="no Chromium on this machine")
+def test_the_page_in_a_real_browser(server: tuple[str, list[str]], tmp_path: Path) -> None:
+    """On a phone's width: nothing but the page is asked for, nothing is said on the console."""
+    address, asked = server
+    picture = tmp_path / "page.png"
+    done = subprocess.run(
+        [
+            *(browser() or "", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"),
+            *("--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}"),
+            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+            *("--window-size=390,3000", f"--screenshot={picture}", f"{address}/report.html"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert picture.is_file(), done.stderr[-500:]
+    assert "CONSOLE" not in done.stderr, done.stderr
+    assert asked == ["/report.html"]
+    assert np.asarray(Image.open(picture).convert("L")).std() > 10
+
+
+def test_one_network_call_estimates_the_average_answer(tiny_model: Any) -> None:
+    eva = torch.randn(3, 9, 12)
+    estimate = tiny_model.estimate(eva, seed=1)
+    one_step = tiny_model.generate(eva, num_inference_steps=1, seed=1)
+    # Euler's single step from t = 0 to 1 lands on x_0 + v, the estimate but for sigma_min
+    torch.testing.assert_close(estimate, one_step, rtol=1e-3, atol=1e-3)
+    other = tiny_model.generate(eva, num_inference_steps=1, seed=1, draw=1)
+    assert not torch.allclose(other, one_step)
