@@ -12,7 +12,7 @@ tokens themselves, as it is in a vision tower's but not in independent noise.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +22,9 @@ from torch import Tensor
 from blip3o_dit.config import TrainingConfig
 from blip3o_dit.data.checks import Indices, Record
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
-from blip3o_dit.flow.path import ProbabilityPath, convert_prediction
+from blip3o_dit.flow.path import ProbabilityPath
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.source import AffineSource
 from blip3o_dit.training.run import train_on
 
 
@@ -73,21 +74,28 @@ class LinearGaussian:
 
 @dataclass(frozen=True)
 class StandardizedAnswer:
-    """The closed forms in the network's units: x_1 = M c' + L z there, c' the standardised condition."""
+    """The closed forms in the flow's units, an affine map of the data's for each condition."""
 
     data: LinearGaussian
     target_mean: Tensor
     target_std: Tensor
+    start: AffineSource = field(default_factory=AffineSource)
+
+    def seen_from(self, start: AffineSource) -> StandardizedAnswer:
+        """The same with an informed source, for the conditions of that source."""
+        return replace(self, start=start)
 
     @property
     def covariance(self) -> Tensor:
         """Cov[x_1 | c], [C, C]."""
         factor = self.data.factor / self.target_std[:, None]
+        if self.start.std is not None:
+            factor = factor / self.start.std[:, None]
         return (factor @ factor.T).double()
 
     def mean(self, eva: Tensor) -> Tensor:
         """E[x_1 | c] for conditions in the units of the data."""
-        return (self.data.mean(eva) - self.target_mean) / self.target_std
+        return self.start.to_flow((self.data.mean(eva) - self.target_mean) / self.target_std)
 
     def velocity(self, x_t: Tensor, t: Tensor, eva: Tensor, path: ProbabilityPath) -> Tensor:
         """E[v | x_t, c]: what the best network predicts. [B, N, C], [B], [B, N, C_eva]."""
@@ -140,7 +148,12 @@ class Comparison:
 
 
 def train_and_compare(
-    folder: Path, *, prediction_type: str = "v_prediction", steps: int = 1500, solver_steps: int = 50
+    folder: Path,
+    *,
+    prediction_type: str = "v_prediction",
+    source: str = "noise",
+    steps: int = 1500,
+    solver_steps: int = 50,
 ) -> Comparison:
     """Train a tiny DiT (width 64, 2 layers) on 8,192 samples of 16 tokens and measure it."""
     data = LinearGaussian()
@@ -157,6 +170,7 @@ def train_and_compare(
         ema_decay=0.99,
         eval_split=0.0,
         prediction_type=prediction_type,
+        source=source,
         logging_steps=max(1, steps // 5),
         save_steps=steps,
         seed=1,
@@ -177,14 +191,15 @@ def _compare(model: BLIP3oDiTModel, data: LinearGaussian, steps: int, seconds: f
     generator = torch.Generator().manual_seed(9)
     eva, clip = data.draw(1024, generator)
     t = (torch.arange(1024) + 0.5) / 1024
-    sample = path.sample(model.normalize_target(clip), torch.randn(clip.shape, generator=generator), t)
+    condition = model.normalize_condition(eva)
+    start = model.source_of(condition)
+    x_1 = start.to_flow(model.normalize_target(clip))
+    sample = path.sample(x_1, torch.randn(clip.shape, generator=generator), t)
     with torch.no_grad():
-        prediction = model(sample.x_t, t, model.normalize_condition(eva))
-    velocity = convert_prediction(
-        prediction, sample.x_t, t, path, source=flow.prediction_type, target="v_prediction"
-    )
-    best = answer.velocity(sample.x_t, t, eva, path)
-    bayes = answer.bayes_loss(path)
+        velocity = model.velocity_of(condition, start)(sample.x_t, t)
+    seen = answer.seen_from(start)
+    best = seen.velocity(sample.x_t, t, eva, path)
+    bayes = seen.bayes_loss(path)
     constant = float((sample.velocity - sample.velocity.mean(dim=(0, 1))).square().mean())
     mean_r2, trace_ratio = _compare_samples(model, answer, steps, generator)
     return Comparison(

@@ -125,5 +125,11 @@ def test_installed_versions_are_the_pinned_ones() -> None:
 
 
 def test_files_the_readme_names_exist() -> None:
-    for name in ("requirements.txt", "train_blip3o_dit.py", "docs/eva-clip-parity.md", "docs/evaluation.md", "Makefile"):
+    for name in (
+        "requirements.txt",
+        "train_blip3o_dit.py",
+        "docs/eva-clip-parity.md",
+        "docs/evaluation.md",
+        "Makefile",
+    ):
         assert (ROOT / name).is_file()

@@ -51,7 +51,7 @@ logger = logging.getLogger("blip3o_dit.demo")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
-    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps of the DiT")
+    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of the DiT")
     parser.add_argument("--tower_steps", type=int, default=250, help="optimizer steps per tower")
     arguments = parser.parse_args()
     set_up_logging()

@@ -13,7 +13,16 @@ from transformers import PreTrainedConfig
 TRAINING_CONFIG_FILE = "training_config.json"
 SCHEDULE_TYPES = ("linear", "cosine")
 SPLIT_RULES = ("permutation", "key_hash")
-PREDICTION_TYPES = ("v_prediction", "epsilon", "sample")
+PREDICTION_TYPES = ("v_prediction", "epsilon", "sample", "preconditioned")
+TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
+SOURCES = ("noise", "ridge", "ridge_3x3")
+SOLVER_NAMES = ("euler", "midpoint", "heun")
+
+# The time shift sqrt(N d / 4096) is 1 for this many numbers a sample (RAE, arXiv 2510.11690).
+SHIFT_REFERENCE = 4096
+
+# Most features of a ridge regression on a 3x3 neighbourhood, whose normal equations hold their square.
+MOST_RIDGE_FEATURES = 2560
 
 # Keyword arguments that PreTrainedConfig consumes without having a dataclass field for them.
 _PRETRAINED_EXTRAS = frozenset(
@@ -52,12 +61,18 @@ def check_sigmas(sigma_min: float, sigma_max: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class FlowMatchingConfig:
-    """The path, what the network predicts on it, and how the condition is dropped.
+    """The path, where it starts, what the network predicts on it, and how times are drawn.
 
     Args:
         schedule_type: "linear" (optimal transport) or "cosine" (trigonometric).
         sigma_min, sigma_max: noise at t = 1 and at t = 0; 0 <= sigma_min < sigma_max.
-        prediction_type: "v_prediction", "epsilon" or "sample".
+        prediction_type: "v_prediction", "epsilon", "sample" or "preconditioned" (see `flow/path.py`).
+        source: what the path starts from. "noise" is N(0, I). "ridge" and "ridge_3x3" are informed: a ridge
+            regression from the condition, plus noise of its residual's deviation (see `model/source.py`).
+        source_components: principal components of a neighbour that "ridge_3x3" uses; 0 for other sources.
+        time_distribution: how training draws times, "uniform" or "logit_normal".
+        time_mean, time_std: of the logit of the noise level, for "logit_normal".
+        time_shift: alpha of the shift of the noise level, in training and in the sampler's grid; 1 is none.
         regularization_weight: weight of the mean square of the network's output in the loss.
         condition_dropout: probability with which training replaces a sample's condition by the null
             condition; classifier-free guidance needs it above zero. BLIP3-o uses 0.1.
@@ -72,8 +87,24 @@ class FlowMatchingConfig:
     prediction_type: str = "v_prediction"
     regularization_weight: float = 0.0
     condition_dropout: float = 0.1
+    source: str = "noise"
+    source_components: int = 0
+    time_distribution: str = "uniform"
+    time_mean: float = 0.0
+    time_std: float = 1.0
+    time_shift: float = 1.0
 
     def __post_init__(self) -> None:
+        check_name("source", self.source, SOURCES)
+        _check_integer("source_components", self.source_components, int(self.source == "ridge_3x3"))
+        if self.source != "ridge_3x3" and self.source_components:
+            raise ValueError(
+                f"source_components: expected 0 for source {self.source!r}, found {self.source_components}"
+            )
+        check_name("time_distribution", self.time_distribution, TIME_DISTRIBUTIONS)
+        check_range("time_mean", self.time_mean, -20.0, 20.0)
+        check_range("time_std", self.time_std, 1e-3, 20.0)
+        check_range("time_shift", self.time_shift, 1e-3, 1e3)
         check_name("schedule_type", self.schedule_type, SCHEDULE_TYPES)
         check_name("prediction_type", self.prediction_type, PREDICTION_TYPES)
         check_sigmas(self.sigma_min, self.sigma_max)
@@ -104,6 +135,8 @@ class BLIP3oDiTConfig(PreTrainedConfig):
         gradient_checkpointing: recompute each block in the backward pass to save memory.
         normalize_embeddings: tokens were L2-normalised before training, and conditions must be again.
         flow_matching: the fields of `FlowMatchingConfig`, as a dict (JSON) or as that class.
+        default_solver, default_steps: what `generate` does when it is not told; a distilled model says
+            here how few steps it was made for.
 
     Raises:
         ValueError: for an unknown name, or sizes that do not fit each other; says both numbers.
@@ -124,6 +157,8 @@ class BLIP3oDiTConfig(PreTrainedConfig):
     gradient_checkpointing: bool = False
     normalize_embeddings: bool = False
     flow_matching: dict[str, Any] | None = None
+    default_solver: str = "euler"
+    default_steps: int = 50
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._refuse_unknown(kwargs)
@@ -180,6 +215,7 @@ class BLIP3oDiTConfig(PreTrainedConfig):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}: expected a positive integer, found {value!r}")
+        check_name("default_solver", self.default_solver, SOLVER_NAMES)
         for name in ("norm_eps", "rope_theta"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value < math.inf:
@@ -208,7 +244,7 @@ class BLIP3oDiTConfig(PreTrainedConfig):
 
 _INTEGER_FIELDS = (
     *("model_dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim"),
-    *("in_channels", "eva_embedding_size", "input_size"),
+    *("in_channels", "eva_embedding_size", "input_size", "default_steps"),
 )
 
 
@@ -218,6 +254,11 @@ def default_ffn_dim(model_dim: int, multiple_of: int = 256) -> int:
     diffusers >= 0.33 reads the official file as 7168 instead (BLIP3-o issues 29 and 93).
     """
     return multiple_of * math.ceil(int(8 * model_dim / 3) / multiple_of)
+
+
+def neighbour_components(condition_dim: int) -> int:
+    """Principal components of each of 8 neighbours, so that a ridge has at most `MOST_RIDGE_FEATURES`."""
+    return min(condition_dim, max(1, (MOST_RIDGE_FEATURES - condition_dim) // 8))
 
 
 def _option(default: Any, help_text: str, *, choices: tuple[str, ...] | None = None) -> Any:
@@ -261,10 +302,21 @@ class TrainingConfig:
 
     sigma_min: float = _option(1e-4, "noise left at t = 1")
     sigma_max: float = _option(1.0, "noise at t = 0")
-    prediction_type: str = _option("v_prediction", "what the network predicts", choices=PREDICTION_TYPES)
+    prediction_type: str = _option("preconditioned", "what the network predicts", choices=PREDICTION_TYPES)
     schedule_type: str = _option("linear", "path from noise to data", choices=SCHEDULE_TYPES)
     regularization_weight: float = _option(0.0, "weight of the mean square of the network output")
     cfg_dropout: float = _option(0.1, "probability of training without the condition (guidance)")
+    source: str = _option("ridge_3x3", "what the path starts from: noise, or a ridge guess", choices=SOURCES)
+    source_samples: int = _option(10000, "most training samples that the ridge source is fitted on")
+    time_distribution: str = _option("uniform", "how training draws times", choices=TIME_DISTRIBUTIONS)
+    time_mean: float = _option(0.0, "mean of the noise level's logit, for logit_normal")
+    time_std: float = _option(1.0, "deviation of the noise level's logit, for logit_normal")
+    time_shift: float = _option(
+        1.0, "shift of the noise level in training and sampling; 1: none, 0: sqrt(N d / 4096)"
+    )
+    solver: str = _option("euler", "solver that generation uses by default", choices=SOLVER_NAMES)
+    num_inference_steps: int = _option(50, "steps that generation takes by default")
+    standardize: bool = _option(True, "standardise each channel with the training split's statistics")
 
     eval_split: float = _option(0.1, "share of the samples held out; 0 trains on all of them")
     split_by: str = _option(
@@ -336,8 +388,17 @@ class TrainingConfig:
             raise ValueError(f"{file}: unknown {sorted(unknown)}; known are {sorted(known)}")
         return cls(**values)
 
-    def flow_matching(self) -> FlowMatchingConfig:
-        """The flow part of the flags."""
+    @classmethod
+    def paper(cls, **changes: Any) -> TrainingConfig:
+        """BLIP3-o's own recipe (`--recipe paper`), with these changes."""
+        return cls(**(PAPER_RECIPE | changes))
+
+    def flow_matching(
+        self, *, num_tokens: int = 1, condition_dim: int = 1, target_dim: int = 1
+    ) -> FlowMatchingConfig:
+        """The flow part of the flags, for data of these sizes."""
+        shift = self.time_shift or (num_tokens * target_dim / SHIFT_REFERENCE) ** 0.5
+        components = neighbour_components(condition_dim) if self.source == "ridge_3x3" else 0
         return FlowMatchingConfig(
             schedule_type=self.schedule_type,
             sigma_min=self.sigma_min,
@@ -345,6 +406,12 @@ class TrainingConfig:
             prediction_type=self.prediction_type,
             regularization_weight=self.regularization_weight,
             condition_dropout=self.cfg_dropout,
+            source=self.source,
+            source_components=components,
+            time_distribution=self.time_distribution,
+            time_mean=self.time_mean,
+            time_std=self.time_std,
+            time_shift=shift,
         )
 
     def model(self, *, num_tokens: int, condition_dim: int, target_dim: int) -> BLIP3oDiTConfig:
@@ -360,13 +427,33 @@ class TrainingConfig:
             input_size=math.isqrt(num_tokens),
             gradient_checkpointing=self.gradient_checkpointing,
             normalize_embeddings=self.normalize_embeddings,
-            flow_matching=asdict(self.flow_matching()),
+            flow_matching=asdict(
+                self.flow_matching(num_tokens=num_tokens, condition_dim=condition_dim, target_dim=target_dim)
+            ),
+            default_solver=self.solver,
+            default_steps=self.num_inference_steps,
         )
+
+
+# BLIP3-o (arXiv 2505.09568 and its training code): raw features, pure noise, uniform times, the velocity,
+# Euler steps, no averaged weights.
+PAPER_RECIPE: dict[str, Any] = {
+    "standardize": False,
+    "source": "noise",
+    "prediction_type": "v_prediction",
+    "schedule_type": "linear",
+    "time_distribution": "uniform",
+    "time_shift": 1.0,
+    "ema_decay": 0.0,
+    "solver": "euler",
+    "num_inference_steps": 50,
+}
 
 
 _COUNTS_FROM_ONE = (
     *("batch_size", "eval_batch_size", "gradient_accumulation_steps"),
     *("logging_steps", "save_steps", "eval_steps", "eval_inference_steps"),
+    *("source_samples", "num_inference_steps"),
 )
 
 

@@ -9,7 +9,17 @@ import torch
 
 from blip3o_dit.config import PREDICTION_TYPES
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
-from blip3o_dit.flow.path import PATHS, CosinePath, LinearPath, convert_prediction, velocity_scale
+from blip3o_dit.flow.path import (
+    PATHS,
+    CosinePath,
+    LinearPath,
+    PathSample,
+    ProbabilityPath,
+    convert_prediction,
+    preconditioning,
+    velocity_scale,
+)
+from blip3o_dit.flow.solvers import integrate
 
 SIGMAS = [(1e-4, 1.0), (0.0, 1.0), (0.05, 2.0)]
 
@@ -59,6 +69,20 @@ def test_cosine_path_preserves_variance() -> None:
     torch.testing.assert_close(path.alpha(torch.tensor(1 / 3)), torch.tensor(0.5))
 
 
+def truths(sample: PathSample, path: ProbabilityPath) -> dict[str, torch.Tensor]:
+    """What a perfect network of each prediction type puts out."""
+    t = sample.t.reshape(-1, *[1] * (sample.x_t.ndim - 1))
+    alpha, sigma = path.alpha(t), path.sigma(t)
+    # F of the preconditioning, from x_1 and the noise instead of from its definition
+    rotated = (sigma * sample.x_1 - alpha * sample.noise) / (alpha**2 + sigma**2).sqrt()
+    return {
+        "v_prediction": sample.velocity,
+        "epsilon": sample.noise,
+        "sample": sample.x_1,
+        "preconditioned": rotated,
+    }
+
+
 @pytest.mark.parametrize("name", PATHS)
 @pytest.mark.parametrize("source", PREDICTION_TYPES)
 @pytest.mark.parametrize("target", PREDICTION_TYPES)
@@ -68,7 +92,7 @@ def test_true_predictions_convert_into_each_other(
 ) -> None:
     path = PATHS[name](sigma_min=sigma_min, sigma_max=sigma_max)
     sample = path.sample(*draws())
-    truth = {"v_prediction": sample.velocity, "epsilon": sample.noise, "sample": sample.x_1}
+    truth = truths(sample, path)
     converted = convert_prediction(truth[source], sample.x_t, sample.t, path, source=source, target=target)
     torch.testing.assert_close(converted, truth[target], atol=2e-4, rtol=1e-4)
 
@@ -106,6 +130,38 @@ def test_sample_loss_is_the_error_of_the_implied_velocity(name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("name", PATHS)
+def test_a_preconditioned_zero_samples_the_standard_normal(name: str) -> None:
+    """Zero output is the exact velocity for x_1 ~ N(0, I): the flow is then the identity (in deviations)."""
+    path = PATHS[name](sigma_min=0.0, sigma_max=1.0)
+    x_0 = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
+
+    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return convert_prediction(
+            torch.zeros_like(x), x, t, path, source="preconditioned", target="v_prediction"
+        )
+
+    x_1 = integrate(velocity, x_0, num_steps=200, solver="midpoint")
+    torch.testing.assert_close(x_1, x_0, rtol=1e-3, atol=1e-3)
+    t = torch.zeros(500)
+    mean = convert_prediction(torch.zeros_like(x_0), x_0, t, path, source="preconditioned", target="sample")
+    torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_preconditioning_is_the_regression_of_the_velocity_on_x_t(name: str) -> None:
+    path = PATHS[name](sigma_min=0.05, sigma_max=1.5)
+    generator = torch.Generator().manual_seed(0)
+    x_1, noise = (torch.randn(200_000, generator=generator) for _ in range(2))
+    for time in (0.0, 0.2, 0.7, 1.0):
+        sample = path.sample(x_1, noise, torch.full((200_000,), time))
+        skip, out = preconditioning(torch.tensor(time), path)
+        slope = (sample.velocity * sample.x_t).mean() / sample.x_t.square().mean()
+        assert float(skip) == pytest.approx(float(slope), abs=0.02)
+        left = (sample.velocity - slope * sample.x_t).std()
+        assert float(out) == pytest.approx(float(left), rel=0.02)
+
+
 def test_velocity_scale_is_one_over_one_minus_t_and_clamped() -> None:
     path = LinearPath(sigma_min=0.0, sigma_max=1.0)
     scale = velocity_scale(torch.tensor([0.0, 0.5, 0.9, 0.99, 1.0]), path)
@@ -117,10 +173,14 @@ def test_losses_are_zero_for_the_truth_and_known_for_a_known_error() -> None:
     for prediction_type in PREDICTION_TYPES:
         loss_fn = BLIP3oFlowMatchingLoss(prediction_type=prediction_type, sigma_min=0.0)
         sample = loss_fn.sample_path(x_1, noise, t)
-        truth = {"v_prediction": sample.velocity, "epsilon": sample.noise, "sample": sample.x_1}
-        assert loss_fn(truth[prediction_type], sample).loss == 0
+        truth = truths(sample, loss_fn.path)
+        assert loss_fn(truth[prediction_type], sample).loss < 1e-10
         wrong = loss_fn(truth[prediction_type] + 0.5, sample).loss
-        weight = (1 / (1 - t).clamp(min=0.05) ** 2).mean() if prediction_type == "sample" else 1.0
+        weights = {
+            "sample": (1 / (1 - t).clamp(min=0.05) ** 2).mean(),
+            "preconditioned": (1 / (t**2 + (1 - t) ** 2)).mean(),
+        }
+        weight = weights.get(prediction_type, 1.0)
         assert float(wrong) == pytest.approx(0.25 * float(weight), rel=1e-5)
 
 
@@ -140,7 +200,10 @@ def test_regularization_is_the_mean_square_of_the_output() -> None:
         (dict(sigma_min=1.0, sigma_max=1.0), r"sigma_min: expected a number in \[0.0, 1.0\)"),
         (dict(sigma_min=-0.1), r"sigma_min.*found -0.1"),
         (dict(sigma_max=math.inf), r"sigma_max.*found inf"),
-        (dict(prediction_type="noise"), r"expected one of \('v_prediction', 'epsilon', 'sample'\)"),
+        (
+            dict(prediction_type="noise"),
+            r"expected one of \('v_prediction', 'epsilon', 'sample', 'preconditioned'\)",
+        ),
         (dict(schedule_type="karras"), r"expected one of \('linear', 'cosine'\), found 'karras'"),
         (dict(regularization_weight=-1.0), r"regularization_weight.*found -1.0"),
     ],

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from blip3o_dit.flow.path import PATHS
-from blip3o_dit.flow.solvers import CALLS_PER_STEP, SOLVERS, integrate
+from blip3o_dit.flow.solvers import CALLS_PER_STEP, SOLVERS, integrate, integrate_adaptive
+from blip3o_dit.flow.times import shift_time
 
 
 class Counted:
@@ -40,7 +41,7 @@ def test_euler_is_exact_for_a_constant_velocity_and_heun_for_a_linear_one() -> N
     torch.testing.assert_close(ramp, x_0 + 0.5)
 
 
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2)])
 def test_order_of_convergence(solver: str, order: int) -> None:
     """dx/dt = x has x(1) = e x(0): halving the step divides the error by 2^order."""
     x_0 = torch.ones(1, 1)
@@ -68,7 +69,26 @@ def test_the_true_velocity_of_one_point_leads_from_noise_to_that_point(name: str
 def test_state_is_float32_and_bad_names_are_refused() -> None:
     out = integrate(lambda x, t: x.bfloat16(), torch.ones(2, 2).bfloat16(), num_steps=2)
     assert out.dtype == torch.float32
-    with pytest.raises(ValueError, match=r"solver: expected one of \('euler', 'heun'\)"):
+    with pytest.raises(ValueError, match=r"solver: expected one of \('euler', 'midpoint', 'heun'\)"):
         integrate(lambda x, t: x, torch.ones(1, 1), num_steps=1, solver="rk4")
     with pytest.raises(ValueError, match="expected >= 1, found 0"):
         integrate(lambda x, t: x, torch.ones(1, 1), num_steps=0)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_shifted_grid_still_integrates(solver: str) -> None:
+    """dx/dt = 3 t^2 has x(1) = x(0) + 1, on any fine grid from 0 to 1."""
+    field = Counted(lambda x, t: 3 * t[:, None] ** 2 * torch.ones_like(x))
+    x_1 = integrate(field, torch.zeros(2, 1), num_steps=200, solver=solver, time_shift=3.0)
+    torch.testing.assert_close(x_1, torch.ones(2, 1), rtol=0, atol=0.02)
+    if solver == "euler":
+        expected = shift_time(torch.arange(200) / 200, 3.0).tolist()
+        assert field.times == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_adaptive_solver_agrees_with_many_steps() -> None:
+    field = Counted(lambda x, t: torch.sin(5 * t)[:, None] * x)
+    found, calls = integrate_adaptive(field, torch.ones(3, 2), tolerance=1e-6)
+    assert calls == len(field.times) > 6
+    exact = math.exp((1 - math.cos(5)) / 5)
+    torch.testing.assert_close(found, torch.full((3, 2), exact), rtol=1e-4, atol=1e-4)

@@ -77,10 +77,17 @@ def test_guidance_is_the_documented_combination(tiny_model: BLIP3oDiTModel) -> N
     condition = tiny_model.normalize_condition(torch.randn(2, 9, 12))
     x, t = torch.randn(2, 9, 8), torch.full((2,), 0.3)
     with torch.no_grad():
-        conditional = tiny_model._velocity(condition, 1.0)(x, t)
-        null = tiny_model._velocity(torch.zeros_like(condition), 1.0)(x, t)
-        guided = tiny_model._velocity(condition, 2.5)(x, t)
+        start = tiny_model.source_of(condition)
+        conditional = tiny_model.velocity_of(condition, start)(x, t)
+        null = tiny_model.velocity_of(torch.zeros_like(condition), start)(x, t)
+        guided = tiny_model.velocity_of(condition, start, 2.5)(x, t)
+        outside = tiny_model.velocity_of(condition, start, 2.5, (0.3001, 1.0))(x, t)
+        inside = tiny_model.velocity_of(condition, start, 2.5, (0.2, 0.4))(x, t)
     torch.testing.assert_close(guided, null + 2.5 * (conditional - null), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(outside, conditional, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(inside, guided, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="guidance_interval: expected 0 <= low < high <= 1"):
+        tiny_model.generate(torch.randn(2, 9, 12), guidance_interval=(0.5, 0.5))
 
 
 def test_network_calls_are_those_of_the_solver(tiny_model: BLIP3oDiTModel) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from blip3o_dit.config import TrainingConfig
 from blip3o_dit.data.dataset import EmbeddingDataset, split_samples
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.flow.path import LinearPath
+from blip3o_dit.flow.path import LinearPath, preconditioning
 from blip3o_dit.model.blip3o_dit import EMA_FILE, BLIP3oDiTModel
 from blip3o_dit.training.callbacks import read_log
 from blip3o_dit.training.run import check_checkpoint, train
@@ -84,7 +84,9 @@ def test_the_output_folder_holds_all_that_generation_needs(finished: Path, store
     names |= {"training_log.jsonl", "training_curves.png"}
     assert names <= {file.name for file in finished.iterdir()}
     saved = json.loads((finished / "config.json").read_text())
-    assert saved["flow_matching"]["prediction_type"] == "v_prediction"
+    assert saved["flow_matching"]["prediction_type"] == "preconditioned"
+    assert saved["flow_matching"]["source"] == "ridge_3x3"
+    assert "source_weight" in tensors(finished / "model.safetensors")
     assert (saved["in_channels"], saved["eva_embedding_size"], saved["input_size"]) == (8, 12, 3)
     split = split_samples(store, eval_split=1 / 6, seed=42)
     eva, clip = store.fetch(split.train)
@@ -132,8 +134,11 @@ def test_log_has_the_documented_quantities(finished: Path) -> None:
     assert training[0]["loss"] == pytest.approx(training[0]["flow_matching_loss"])
 
 
-def test_network_input_and_loss_share_one_draw(store: EmbeddingStore, tmp_path: Path) -> None:
-    trainer = make_trainer(store, tmp_path)
+@pytest.mark.parametrize("recipe", [dict(source="noise", prediction_type="v_prediction"), {}])
+def test_network_input_and_loss_share_one_draw(
+    store: EmbeddingStore, tmp_path: Path, recipe: dict[str, str]
+) -> None:
+    trainer = make_trainer(store, tmp_path, **recipe)
     batch = trainer.train_dataset.__getitems__([(0, 1), (0, 2)])
     seen: dict[str, torch.Tensor] = {}
 
@@ -142,12 +147,17 @@ def test_network_input_and_loss_share_one_draw(store: EmbeddingStore, tmp_path: 
 
     trainer.dit.register_forward_pre_hook(record)
     loss = trainer.compute_loss(trainer.dit, batch)
-    x_1 = trainer.dit.normalize_target(batch["clip"])
+    source = trainer.dit.source_of(trainer.dit.normalize_condition(batch["eva"]))
+    x_1 = source.to_flow(trainer.dit.normalize_target(batch["clip"]))
     path, t = LinearPath(), seen["t"][:, None, None]
-    noise = (seen["x_t"] - path.alpha(t) * x_1) / path.sigma(t)
+    x_t = source.to_flow(seen["x_t"])
+    noise = (x_t - path.alpha(t) * x_1) / path.sigma(t)
     assert abs(float(noise.mean())) < 0.3 and 0.7 < float(noise.std()) < 1.3
-    # An untrained model predicts zero, so the loss is the mean square of the target made of that noise.
+    # An untrained model puts out zero, so the loss is the mean square of the target made of that noise,
+    # less what the preconditioning says without the network.
     target = x_1 + path.sigma_derivative(t) * noise
+    if not recipe:
+        target = target - preconditioning(t, path)[0] * x_t
     assert float(loss.detach()) == pytest.approx(float(target.square().mean()), rel=1e-4)
 
 
@@ -156,13 +166,15 @@ def test_draws_do_not_depend_on_the_batch_and_change_with_the_pass(
 ) -> None:
     trainer = make_trainer(store, tmp_path)
     dataset = trainer.train_dataset
-    together, condition = trainer.draw(dataset.__getitems__([(0, 4), (0, 7)]), "training")
-    alone, condition_alone = trainer.draw(dataset.__getitems__([(0, 7)]), "training")
-    later, _ = trainer.draw(dataset.__getitems__([(1, 7)]), "training")
-    assert torch.equal(together.x_t[1], alone.x_t[0]) and together.t[1] == alone.t[0]
-    assert torch.equal(condition[1], condition_alone[0])
-    assert later.t[0] != alone.t[0]
-    assert not torch.equal(later.noise, alone.noise)
+    together = trainer.draw(dataset.__getitems__([(0, 4), (0, 7)]), "training")
+    alone = trainer.draw(dataset.__getitems__([(0, 7)]), "training")
+    later = trainer.draw(dataset.__getitems__([(1, 7)]), "training")
+    assert torch.equal(together.sample.noise[1], alone.sample.noise[0])
+    assert together.sample.t[1] == alone.sample.t[0]
+    torch.testing.assert_close(together.network_input[1], alone.network_input[0])
+    assert torch.equal(together.condition[1], alone.condition[0])
+    assert later.sample.t[0] != alone.sample.t[0]
+    assert not torch.equal(later.sample.noise, alone.sample.noise)
 
 
 def test_condition_dropout_drops_whole_conditions_at_its_rate(store: EmbeddingStore, tmp_path: Path) -> None:
@@ -170,11 +182,11 @@ def test_condition_dropout_drops_whole_conditions_at_its_rate(store: EmbeddingSt
     dropped = []
     for pass_index in range(10):
         batch = trainer.train_dataset.__getitems__([(pass_index, i) for i in range(40)])
-        _, condition = trainer.draw(batch, "training")
+        condition = trainer.draw(batch, "training").condition
         zero = (condition == 0).flatten(1)
         assert torch.equal(zero.all(dim=1), zero.any(dim=1))
         dropped.append(zero.all(dim=1).float().mean())
-        _, kept = trainer.draw(batch, "evaluation")
+        kept = trainer.draw(batch, "evaluation").condition
         assert not (kept == 0).flatten(1).all(dim=1).any()
     assert 0.22 < float(torch.stack(dropped).mean()) < 0.38
 
@@ -252,7 +264,7 @@ class TestRefusals:
         checkpoint = finished / "checkpoint-5"
         with pytest.raises(ValueError, match=r"seed was 42, now 7"):
             resolve_config({"seed": 7}, debug=False, resume=checkpoint)
-        with pytest.raises(ValueError, match=r"prediction_type was 'v_prediction', now 'sample'"):
+        with pytest.raises(ValueError, match=r"prediction_type was 'preconditioned', now 'sample'"):
             resolve_config({"prediction_type": "sample"}, debug=False, resume=checkpoint)
         resumed = resolve_config({"num_workers": 2}, debug=False, resume=checkpoint)
         assert (resumed.model_dim, resumed.num_workers) == (32, 2)

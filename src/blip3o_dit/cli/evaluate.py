@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from blip3o_dit.config import SOLVER_NAMES
+
 DESCRIPTION = "Measure trained models beside baselines on held-out samples, and write a report."
 
 logger = logging.getLogger(__name__)
@@ -25,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", choices=("eval", "train", "all"), default="eval")
     parser.add_argument("--num_samples", type=int, help="only so many, chosen by the seed (default: all)")
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--num_inference_steps", type=int, default=50)
-    parser.add_argument("--solver", choices=("euler", "heun"), default="euler")
+    parser.add_argument("--num_inference_steps", type=int, help="default: what the model was saved with")
+    parser.add_argument("--solver", choices=SOLVER_NAMES, help="default: the model's")
     parser.add_argument("--guidance_scale", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--draws", type=int, default=4, help="samples per condition for the energy score")

@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from blip3o_dit.config import SOLVER_NAMES
+
 DESCRIPTION = "Generate CLIP tokens for the samples of an embedding store or pickle."
 
 
@@ -17,9 +19,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", choices=("all", "train", "eval"), default="all")
     parser.add_argument("--num_samples", type=int, help="only the first so many (default: all)")
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--num_inference_steps", type=int, default=50)
-    parser.add_argument("--solver", choices=("euler", "heun"), default="euler")
+    parser.add_argument("--num_inference_steps", type=int, help="default: what the model was saved with")
+    parser.add_argument("--solver", choices=(*SOLVER_NAMES, "dopri5"), help="default: the model's")
     parser.add_argument("--guidance_scale", type=float, default=1.0)
+    parser.add_argument(
+        *("--guidance_interval",),
+        type=float,
+        nargs=2,
+        default=(0.0, 1.0),
+        metavar=("LOW", "HIGH"),
+        help="times at which guidance acts",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--weights", choices=("auto", "ema", "raw"), default="auto")
@@ -39,6 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
         split=arguments.split,
         solver=arguments.solver,
         guidance_scale=arguments.guidance_scale,
+        guidance_interval=tuple(arguments.guidance_interval),
         seed=arguments.seed,
     )
     sys.stdout.write(json.dumps(results["generation_metrics"], indent=2) + "\n")

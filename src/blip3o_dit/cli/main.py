@@ -6,13 +6,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from blip3o_dit.cli import convert, evaluate, extract, generate, inspect, train
+from blip3o_dit.cli import convert, distill, evaluate, extract, generate, inspect, train
 from blip3o_dit.cli.common import run_command
 
 COMMANDS = {
     "extract": extract,
     "inspect": inspect,
     "train": train,
+    "distill": distill,
     "generate": generate,
     "evaluate": evaluate,
     "convert": convert,

@@ -35,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CHECKPOINT",
         help="continue a run; what is not given is taken from the checkpoint",
     )
+    parser.add_argument(
+        "--recipe",
+        choices=("default", "paper"),
+        default="default",
+        help="paper: BLIP3-o's own settings where this page's defaults differ; flags given beside it win",
+    )
     parser.add_argument("--debug", action="store_true", help="small network, 20 steps")
     parser.add_argument(
         "--dry_run", action="store_true", help="do everything up to the first step, then stop"
@@ -55,6 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
         {name: value for name, value in given.items() if name in own},
         debug=arguments.debug,
         resume=arguments.resume_from_checkpoint,
+        recipe=arguments.recipe,
     )
     train(
         config,

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blip3o_dit.config import neighbour_components
 from blip3o_dit.data.store import EmbeddingSource, batches
+from blip3o_dit.model.source import neighbourhood_features
 from blip3o_dit.randomness import named_generator, named_normal
 
 PENALTIES = tuple(10.0**exponent for exponent in range(-6, 3))
-WIDEST = 2560
-"""Most features of a neighbourhood ridge: its normal equations hold WIDEST^2 numbers several times."""
 
 
 class Baseline(Protocol):
@@ -178,8 +178,9 @@ class TokenRidge:
 class NeighbourhoodRidge:
     """Ridge regression from the 3x3 condition tokens around a position to the target token there.
 
-    The token itself enters whole. Its eight neighbours enter whole while 9 C_eva features fit in `WIDEST`,
-    and by their leading principal components above. Outside the grid is the mean token.
+    The token itself enters whole. Its eight neighbours enter whole while there are at most 2,560 features,
+    and by their leading principal components above (`neighbour_components`). Outside the grid is
+    the mean token.
     """
 
     mean: Tensor
@@ -211,10 +212,12 @@ class NeighbourhoodRidge:
         *,
         penalty: float | None = None,
         validation: np.ndarray | None = None,
+        mean: Tensor | None = None,
         batch_size: int = 64,
     ) -> tuple[NeighbourhoodRidge, NeighbourhoodRidge]:
-        """As `TokenRidge.fit_twice`."""
-        mean, components = _principal_components(source, indices, batch_size)
+        """As `TokenRidge.fit_twice`; `mean` [C_eva] stands outside the grid, None for the samples' own."""
+        own_mean, components = _principal_components(source, indices, batch_size)
+        mean = own_mean if mean is None else mean.double()
         x_origin = _origins(source, indices)[1]
 
         def moments(rows: np.ndarray) -> Moments:
@@ -233,20 +236,6 @@ class NeighbourhoodRidge:
     def predict(self, eva: Tensor) -> Tensor:
         """[n, N, C_eva] -> [n, N, C]."""
         return neighbourhood_features(eva.float() - self.mean, self.components) @ self.weight + self.bias
-
-
-def neighbourhood_features(centred: Tensor, components: Tensor) -> Tensor:
-    """Centred tokens [n, N, C] -> [n, N, C + 8 r]: the token, then its neighbours' components, row-major."""
-    side = int(centred.shape[1] ** 0.5)
-    grid = (centred @ components).reshape(len(centred), side, side, -1)
-    padded = F.pad(grid, (0, 0, 1, 1, 1, 1))
-    around = [
-        padded[:, 1 + dy : 1 + dy + side, 1 + dx : 1 + dx + side].flatten(1, 2)
-        for dy in (-1, 0, 1)
-        for dx in (-1, 0, 1)
-        if (dy, dx) != (0, 0)
-    ]
-    return torch.cat([centred, *around], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -430,7 +419,7 @@ def _principal_components(
 ) -> tuple[Tensor, Tensor]:
     """Mean condition token [C_eva], and leading principal directions [C_eva, r] (all while they fit)."""
     width = source.condition_dim
-    kept = min(width, max(1, (WIDEST - width) // 8))
+    kept = neighbour_components(width)
     origin = _origins(source, indices)[0]
     total, gram, count = torch.zeros(width, dtype=torch.float64), torch.zeros(width, width).double(), 0
     for eva, _ in _fetched(source, indices, batch_size):

@@ -121,8 +121,11 @@ def _root_trace(a: Tensor, b: Tensor) -> Tensor:
         product = a @ b.T
         gram = product @ product.T
     else:
-        factor = _root(a.T @ a)
-        gram = factor @ (b.T @ b) @ factor
+        covariance = a.T @ a
+        factor, failed = torch.linalg.cholesky_ex(covariance)
+        if failed:  # a channel that is constant or a sum of others
+            factor = _root(covariance)
+        gram = factor.T @ (b.T @ b) @ factor
     return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum()
 
 

@@ -64,7 +64,7 @@ class EvaluationSettings:
     distribution_samples: int = 2048
     probe_samples: int = 5000
     bootstrap: int = 1000
-    half_samples: int = 50
+    half_samples: int = 30
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -209,18 +209,23 @@ class Answers:
 
     method: Method
     sums: dict[str, FidelitySums]
-    columns: dict[str, list[np.ndarray]]
+    columns: dict[str, np.ndarray]
     pooled: Tensor
     tokens: Tensor
     position_residuals: Tensor
     position_cosines: Tensor
-    correct: list[np.ndarray] = field(default_factory=list)
-    conditional: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    conditional: dict[str, np.ndarray] = field(default_factory=dict)
     seconds: float = 0.0
     batch_milliseconds: list[float] = field(default_factory=list)
 
-    def column(self, name: str) -> np.ndarray:
-        return np.concatenate(self.columns[name])
+    def fill(self, columns: dict[str, np.ndarray], rows: slice, count: int, values: dict[str, Any]) -> None:
+        """Put values of some of `count` samples into whole columns.
+
+        They are allocated at once: thousands of small arrays that outlive the batch's large ones would
+        keep the memory between them from being used again.
+        """
+        for name, found in values.items():
+            columns.setdefault(name, np.empty(count))[rows] = found
 
 
 @torch.no_grad()
@@ -250,15 +255,16 @@ def collect_answers(method: Method, truth: Truth, track: Track) -> Answers:
         answers.batch_milliseconds.append(1000 * seconds / len(indices))
         _check_finite(f"{method.name}: generated tokens", generated, indices)
         _keep(truth, piece, generated, answers.pooled, answers.tokens)
-        tokens = _measure(answers, truth, "sample", generated, clip)
+        tokens = _measure(answers, truth, piece, "sample", generated, clip)
         answers.position_cosines += tokens.cosine.sum(dim=0)
         guess = method.best_guess(eva, indices.tolist())
         if guess is not None:
             _check_finite(f"{method.name}: best guess", guess, indices)
-            _measure(answers, truth, "best_guess", guess, clip)
+            _measure(answers, truth, piece, "best_guess", guess, clip)
         answers.position_residuals += (generated.double() - clip.double()).square().sum(dim=0)
         if truth.probe is not None:
-            answers.correct.append(_correct(truth, generated, piece))
+            rows, count = slice(piece.start, piece.stop), len(truth.indices)
+            answers.fill(answers.columns, rows, count, {"correct": _correct(truth, generated, piece)})
         _draw_more(answers, truth, piece, eva, clip, generated)
     return answers
 
@@ -408,7 +414,9 @@ def _keep(truth: Truth, piece: range, clip: Tensor, pooled: Tensor, tokens: Tens
     tokens[low:high] = clip[rows, torch.from_numpy(truth.token_positions[low:high])]
 
 
-def _measure(answers: Answers, truth: Truth, variant: str, generated: Tensor, clip: Tensor) -> TokenMeasures:
+def _measure(
+    answers: Answers, truth: Truth, piece: range, variant: str, generated: Tensor, clip: Tensor
+) -> TokenMeasures:
     """Fidelity of one batch, streamed and per sample."""
     sums = answers.sums.setdefault(variant, FidelitySums(truth.mean))
     found = sums.add(generated, clip)
@@ -423,8 +431,8 @@ def _measure(answers: Answers, truth: Truth, variant: str, generated: Tensor, cl
         "residual": residual,
         "spread": spread,
     }
-    for name, values in columns.items():
-        answers.columns.setdefault(f"{variant}.{name}", []).append(values.numpy())
+    values = {f"{variant}.{name}": column.numpy() for name, column in columns.items()}
+    answers.fill(answers.columns, slice(piece.start, piece.stop), len(truth.indices), values)
     return found
 
 
@@ -450,8 +458,10 @@ def _draw_more(
         "error": together.error,
         **_bin_columns(flat, true),
     }
-    for name, found in values.items():
-        answers.conditional.setdefault(name, []).append(found.numpy())
+    first = int(truth.drawn[: piece.start].sum())
+    place = slice(first, first + len(rows))
+    count = int(truth.drawn.sum())
+    answers.fill(answers.conditional, place, count, {name: found.numpy() for name, found in values.items()})
 
 
 def _bin_columns(draws: Tensor, truth: Tensor) -> dict[str, Tensor]:
@@ -476,10 +486,10 @@ def _fidelity(answers: Answers, variant: str, bootstrap: Bootstrap) -> dict[str,
     for name, value in answers.sums[variant].result().items():
         key = f"{variant}.{name}"
         if name == "r2":
-            columns = np.column_stack([answers.column(f"{variant}.{c}") for c in ("residual", "spread")])
+            columns = np.column_stack([answers.columns[f"{variant}.{c}"] for c in ("residual", "spread")])
             found[name] = bootstrap.function(columns, lambda m: 1 - m[..., 0] / m[..., 1]).to_json()
         elif key in answers.columns:
-            found[name] = bootstrap.mean(answers.column(key)).to_json()
+            found[name] = bootstrap.mean(answers.columns[key]).to_json()
         else:
             found[name] = Estimate(value).to_json()
     return found
@@ -496,13 +506,13 @@ def _use(answers: Answers, truth: Truth, bootstrap: Bootstrap) -> dict[str, Any]
     k = min(NEIGHBOURS, len(truth.indices) - 1)
     agreement = neighbour_agreement(answers.pooled, truth.pooled, k=k).numpy()
     found["neighbour_agreement"] = bootstrap.mean(agreement).to_json()
-    if answers.correct:
-        found["probe_accuracy"] = bootstrap.mean(np.concatenate(answers.correct)).to_json()
+    if "correct" in answers.columns:
+        found["probe_accuracy"] = bootstrap.mean(answers.columns["correct"]).to_json()
     return found
 
 
 def _conditional(answers: Answers, truth: Truth) -> dict[str, Any]:
-    columns = {name: np.concatenate(parts) for name, parts in answers.conditional.items()}
+    columns = answers.conditional
     count = len(columns["energy_score"])
     bootstrap = Bootstrap(count, replicates=truth.settings.bootstrap, seed=truth.settings.seed)
     found = {name: bootstrap.mean(columns[name]).to_json() for name in ("energy_score", "token_energy_score")}
@@ -521,7 +531,7 @@ def _conditional(answers: Answers, truth: Truth) -> dict[str, Any]:
 def _spread_error(answers: Answers) -> list[dict[str, float]]:
     """Samples binned by their predicted spread: root mean squares of spread and error in each bin."""
     names = ("bin_order", "bin_spread", "bin_error")
-    sorted_by, spread, error = (np.concatenate(answers.conditional[name]) for name in names)
+    sorted_by, spread, error = (answers.conditional[name] for name in names)
     order = np.argsort(sorted_by, kind="stable")
     return [
         {
@@ -576,12 +586,12 @@ def _distances(truth: Truth, true: Tensor, other: Tensor, owners: np.ndarray) ->
 
 def _paired_columns(answers: Answers, group: str, name: str) -> Any:
     if group == "conditional":
-        return np.concatenate(answers.conditional[name])
+        return answers.conditional[name]
     if group not in answers.sums:
         return None
     if name == "r2":
-        return np.column_stack([answers.column(f"{group}.{c}") for c in ("residual", "spread")])
-    return answers.column(f"{group}.{name}")
+        return np.column_stack([answers.columns[f"{group}.{c}"] for c in ("residual", "spread")])
+    return answers.columns[f"{group}.{name}"]
 
 
 def _correct(truth: Truth, clip: Tensor, piece: range) -> np.ndarray:

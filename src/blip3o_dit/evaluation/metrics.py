@@ -268,7 +268,8 @@ def spread_and_error(draws: Tensor, truth: Tensor) -> SpreadAndError:
     error = (centre - truth).square().double().mean(dim=-1)
     if count == 1:
         return SpreadAndError(torch.zeros_like(error), error)
-    variance = draws.var(dim=0).double().mean(dim=-1)
+    # Tensor.var over the first dimension is many times slower
+    variance = (draws - centre).square().sum(dim=0).double().mean(dim=-1) / (count - 1)
     return SpreadAndError((1 + 1 / count) * variance, error)
 
 

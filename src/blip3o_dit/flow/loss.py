@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from blip3o_dit.config import FlowMatchingConfig
-from blip3o_dit.flow.path import PATHS, PathSample, velocity_scale
+from blip3o_dit.flow.path import PATHS, PathSample, preconditioning, velocity_scale
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class BLIP3oFlowMatchingLoss:
     * `epsilon`: |eps_hat - eps|^2.
     * `sample`: the error of the velocity that x_hat implies, w(t)^2 |x_hat - x_1|^2 with w = 1 / (1 - t) on
       the linear path, 1 - t kept at or above 0.05 (JiT, arXiv 2511.13720).
+    * `preconditioned`: |c_skip x_t + c_out F - v|^2, the error of the velocity (`convert_prediction`).
 
     The regularisation penalises the mean square of the raw network output. It pulls predictions towards
     zero, so any weight above zero biases the samples; 0 is the default and the recommendation.
@@ -95,5 +96,8 @@ class BLIP3oFlowMatchingLoss:
             return (prediction - sample.velocity).square().mean()
         if self.prediction_type == "epsilon":
             return (prediction - sample.noise).square().mean()
+        if self.prediction_type == "preconditioned":
+            skip, out = preconditioning(sample.t.reshape(-1, *[1] * (sample.x_t.ndim - 1)), self.path)
+            return (skip * sample.x_t + out * prediction - sample.velocity).square().mean()
         weight = velocity_scale(sample.t, self.path).square()
         return (weight * (prediction - sample.x_1).square().flatten(1).mean(dim=1)).mean()

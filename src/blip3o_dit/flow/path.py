@@ -144,6 +144,11 @@ def convert_prediction(
 ) -> Tensor:
     """Turn any prediction type into any other, given x_t and t; float32.
 
+    "preconditioned" is F in v = c_skip(t) x_t + c_out(t) F, where c_skip x_t is the best guess of v and c_out
+    the deviation of what it leaves, for x_1 ~ N(0, I) independent of the condition. A network that puts out
+    zero then samples that Gaussian exactly, and F has unit variance at all times. It is EDM's
+    preconditioning (Karras et al., arXiv 2206.00364, appendix B.6) written for a velocity.
+
     x_t and the prediction determine x_1 and eps, and these determine everything else. Reading the data off
     a predicted noise divides by alpha (zero at t = 0), reading the noise off predicted data divides by
     sigma (almost zero at t = 1): both divisors are kept at or above `min_scale`.
@@ -163,12 +168,33 @@ def convert_prediction(
     if source == target:
         return prediction
     time = _expand(t.float(), x_t)
+    if source == "preconditioned":
+        skip, out = preconditioning(time, path)
+        prediction, source = skip * x_t + out * prediction, "v_prediction"
+    if target == source:
+        return prediction
     x_1, noise = _endpoints(prediction, x_t, time, path, source, min_scale)
     if target == "sample":
         return x_1
     if target == "epsilon":
         return noise
-    return path.alpha_derivative(time) * x_1 + path.sigma_derivative(time) * noise
+    velocity = path.alpha_derivative(time) * x_1 + path.sigma_derivative(time) * noise
+    if target == "v_prediction":
+        return velocity
+    skip, out = preconditioning(time, path)
+    return (velocity - skip * x_t) / out
+
+
+def preconditioning(t: Tensor, path: ProbabilityPath) -> tuple[Tensor, Tensor]:
+    """(c_skip, c_out) of "preconditioned": regression of v on x_t for x_1 ~ N(0, I), and its residual's std.
+
+    c_skip = (alpha alpha' + sigma sigma') / (alpha^2 + sigma^2),
+    c_out = |alpha sigma' - alpha' sigma| / (alpha^2 + sigma^2)^(1/2).
+    """
+    alpha, sigma = path.alpha(t), path.sigma(t)
+    variance = alpha.square() + sigma.square()
+    skip = (alpha * path.alpha_derivative(t) + sigma * path.sigma_derivative(t)) / variance
+    return skip, -_determinant(t, path) / variance.sqrt()
 
 
 def velocity_scale(t: Tensor, path: ProbabilityPath, min_scale: float = MIN_SCALE) -> Tensor:

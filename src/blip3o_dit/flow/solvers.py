@@ -1,4 +1,4 @@
-"""Fixed-step solvers of dx/dt = v(x, t) from t = 0 to t = 1. n steps are n intervals."""
+"""Solvers of dx/dt = v(x, t) from t = 0 to t = 1. n steps are n intervals of a grid."""
 
 from __future__ import annotations
 
@@ -7,24 +7,31 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from blip3o_dit.flow.times import time_grid
+
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """v(x [B, ...], t [B]) -> [B, ...]"""
 
 
-def euler_step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, dt: float) -> Tensor:
-    """First order, one call of the velocity."""
+def euler_step(velocity: Velocity, x: Tensor, t: Tensor, dt: Tensor) -> Tensor:
+    """First order, one call of the velocity. t [B], dt a scalar."""
     return x + dt * velocity(x, t)
 
 
-def heun_step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, dt: float) -> Tensor:
+def midpoint_step(velocity: Velocity, x: Tensor, t: Tensor, dt: Tensor) -> Tensor:
+    """Second order, two calls of the velocity, none of them at the step's end."""
+    return x + dt * velocity(x + 0.5 * dt * velocity(x, t), t + 0.5 * dt)
+
+
+def heun_step(velocity: Velocity, x: Tensor, t: Tensor, dt: Tensor) -> Tensor:
     """Second order (explicit trapezoid), two calls of the velocity."""
     slope = velocity(x, t)
-    slope_next = velocity(x + dt * slope, t_next)
-    return x + (0.5 * dt) * (slope + slope_next)
+    return x + 0.5 * dt * (slope + velocity(x + dt * slope, t + dt))
 
 
-SOLVERS = {"euler": euler_step, "heun": heun_step}
-CALLS_PER_STEP = {"euler": 1, "heun": 2}
+SOLVERS = {"euler": euler_step, "midpoint": midpoint_step, "heun": heun_step}
+CALLS_PER_STEP = {"euler": 1, "midpoint": 2, "heun": 2}
+ADAPTIVE_SOLVER = "dopri5"
 
 
 def integrate(
@@ -33,14 +40,16 @@ def integrate(
     *,
     num_steps: int,
     solver: str = "euler",
+    time_shift: float = 1.0,
     track: Callable[[Iterable[int]], Iterable[int]] | None = None,
 ) -> Tensor:
-    """Carry x_0 [B, ...] from t = 0 to t = 1 in equal steps; the state is float32.
+    """Carry x_0 [B, ...] from t = 0 to t = 1 along `time_grid`; the state is float32.
 
     Args:
         velocity: v(x, t [B]).
         num_steps: number of intervals, >= 1. Costs `num_steps * CALLS_PER_STEP[solver]` calls.
-        solver: "euler" or "heun".
+        solver: one of `SOLVERS`.
+        time_shift: alpha of the grid's shift; 1 gives equal steps.
         track: wraps the iterable of steps, for a progress bar.
 
     Raises:
@@ -52,9 +61,38 @@ def integrate(
         raise ValueError(f"number of inference steps: expected >= 1, found {num_steps}")
     step = SOLVERS[solver]
     x = x_0.float()
-    grid = torch.linspace(0.0, 1.0, num_steps + 1, device=x.device)
-    times = grid[:, None].expand(-1, x.shape[0])
+    grid = time_grid(num_steps, time_shift).to(x.device)
+    times, lengths = grid[:, None].expand(-1, x.shape[0]), grid.diff()
     steps: Iterable[int] = range(num_steps)
     for k in track(steps) if track else steps:
-        x = step(velocity, x, times[k], times[k + 1], 1.0 / num_steps)
+        x = step(velocity, x, times[k], lengths[k])
     return x
+
+
+def integrate_adaptive(velocity: Velocity, x_0: Tensor, *, tolerance: float = 1e-4) -> tuple[Tensor, int]:
+    """As `integrate` by Dormand and Prince's method of order 5, through torchdiffeq; for reference.
+
+    The step size is chosen for the whole batch, so a sample depends (within the tolerance) on its batch.
+
+    Args:
+        tolerance: relative and absolute error per step.
+
+    Returns: x_1 and the number of velocity calls.
+
+    Raises:
+        ValueError: when torchdiffeq is not installed.
+    """
+    try:
+        from torchdiffeq import odeint
+    except ImportError:
+        raise ValueError("solver dopri5: expected torchdiffeq: pip install 'blip3o-dit[ode]'") from None
+    calls = 0
+
+    def slope(t: Tensor, x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return velocity(x, t.expand(x.shape[0]))
+
+    x = x_0.float()
+    ends = torch.tensor([0.0, 1.0], device=x.device)
+    return odeint(slope, x, ends, rtol=tolerance, atol=tolerance, method=ADAPTIVE_SOLVER)[-1], calls

@@ -57,7 +57,7 @@ class EvaluationConfig:
     Args:
         split: "eval", "train" or "all"; the first two are the sides of the first model's training split.
         num_samples: only so many of them, chosen by the seed; None means all.
-        num_inference_steps, solver, guidance_scale, seed: how the models sample.
+        num_inference_steps, solver, guidance_scale, seed: how the models sample; None: as they were saved.
         curve_calls, curve_samples: network calls and samples of the cost curve; no calls means no curve.
         fit_on: embeddings whose training side the baselines are fitted on; None means the evaluated ones.
         fit_samples: most training samples a baseline is fitted on.
@@ -68,8 +68,8 @@ class EvaluationConfig:
 
     split: str = "eval"
     num_samples: int | None = None
-    num_inference_steps: int = 50
-    solver: str = "euler"
+    num_inference_steps: int | None = None
+    solver: str | None = None
     guidance_scale: float = 1.0
     seed: int = 0
     curve_calls: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 50)
@@ -84,7 +84,9 @@ class EvaluationConfig:
     measure: EvaluationSettings = field(default_factory=EvaluationSettings)
 
     def __post_init__(self) -> None:
-        least = {"num_inference_steps": 1, "curve_samples": 2, "fit_samples": 2, "regression_steps": 0}
+        least = {"curve_samples": 2, "fit_samples": 2, "regression_steps": 0}
+        if self.num_inference_steps is not None:
+            least["num_inference_steps"] = 1
         for name, lowest in (least | {"shown": 0}).items():
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name}: expected at least {lowest}, found {getattr(self, name)}")
@@ -398,8 +400,8 @@ def _model_methods(loaded: Sequence[BLIP3oInference], config: EvaluationConfig) 
         ModelMethod(
             found.model,
             name=name,
-            num_inference_steps=config.num_inference_steps,
-            solver=config.solver,
+            num_inference_steps=config.num_inference_steps or found.model.config.default_steps,
+            solver=config.solver or found.model.config.default_solver,
             guidance_scale=config.guidance_scale,
             seed=config.seed,
         )

@@ -19,6 +19,8 @@ from blip3o_dit.data.source import open_embeddings
 from blip3o_dit.data.store import EmbeddingSource, StoreWriter, batches
 from blip3o_dit.evaluation.metrics import FidelitySums
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
+from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER
+from blip3o_dit.flow.times import training_times
 from blip3o_dit.model.blip3o_dit import EMA_FILE, EMA_VARIANT, BLIP3oDiTModel
 from blip3o_dit.randomness import named_normal, named_uniform
 
@@ -58,10 +60,11 @@ class BLIP3oInference:
     def generate(
         self,
         eva_embeddings: Tensor | np.ndarray,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         *,
-        solver: str = "euler",
+        solver: str | None = None,
         guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         seed: int = 0,
         sample_index: Sequence[int] | None = None,
     ) -> Tensor:
@@ -74,6 +77,7 @@ class BLIP3oInference:
             num_inference_steps=num_inference_steps,
             solver=solver,
             guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
             seed=seed,
             sample_index=sample_index,
         )
@@ -84,13 +88,14 @@ class BLIP3oInference:
         dataset_path: str | Path,
         num_samples: int | None = None,
         batch_size: int = 8,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         output_path: str | Path | None = None,
         compute_metrics: bool = True,
         *,
         split: str = "all",
-        solver: str = "euler",
+        solver: str | None = None,
         guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         seed: int = 0,
         progress: bool = True,
     ) -> dict[str, Any]:
@@ -102,6 +107,8 @@ class BLIP3oInference:
                 else as an embedding store whose `clip` tokens are the generated ones.
             compute_metrics: compare with the true tokens (`evaluation.metrics.FidelitySums`).
             split: "all", or the side of the training run's own split.
+            num_inference_steps, solver: None means what the model was saved with; for these and the rest
+                see `BLIP3oDiTModel.generate`.
 
         Returns: `generated_clip_embeddings` [n, N, C] and `eva_embeddings`, `target_clip_embeddings`
             (float32 arrays), `keys`, `captions`, `config`, and `generation_metrics` (a dict or None).
@@ -115,7 +122,12 @@ class BLIP3oInference:
             check_writable(Path(output_path))
         sums = FidelitySums(self.model.target_mean)
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        sampling = {"solver": solver, "guidance_scale": guidance_scale, "seed": seed}
+        sampling = {
+            "solver": solver,
+            "guidance_scale": guidance_scale,
+            "guidance_interval": guidance_interval,
+            "seed": seed,
+        }
         for _, eva, clip, generated in self._generate_in_batches(
             source, indices, batch_size, num_inference_steps, sampling, progress
         ):
@@ -133,8 +145,8 @@ class BLIP3oInference:
             "config": {
                 "model_path": str(self.model_path),
                 "weights": self.weights,
-                "num_inference_steps": num_inference_steps,
                 **sampling,
+                **self._steps(solver, num_inference_steps),
                 "split": split,
                 "normalize_embeddings": self.model.config.normalize_embeddings,
             },
@@ -152,8 +164,8 @@ class BLIP3oInference:
         split: str = "eval",
         *,
         num_samples: int | None = None,
-        num_inference_steps: int = 50,
-        solver: str = "euler",
+        num_inference_steps: int | None = None,
+        solver: str | None = None,
         guidance_scale: float = 1.0,
         seed: int = 0,
         progress: bool = True,
@@ -181,12 +193,19 @@ class BLIP3oInference:
             **sums.result(),
         }
 
+    def _steps(self, solver: str | None, num_inference_steps: int | None) -> dict[str, Any]:
+        """Solver and steps as they were taken, for the record."""
+        solver = solver or self.model.config.default_solver
+        if num_inference_steps is None and solver != ADAPTIVE_SOLVER:
+            num_inference_steps = self.model.config.default_steps
+        return {"solver": solver, "num_inference_steps": num_inference_steps}
+
     def _generate_in_batches(
         self,
         source: EmbeddingSource,
         indices: list[int],
         batch_size: int,
-        num_inference_steps: int,
+        num_inference_steps: int | None,
         sampling: dict[str, Any],
         progress: bool,
     ) -> Iterator[tuple[Sequence[int], Tensor, Tensor, Tensor]]:
@@ -208,13 +227,17 @@ class BLIP3oInference:
         indices: Sequence[int],
         seed: int,
     ) -> float:
-        x_1 = self.model.normalize_target(clip.to(self.device))
-        noise = named_normal(indices, x_1.shape[1:], seed=seed, stream="evaluation noise")
-        t = named_uniform(indices, seed=seed, stream="evaluation time")
-        sample = loss_fn.sample_path(x_1, noise.to(self.device), t.to(self.device))
         condition = self.model.normalize_condition(eva.to(self.device))
+        source = self.model.source_of(condition)
+        x_1 = source.to_flow(self.model.normalize_target(clip.to(self.device)))
+        noise = named_normal(indices, x_1.shape[1:], seed=seed, stream="evaluation noise")
+        t = training_times(
+            named_uniform(indices, seed=seed, stream="evaluation time"), self.model.config.flow
+        )
+        sample = loss_fn.sample_path(x_1, noise.to(self.device), t.to(self.device))
         dtype = self.model.dtype
-        prediction = self.model(sample.x_t.to(dtype), sample.t, condition.to(dtype))
+        x_t = source.from_flow(sample.x_t)
+        prediction = self.model(x_t.to(dtype), sample.t, condition.to(dtype))
         return float(loss_fn(prediction, sample).flow_matching_loss)
 
     def open(self, path: str | Path) -> EmbeddingSource:

@@ -14,14 +14,16 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from blip3o_dit.config import BLIP3oDiTConfig
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
 from blip3o_dit.flow.path import convert_prediction
-from blip3o_dit.flow.solvers import integrate
+from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER, integrate, integrate_adaptive
 from blip3o_dit.model.nextdit import NextDiT
+from blip3o_dit.model.source import AffineSource, neighbourhood_features
 from blip3o_dit.quiet import quiet_transformers
 from blip3o_dit.randomness import named_normal
 
 GENERATION_STREAM = "generation noise"
 
 STATISTICS = ["condition_mean", "condition_std", "target_mean", "target_std"]
+SOURCE_BUFFERS = ["source_weight", "source_bias", "source_std", "source_components"]
 
 # Averaged weights lie beside the raw ones under Hugging Face's variant naming.
 EMA_VARIANT = "ema"
@@ -36,6 +38,9 @@ class BLIP3oDiTModel(PreTrainedModel):
     the model and travel in its safetensors file. `generate` takes and returns tokens in the units of the
     data.
 
+    Three kinds of units: those of the data; the network's, standardised (`normalize_target`,
+    `restore_target`); and the flow's, which an informed source centres on its guess (`source_of`).
+
     Source: BLIP3-o, arXiv 2505.09568; see `nextdit.py` for the network.
     """
 
@@ -48,8 +53,12 @@ class BLIP3oDiTModel(PreTrainedModel):
     condition_std: Tensor
     target_mean: Tensor
     target_std: Tensor
+    source_weight: Tensor
+    source_bias: Tensor
+    source_std: Tensor
+    source_components: Tensor
     # bfloat16 would move a channel's mean by up to 0.4 %: the statistics stay float32 beside any weights.
-    _keep_in_fp32_modules_strict = STATISTICS
+    _keep_in_fp32_modules_strict = STATISTICS + SOURCE_BUFFERS
     _no_split_modules = ["NextDiTBlock"]  # noqa: RUF012 - PreTrainedModel declares a list
 
     def __init__(self, config: BLIP3oDiTConfig) -> None:
@@ -59,9 +68,20 @@ class BLIP3oDiTModel(PreTrainedModel):
         self.register_buffer("condition_std", torch.ones(config.eva_embedding_size))
         self.register_buffer("target_mean", torch.zeros(config.in_channels))
         self.register_buffer("target_std", torch.ones(config.in_channels))
+        if config.flow.source != "noise":
+            self._register_source(config)
         checkpointing = config.gradient_checkpointing
         self.post_init()  # applies config.gradient_checkpointing, and takes it out of the config
         config.gradient_checkpointing = checkpointing
+
+    def _register_source(self, config: BLIP3oDiTConfig) -> None:
+        """Buffers of the informed source; an unfitted one is pure noise."""
+        width, neighbours = config.eva_embedding_size, config.flow.source_components
+        self.register_buffer("source_weight", torch.zeros(width + 8 * neighbours, config.in_channels))
+        self.register_buffer("source_bias", torch.zeros(config.in_channels))
+        self.register_buffer("source_std", torch.ones(config.in_channels))
+        if neighbours:
+            self.register_buffer("source_components", torch.zeros(width, neighbours))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -93,7 +113,7 @@ class BLIP3oDiTModel(PreTrainedModel):
 
     def _apply(self, fn: Any, recurse: bool = True) -> BLIP3oDiTModel:
         """`.to`, `.bfloat16`, `.cuda`, ...: the statistics change device, never dtype."""
-        before = {name: self.get_buffer(name) for name in STATISTICS}
+        before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, buffer in before.items():
             after = self.get_buffer(name)
@@ -146,14 +166,41 @@ class BLIP3oDiTModel(PreTrainedModel):
                     )
                 buffer.copy_(value)
 
+    def set_source(self, *, weight: Tensor, bias: Tensor, std: Tensor, components: Tensor | None) -> None:
+        """Store a ridge regression in the network's units, and its residual's deviation per channel.
+
+        Shapes: weight [C_eva + 8 r, C], bias [C], std [C], components [C_eva, r] for r neighbour components.
+        """
+        given = {"weight": weight, "bias": bias, "std": std}
+        if components is not None:
+            given["components"] = components
+        for name, value in given.items():
+            buffer = self.get_buffer(f"source_{name}")
+            if value.shape != buffer.shape:
+                raise ValueError(
+                    f"source_{name}: expected shape {tuple(buffer.shape)}, found {tuple(value.shape)}"
+                )
+            buffer.copy_(value)
+
+    def source_of(self, condition: Tensor) -> AffineSource:
+        """Where the path of these samples starts, given normalised conditions [B, L, C_eva]."""
+        if self.config.flow.source == "noise":
+            return AffineSource()
+        features = condition.float()
+        if self.config.flow.source_components:
+            features = neighbourhood_features(features, self.source_components.float())
+        return AffineSource(features @ self.source_weight.float() + self.source_bias, self.source_std)
+
     @torch.no_grad()
     def generate(
         self,
         eva_embeddings: Tensor,
         *,
-        num_inference_steps: int = 50,
-        solver: str = "euler",
+        num_inference_steps: int | None = None,
+        solver: str | None = None,
         guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        tolerance: float = 1e-4,
         seed: int = 0,
         sample_index: Sequence[int] | None = None,
         draw: int = 0,
@@ -166,9 +213,13 @@ class BLIP3oDiTModel(PreTrainedModel):
 
         Args:
             eva_embeddings: [B, L, eva_embedding_size], in the units of the training data.
-            num_inference_steps: intervals of the solver; euler costs one network call each, heun two.
+            num_inference_steps: intervals of the solver; euler costs one network call each, midpoint and
+                heun two. Default: `config.default_steps`.
+            solver: "euler", "midpoint", "heun", or "dopri5", which chooses its steps by `tolerance` and takes
+                no num_inference_steps (it needs torchdiffeq). Default: `config.default_solver`.
             guidance_scale: classifier-free guidance, v = v_null + s (v_cond - v_null); 1 turns it off.
                 Other values need a model trained with condition_dropout > 0, and double the batch.
+            guidance_interval: guidance acts at times low <= t < high only (arXiv 2404.07724).
             seed, draw, sample_index: name the noise; sample_index defaults to 0..B-1.
             track: wraps the iterable of steps, for a progress bar.
 
@@ -182,15 +233,29 @@ class BLIP3oDiTModel(PreTrainedModel):
                 "guidance_scale: expected 1 because this model was trained with condition_dropout 0 "
                 f"and does not know the null condition, found {guidance_scale}"
             )
+        low, high = guidance_interval
+        if not 0.0 <= low < high <= 1.0:
+            raise ValueError(f"guidance_interval: expected 0 <= low < high <= 1, found {guidance_interval}")
         x_0, condition = self._start(eva_embeddings, seed, sample_index, draw)
-        x_1 = integrate(
-            self._velocity(condition, guidance_scale),
-            x_0,
-            num_steps=num_inference_steps,
-            solver=solver,
-            track=track,
-        )
-        return self.restore_target(x_1)
+        source = self.source_of(condition)
+        velocity = self.velocity_of(condition, source, guidance_scale, guidance_interval)
+        solver = solver or self.config.default_solver
+        if solver == ADAPTIVE_SOLVER:
+            if num_inference_steps is not None:
+                raise ValueError(
+                    f"num_inference_steps: expected none with solver {solver} (it has a tolerance)"
+                )
+            x_1, _ = integrate_adaptive(velocity, x_0, tolerance=tolerance)
+        else:
+            x_1 = integrate(
+                velocity,
+                x_0,
+                num_steps=self.config.default_steps if num_inference_steps is None else num_inference_steps,
+                solver=solver,
+                time_shift=self.config.flow.time_shift,
+                track=track,
+            )
+        return self.restore_target(source.from_flow(x_1))
 
     @torch.no_grad()
     def estimate(
@@ -213,16 +278,16 @@ class BLIP3oDiTModel(PreTrainedModel):
             raise ValueError("estimate: expected prediction_type v_prediction or sample, found epsilon")
         x_0, condition = self._start(eva_embeddings, seed, sample_index, draw)
         t = torch.zeros(len(x_0), device=x_0.device)
-        velocity = self._velocity(condition, guidance_scale=1.0)(x_0, t)
+        source = self.source_of(condition)
+        velocity = self.velocity_of(condition, source)(x_0, t)
         path = BLIP3oFlowMatchingLoss.from_config(flow).path
-        return self.restore_target(
-            convert_prediction(velocity, x_0, t, path, source="v_prediction", target="sample")
-        )
+        x_1 = convert_prediction(velocity, x_0, t, path, source="v_prediction", target="sample")
+        return self.restore_target(source.from_flow(x_1))
 
     def _start(
         self, eva_embeddings: Tensor, seed: int, sample_index: Sequence[int] | None, draw: int
     ) -> tuple[Tensor, Tensor]:
-        """x_0 [B, N, C], and the condition in the network's units [B, L, C_eva]."""
+        """x_0 [B, N, C] in the flow's units, and the condition in the network's [B, L, C_eva]."""
         self._check_condition(eva_embeddings)
         batch = eva_embeddings.shape[0]
         indices = range(batch) if sample_index is None else sample_index
@@ -233,24 +298,37 @@ class BLIP3oDiTModel(PreTrainedModel):
         path = BLIP3oFlowMatchingLoss.from_config(self.config.flow).path
         return path.source(noise.to(self.device)), self.normalize_condition(eva_embeddings.to(self.device))
 
-    def _velocity(self, condition: Tensor, guidance_scale: float) -> Callable[[Tensor, Tensor], Tensor]:
-        """v(x, t) for one batch of normalised conditions, whose part of the network is computed here."""
-        guided = guidance_scale != 1.0
+    def velocity_of(
+        self,
+        condition: Tensor,
+        source: AffineSource,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """v(y, t) in the flow's units for one batch, whose conditions are encoded here.
+
+        Guidance replaces the condition that the network attends to; the source stays, as in training.
+        """
+        guided, count = guidance_scale != 1.0, len(condition)
         if guided:
             condition = torch.cat([torch.zeros_like(condition), condition])
-        encoded = self.dit.encode_condition(condition.to(self.dtype))
+        both = self.dit.encode_condition(condition.to(self.dtype))
+        encoded = both.rows(slice(len(condition) - count, None))
         flow = self.config.flow
         path = BLIP3oFlowMatchingLoss.from_config(flow).path
 
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            if guided:
-                x, t = torch.cat([x, x]), torch.cat([t, t])
-            prediction = self.dit.predict(x.to(self.dtype), t, encoded)
-            v = convert_prediction(prediction, x, t, path, source=flow.prediction_type, target="v_prediction")
-            if guided:
-                v_null, v_condition = v.chunk(2)
-                v = v_null + guidance_scale * (v_condition - v_null)
-            return v
+        def velocity(y: Tensor, t: Tensor) -> Tensor:
+            x = source.from_flow(y).to(self.dtype)
+            if not guided or not guidance_interval[0] <= float(t[0]) < guidance_interval[1]:
+                prediction = self.dit.predict(x, t, encoded)
+            else:
+                doubled = self.dit.predict(torch.cat([x, x]), torch.cat([t, t]), both)
+                null, prediction = doubled.float().chunk(2)
+                # The conversion to a velocity is affine in the prediction: guiding either is the same.
+                prediction = null + guidance_scale * (prediction - null)
+            return convert_prediction(
+                prediction, y, t, path, source=flow.prediction_type, target="v_prediction"
+            )
 
         return velocity
 

@@ -33,6 +33,12 @@ class EncodedCondition:
     pooled: Tensor
     keys_values: list[tuple[Tensor, Tensor]]
 
+    def rows(self, chosen: slice) -> EncodedCondition:
+        """The same of some samples of the batch."""
+        return EncodedCondition(
+            self.pooled[chosen], [(keys[chosen], values[chosen]) for keys, values in self.keys_values]
+        )
+
 
 class NextDiT(nn.Module):
     """Velocity (or noise, or data) prediction for target tokens, given condition tokens.

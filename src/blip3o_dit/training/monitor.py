@@ -8,6 +8,7 @@ from torch import Tensor
 
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss, LossOutput
 from blip3o_dit.flow.path import PathSample, convert_prediction
+from blip3o_dit.model.source import AffineSource
 
 
 class TrainingMonitor:
@@ -34,6 +35,7 @@ class TrainingMonitor:
         self,
         loss_fn: BLIP3oFlowMatchingLoss,
         sample: PathSample,
+        flow_source: AffineSource,
         prediction: Tensor,
         output: LossOutput,
     ) -> None:
@@ -44,12 +46,13 @@ class TrainingMonitor:
             convert_prediction(prediction, sample.x_t, sample.t, path, source=source, target=target)
             for target in ("sample", "v_prediction")
         )
+        estimate, truth = flow_source.from_flow(x_1), flow_source.from_flow(sample.x_1)
         values = torch.stack(
             [
                 output.flow_matching_loss.detach(),
                 output.regularization_loss.detach(),
-                F.cosine_similarity(x_1, sample.x_1, dim=-1).mean(),
-                (x_1 - sample.x_1).norm(dim=-1).mean(),
+                F.cosine_similarity(estimate, truth, dim=-1).mean(),
+                (estimate - truth).norm(dim=-1).mean(),
                 sample.velocity.square().mean(),
                 (velocity - sample.velocity).square().mean(),
                 prediction.square().mean(),

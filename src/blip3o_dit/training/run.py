@@ -12,13 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from blip3o_dit.config import BLIP3oDiTConfig, TrainingConfig
-from blip3o_dit.data.dataset import EmbeddingDataset, split_samples
+from blip3o_dit.data.dataset import EmbeddingDataset, Split, split_samples
 from blip3o_dit.data.source import open_embeddings
 from blip3o_dit.data.statistics import streamed_statistics
 from blip3o_dit.data.store import EmbeddingSource
@@ -26,6 +27,7 @@ from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.quiet import quiet_transformers
 from blip3o_dit.training.callbacks import CurvesCallback
 from blip3o_dit.training.settings import training_arguments, use_cpu
+from blip3o_dit.training.source import fit_source
 from blip3o_dit.training.tracking import prepare_wandb, require_wandb
 from blip3o_dit.training.trainer import BLIP3oTrainer
 
@@ -105,16 +107,24 @@ def check_checkpoint(checkpoint: Path, model_config: BLIP3oDiTConfig) -> None:
     _check_tensors(checkpoint / "model.safetensors", model_config)
 
 
-def build_trainer(source: EmbeddingSource, config: TrainingConfig) -> BLIP3oTrainer:
-    """Split, statistics, a freshly initialised model, and the trainer for them."""
+def build_trainer(
+    source: EmbeddingSource, config: TrainingConfig, *, split: Split | None = None
+) -> BLIP3oTrainer:
+    """Statistics, a freshly initialised model, and the trainer for them; `split` replaces the seeded one."""
     if config.wandb_project:
         require_wandb()
     arguments = training_arguments(config, evaluate=config.eval_split > 0)
-    split = split_samples(source, eval_split=config.eval_split, seed=config.seed, split_by=config.split_by)
+    if split is None:
+        split = split_samples(
+            source, eval_split=config.eval_split, seed=config.seed, split_by=config.split_by
+        )
     set_seed(config.seed)
     model = BLIP3oDiTModel(_model_config(source, config))
     _describe(config, model, source, len(split.train), len(split.eval), arguments)
-    _set_statistics(model, source, split.train, arguments)
+    if config.standardize:
+        _set_statistics(model, source, split.train, arguments)
+    if config.source != "noise":
+        _set_source(model, source, split.train, config, arguments)
     callbacks: list[TrainerCallback] = []
     if importlib.util.find_spec("matplotlib"):
         callbacks.append(CurvesCallback())
@@ -153,6 +163,23 @@ def _set_statistics(
         torch.distributed.broadcast_object_list(found, src=0)
     condition, target = found
     model.set_statistics(condition=(condition.mean, condition.std), target=(target.mean, target.std))
+
+
+def _set_source(
+    model: BLIP3oDiTModel,
+    source: EmbeddingSource,
+    train: np.ndarray,
+    config: TrainingConfig,
+    arguments: TrainingArguments,
+) -> None:
+    """Fit the ridge of an informed source on the first process; the others receive it."""
+    found: list[Any] = [None]
+    if arguments.process_index == 0:
+        logger.info("fitting the %s source on at most %d samples", config.source, config.source_samples)
+        found = [fit_source(model, source, train, most=config.source_samples, seed=config.seed)]
+    if arguments.world_size > 1:
+        torch.distributed.broadcast_object_list(found, src=0)
+    model.set_source(**found[0])
 
 
 def _first_step(trainer: BLIP3oTrainer) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from blip3o_dit.config import TrainingConfig
+from blip3o_dit.config import PAPER_RECIPE, TrainingConfig
 from blip3o_dit.launch import check_launch
 
 # `--debug` is a small and quick run; a flag given beside it wins.
@@ -48,19 +48,25 @@ _HARMLESS = frozenset(
         "wandb_run_name",
         "num_epochs",
         "max_steps",
+        "solver",
+        "num_inference_steps",
     ]
 )
 
 
-def resolve_config(given: dict[str, Any], *, debug: bool, resume: Path | None) -> TrainingConfig:
-    """The configuration of a run from the flags that were given.
+def resolve_config(
+    given: dict[str, Any], *, debug: bool, resume: Path | None, recipe: str = "default"
+) -> TrainingConfig:
+    """The configuration of a run from the flags that were given, over those of `--debug` and the recipe.
 
     A resumed run takes what was not given from its checkpoint, and refuses to change what was learned:
     the message shows each difference.
     """
     given = launcher_precision() | given
+    recipe_settings = PAPER_RECIPE if recipe == "paper" else {}
     if resume is None:
-        return TrainingConfig(**((DEBUG_DEFAULTS if debug else {}) | given))
+        return TrainingConfig(**(recipe_settings | (DEBUG_DEFAULTS if debug else {}) | given))
+    given = recipe_settings | given
     saved = asdict(TrainingConfig.from_folder(resume))
     changed = [
         f"{name} was {saved[name]!r}, now {value!r}"

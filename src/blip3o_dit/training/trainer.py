@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from blip3o_dit.data.store import batches, write_atomically
 from blip3o_dit.evaluation.metrics import FidelitySums
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
 from blip3o_dit.flow.path import PathSample
+from blip3o_dit.flow.times import training_times
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.source import AffineSource
 from blip3o_dit.randomness import named_normal, named_uniform
 from blip3o_dit.training.callbacks import ConsoleCallback, EMACallback, JSONLogCallback
 from blip3o_dit.training.ema import ExponentialMovingAverage
@@ -29,6 +32,20 @@ from blip3o_dit.training.monitor import TrainingMonitor
 
 class NonFiniteLossError(ValueError):
     """The loss became NaN or infinite; raised before the optimizer step, so the weights are intact."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One micro-batch on its path. Shapes: sample [B, N, C], condition [B, L, C_eva], normalised."""
+
+    sample: PathSample
+    source: AffineSource
+    condition: Tensor
+
+    @property
+    def network_input(self) -> Tensor:
+        """x_t in the network's units, [B, N, C]."""
+        return self.source.from_flow(self.sample.x_t)
 
 
 class BLIP3oTrainer(Trainer):
@@ -83,23 +100,22 @@ class BLIP3oTrainer(Trainer):
         assert isinstance(self.model, BLIP3oDiTModel)
         return self.model
 
-    def draw(self, batch: dict[str, Any], stream: str) -> tuple[PathSample, Tensor]:
-        """Everything random about a step: the path sample, and conditions with some of them dropped.
-
-        Returns the sample [B, N, C] and the normalised condition [B, L, C_eva], on the model's device.
-        """
+    def draw(self, batch: dict[str, Any], stream: str) -> Draw:
+        """Everything random about a step, on the model's device."""
         name: dict[str, Any] = {"seed": self.config.seed, "pass_index": batch["pass_index"]}
         indices = batch["index"]
-        x_1 = self.dit.normalize_target(batch["clip"])
-        noise = named_normal(indices, x_1.shape[1:], stream=f"{stream} noise", **name)
-        t = named_uniform(indices, stream=f"{stream} time", **name)
-        sample = self.loss_fn.sample_path(x_1, noise.to(x_1.device), t.to(x_1.device))
         condition = self.dit.normalize_condition(batch["eva"])
+        source = self.dit.source_of(condition)
+        x_1 = source.to_flow(self.dit.normalize_target(batch["clip"]))
+        noise = named_normal(indices, x_1.shape[1:], stream=f"{stream} noise", **name)
+        uniform = named_uniform(indices, stream=f"{stream} time", **name)
+        t = training_times(uniform, self.dit.config.flow)
+        sample = self.loss_fn.sample_path(x_1, noise.to(x_1.device), t.to(x_1.device))
         if stream == "training" and self.config.cfg_dropout > 0:
             drop = named_uniform(indices, stream="training condition dropout", **name)
             keep = (drop >= self.config.cfg_dropout).to(condition.device)
             condition = condition * keep[:, None, None]
-        return sample, condition
+        return Draw(sample, source, condition)
 
     def compute_loss(
         self,
@@ -109,16 +125,16 @@ class BLIP3oTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Mean loss of a micro-batch. Raises NonFiniteLossError before anything is updated."""
-        sample, condition = self.draw(inputs, "training")
-        prediction = model(sample.x_t, sample.t, condition)
-        output = self.loss_fn(prediction, sample)
+        draw = self.draw(inputs, "training")
+        prediction = model(draw.network_input, draw.sample.t, draw.condition)
+        output = self.loss_fn(prediction, draw.sample)
         if not torch.isfinite(output.loss):
             raise NonFiniteLossError(
                 f"step {self.state.global_step + 1}: expected a finite loss, found "
                 f"{output.loss.item()} for samples {inputs['index']}; stopped before the "
                 "optimizer step (lower --learning_rate, or train without --fp16)"
             )
-        self.monitor.add(self.loss_fn, sample, prediction, output)
+        self.monitor.add(self.loss_fn, draw.sample, draw.source, prediction, output)
         return (output.loss, prediction) if return_outputs else output.loss
 
     def prediction_step(
@@ -131,8 +147,9 @@ class BLIP3oTrainer(Trainer):
         """Held-out loss, on draws that are the same at every evaluation."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            sample, condition = self.draw(inputs, "evaluation")
-            output = self.loss_fn(model(sample.x_t, sample.t, condition), sample)
+            draw = self.draw(inputs, "evaluation")
+            prediction = model(draw.network_input, draw.sample.t, draw.condition)
+            output = self.loss_fn(prediction, draw.sample)
         return output.loss, None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:

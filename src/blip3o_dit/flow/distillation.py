@@ -1,0 +1,64 @@
+"""Few steps instead of many: what a student is taught. It knows a teacher only as a velocity v(x, t).
+
+A student of n Euler steps carries x from t_k to t_(k+1) in one call, so what it must predict at (x, t_k) is
+the teacher's average velocity over the interval,
+
+    u = (x(t_(k+1)) - x(t_k)) / (t_(k+1) - t_k),  x(t) the teacher's own path through x at t_k.
+
+Two ways to get there were tried (`docs/recipes.md` has the figures):
+
+* `trajectory`: u from several teacher steps inside the interval, on states the teacher reaches (knowledge
+  distillation, Luhman and Luhman, arXiv 2101.02388, cut into n pieces).
+* `progressive`: u from two steps of the previous student, halving the number each time (Salimans and Ho,
+  arXiv 2202.00512).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from blip3o_dit.flow.solvers import SOLVERS, Velocity
+from blip3o_dit.flow.times import time_grid
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Where a student stands and what it must say there. Shapes: `t` [B]; `x`, `velocity` [B, ...]."""
+
+    t: Tensor
+    x: Tensor
+    velocity: Tensor
+
+
+@torch.no_grad()
+def trajectory_lessons(
+    teacher: Velocity,
+    x_0: Tensor,
+    *,
+    student_steps: int,
+    teacher_steps: int,
+    solver: str = "heun",
+    time_shift: float = 1.0,
+) -> list[Lesson]:
+    """Follow the teacher from noise to data, and note each of the student's intervals on the way.
+
+    Args:
+        x_0: source samples [B, ...].
+        student_steps: intervals of the student, of `time_grid(student_steps, time_shift)`.
+        teacher_steps: the teacher's steps inside each of them.
+
+    Returns: `student_steps` lessons of B samples each.
+    """
+    grid = time_grid(student_steps, time_shift).to(x_0.device)
+    step, x = SOLVERS[solver], x_0.float()
+    lessons = []
+    for start, end in pairwise(grid):
+        before, length = x, (end - start) / teacher_steps
+        for k in range(teacher_steps):
+            x = step(teacher, x, (start + k * length).expand(len(x)), length)
+        lessons.append(Lesson(start.expand(len(x)), before, (x - before) / (end - start)))
+    return lessons

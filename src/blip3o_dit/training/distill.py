@@ -1,0 +1,226 @@
+"""Distil a trained model into one that needs a few network calls."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm.auto import tqdm
+
+from blip3o_dit.config import TRAINING_CONFIG_FILE, TrainingConfig, check_range
+from blip3o_dit.data.dataset import split_samples
+from blip3o_dit.data.source import open_embeddings
+from blip3o_dit.data.store import EmbeddingSource, write_atomically
+from blip3o_dit.flow.distillation import Lesson, trajectory_lessons
+from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
+from blip3o_dit.flow.path import convert_prediction
+from blip3o_dit.model.blip3o_dit import EMA_FILE, EMA_VARIANT, BLIP3oDiTModel
+from blip3o_dit.randomness import named_normal, named_permutation
+from blip3o_dit.training.ema import ExponentialMovingAverage
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """How a student is taught.
+
+    Args:
+        steps: network calls that the student needs for a sample (Euler steps).
+        train_steps: optimizer steps. batch_size: conditions per step; each gives `steps` lessons.
+        learning_rate: peak of AdamW's, after a warm-up over a twentieth of the steps, cosine to zero.
+        teacher_steps: the teacher's Heun steps (two calls each) for a whole path, shared out over the
+            student's intervals, at least one in each.
+        ema_decay: of the averaged weights; 0 keeps none.
+        seed: names conditions and noise. device: "cpu", "cuda", ...
+    """
+
+    steps: int
+    train_steps: int = 1000
+    batch_size: int = 32
+    learning_rate: float = 5e-4
+    teacher_steps: int = 8
+    ema_decay: float = 0.999
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "train_steps", "batch_size", "teacher_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        check_range("learning_rate", self.learning_rate, 0.0, math.inf)
+        check_range("ema_decay", self.ema_decay, 0.0, 1.0)
+        check_range("max_grad_norm", self.max_grad_norm, 0.0, math.inf)
+
+
+def distill(
+    model_path: str | Path,
+    embeddings: str | Path,
+    output_dir: str | Path,
+    config: DistillationConfig,
+    *,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Teach a student on the training side of the teacher's own split, and save it; returns the folder.
+
+    The student is an ordinary model folder whose `generate` takes `config.steps` Euler steps by default.
+
+    Raises:
+        FileNotFoundError, ValueError: one line naming what was expected and found.
+    """
+    output = Path(output_dir)
+    if (output / "config.json").exists() and not overwrite:
+        raise ValueError(f"{output}: expected no model there, found one (overwrite it?)")
+    if not (Path(model_path) / "config.json").is_file():
+        raise FileNotFoundError(f"{model_path}: expected a model folder with config.json, found none")
+    run = TrainingConfig.from_folder(model_path)
+    variant = EMA_VARIANT if (Path(model_path) / EMA_FILE).is_file() else None
+    teacher: Any = BLIP3oDiTModel.from_pretrained(model_path, variant=variant)
+    source = open_embeddings(embeddings)
+    _check_fit(teacher, source, model_path)
+    train = split_samples(source, eval_split=run.eval_split, seed=run.seed, split_by=run.split_by).train
+    student, average = teach(teacher.to(config.device).eval(), source, train, config, progress=progress)
+    student.save_pretrained(output)
+    (output / EMA_FILE).unlink(missing_ok=True)
+    if average is not None:
+        average.save(student, output)
+    taught = replace(
+        run,
+        output_dir=str(output),
+        solver="euler",
+        num_inference_steps=config.steps,
+        ema_decay=config.ema_decay,
+    )
+    write_atomically(output / TRAINING_CONFIG_FILE, taught.to_json())
+    logger.info("the student, %d network calls a sample, is in %s", config.steps, output)
+    return output
+
+
+def teach(
+    teacher: BLIP3oDiTModel,
+    source: EmbeddingSource,
+    train: np.ndarray,
+    config: DistillationConfig,
+    *,
+    progress: bool = True,
+) -> tuple[BLIP3oDiTModel, ExponentialMovingAverage | None]:
+    """The student in memory, and its averaged weights.
+
+    Raises:
+        ValueError: for a teacher that predicts the noise, which has no velocity at t = 0, and when the loss
+            is not finite.
+    """
+    if teacher.config.flow.prediction_type == "epsilon":
+        raise ValueError("distill: expected a teacher that does not predict the noise, found epsilon")
+    student = copy.deepcopy(teacher).train()
+    student.config.default_solver, student.config.default_steps = "euler", config.steps
+    average = ExponentialMovingAverage(student, config.ema_decay) if config.ema_decay > 0 else None
+    optimizer = torch.optim.AdamW(student.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    schedule = LambdaLR(optimizer, lambda step: _warm_up_and_cosine(step, config.train_steps))
+    batches = _batches(train, config)
+    bar = tqdm(range(config.train_steps), desc="distilling", unit="step", disable=not progress)
+    for step in bar:
+        lessons, condition, mean_std = _lessons(teacher, source, next(batches), step, config)
+        loss = _loss(student, lessons, condition, mean_std)
+        if not torch.isfinite(loss):
+            raise ValueError(f"step {step + 1}: expected a finite loss, found {loss.item()} (lower the rate)")
+        optimizer.zero_grad()
+        loss.backward()
+        if config.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        if average is not None:
+            average.update(student, step + 1)
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.4g}")
+    return student.eval(), average
+
+
+def _lessons(
+    teacher: BLIP3oDiTModel,
+    source: EmbeddingSource,
+    indices: np.ndarray,
+    step: int,
+    config: DistillationConfig,
+) -> tuple[Lesson, Tensor, Any]:
+    """All lessons of one batch in one, their conditions, and where their paths start."""
+    eva = source.fetch(indices)[0].to(teacher.device)
+    condition = teacher.normalize_condition(eva)
+    start = teacher.source_of(condition)
+    shape = (teacher.config.num_tokens, teacher.config.in_channels)
+    noise = named_normal(
+        indices.tolist(), shape, seed=config.seed, stream="distillation noise", pass_index=step
+    )
+    flow = teacher.config.flow
+    path = BLIP3oFlowMatchingLoss.from_config(flow).path
+    lessons = trajectory_lessons(
+        teacher.velocity_of(condition, start),
+        path.source(noise.to(teacher.device)),
+        student_steps=config.steps,
+        teacher_steps=max(1, -(-config.teacher_steps // config.steps)),
+        time_shift=flow.time_shift,
+    )
+    together = Lesson(
+        t=torch.cat([lesson.t for lesson in lessons]),
+        x=torch.cat([lesson.x for lesson in lessons]),
+        velocity=torch.cat([lesson.velocity for lesson in lessons]),
+    )
+    condition = condition.repeat(len(lessons), 1, 1)
+    return together, condition, teacher.source_of(condition)
+
+
+def _loss(student: BLIP3oDiTModel, lesson: Lesson, condition: Tensor, start: Any) -> Tensor:
+    """Mean squared error of the velocity, in the flow's units."""
+    flow = student.config.flow
+    prediction = student(start.from_flow(lesson.x), lesson.t, condition)
+    velocity = convert_prediction(
+        prediction,
+        lesson.x,
+        lesson.t,
+        BLIP3oFlowMatchingLoss.from_config(flow).path,
+        source=flow.prediction_type,
+        target="v_prediction",
+    )
+    return (velocity - lesson.velocity).square().mean()
+
+
+def _batches(train: np.ndarray, config: DistillationConfig) -> Iterator[np.ndarray]:
+    """Shuffled passes over the training samples, without end; a pass's short rest is left out."""
+    size, number = min(config.batch_size, len(train)), 0
+    while True:
+        order = named_permutation(
+            len(train), seed=config.seed, stream="distillation order", pass_index=number
+        )
+        for start in range(0, len(train) - size + 1, size):
+            yield train[order[start : start + size]]
+        number += 1
+
+
+def _warm_up_and_cosine(step: int, total: int) -> float:
+    warm_up = max(1, total // 20)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, total - warm_up)))
+
+
+def _check_fit(teacher: BLIP3oDiTModel, source: EmbeddingSource, where: str | Path) -> None:
+    config = teacher.config
+    expected = (config.num_tokens, config.eva_embedding_size, config.in_channels)
+    found = (source.num_tokens, source.condition_dim, source.target_dim)
+    if found != expected:
+        raise ValueError(
+            f"{source.path}: expected (tokens, eva width, clip width) {expected} as the model at {where}, "
+            f"found {found}"
+        )

@@ -1,0 +1,126 @@
+"""Informed sources: the change of units, the fit, and that nothing else changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.linear_gaussian import LinearGaussian
+from blip3o_dit.config import FlowMatchingConfig, TrainingConfig
+from blip3o_dit.flow.path import LinearPath
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.source import AffineSource, neighbourhood_features
+from blip3o_dit.training.source import fit_source
+from tests.conftest import randomize, tiny_config
+
+
+def informed_model(source: str = "ridge_3x3") -> BLIP3oDiTModel:
+    components = 3 if source == "ridge_3x3" else 0
+    flow = dict(source=source, source_components=components, prediction_type="preconditioned")
+    model = BLIP3oDiTModel(tiny_config(flow_matching=flow)).eval()
+    generator = torch.Generator().manual_seed(1)
+    model.set_source(
+        weight=0.3 * torch.randn(12 + 8 * components, 8, generator=generator),
+        bias=torch.randn(8, generator=generator),
+        std=torch.rand(8, generator=generator) + 0.1,
+        components=torch.randn(12, components, generator=generator) if components else None,
+    )
+    return model
+
+
+def test_the_flow_starts_at_the_guess_plus_its_deviation() -> None:
+    mean, std = torch.randn(4, 9, 8), torch.rand(8) + 0.1
+    source, noise = AffineSource(mean, std), torch.randn(4, 9, 8)
+    torch.testing.assert_close(source.from_flow(noise), mean + std * noise)
+    torch.testing.assert_close(source.to_flow(source.from_flow(noise)), noise)
+    assert AffineSource().from_flow(noise) is noise and AffineSource().to_flow(noise) is noise
+
+
+def test_the_path_in_the_flows_units_is_the_path_between_source_and_data() -> None:
+    """x_t = (1 - t) x_0 + t x_1 with x_0 = R(c) + s eps, and v = x_1 - x_0: the issue's own formula."""
+    source = AffineSource(torch.randn(4, 9, 8), torch.rand(8) + 0.1)
+    x_1, noise, t = torch.randn(4, 9, 8), torch.randn(4, 9, 8), torch.rand(4)
+    sample = LinearPath(sigma_min=0.0).sample(source.to_flow(x_1), noise, t)
+    x_0, time = source.from_flow(noise), t[:, None, None]
+    torch.testing.assert_close(source.from_flow(sample.x_t), (1 - time) * x_0 + time * x_1)
+    torch.testing.assert_close(source.std * sample.velocity, x_1 - x_0)
+
+
+def test_features_are_the_token_and_its_eight_neighbours() -> None:
+    tokens = torch.arange(18.0).reshape(1, 9, 2) + 1
+    features = neighbourhood_features(tokens, torch.eye(2))
+    assert features.shape == (1, 9, 18)
+    grid = tokens.reshape(3, 3, 2)
+    around = [grid[y, x] for y in range(3) for x in range(3) if (y, x) != (1, 1)]
+    assert torch.equal(features[0, 4], torch.cat([grid[1, 1], *around]))
+    assert (features[0, 0, 2:10] == 0).all()  # the corner has nothing above it or to its left
+
+
+@pytest.mark.parametrize("source", ["ridge", "ridge_3x3"])
+def test_a_new_model_samples_the_ridge_and_its_gaussian_residual(source: str) -> None:
+    """Before any training the head puts out zero: the one-call estimate is R(c), samples are R + s eps."""
+    model = informed_model(source)
+    eva = torch.randn(3, 9, 12)
+    start = model.source_of(model.normalize_condition(eva))
+    torch.testing.assert_close(model.estimate(eva), model.restore_target(start.mean), rtol=0, atol=2e-4)
+    noise, _ = model._start(eva, 0, None, 0)
+    expected = model.restore_target(start.from_flow(noise))
+    sampled = model.generate(eva, num_inference_steps=60, solver="midpoint")
+    torch.testing.assert_close(sampled, expected, rtol=1e-3, atol=5e-3)
+
+
+def test_the_source_is_saved_with_the_model(tmp_path: Path) -> None:
+    model = informed_model()
+    randomize(model)
+    eva = torch.randn(2, 9, 12)
+    expected = model.generate(eva, num_inference_steps=3)
+    model.save_pretrained(tmp_path)
+    loaded = BLIP3oDiTModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded.generate(eva, num_inference_steps=3), expected)
+    half = BLIP3oDiTModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {half.get_buffer(f"source_{name}").dtype for name in ("weight", "bias", "std")} == {torch.float32}
+    assert model.bfloat16().source_std.dtype == torch.float32
+
+
+def test_wrong_shapes_are_refused() -> None:
+    model = informed_model("ridge")
+    with pytest.raises(ValueError, match=r"source_std: expected shape \(8,\), found \(9,\)"):
+        model.set_source(weight=torch.zeros(12, 8), bias=torch.zeros(8), std=torch.zeros(9), components=None)
+    with pytest.raises(ValueError, match="source_components: expected an integer >= 1"):
+        FlowMatchingConfig(source="ridge_3x3")
+    with pytest.raises(ValueError, match="source_components: expected 0 for source 'ridge'"):
+        FlowMatchingConfig(source="ridge", source_components=2)
+
+
+@pytest.mark.parametrize("source", ["ridge", "ridge_3x3"])
+def test_the_fit_finds_the_regression_and_its_residual(source: str) -> None:
+    data = LinearGaussian(num_samples=2000, num_tokens=9, condition_dim=6, target_dim=5)
+    sizes = dict(num_tokens=9, condition_dim=6, target_dim=5)
+    config = TrainingConfig(model_dim=16, num_layers=1, num_heads=2, source=source)
+    model = BLIP3oDiTModel(config.model(**sizes))
+    mean, std = data._clip.mean(dim=(0, 1)), data._clip.std(dim=(0, 1))
+    model.set_statistics(
+        condition=(data._eva.mean(dim=(0, 1)), data._eva.std(dim=(0, 1))), target=(mean, std)
+    )
+    model.set_source(**fit_source(model, data, np.arange(2000), most=2000, seed=0))
+    eva, _ = data.fetch(np.arange(50))
+    guess = model.restore_target(model.source_of(model.normalize_condition(eva)).mean)
+    torch.testing.assert_close(guess, data.mean(eva), rtol=0, atol=0.2)
+    deviation = data.factor.square().sum(dim=1).sqrt() / std
+    torch.testing.assert_close(model.source_std, deviation, rtol=0.1, atol=0)
+
+
+def test_guidance_changes_what_is_attended_to_and_not_the_source() -> None:
+    model = informed_model()
+    randomize(model)
+    condition = torch.randn(2, 9, 12)
+    y, t = torch.randn(2, 9, 8), torch.full((2,), 0.5)
+    start = model.source_of(condition)
+    with torch.no_grad():
+        null = model.velocity_of(torch.zeros_like(condition), start)(y, t)
+        full = model.velocity_of(condition, start)(y, t)
+        guided = model.velocity_of(condition, start, 3.0)(y, t)
+    torch.testing.assert_close(guided, null + 3.0 * (full - null), rtol=1e-3, atol=1e-3)
