@@ -39,7 +39,7 @@ class TrainingMean:
     num_tokens: int
 
     @classmethod
-    def fit(cls, source: EmbeddingSource, indices: np.ndarray, batch_size: int = 256) -> TrainingMean:
+    def fit(cls, source: EmbeddingSource, indices: np.ndarray, batch_size: int = 32) -> TrainingMean:
         """Streamed over the samples at `indices`."""
         return cls(PositionMean.fit(source, indices, batch_size).mean.mean(dim=0), source.num_tokens)
 
@@ -55,7 +55,7 @@ class PositionMean:
     mean: Tensor
 
     @classmethod
-    def fit(cls, source: EmbeddingSource, indices: np.ndarray, batch_size: int = 256) -> PositionMean:
+    def fit(cls, source: EmbeddingSource, indices: np.ndarray, batch_size: int = 32) -> PositionMean:
         """Streamed over the samples at `indices`."""
         total = torch.zeros(source.num_tokens, source.target_dim, dtype=torch.float64)
         for piece in batches(indices, batch_size):
@@ -135,7 +135,7 @@ class TokenRidge:
         *,
         penalty: float | None = None,
         validation: np.ndarray | None = None,
-        batch_size: int = 64,
+        batch_size: int = 16,
     ) -> TokenRidge:
         """Streamed over the samples at `indices`, and those at `validation`, if any.
 
@@ -155,7 +155,7 @@ class TokenRidge:
         *,
         penalty: float | None = None,
         validation: np.ndarray | None = None,
-        batch_size: int = 64,
+        batch_size: int = 16,
     ) -> tuple[TokenRidge, TokenRidge]:
         """The map fitted on everything, and with the same penalty the one that saw no validation sample."""
         origin, x_origin = _origins(source, indices)
@@ -197,7 +197,7 @@ class NeighbourhoodRidge:
         *,
         penalty: float | None = None,
         validation: np.ndarray | None = None,
-        batch_size: int = 64,
+        batch_size: int = 16,
     ) -> NeighbourhoodRidge:
         """As `TokenRidge.fit`."""
         return cls.fit_twice(source, indices, penalty=penalty, validation=validation, batch_size=batch_size)[
@@ -213,7 +213,7 @@ class NeighbourhoodRidge:
         penalty: float | None = None,
         validation: np.ndarray | None = None,
         mean: Tensor | None = None,
-        batch_size: int = 64,
+        batch_size: int = 16,
     ) -> tuple[NeighbourhoodRidge, NeighbourhoodRidge]:
         """As `TokenRidge.fit_twice`; `mean` [C_eva] stands outside the grid, None for the samples' own."""
         own_mean, components = _principal_components(source, indices, batch_size)
@@ -253,7 +253,7 @@ class Procrustes:
     scale: float
 
     @classmethod
-    def fit(cls, source: EmbeddingSource, indices: np.ndarray, batch_size: int = 64) -> Procrustes:
+    def fit(cls, source: EmbeddingSource, indices: np.ndarray, batch_size: int = 16) -> Procrustes:
         """Streamed over the samples at `indices`."""
         origin = _origins(source, indices)
         covariance, cross, mean_c, mean_x = _token_moments(source, indices, origin, batch_size).centred()
@@ -285,7 +285,7 @@ class NearestNeighbours:
 
     @classmethod
     def fit(
-        cls, source: EmbeddingSource, indices: np.ndarray, *, k: int = 10, batch_size: int = 256
+        cls, source: EmbeddingSource, indices: np.ndarray, *, k: int = 10, batch_size: int = 32
     ) -> NearestNeighbours:
         """Keeps the mean condition token of each sample, [n, C_eva]; cosines are about their mean."""
         pooled = torch.cat([source.fetch(piece)[0].mean(dim=1) for piece in batches(indices, batch_size)])
@@ -335,7 +335,7 @@ class ResidualGaussian:
         indices: np.ndarray,
         *,
         scale: Tensor,
-        batch_size: int = 64,
+        batch_size: int = 16,
     ) -> ResidualGaussian:
         """Streamed over the samples at `indices`; `scale` [C] makes channels comparable, e.g. their std."""
         positions = torch.zeros(source.num_tokens, source.num_tokens, dtype=torch.float64)

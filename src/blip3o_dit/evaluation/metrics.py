@@ -133,7 +133,7 @@ def _deviation(mean: float, mean_square: float) -> float:
 TIE = 1e-6
 
 
-def retrieval_ranks(queries: Tensor, gallery: Tensor, *, block: int = 1024) -> Tensor:
+def retrieval_ranks(queries: Tensor, gallery: Tensor, *, block: int = 256) -> Tensor:
     """Rank, by cosine, of gallery row i among all gallery rows for query i; 1 is best. [n, C] x2 -> [n].
 
     Equal similarities share the middle of the places they take, so a constant gallery ranks everything
@@ -151,7 +151,7 @@ def retrieval_ranks(queries: Tensor, gallery: Tensor, *, block: int = 1024) -> T
     return torch.cat(ranks).double()
 
 
-def neighbour_agreement(generated: Tensor, truth: Tensor, *, k: int = 10, block: int = 1024) -> Tensor:
+def neighbour_agreement(generated: Tensor, truth: Tensor, *, k: int = 10, block: int = 256) -> Tensor:
     """Share of a true vector's k nearest other true vectors that its generated vector finds too, in [0, 1].
 
     [n, C], [n, C] -> [n]. Nearness is the cosine; both search all true vectors but the sample's own.

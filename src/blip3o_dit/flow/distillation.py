@@ -5,12 +5,8 @@ the teacher's average velocity over the interval,
 
     u = (x(t_(k+1)) - x(t_k)) / (t_(k+1) - t_k),  x(t) the teacher's own path through x at t_k.
 
-Two ways to get there were tried (`docs/recipes.md` has the figures):
-
-* `trajectory`: u from several teacher steps inside the interval, on states the teacher reaches (knowledge
-  distillation, Luhman and Luhman, arXiv 2101.02388, cut into n pieces).
-* `progressive`: u from two steps of the previous student, halving the number each time (Salimans and Ho,
-  arXiv 2202.00512).
+It is found by several teacher steps inside the interval, on states that the teacher reaches: knowledge
+distillation (Luhman and Luhman, arXiv 2101.02388), cut into n pieces.
 """
 
 from __future__ import annotations
