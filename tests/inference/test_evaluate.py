@@ -123,7 +123,7 @@ def test_ridge_beats_an_untrained_model_and_the_summary_says_so(result: dict[str
 
 def test_the_curve_counts_network_calls(result: dict[str, Any]) -> None:
     points = [(point["solver"], point["network_calls"]) for point in result["curve"]["a"]]
-    assert points == [("euler", 1), ("euler", 2), ("heun", 2)]
+    assert points == [("euler", 1), ("euler", 2), ("midpoint", 2), ("heun", 2)]
 
 
 def test_paired_differences_between_models(result: dict[str, Any]) -> None:
