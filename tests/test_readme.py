@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, flags=re.DOTALL)
 SMALL = "--model_dim=32 --num_layers=1 --num_heads=2 --max_steps=2 --batch_size=4 --eval_samples=2"
-SMALL += " --eval_inference_steps=2 --save_steps=2"
+SMALL += " --eval_inference_steps=2 --save_steps=2 --source=ridge"  # 3x3 at full width takes a minute
 
 
 def commands(block: str) -> list[list[str]]:
@@ -83,7 +83,7 @@ def small(arguments: list[str]) -> list[str]:
     if "--resume_from_checkpoint" in arguments:
         return [*arguments, "--max_steps", "4"]
     if "--debug" in arguments:
-        return [*arguments, "--max_steps", "2"]
+        return [*arguments, "--max_steps", "2", "--source", "ridge"]
     return [*arguments, *SMALL.split()]
 
 
