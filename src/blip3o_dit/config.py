@@ -190,6 +190,11 @@ class BLIP3oDiTConfig(PreTrainedConfig):
         return self.input_size**2
 
     @property
+    def data_sizes(self) -> tuple[int, int, int]:
+        """(tokens, condition width, target width) of the embeddings this model takes."""
+        return self.num_tokens, self.eva_embedding_size, self.in_channels
+
+    @property
     def head_dim(self) -> int:
         return self.model_dim // self.num_heads
 
@@ -387,11 +392,6 @@ class TrainingConfig:
         if unknown:
             raise ValueError(f"{file}: unknown {sorted(unknown)}; known are {sorted(known)}")
         return cls(**values)
-
-    @classmethod
-    def paper(cls, **changes: Any) -> TrainingConfig:
-        """BLIP3-o's own recipe (`--recipe paper`), with these changes."""
-        return cls(**(PAPER_RECIPE | changes))
 
     def flow_matching(
         self, *, num_tokens: int = 1, condition_dim: int = 1, target_dim: int = 1

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples for intervals")
     parser.add_argument(
-        *("--curve_calls",),
+        "--curve_calls",
         type=int,
         nargs="*",
         default=(1, 2, 4, 8, 16, 32, 50),

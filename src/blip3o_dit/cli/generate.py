@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--solver", choices=(*SOLVER_NAMES, "dopri5"), help="default: the model's")
     parser.add_argument("--guidance_scale", type=float, default=1.0)
     parser.add_argument(
-        *("--guidance_interval",),
+        "--guidance_interval",
         type=float,
         nargs=2,
         default=(0.0, 1.0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,40 @@ def open_embeddings(path: str | Path) -> EmbeddingSource:
     if path.is_dir():
         return EmbeddingStore(path)
     return PickledEmbeddings(path)
+
+
+class TransformedEmbeddings:
+    """A source whose conditions and targets are seen through a function each, [n, N, C] -> [n, N, C]."""
+
+    def __init__(
+        self,
+        source: EmbeddingSource,
+        condition: Callable[[Tensor], Tensor],
+        target: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.source, self.condition, self.target = source, condition, target
+        self.path = source.path
+        self.num_samples, self.num_tokens = source.num_samples, source.num_tokens
+        self.condition_dim, self.target_dim = source.condition_dim, source.target_dim
+
+    def fetch(self, indices: Indices) -> tuple[Tensor, Tensor]:
+        """See `EmbeddingSource.fetch`."""
+        eva, clip = self.source.fetch(indices)
+        return self.condition(eva), self.target(clip)
+
+    def records(self, indices: Indices | None = None) -> list[Record]:
+        """See `EmbeddingSource.records`."""
+        return self.source.records(indices)
+
+
+def check_sizes(source: EmbeddingSource, expected: tuple[int, int, int], model: str | Path) -> None:
+    """Refuse (ValueError) a source whose (tokens, condition width, target width) are not the model's."""
+    found = (source.num_tokens, source.condition_dim, source.target_dim)
+    if found != expected:
+        raise ValueError(
+            f"{source.path}: expected (tokens, eva width, clip width) {expected} as the model at {model}, "
+            f"found {found}"
+        )
 
 
 class PickledEmbeddings:

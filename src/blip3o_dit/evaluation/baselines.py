@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from blip3o_dit.config import neighbour_components
 from blip3o_dit.data.store import EmbeddingSource, batches
+from blip3o_dit.evaluation.distribution import symmetric_root
 from blip3o_dit.model.source import neighbourhood_features
 from blip3o_dit.randomness import named_generator, named_normal
 
@@ -114,8 +115,19 @@ class Moments:
         return (self.target_squares - 2 * (full * self.cross).sum(dim=0) + explained) / count
 
 
+class Ridge:
+    """What both ridge regressions share; a subclass brings `fit_twice`."""
+
+    fit_twice: ClassVar[Any]
+
+    @classmethod
+    def fit(cls, source: EmbeddingSource, indices: np.ndarray, **options: Any) -> Any:
+        """The map fitted on everything, a `cls`; for the options see `fit_twice`."""
+        return cls.fit_twice(source, indices, **options)[0]
+
+
 @dataclass(frozen=True)
-class TokenRidge:
+class TokenRidge(Ridge):
     """Ridge regression from each condition token to the target token at its position.
 
     One map for all positions, x = W^T (c - origin) + bias, that minimises the mean of |x - x_hat|^2 plus
@@ -128,26 +140,6 @@ class TokenRidge:
     penalty: float
 
     @classmethod
-    def fit(
-        cls,
-        source: EmbeddingSource,
-        indices: np.ndarray,
-        *,
-        penalty: float | None = None,
-        validation: np.ndarray | None = None,
-        batch_size: int = 16,
-    ) -> TokenRidge:
-        """Streamed over the samples at `indices`, and those at `validation`, if any.
-
-        Args:
-            penalty: relative to each condition channel's variance. None takes the one of `PENALTIES` that
-                does best on the validation samples, and 1e-3 without any; the final map is fitted on both.
-        """
-        return cls.fit_twice(source, indices, penalty=penalty, validation=validation, batch_size=batch_size)[
-            0
-        ]
-
-    @classmethod
     def fit_twice(
         cls,
         source: EmbeddingSource,
@@ -157,7 +149,14 @@ class TokenRidge:
         validation: np.ndarray | None = None,
         batch_size: int = 16,
     ) -> tuple[TokenRidge, TokenRidge]:
-        """The map fitted on everything, and with the same penalty the one that saw no validation sample."""
+        """The map fitted on everything, and with the same penalty the one that saw no validation sample.
+
+        Streamed over the samples at `indices`, and those at `validation`, if any.
+
+        Args:
+            penalty: relative to each condition channel's variance. None takes the one of `PENALTIES` that
+                does best on the validation samples, and 1e-3 without any.
+        """
         origin, x_origin = _origins(source, indices)
 
         def moments(rows: np.ndarray) -> Moments:
@@ -175,7 +174,7 @@ class TokenRidge:
 
 
 @dataclass(frozen=True)
-class NeighbourhoodRidge:
+class NeighbourhoodRidge(Ridge):
     """Ridge regression from the 3x3 condition tokens around a position to the target token there.
 
     The token itself enters whole. Its eight neighbours enter whole while there are at most 2,560 features,
@@ -188,21 +187,6 @@ class NeighbourhoodRidge:
     weight: Tensor
     bias: Tensor
     penalty: float
-
-    @classmethod
-    def fit(
-        cls,
-        source: EmbeddingSource,
-        indices: np.ndarray,
-        *,
-        penalty: float | None = None,
-        validation: np.ndarray | None = None,
-        batch_size: int = 16,
-    ) -> NeighbourhoodRidge:
-        """As `TokenRidge.fit`."""
-        return cls.fit_twice(source, indices, penalty=penalty, validation=validation, batch_size=batch_size)[
-            0
-        ]
 
     @classmethod
     def fit_twice(
@@ -350,7 +334,9 @@ class ResidualGaussian:
         variance = float(channels.trace()) / source.target_dim
         if variance == 0.0:
             return cls(torch.zeros_like(positions).float(), torch.zeros_like(channels).float())
-        return cls(_root(positions / variance).float(), (_root(channels) * scale.double()).float())
+        return cls(
+            symmetric_root(positions / variance).float(), (symmetric_root(channels) * scale.double()).float()
+        )
 
     def sample(self, indices: Sequence[int], *, seed: int, draw: int) -> Tensor:
         """Residuals [n, N, C], named by (seed, sample index, draw)."""
@@ -438,9 +424,3 @@ def _fetched(source: EmbeddingSource, rows: np.ndarray, batch_size: int) -> Iter
     for piece in batches(rows, batch_size):
         eva, clip = source.fetch(piece)
         yield eva.double(), clip.double()
-
-
-def _root(matrix: Tensor) -> Tensor:
-    """The symmetric square root of a covariance."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T

@@ -124,12 +124,13 @@ def _root_trace(a: Tensor, b: Tensor) -> Tensor:
         covariance = a.T @ a
         factor, failed = torch.linalg.cholesky_ex(covariance)
         if failed:  # a channel that is constant or a sum of others
-            factor = _root(covariance)
+            factor = symmetric_root(covariance)
         gram = factor.T @ (b.T @ b) @ factor
     return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum()
 
 
-def _root(matrix: Tensor) -> Tensor:
+def symmetric_root(matrix: Tensor) -> Tensor:
+    """The symmetric square root of a covariance [C, C]."""
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 

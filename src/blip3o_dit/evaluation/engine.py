@@ -218,15 +218,6 @@ class Answers:
     seconds: float = 0.0
     batch_milliseconds: list[float] = field(default_factory=list)
 
-    def fill(self, columns: dict[str, np.ndarray], rows: slice, count: int, values: dict[str, Any]) -> None:
-        """Put values of some of `count` samples into whole columns.
-
-        They are allocated at once: thousands of small arrays that outlive the batch's large ones would
-        keep the memory between them from being used again.
-        """
-        for name, found in values.items():
-            columns.setdefault(name, np.empty(count))[rows] = found
-
 
 @torch.no_grad()
 def collect_answers(method: Method, truth: Truth, track: Track) -> Answers:
@@ -264,7 +255,7 @@ def collect_answers(method: Method, truth: Truth, track: Track) -> Answers:
         answers.position_residuals += (generated.double() - clip.double()).square().sum(dim=0)
         if truth.probe is not None:
             rows, count = slice(piece.start, piece.stop), len(truth.indices)
-            answers.fill(answers.columns, rows, count, {"correct": _correct(truth, generated, piece)})
+            _fill(answers.columns, rows, count, {"correct": _correct(truth, generated, piece)})
         _draw_more(answers, truth, piece, eva, clip, generated)
     return answers
 
@@ -385,6 +376,16 @@ def _curve_point(method: ModelMethod, truth: Truth, indices: np.ndarray, solver:
     }
 
 
+def _fill(columns: dict[str, np.ndarray], rows: slice, count: int, values: dict[str, Any]) -> None:
+    """Put values of some of `count` samples into whole columns.
+
+    They are allocated at once: thousands of small arrays that outlive the batch's large ones would keep the
+    memory between them from being used again.
+    """
+    for name, found in values.items():
+        columns.setdefault(name, np.empty(count))[rows] = found
+
+
 def _choose_tokens(count: int, tokens: int, settings: EvaluationSettings) -> tuple[np.ndarray, np.ndarray]:
     """Which (sample, position) pairs are kept: spread evenly over the samples, named by the seed."""
     wanted = min(settings.distribution_samples, count * tokens)
@@ -432,7 +433,7 @@ def _measure(
         "spread": spread,
     }
     values = {f"{variant}.{name}": column.numpy() for name, column in columns.items()}
-    answers.fill(answers.columns, slice(piece.start, piece.stop), len(truth.indices), values)
+    _fill(answers.columns, slice(piece.start, piece.stop), len(truth.indices), values)
     return found
 
 
@@ -461,7 +462,7 @@ def _draw_more(
     first = int(truth.drawn[: piece.start].sum())
     place = slice(first, first + len(rows))
     count = int(truth.drawn.sum())
-    answers.fill(answers.conditional, place, count, {name: found.numpy() for name, found in values.items()})
+    _fill(answers.conditional, place, count, {name: found.numpy() for name, found in values.items()})
 
 
 def _bin_columns(draws: Tensor, truth: Tensor) -> dict[str, Tensor]:

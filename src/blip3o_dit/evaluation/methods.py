@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from blip3o_dit.data.checks import Indices, Record
-from blip3o_dit.data.store import EmbeddingSource
 from blip3o_dit.evaluation.baselines import Baseline, NearestNeighbours, ResidualGaussian
 from blip3o_dit.flow.solvers import CALLS_PER_STEP
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
@@ -142,26 +139,3 @@ class NeighbourMethod:
 
     def sample(self, eva: Tensor, indices: Sequence[int], draw: int) -> Tensor:
         return self.baseline.sample(eva, indices, seed=self.seed, draw=draw)
-
-
-@dataclass
-class NormalizedEmbeddings:
-    """A source whose tokens are L2-normalised, as `--normalize_embeddings` does before training."""
-
-    source: EmbeddingSource
-    num_samples: int = field(init=False)
-    num_tokens: int = field(init=False)
-    condition_dim: int = field(init=False)
-    target_dim: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.path = self.source.path
-        for name in ("num_samples", "num_tokens", "condition_dim", "target_dim"):
-            setattr(self, name, getattr(self.source, name))
-
-    def fetch(self, indices: Indices) -> tuple[Tensor, Tensor]:
-        eva, clip = self.source.fetch(indices)
-        return F.normalize(eva, dim=-1), F.normalize(clip, dim=-1)
-
-    def records(self, indices: Indices | None = None) -> list[Record]:
-        return self.source.records(indices)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blip3o_dit.config import PREDICTION_TYPES, check_name, check_sigmas
+from blip3o_dit.config import PREDICTION_TYPES, FlowMatchingConfig, check_name, check_sigmas
 
 # Near t = 1 the noise, and near t = 0 the data, cannot be read off x_t: the division by sigma / sigma_max
 # or alpha stops here. The value is JiT's (arXiv 2511.13720).
@@ -130,6 +130,11 @@ class CosinePath(ProbabilityPath):
 
 
 PATHS: dict[str, type[ProbabilityPath]] = {"linear": LinearPath, "cosine": CosinePath}
+
+
+def path_of(config: FlowMatchingConfig) -> ProbabilityPath:
+    """The path that a configuration trains on, and that sampling must follow."""
+    return PATHS[config.schedule_type](sigma_min=config.sigma_min, sigma_max=config.sigma_max)
 
 
 def convert_prediction(

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from blip3o_dit.config import TRAINING_CONFIG_FILE, TrainingConfig
 from blip3o_dit.data.dataset import split_samples
+from blip3o_dit.data.source import TransformedEmbeddings
 from blip3o_dit.data.store import EmbeddingSource
 from blip3o_dit.evaluation import engine, figures, report
 from blip3o_dit.evaluation.baselines import (
@@ -37,7 +38,6 @@ from blip3o_dit.evaluation.methods import (
     Method,
     ModelMethod,
     NeighbourMethod,
-    NormalizedEmbeddings,
 )
 from blip3o_dit.evaluation.regression import NetworkRegression
 from blip3o_dit.evaluation.summary import summarize
@@ -391,7 +391,9 @@ def _fit_source(
 
 
 def _as_trained_on(model: BLIP3oInference, source: EmbeddingSource) -> EmbeddingSource:
-    return NormalizedEmbeddings(source) if model.model.config.normalize_embeddings else source
+    if not model.model.config.normalize_embeddings:
+        return source
+    return TransformedEmbeddings(source, model.model.as_trained_on, model.model.as_trained_on)
 
 
 def _model_methods(loaded: Sequence[BLIP3oInference], config: EvaluationConfig) -> list[ModelMethod]:

@@ -15,13 +15,13 @@ from tqdm.auto import tqdm
 
 from blip3o_dit.config import TrainingConfig, check_name
 from blip3o_dit.data.dataset import split_samples
-from blip3o_dit.data.source import open_embeddings
+from blip3o_dit.data.source import check_sizes, open_embeddings
 from blip3o_dit.data.store import EmbeddingSource, StoreWriter, batches
 from blip3o_dit.evaluation.metrics import FidelitySums
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
 from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER
 from blip3o_dit.flow.times import training_times
-from blip3o_dit.model.blip3o_dit import EMA_FILE, EMA_VARIANT, BLIP3oDiTModel
+from blip3o_dit.model.blip3o_dit import EMA_VARIANT, BLIP3oDiTModel, pick_weights
 from blip3o_dit.randomness import named_normal, named_uniform
 
 SPLITS = ("all", "train", "eval")
@@ -51,7 +51,7 @@ class BLIP3oInference:
     ) -> None:
         self.model_path = Path(model_path)
         self.device = pick_device(device)
-        self.weights = _pick_weights(self.model_path, weights)
+        self.weights = pick_weights(self.model_path, weights)
         self.model: BLIP3oDiTModel = BLIP3oDiTModel.from_pretrained(
             self.model_path, dtype=dtype, variant=EMA_VARIANT if self.weights == "ema" else None
         )
@@ -242,14 +242,8 @@ class BLIP3oInference:
 
     def open(self, path: str | Path) -> EmbeddingSource:
         """Embeddings at `path`, refused (ValueError) when their sizes are not the model's."""
-        source, config = open_embeddings(path), self.model.config
-        found = (source.num_tokens, source.condition_dim, source.target_dim)
-        expected = (config.num_tokens, config.eva_embedding_size, config.in_channels)
-        if found != expected:
-            raise ValueError(
-                f"{path}: expected (tokens, eva width, clip width) {expected} as the model at "
-                f"{self.model_path}, found {found}"
-            )
+        source = open_embeddings(path)
+        check_sizes(source, self.model.config.data_sizes, self.model_path)
         return source
 
     def choose(self, source: EmbeddingSource, split: str, num_samples: int | None) -> list[int]:
@@ -308,16 +302,6 @@ def write_results(results: dict[str, Any], records: list[dict[str, Any]], path: 
     )
     with writer:
         writer.append(eva, generated, records)
-
-
-def _pick_weights(path: Path, weights: str) -> str:
-    check_name("weights", weights, ("auto", "ema", "raw"))
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path}: expected a model folder with config.json, found none")
-    has_ema = (path / EMA_FILE).is_file()
-    if weights == "ema" and not has_ema:
-        raise ValueError(f"{path}: expected averaged weights ({EMA_FILE}), found none")
-    return "raw" if weights == "raw" or not has_ema else "ema"
 
 
 def check_writable(path: Path) -> None:

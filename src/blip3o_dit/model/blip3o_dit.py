@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from blip3o_dit.config import BLIP3oDiTConfig
-from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
-from blip3o_dit.flow.path import convert_prediction
+from blip3o_dit.config import BLIP3oDiTConfig, check_name
+from blip3o_dit.flow.path import convert_prediction, path_of
 from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER, integrate, integrate_adaptive
 from blip3o_dit.model.nextdit import NextDiT
 from blip3o_dit.model.source import AffineSource, neighbourhood_features
@@ -280,7 +280,7 @@ class BLIP3oDiTModel(PreTrainedModel):
         t = torch.zeros(len(x_0), device=x_0.device)
         source = self.source_of(condition)
         velocity = self.velocity_of(condition, source)(x_0, t)
-        path = BLIP3oFlowMatchingLoss.from_config(flow).path
+        path = path_of(flow)
         x_1 = convert_prediction(velocity, x_0, t, path, source="v_prediction", target="sample")
         return self.restore_target(source.from_flow(x_1))
 
@@ -295,7 +295,7 @@ class BLIP3oDiTModel(PreTrainedModel):
             raise ValueError(f"sample_index: expected {batch} entries, found {len(indices)}")
         shape = (self.config.num_tokens, self.config.in_channels)
         noise = named_normal(indices, shape, seed=seed, stream=GENERATION_STREAM, pass_index=draw)
-        path = BLIP3oFlowMatchingLoss.from_config(self.config.flow).path
+        path = path_of(self.config.flow)
         return path.source(noise.to(self.device)), self.normalize_condition(eva_embeddings.to(self.device))
 
     def velocity_of(
@@ -315,7 +315,7 @@ class BLIP3oDiTModel(PreTrainedModel):
         both = self.dit.encode_condition(condition.to(self.dtype))
         encoded = both.rows(slice(len(condition) - count, None))
         flow = self.config.flow
-        path = BLIP3oFlowMatchingLoss.from_config(flow).path
+        path = path_of(flow)
 
         def velocity(y: Tensor, t: Tensor) -> Tensor:
             x = source.from_flow(y).to(self.dtype)
@@ -374,6 +374,21 @@ class BLIP3oDiTModel(PreTrainedModel):
         model, info = loaded
         refuse_misfits(str(pretrained_model_name_or_path), info)
         return (model, info) if wants_info else model
+
+
+def pick_weights(path: Path, weights: str) -> str:
+    """ "auto", "ema" or "raw" -> which of the last two a model folder gives.
+
+    Raises:
+        FileNotFoundError, ValueError: one line: no model there, or no averaged weights.
+    """
+    check_name("weights", weights, ("auto", "ema", "raw"))
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path}: expected a model folder with config.json, found none")
+    has_ema = (path / EMA_FILE).is_file()
+    if weights == "ema" and not has_ema:
+        raise ValueError(f"{path}: expected averaged weights ({EMA_FILE}), found none")
+    return "raw" if weights == "raw" or not has_ema else "ema"
 
 
 def refuse_misfits(where: str, loading_info: dict[str, Any]) -> None:

@@ -33,6 +33,10 @@ class AffineSource:
         """The flow's units -> the network's, x = R(c) + s y."""
         return y if self.mean is None or self.std is None else self.mean + self.std * y
 
+    def repeat(self, times: int) -> AffineSource:
+        """The same batch, so many times one after the other."""
+        return AffineSource(None if self.mean is None else self.mean.repeat(times, 1, 1), self.std)
+
 
 def neighbourhood_features(centred: Tensor, components: Tensor) -> Tensor:
     """Centred tokens [n, N, C] -> [n, N, C + 8 r]: the token, then its neighbours' components, row-major.

@@ -18,12 +18,12 @@ from tqdm.auto import tqdm
 
 from blip3o_dit.config import TRAINING_CONFIG_FILE, TrainingConfig, check_range
 from blip3o_dit.data.dataset import split_samples
-from blip3o_dit.data.source import open_embeddings
+from blip3o_dit.data.source import check_sizes, open_embeddings
 from blip3o_dit.data.store import EmbeddingSource, write_atomically
 from blip3o_dit.flow.distillation import Lesson, trajectory_lessons
-from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
-from blip3o_dit.flow.path import convert_prediction
-from blip3o_dit.model.blip3o_dit import EMA_FILE, EMA_VARIANT, BLIP3oDiTModel
+from blip3o_dit.flow.path import convert_prediction, path_of
+from blip3o_dit.model.blip3o_dit import EMA_FILE, EMA_VARIANT, BLIP3oDiTModel, pick_weights
+from blip3o_dit.model.source import AffineSource
 from blip3o_dit.randomness import named_normal, named_permutation
 from blip3o_dit.training.ema import ExponentialMovingAverage
 
@@ -82,13 +82,11 @@ def distill(
     output = Path(output_dir)
     if (output / "config.json").exists() and not overwrite:
         raise ValueError(f"{output}: expected no model there, found one (overwrite it?)")
-    if not (Path(model_path) / "config.json").is_file():
-        raise FileNotFoundError(f"{model_path}: expected a model folder with config.json, found none")
+    variant = EMA_VARIANT if pick_weights(Path(model_path), "auto") == "ema" else None
     run = TrainingConfig.from_folder(model_path)
-    variant = EMA_VARIANT if (Path(model_path) / EMA_FILE).is_file() else None
     teacher: Any = BLIP3oDiTModel.from_pretrained(model_path, variant=variant)
     source = open_embeddings(embeddings)
-    _check_fit(teacher, source, model_path)
+    check_sizes(source, teacher.config.data_sizes, model_path)
     train = split_samples(source, eval_split=run.eval_split, seed=run.seed, split_by=run.split_by).train
     student, average = teach(teacher.to(config.device).eval(), source, train, config, progress=progress)
     student.save_pretrained(output)
@@ -131,8 +129,8 @@ def teach(
     batches = _batches(train, config)
     bar = tqdm(range(config.train_steps), desc="distilling", unit="step", disable=not progress)
     for step in bar:
-        lessons, condition, mean_std = _lessons(teacher, source, next(batches), step, config)
-        loss = _loss(student, lessons, condition, mean_std)
+        lesson, condition, start = _lessons(teacher, source, next(batches), step, config)
+        loss = _loss(student, lesson, condition, start)
         if not torch.isfinite(loss):
             raise ValueError(f"step {step + 1}: expected a finite loss, found {loss.item()} (lower the rate)")
         optimizer.zero_grad()
@@ -154,7 +152,7 @@ def _lessons(
     indices: np.ndarray,
     step: int,
     config: DistillationConfig,
-) -> tuple[Lesson, Tensor, Any]:
+) -> tuple[Lesson, Tensor, AffineSource]:
     """All lessons of one batch in one, their conditions, and where their paths start."""
     eva = source.fetch(indices)[0].to(teacher.device)
     condition = teacher.normalize_condition(eva)
@@ -164,7 +162,7 @@ def _lessons(
         indices.tolist(), shape, seed=config.seed, stream="distillation noise", pass_index=step
     )
     flow = teacher.config.flow
-    path = BLIP3oFlowMatchingLoss.from_config(flow).path
+    path = path_of(flow)
     lessons = trajectory_lessons(
         teacher.velocity_of(condition, start),
         path.source(noise.to(teacher.device)),
@@ -177,11 +175,10 @@ def _lessons(
         x=torch.cat([lesson.x for lesson in lessons]),
         velocity=torch.cat([lesson.velocity for lesson in lessons]),
     )
-    condition = condition.repeat(len(lessons), 1, 1)
-    return together, condition, teacher.source_of(condition)
+    return together, condition.repeat(len(lessons), 1, 1), start.repeat(len(lessons))
 
 
-def _loss(student: BLIP3oDiTModel, lesson: Lesson, condition: Tensor, start: Any) -> Tensor:
+def _loss(student: BLIP3oDiTModel, lesson: Lesson, condition: Tensor, start: AffineSource) -> Tensor:
     """Mean squared error of the velocity, in the flow's units."""
     flow = student.config.flow
     prediction = student(start.from_flow(lesson.x), lesson.t, condition)
@@ -189,7 +186,7 @@ def _loss(student: BLIP3oDiTModel, lesson: Lesson, condition: Tensor, start: Any
         prediction,
         lesson.x,
         lesson.t,
-        BLIP3oFlowMatchingLoss.from_config(flow).path,
+        path_of(flow),
         source=flow.prediction_type,
         target="v_prediction",
     )
@@ -213,14 +210,3 @@ def _warm_up_and_cosine(step: int, total: int) -> float:
     if step < warm_up:
         return (step + 1) / warm_up
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, total - warm_up)))
-
-
-def _check_fit(teacher: BLIP3oDiTModel, source: EmbeddingSource, where: str | Path) -> None:
-    config = teacher.config
-    expected = (config.num_tokens, config.eva_embedding_size, config.in_channels)
-    found = (source.num_tokens, source.condition_dim, source.target_dim)
-    if found != expected:
-        raise ValueError(
-            f"{source.path}: expected (tokens, eva width, clip width) {expected} as the model at {where}, "
-            f"found {found}"
-        )

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from blip3o_dit.data.checks import Indices, Record
+from blip3o_dit.data.source import TransformedEmbeddings
 from blip3o_dit.data.statistics import ChannelAccumulator
 from blip3o_dit.data.store import EmbeddingSource, batches
 from blip3o_dit.evaluation.baselines import NeighbourhoodRidge, TokenRidge, split_validation
@@ -19,24 +16,6 @@ from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 LEAST_DEVIATION = 0.01
 
 
-@dataclass(frozen=True)
-class NetworkUnits:
-    """A source as the network sees it: both sides standardised."""
-
-    source: EmbeddingSource
-    model: BLIP3oDiTModel
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)
-
-    def fetch(self, indices: Indices) -> tuple[Tensor, Tensor]:
-        eva, clip = self.source.fetch(indices)
-        return self.model.normalize_condition(eva), self.model.normalize_target(clip)
-
-    def records(self, indices: Indices | None = None) -> list[Record]:
-        return self.source.records(indices)
-
-
 def fit_source(
     model: BLIP3oDiTModel, source: EmbeddingSource, train: np.ndarray, *, most: int, seed: int
 ) -> dict[str, Tensor | None]:
@@ -44,7 +23,7 @@ def fit_source(
 
     A tenth of them chooses the penalty and gives the residual's deviation, without having been fitted.
     """
-    seen: Any = NetworkUnits(source, model)
+    seen = TransformedEmbeddings(source, model.normalize_condition, model.normalize_target)
     fit, validation = split_validation(train, most=most, seed=seed)
     components = None
     final: TokenRidge | NeighbourhoodRidge
