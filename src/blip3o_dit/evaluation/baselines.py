@@ -92,12 +92,13 @@ class Moments:
         self.cross += other.cross
         self.target_squares += other.target_squares
 
-    def solve(self, penalty: float) -> tuple[Tensor, Tensor]:
-        """(W [F, C], bias [C]): ridge with the penalty in units of each feature's variance."""
+    def solve(self, *penalties: float) -> Iterator[tuple[Tensor, Tensor]]:
+        """(W [F, C], bias [C]) for each ridge penalty, in units of each feature's variance."""
         covariance, cross_covariance, mean_c, mean_x = self.centred()
-        variance = covariance.diagonal().clamp(min=1e-12)
-        weight = torch.linalg.solve(covariance + penalty * torch.diag(variance), cross_covariance)
-        return weight, mean_x - mean_c @ weight
+        variance = torch.diag(covariance.diagonal().clamp(min=1e-12))
+        for penalty in penalties:
+            weight = _solve_symmetric(covariance + penalty * variance, cross_covariance)
+            yield weight, mean_x - mean_c @ weight
 
     def centred(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Covariance [F, F], cross-covariance [F, C], mean of the features [F] and of the targets [C]."""
@@ -363,17 +364,24 @@ def _fit_ridge(
     An open penalty is chosen on the validation samples.
     """
     moments = moments_of(indices)
-    held_back = None
-    if validation is not None and len(validation):
-        held_back = moments_of(validation)
-        if penalty is None:
-            penalty = min(PENALTIES, key=lambda p: _standardized_error(held_back, *moments.solve(p)))
-    penalty = 1e-3 if penalty is None else penalty
-    before = moments.solve(penalty)
+    held_back = moments_of(validation) if validation is not None and len(validation) else None
+    penalties = (penalty,) if penalty is not None else PENALTIES if held_back is not None else (1e-3,)
+    least = np.inf
+    for tried, solution in zip(penalties, moments.solve(*penalties), strict=True):
+        error = _standardized_error(held_back, *solution) if held_back is not None else 0.0
+        if error < least:
+            least, penalty, before = error, tried, solution
+    assert penalty is not None
     if held_back is not None:
         moments.merge(held_back)
-    yield *moments.solve(penalty), penalty
+    yield *next(moments.solve(penalty)), penalty
     yield *before, penalty
+
+
+def _solve_symmetric(matrix: Tensor, right: Tensor) -> Tensor:
+    """By Cholesky's factor, and by elimination where rounding leaves the matrix not quite positive."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    return torch.linalg.solve(matrix, right) if failed else torch.cholesky_solve(right, factor)
 
 
 def _standardized_error(moments: Moments, weight: Tensor, bias: Tensor) -> float:
