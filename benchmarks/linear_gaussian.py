@@ -153,10 +153,11 @@ def train_and_compare(
     prediction_type: str = "v_prediction",
     source: str = "noise",
     steps: int = 1500,
+    num_tokens: int = 16,
     solver_steps: int = 50,
 ) -> Comparison:
-    """Train a tiny DiT (width 64, 2 layers) on 8,192 samples of 16 tokens and measure it."""
-    data = LinearGaussian()
+    """Train a tiny DiT (width 64, 2 layers) on 8,192 samples and measure it."""
+    data = LinearGaussian(num_tokens=num_tokens)
     config = TrainingConfig(
         output_dir=str(folder),
         model_dim=64,
@@ -216,9 +217,10 @@ def _compare(model: BLIP3oDiTModel, data: LinearGaussian, steps: int, seconds: f
 def _compare_samples(
     model: BLIP3oDiTModel, answer: StandardizedAnswer, steps: int, generator: torch.Generator
 ) -> tuple[float, float]:
-    """Sixteen conditions, 32 samples of 16 tokens each; tokens are independent given the condition."""
+    """256 tokens of each of sixteen conditions; tokens are independent given the condition."""
     eva, _ = answer.data.draw(16, generator)
-    generated = model.generate(eva.repeat_interleave(32, dim=0), num_inference_steps=steps, seed=3)
+    repeats = 256 // answer.data.num_tokens
+    generated = model.generate(eva.repeat_interleave(repeats, dim=0), num_inference_steps=steps, seed=3)
     x_1 = ((generated - model.target_mean) / model.target_std).reshape(16, -1, answer.data.target_dim)
     expected = answer.mean(eva)[:, 0]
     error = (x_1.mean(dim=1) - expected).square().sum()

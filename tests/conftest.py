@@ -32,6 +32,12 @@ def randomize(model: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> None
             parameter.copy_(1.0 + noise if ".norm" in name and name.endswith("weight") else noise)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: `make test` gives whole files to two processes."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

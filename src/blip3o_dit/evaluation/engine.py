@@ -81,7 +81,8 @@ class Truth:
 
     `indices` [n] in the source. `mean`, `std` [C] of the training tokens. `pooled` [n, C] mean tokens.
     `token_rows`, `token_positions` [m] say which tokens are kept, `tokens` [m, C] are these.
-    `position_squares` [N, C]: sums of (x - mean)^2. `drawn` [n] marks the samples that get several draws.
+    `position_squares` [N, C]: sums of (x - mean)^2; `spread` [n]: each sample's, as a share of its channel's
+    sum, summed over the channels. `drawn` [n] marks the samples that get several draws.
     """
 
     source: EmbeddingSource
@@ -94,14 +95,17 @@ class Truth:
     token_positions: np.ndarray
     tokens: Tensor
     position_squares: Tensor
+    spread: Tensor
     drawn: np.ndarray
     labels: list[str] | None = None
     probe: LinearProbe | None = None
     probe_accuracy: Estimate | None = None
 
     @property
-    def channel_squares(self) -> Tensor:
-        return self.position_squares.sum(dim=0)
+    def channel_weights(self) -> Tensor:
+        """1 / sum of (x - mean)^2 per channel, [C]; 0 for a channel that does not vary."""
+        squares = self.position_squares.sum(dim=0)
+        return torch.where(squares > 0, 1 / squares.clamp(min=1e-300), 0.0)
 
     def standardize(self, vectors: Tensor) -> Tensor:
         """[..., C] in units of a training channel's standard deviation."""
@@ -141,14 +145,19 @@ def gather_truth(
         token_positions=positions,
         tokens=torch.empty(len(rows), width),
         position_squares=torch.zeros(tokens, width, dtype=torch.float64),
+        spread=torch.empty(0),
         drawn=_choose_drawn(count, settings),
     )
+    squares = torch.empty(count, width)
     for piece in track(list(batches(range(count), settings.batch_size)), "true tokens"):
         eva, clip = source.fetch(truth.indices[piece.start : piece.stop])
         for side, values in (("eva", eva), ("clip", clip)):
             _check_finite(f"{source.path}: {side}", values, truth.indices[piece.start : piece.stop])
-        truth.position_squares += (clip.double() - truth.mean.double()).square().sum(dim=0)
+        distance = (clip.double() - truth.mean.double()).square_()
+        truth.position_squares += distance.sum(dim=0)
+        squares[piece.start : piece.stop] = distance.sum(dim=1)
         _keep(truth, piece, clip, truth.pooled, truth.tokens)
+    truth.spread = torch.cat([rows.double() @ truth.channel_weights for rows in squares.split(1024)])
     return truth
 
 
@@ -248,11 +257,11 @@ def collect_answers(method: Method, truth: Truth, track: Track) -> Answers:
         _keep(truth, piece, generated, answers.pooled, answers.tokens)
         tokens = _measure(answers, truth, piece, "sample", generated, clip)
         answers.position_cosines += tokens.cosine.sum(dim=0)
+        answers.position_residuals += tokens.squares.sum(dim=0)
         guess = method.best_guess(eva, indices.tolist())
         if guess is not None:
             _check_finite(f"{method.name}: best guess", guess, indices)
             _measure(answers, truth, piece, "best_guess", guess, clip)
-        answers.position_residuals += (generated.double() - clip.double()).square().sum(dim=0)
         if truth.probe is not None:
             rows, count = slice(piece.start, piece.stop), len(truth.indices)
             _fill(answers.columns, rows, count, {"correct": _correct(truth, generated, piece)})
@@ -421,16 +430,13 @@ def _measure(
     """Fidelity of one batch, streamed and per sample."""
     sums = answers.sums.setdefault(variant, FidelitySums(truth.mean))
     found = sums.add(generated, clip)
-    weight = torch.where(truth.channel_squares > 0, 1 / truth.channel_squares.clamp(min=1e-300), 0.0)
-    residual = (generated.double() - clip.double()).square().sum(dim=1) @ weight
-    spread = (clip.double() - truth.mean.double()).square().sum(dim=1) @ weight
     columns = {
         "cosine_similarity_mean": found.cosine.mean(dim=1),
         "pooled_cosine_similarity_mean": found.pooled_cosine,
         "l2_distance_mean": found.distance.mean(dim=1),
         "norm_ratio_mean": found.norm_ratio.mean(dim=1),
-        "residual": residual,
-        "spread": spread,
+        "residual": found.squares.sum(dim=1) @ truth.channel_weights,
+        "spread": truth.spread[piece.start : piece.stop],
     }
     values = {f"{variant}.{name}": column.numpy() for name, column in columns.items()}
     _fill(answers.columns, slice(piece.start, piece.stop), len(truth.indices), values)

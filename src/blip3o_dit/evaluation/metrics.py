@@ -27,12 +27,16 @@ def fidelity(generated: Tensor, target: Tensor, target_mean: Tensor) -> dict[str
 
 @dataclass(frozen=True)
 class TokenMeasures:
-    """Of each token [n, N]: `cosine` in [-1, 1], `distance` >= 0, `norm_ratio` >= 0. `pooled_cosine` [n]."""
+    """Of each token [n, N]: `cosine` in [-1, 1], `distance` >= 0, `norm_ratio` >= 0. `pooled_cosine` [n].
+
+    `squares` [n, N, C] are the squared errors, float64.
+    """
 
     cosine: Tensor
     distance: Tensor
     norm_ratio: Tensor
     pooled_cosine: Tensor
+    squares: Tensor
 
 
 def measure_tokens(generated: Tensor, target: Tensor) -> TokenMeasures:
@@ -47,11 +51,15 @@ def measure_tokens(generated: Tensor, target: Tensor) -> TokenMeasures:
             f"found {list(generated.shape)} and {list(target.shape)}"
         )
     x_hat, x = generated.double().cpu(), target.double().cpu()
+    squares = (x_hat - x).square_()
+    generated_norm, norm = x_hat.norm(dim=-1), x.norm(dim=-1)
+    dot = torch.einsum("nkc,nkc->nk", x_hat, x)
     return TokenMeasures(
-        cosine=F.cosine_similarity(x_hat, x, dim=-1),
-        distance=(x_hat - x).norm(dim=-1),
-        norm_ratio=x_hat.norm(dim=-1) / x.norm(dim=-1).clamp(min=1e-12),
+        cosine=dot / (generated_norm * norm).clamp(min=1e-16),
+        distance=squares.sum(dim=-1).sqrt(),
+        norm_ratio=generated_norm / norm.clamp(min=1e-12),
         pooled_cosine=F.cosine_similarity(x_hat.mean(dim=1), x.mean(dim=1), dim=-1),
+        squares=squares,
     )
 
 
@@ -96,9 +104,8 @@ class FidelitySums:
                 tokens.norm_ratio.sum(),
             ]
         )
-        x_hat, x = generated.double().cpu(), target.double().cpu()
-        residual = (x_hat - x).square().sum(dim=(0, 1))
-        spread = (x - self._mean).square().sum(dim=(0, 1))
+        residual = tokens.squares.sum(dim=(0, 1))
+        spread = (target.double().cpu() - self._mean).square_().sum(dim=(0, 1))
         self.state += torch.cat([scalars, residual, spread])
         return tokens
 

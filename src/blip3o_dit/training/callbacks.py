@@ -84,10 +84,14 @@ class JSONLogCallback(TrainerCallback):
 class CurvesCallback(TrainerCallback):
     """Redraws `training_curves.png` from the log at every checkpoint and at the end."""
 
+    def __init__(self) -> None:
+        self._drawn_at = -1  # optimizer step
+
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and state.global_step != self._drawn_at:
+            self._drawn_at = state.global_step
             folder = Path(args.output_dir or "")
             draw_curves(read_log(folder / LOG_FILE), folder / CURVES_FILE)
 
