@@ -1,8 +1,12 @@
 """python -m benchmarks.quality: how good, how soon. Recipes side by side on data of four kinds.
 
-For each data set, recipe and seed: one training, measured on held-out samples at several steps with the
-weights that inference would use. R2 is that of the one-call estimate; the energy score is that of four
-samples per condition. Ridge (as a sampler with a Gaussian residual) stands beside them.
+For each data set and seed: the paper's recipe and the default one, measured on held-out samples at several
+steps with the weights that inference would use; the default recipe once more with a schedule of 200 steps;
+each part of the recipe changed alone; then, with the trained model, quality against network calls and
+students of 1 and 4 calls by two methods. R2 is that of the one-call estimate; the energy score is that of
+four samples per condition. Ridge (as a sampler with a Gaussian residual) stands beside them.
+
+Rows are appended to a file of JSON lines; `python -m benchmarks.quality_table FILE` makes table and figure.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -36,16 +40,43 @@ from blip3o_dit.evaluation.methods import BaselineMethod, Method, ModelMethod
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.training import run as training_run
 from blip3o_dit.training.callbacks import ConsoleCallback
+from blip3o_dit.training.distill import DistillationConfig, teach
+from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.trainer import BLIP3oTrainer
 
+Row = dict[str, Any]
+
 # Changes to the default recipe; "paper" is BLIP3-o's own.
-RECIPES: dict[str, dict[str, Any]] = {
+RECIPES: dict[str, dict[str, Any]] = {"paper": PAPER_RECIPE, "default": {}}
+
+NOISE = {"source": "noise"}
+VELOCITY, DATA = ({"prediction_type": name} for name in ("v_prediction", "sample"))
+LOGIT_NORMAL = {"time_distribution": "logit_normal"}
+SHIFT = {"time_shift": 0.0}  # sqrt(N d / 4096)
+
+# What one part is worth: the default recipe with something changed.
+ABLATIONS: dict[str, dict[str, Any]] = {
     "paper": PAPER_RECIPE,
-    "paper, standardised": PAPER_RECIPE | {"standardize": True, "ema_decay": 0.999},
+    "noise, velocity": NOISE | VELOCITY,
+    "noise, data": NOISE | DATA,
+    "noise, velocity, logit-normal, shift": NOISE | VELOCITY | LOGIT_NORMAL | SHIFT,
+    "noise, preconditioned": NOISE,
+    "ridge, preconditioned": {"source": "ridge"},
+    "ridge 3x3, velocity": VELOCITY,
+    "ridge 3x3, data": DATA,
     "default": {},
+    "default, logit-normal": LOGIT_NORMAL,
+    "default, shift": SHIFT,
+    "default, cosine path": {"schedule_type": "cosine"},
+    "default, no EMA": {"ema_decay": 0.0},
 }
 
 SIZES = {"model_dim": 128, "num_layers": 3, "num_heads": 4}
+# Sets of few tokens get more samples a step.
+BATCH_SIZES = {"modes": 128}
+CALLS = {"euler": (1, 2, 4, 8, 50), "midpoint": (2, 4, 8, 50), "heun": (4, 8, 50)}
+STUDENT_STEPS = (1, 4)
+DISTILLATION_STEPS = 300
 MEASURED = EvaluationSettings(batch_size=128, draw_samples=128, bootstrap=20, half_samples=2)
 HELD_OUT = 256
 
@@ -158,10 +189,7 @@ def train_recipe(
         callback = Measure(trainer, truth, points, calls)
         trainer.add_callback(callback)
         trainer.train()
-        if trainer.ema is not None:
-            for name, parameter in trainer.dit.named_parameters():
-                parameter.data.copy_(trainer.ema.weights[name])
-        return callback.points, trainer.dit.eval()
+        return callback.points, _with_weights(trainer.dit, trainer.ema)
 
 
 def _trainer(data: MemorySource, config: TrainingConfig) -> BLIP3oTrainer:
@@ -194,42 +222,122 @@ def mode_coverage(
     }
 
 
+def direct(
+    teacher: BLIP3oDiTModel, data: MemorySource, train: np.ndarray, steps: int, batch_size: int
+) -> BLIP3oDiTModel:
+    """What `blip3o-dit distill` does: the teacher's whole path cut into `steps` pieces."""
+    config = DistillationConfig(
+        steps=steps, train_steps=DISTILLATION_STEPS, teacher_steps=4, batch_size=batch_size
+    )
+    return _taught(teacher, data, train, config)
+
+
+def progressive(
+    teacher: BLIP3oDiTModel, data: MemorySource, train: np.ndarray, steps: int, batch_size: int
+) -> BLIP3oDiTModel:
+    """Progressive distillation (Salimans and Ho, arXiv 2202.00512): each student halves its teacher's steps.
+
+    As many optimizer steps in all as `direct`, each on as many lessons.
+    """
+    stages = [count for count in (8, 4, 2, 1) if count >= steps]
+    for count in stages:
+        config = DistillationConfig(
+            steps=count,
+            train_steps=DISTILLATION_STEPS // len(stages),
+            teacher_solver="euler",
+            teacher_steps=2 * count,
+            batch_size=max(1, batch_size * steps // count),
+        )
+        teacher = _taught(teacher, data, train, config)
+    return teacher
+
+
+METHODS: dict[str, Callable[..., BLIP3oDiTModel]] = {"direct": direct, "progressive": progressive}
+
+
+def _taught(
+    teacher: BLIP3oDiTModel, data: MemorySource, train: np.ndarray, config: DistillationConfig
+) -> BLIP3oDiTModel:
+    student, average = teach(teacher, data, train, config, progress=False)
+    assert average is not None
+    return _with_weights(student, average)
+
+
+def _with_weights(model: BLIP3oDiTModel, average: ExponentialMovingAverage | None) -> BLIP3oDiTModel:
+    """The model with its averaged weights, if there are any: what inference would use."""
+    if average is not None:
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(average.weights[name])
+    return model.eval()
+
+
+def few_calls(model: BLIP3oDiTModel, data: MemorySource, truth: Truth, batch_size: int) -> Iterator[Row]:
+    """Quality against network calls for each solver, then that of students."""
+    for solver, counts in CALLS.items():
+        for calls in counts:
+            found = measure_model(model, truth, calls=calls, solver=solver)
+            yield {"kind": "calls", "recipe": solver, "calls": calls, **found}
+    train = np.flatnonzero(~data.held_out)
+    for steps in STUDENT_STEPS:
+        for name, method in METHODS.items():
+            started = time.monotonic()
+            student = method(model, data, train, steps, batch_size)
+            row = {"kind": "student", "recipe": name, "calls": steps, "seconds": time.monotonic() - started}
+            row |= measure_model(student, truth, calls=steps, solver="euler")
+            yield row | (mode_coverage(student, data, calls=steps) if isinstance(data, Modes) else {})
+
+
+def rows_of(set_name: str, arguments: argparse.Namespace) -> Iterator[Row]:
+    """Everything that is measured on one data set."""
+    data = SETS[set_name]()
+    truth = truth_of(data)
+    batch_size = BATCH_SIZES.get(set_name, 32)
+    more = {"batch_size": batch_size}
+    for name, figures in ridges(data, truth).items():
+        yield {"kind": "ridge", "recipe": name, "seed": 0, **figures}
+    for name in arguments.ablations:
+        changes = ABLATIONS[name] | more
+        points, _ = train_recipe(data, truth, changes, steps=arguments.short, points=[arguments.short])
+        yield {"kind": "ablation", "recipe": name, "seed": 0, **points[-1]}
+    for seed in arguments.seeds:
+        short = train_recipe(data, truth, more, steps=arguments.short, points=[arguments.short], seed=seed)[
+            0
+        ][-1]
+        yield {"kind": "short", "recipe": "default", "seed": seed, **short}
+        for name in arguments.recipes:
+            points, model = train_recipe(
+                data, truth, RECIPES[name] | more, steps=arguments.steps, points=arguments.points, seed=seed
+            )
+            yield from ({"kind": "curve", "recipe": name, "seed": seed, **point} for point in points)
+            if isinstance(data, Modes):
+                found = mode_coverage(model, data, calls=50)
+                yield {"kind": "modes", "recipe": name, "seed": seed, "calls": 50, **found}
+            if name == "default" and seed == arguments.seeds[0] and not arguments.no_few_calls:
+                yield from ({"seed": seed, **row} for row in few_calls(model, data, truth, batch_size))
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--sets", nargs="+", choices=tuple(SETS), default=list(SETS))
-    parser.add_argument("--recipes", nargs="+", choices=tuple(RECIPES), default=list(RECIPES))
+    parser.add_argument("--recipes", nargs="*", choices=tuple(RECIPES), default=list(RECIPES))
+    parser.add_argument("--ablations", nargs="*", choices=tuple(ABLATIONS), default=list(ABLATIONS))
+    parser.add_argument("--no_few_calls", action="store_true", help="leave out solvers and students")
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--points", type=int, nargs="+", default=[50, 100, 200, 400, 700, 1000])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--changes", type=json.loads, help="JSON: settings of a further recipe, 'given'")
-    parser.add_argument("--output", type=Path, help="JSON lines, appended")
+    parser.add_argument("--short", type=int, default=200, help="steps of short runs")
+    parser.add_argument("--points", type=int, nargs="+", default=[50, 100, 200, 1000])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, default=Path("quality.jsonl"), help="JSON lines, appended")
     arguments = parser.parse_args()
-    recipes = {name: RECIPES[name] for name in arguments.recipes}
-    if arguments.changes is not None:
-        recipes = {json.dumps(arguments.changes): arguments.changes}
     for set_name in arguments.sets:
-        data = SETS[set_name]()
-        truth = truth_of(data)
-        for name, figures in ridges(data, truth).items():
-            _say({"set": set_name, "recipe": name, "seed": 0, "step": 0, **figures}, arguments.output)
-        for seed in arguments.seeds:
-            for name, changes in recipes.items():
-                points, model = train_recipe(
-                    data, truth, changes, steps=arguments.steps, points=arguments.points, seed=seed
-                )
-                for point in points:
-                    _say({"set": set_name, "recipe": name, "seed": seed, **point}, arguments.output)
-                if isinstance(data, Modes):
-                    coverage = mode_coverage(model, data, calls=50)
-                    _say({"set": set_name, "recipe": name, "seed": seed, **coverage}, arguments.output)
+        for row in rows_of(set_name, arguments):
+            _say({"set": set_name, **row}, arguments.output)
 
 
-def _say(row: dict[str, Any], output: Path | None) -> None:
+def _say(row: Row, output: Path) -> None:
     line = json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
     print(line, flush=True)
-    if output is not None:
-        with open(output, "a") as file:
-            file.write(line + "\n")
+    with open(output, "a") as file:
+        file.write(line + "\n")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from blip3o_dit.model.conversion import (
     to_diffusers_state_dict,
     to_official_state_dict,
 )
+from tests.conftest import tiny_config
 
 
 def same_weights(a: BLIP3oDiTModel, b: BLIP3oDiTModel) -> bool:
@@ -43,6 +44,12 @@ def test_released_velocity_points_the_other_way(tiny_model: BLIP3oDiTModel) -> N
     assert torch.equal(released["norm_out.linear_2.weight"], -tiny_model.dit.norm_out.linear_2.weight)
     assert torch.equal(released["norm_out.linear_2.bias"], -tiny_model.dit.norm_out.linear_2.bias)
     assert torch.equal(released["layers.0.gate"], tiny_model.dit.layers[0].gate)
+
+
+def test_a_model_that_predicts_something_else_is_not_given_to_diffusers() -> None:
+    flow = {"source": "ridge", "prediction_type": "preconditioned"}
+    with pytest.raises(ValueError, match=r"expected a model with source noise.*found ridge, pre"):
+        to_diffusers_state_dict(BLIP3oDiTModel(tiny_config(flow_matching=flow)))
 
 
 def test_diffusers_round_trip(tiny_model: BLIP3oDiTModel) -> None:

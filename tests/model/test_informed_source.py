@@ -72,6 +72,27 @@ def test_a_new_model_samples_the_ridge_and_its_gaussian_residual(source: str) ->
     torch.testing.assert_close(sampled, expected, rtol=1e-3, atol=5e-3)
 
 
+def test_the_network_sees_the_guess_beside_the_point() -> None:
+    model = informed_model()
+    randomize(model)
+    condition, x_t, t = torch.randn(2, 9, 12), torch.randn(2, 9, 8), torch.tensor([0.2, 0.7])
+    start = model.source_of(condition)
+    with torch.no_grad():
+        own = model(x_t, t, condition)
+        given = model(x_t, t, condition, start.mean)
+        other = model(x_t, t, condition, start.mean + 1)
+        dropped = model(x_t, t, torch.zeros_like(condition), start.mean)
+        encoded = model.dit.encode_condition(condition, start.mean)
+        split = model.dit.predict(x_t, t, encoded)
+        one = model.dit.predict(x_t[1:], t[1:], encoded.rows(slice(1, 2)))
+    assert torch.equal(own, given)
+    for changed in (other, dropped):
+        assert (changed - given).abs().mean() > 0.01
+    torch.testing.assert_close(split, given, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(one, given[1:], rtol=1e-3, atol=1e-3)
+    assert not hasattr(BLIP3oDiTModel(tiny_config()).dit, "guess_embedder")  # BLIP3-o's own network has none
+
+
 def test_the_source_is_saved_with_the_model(tmp_path: Path) -> None:
     model = informed_model()
     randomize(model)

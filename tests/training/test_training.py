@@ -161,6 +161,19 @@ def test_network_input_and_loss_share_one_draw(
     assert float(loss.detach()) == pytest.approx(float(target.square().mean()), rel=1e-4)
 
 
+def test_a_dropped_condition_leaves_the_source_and_its_guess(store: EmbeddingStore, tmp_path: Path) -> None:
+    trainer = make_trainer(store, tmp_path, cfg_dropout=0.999)
+    trainer.dit.source_weight.normal_()
+    batch = trainer.train_dataset.__getitems__([(0, 1), (0, 2)])
+    seen: list[torch.Tensor] = []
+    trainer.dit.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
+    trainer.compute_loss(trainer.dit, batch)
+    _, _, condition, guess = seen
+    expected = trainer.dit.source_of(trainer.dit.normalize_condition(batch["eva"])).mean
+    assert (condition == 0).all() and expected.abs().mean() > 0.01
+    assert torch.equal(guess, expected)
+
+
 def test_draws_do_not_depend_on_the_batch_and_change_with_the_pass(
     store: EmbeddingStore, tmp_path: Path
 ) -> None:

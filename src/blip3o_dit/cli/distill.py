@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from blip3o_dit.config import SOLVER_NAMES
+
 DESCRIPTION = "Distil a trained model into one that needs a few network calls."
 
 
@@ -16,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train_steps", type=int, default=1000, help="optimizer steps")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=5e-4)
-    parser.add_argument("--teacher_steps", type=int, default=8, help="Heun steps of a whole teacher path")
+    parser.add_argument("--teacher_solver", choices=SOLVER_NAMES, default="heun")
+    parser.add_argument("--teacher_steps", type=int, default=8, help="steps of a whole teacher path")
     parser.add_argument("--ema_decay", type=float, default=0.999)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -34,6 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
         train_steps=arguments.train_steps,
         batch_size=arguments.batch_size,
         learning_rate=arguments.learning_rate,
+        teacher_solver=arguments.teacher_solver,
         teacher_steps=arguments.teacher_steps,
         ema_decay=arguments.ema_decay,
         seed=arguments.seed,

@@ -47,8 +47,11 @@ class EmbeddingSource(Protocol):
         """The records of these samples, or of all."""
 
 
-UNMAP_AFTER = 2**28
-"""Bytes (as float32) a store hands out before it drops its maps; mapping again costs microseconds a shard."""
+UNMAP_AFTER = 2**26
+"""Bytes (as float32) a store hands out before it drops its maps; mapping again costs microseconds a shard.
+
+Scattered reads map about five times what they read, as the kernel maps pages around each.
+"""
 
 
 class EmbeddingStore:

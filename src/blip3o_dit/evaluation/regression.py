@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from transformers import get_cosine_schedule_with_warmup
 
 from blip3o_dit.data.store import EmbeddingSource
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
@@ -46,15 +46,7 @@ class NetworkRegression:
             condition=(like.condition_mean, like.condition_std), target=(like.target_mean, like.target_std)
         )
         optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
-        warm_up = max(1, steps // 20)
-        schedule = SequentialLR(
-            optimizer,
-            [
-                LinearLR(optimizer, 1 / warm_up, total_iters=warm_up),
-                CosineAnnealingLR(optimizer, max(1, steps - warm_up)),
-            ],
-            milestones=[warm_up],
-        )
+        schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 20), steps)
         generator = named_generator(seed, "regression batches")
         model.train()
         for _ in track(range(steps)) if track else range(steps):

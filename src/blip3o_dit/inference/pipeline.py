@@ -237,7 +237,7 @@ class BLIP3oInference:
         sample = loss_fn.sample_path(x_1, noise.to(self.device), t.to(self.device))
         dtype = self.model.dtype
         x_t = source.from_flow(sample.x_t)
-        prediction = self.model(x_t.to(dtype), sample.t, condition.to(dtype))
+        prediction = self.model(x_t.to(dtype), sample.t, condition.to(dtype), source.mean)
         return float(loss_fn(prediction, sample).flow_matching_loss)
 
     def open(self, path: str | Path) -> EmbeddingSource:

@@ -121,13 +121,21 @@ class BLIP3oDiTModel(PreTrainedModel):
                 self._buffers[name] = buffer.to(after.device)
         return self
 
-    def forward(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        guess: Tensor | None = None,
+    ) -> Tensor:
         """One network call, in the network's units.
 
         Args:
             hidden_states: x_t [B, N, in_channels], N = input_size^2, row-major.
             timestep: t [B] in [0, 1]; 0 is noise, 1 is data.
             encoder_hidden_states: normalised condition [B, L, eva_embedding_size].
+            guess: where an informed source starts the path, `source_of(condition).mean` [B, N, in_channels];
+                None computes it, which is right unless the condition was dropped.
 
         Returns: the prediction (`config.flow.prediction_type`), [B, N, in_channels].
 
@@ -135,7 +143,11 @@ class BLIP3oDiTModel(PreTrainedModel):
             ValueError: for other shapes; says the expected and the found one.
         """
         self._check_forward(hidden_states, timestep, encoder_hidden_states)
-        return self.dit(hidden_states, timestep, encoder_hidden_states)
+        if guess is None:
+            guess = self.source_of(encoder_hidden_states).mean
+        if guess is not None:
+            guess = guess.to(hidden_states.dtype)
+        return self.dit(hidden_states, timestep, encoder_hidden_states, guess)
 
     def normalize_condition(self, eva_embeddings: Tensor) -> Tensor:
         """Condition tokens [B, L, C] in the units of the data -> the network's units, float32."""
@@ -312,7 +324,10 @@ class BLIP3oDiTModel(PreTrainedModel):
         guided, count = guidance_scale != 1.0, len(condition)
         if guided:
             condition = torch.cat([torch.zeros_like(condition), condition])
-        both = self.dit.encode_condition(condition.to(self.dtype))
+        guess = source.repeat(2 if guided else 1).mean
+        both = self.dit.encode_condition(
+            condition.to(self.dtype), None if guess is None else guess.to(self.dtype)
+        )
         encoded = both.rows(slice(len(condition) - count, None))
         flow = self.config.flow
         path = path_of(flow)

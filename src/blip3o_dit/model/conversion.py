@@ -105,7 +105,17 @@ def to_diffusers_state_dict(model: BLIP3oDiTModel) -> dict[str, Tensor]:
     what `FlowMatchEulerDiscreteScheduler` integrates.
 
     The class has no condition projection (kept out) and an unused `pad_token` (zeros).
+
+    Raises:
+        ValueError: for a model that does not predict the velocity of a linear path from noise.
     """
+    flow = model.config.flow
+    found = (flow.source, flow.prediction_type, flow.schedule_type)
+    if found != ("noise", "v_prediction", "linear"):
+        raise ValueError(
+            "to_diffusers_state_dict: expected a model with source noise, v_prediction and the linear path "
+            f"(--recipe paper), found {', '.join(found)}"
+        )
     weights = flip_velocity_sign(model.dit.state_dict())
     weights = {k: v for k, v in weights.items() if not k.startswith(CONDITION_PREFIX)}
     weights["pad_token"] = torch.zeros(model.config.model_dim, dtype=model.dtype)

@@ -27,16 +27,19 @@ class EncodedCondition:
     """All that depends on the condition alone: computed once per sample, reused at every solver step.
 
     `pooled` [B, min(d, 1024)] enters the modulation; `keys_values` holds each layer's cross-attention
-    keys and values, [B, G, L, h] each.
+    keys and values, [B, G, L, h] each. `guess` [B, N, d] is the embedded guess of an informed source.
     """
 
     pooled: Tensor
     keys_values: list[tuple[Tensor, Tensor]]
+    guess: Tensor | None = None
 
     def rows(self, chosen: slice) -> EncodedCondition:
         """The same of some samples of the batch."""
         return EncodedCondition(
-            self.pooled[chosen], [(keys[chosen], values[chosen]) for keys, values in self.keys_values]
+            self.pooled[chosen],
+            [(keys[chosen], values[chosen]) for keys, values in self.keys_values],
+            None if self.guess is None else self.guess[chosen],
         )
 
 
@@ -44,6 +47,10 @@ class NextDiT(nn.Module):
     """Velocity (or noise, or data) prediction for target tokens, given condition tokens.
 
     Inputs and outputs are in the network's units, that is standardised; `BLIP3oDiTModel` converts.
+
+    With an informed source the network also sees the guess R(c) that the path starts from, through an
+    embedding of its own that BLIP3-o does not have: what is left to find is x_t - R(c), which it can then
+    read off its input, and the guess carries each token's own part of the condition to its place.
     """
 
     def __init__(self, config: BLIP3oDiTConfig) -> None:
@@ -51,17 +58,26 @@ class NextDiT(nn.Module):
         self.config = config
         self.gradient_checkpointing = config.gradient_checkpointing
         self.patch_embedder = PatchEmbedder(config.in_channels, config.model_dim)
+        if config.flow.source != "noise":
+            self.guess_embedder = nn.Linear(config.in_channels, config.model_dim)
         self.caption_projection = CaptionProjection(config.eva_embedding_size, config.model_dim)
         self.time_caption_embed = TimeCaptionEmbedding(config.model_dim, config.time_embed_dim)
         self.layers = nn.ModuleList(NextDiTBlock(config) for _ in range(config.num_layers))
         self.norm_out = OutputHead(config.model_dim, config.time_embed_dim, config.in_channels)
 
-    def forward(self, hidden_states: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
-        """[B, N, in_channels], t [B] in [0, 1], [B, L, eva_embedding_size] -> [B, N, in_channels]."""
+    def forward(
+        self, hidden_states: Tensor, timestep: Tensor, condition: Tensor, guess: Tensor | None = None
+    ) -> Tensor:
+        """[B, N, in_channels], t [B] in [0, 1], [B, L, eva_embedding_size] -> [B, N, in_channels].
+
+        `guess` [B, N, in_channels] goes with an informed source.
+        """
         condition = self.caption_projection(condition)  # [B, L, d]
         temb = self._time_embedding(timestep, self.time_caption_embed.pool(condition))
         rope = self._rope(hidden_states)  # [N, h / 2] twice
         x = self.patch_embedder(hidden_states)  # [B, N, d]
+        if guess is not None:
+            x = x + self.guess_embedder(guess)
         for layer in self.blocks:
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(layer.with_condition, x, condition, temb, rope, use_reentrant=False)
@@ -69,12 +85,13 @@ class NextDiT(nn.Module):
                 x = layer.with_condition(x, condition, temb, rope)
         return self.norm_out(x, temb)
 
-    def encode_condition(self, condition: Tensor) -> EncodedCondition:
-        """[B, L, eva_embedding_size] -> what `predict` needs of it."""
+    def encode_condition(self, condition: Tensor, guess: Tensor | None = None) -> EncodedCondition:
+        """[B, L, eva_embedding_size], and the guess as in `forward` -> what `predict` needs of them."""
         condition = self.caption_projection(condition)  # [B, L, d]
         return EncodedCondition(
             pooled=self.time_caption_embed.pool(condition),
             keys_values=[layer.condition_keys_values(condition) for layer in self.blocks],
+            guess=None if guess is None else self.guess_embedder(guess),
         )
 
     def predict(self, hidden_states: Tensor, timestep: Tensor, encoded: EncodedCondition) -> Tensor:
@@ -82,6 +99,8 @@ class NextDiT(nn.Module):
         temb = self._time_embedding(timestep, encoded.pooled)
         rope = self._rope(hidden_states)  # [N, h / 2] twice
         x = self.patch_embedder(hidden_states)  # [B, N, d]
+        if encoded.guess is not None:
+            x = x + encoded.guess
         for layer, keys_values in zip(self.blocks, encoded.keys_values, strict=True):
             x = layer(x, keys_values, temb, rope)
         return self.norm_out(x, temb)

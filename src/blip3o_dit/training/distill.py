@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
+from transformers import get_cosine_schedule_with_warmup
 
-from blip3o_dit.config import TRAINING_CONFIG_FILE, TrainingConfig, check_range
+from blip3o_dit.config import SOLVER_NAMES, TRAINING_CONFIG_FILE, TrainingConfig, check_name, check_range
 from blip3o_dit.data.dataset import split_samples
 from blip3o_dit.data.source import check_sizes, open_embeddings
 from blip3o_dit.data.store import EmbeddingSource, write_atomically
@@ -38,7 +38,7 @@ class DistillationConfig:
         steps: network calls that the student needs for a sample (Euler steps).
         train_steps: optimizer steps. batch_size: conditions per step; each gives `steps` lessons.
         learning_rate: peak of AdamW's, after a warm-up over a twentieth of the steps, cosine to zero.
-        teacher_steps: the teacher's Heun steps (two calls each) for a whole path, shared out over the
+        teacher_solver, teacher_steps: how the teacher walks a whole path; its steps are shared out over the
             student's intervals, at least one in each.
         ema_decay: of the averaged weights; 0 keeps none.
         seed: names conditions and noise. device: "cpu", "cuda", ...
@@ -48,6 +48,7 @@ class DistillationConfig:
     train_steps: int = 1000
     batch_size: int = 32
     learning_rate: float = 5e-4
+    teacher_solver: str = "heun"
     teacher_steps: int = 8
     ema_decay: float = 0.999
     max_grad_norm: float = 1.0
@@ -58,6 +59,7 @@ class DistillationConfig:
         for name in ("steps", "train_steps", "batch_size", "teacher_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        check_name("teacher_solver", self.teacher_solver, SOLVER_NAMES)
         check_range("learning_rate", self.learning_rate, 0.0, math.inf)
         check_range("ema_decay", self.ema_decay, 0.0, 1.0)
         check_range("max_grad_norm", self.max_grad_norm, 0.0, math.inf)
@@ -125,7 +127,8 @@ def teach(
     student.config.default_solver, student.config.default_steps = "euler", config.steps
     average = ExponentialMovingAverage(student, config.ema_decay) if config.ema_decay > 0 else None
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.learning_rate, weight_decay=0.0)
-    schedule = LambdaLR(optimizer, lambda step: _warm_up_and_cosine(step, config.train_steps))
+    warm_up = max(1, config.train_steps // 20)
+    schedule = get_cosine_schedule_with_warmup(optimizer, warm_up, config.train_steps)
     batches = _batches(train, config)
     bar = tqdm(range(config.train_steps), desc="distilling", unit="step", disable=not progress)
     for step in bar:
@@ -168,6 +171,7 @@ def _lessons(
         path.source(noise.to(teacher.device)),
         student_steps=config.steps,
         teacher_steps=max(1, -(-config.teacher_steps // config.steps)),
+        solver=config.teacher_solver,
         time_shift=flow.time_shift,
     )
     together = Lesson(
@@ -181,7 +185,7 @@ def _lessons(
 def _loss(student: BLIP3oDiTModel, lesson: Lesson, condition: Tensor, start: AffineSource) -> Tensor:
     """Mean squared error of the velocity, in the flow's units."""
     flow = student.config.flow
-    prediction = student(start.from_flow(lesson.x), lesson.t, condition)
+    prediction = student(start.from_flow(lesson.x), lesson.t, condition, start.mean)
     velocity = convert_prediction(
         prediction,
         lesson.x,
@@ -203,10 +207,3 @@ def _batches(train: np.ndarray, config: DistillationConfig) -> Iterator[np.ndarr
         for start in range(0, len(train) - size + 1, size):
             yield train[order[start : start + size]]
         number += 1
-
-
-def _warm_up_and_cosine(step: int, total: int) -> float:
-    warm_up = max(1, total // 20)
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, total - warm_up)))

@@ -126,7 +126,7 @@ class BLIP3oTrainer(Trainer):
     ) -> Any:
         """Mean loss of a micro-batch. Raises NonFiniteLossError before anything is updated."""
         draw = self.draw(inputs, "training")
-        prediction = model(draw.network_input, draw.sample.t, draw.condition)
+        prediction = model(draw.network_input, draw.sample.t, draw.condition, draw.source.mean)
         output = self.loss_fn(prediction, draw.sample)
         if not torch.isfinite(output.loss):
             raise NonFiniteLossError(
@@ -148,7 +148,7 @@ class BLIP3oTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             draw = self.draw(inputs, "evaluation")
-            prediction = model(draw.network_input, draw.sample.t, draw.condition)
+            prediction = model(draw.network_input, draw.sample.t, draw.condition, draw.source.mean)
             output = self.loss_fn(prediction, draw.sample)
         return output.loss, None, None
 
