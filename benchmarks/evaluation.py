@@ -22,8 +22,9 @@ from torch import Tensor
 
 from blip3o_dit.data.dataset import split_permutation
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
-from blip3o_dit.evaluation.engine import EvaluationSettings, peak_memory_mib
+from blip3o_dit.evaluation.answers import peak_memory_mib
 from blip3o_dit.evaluation.report import write_metrics, write_report
+from blip3o_dit.evaluation.truth import EvaluationSettings
 from blip3o_dit.inference.evaluate import EvaluationConfig, evaluate_methods
 from blip3o_dit.randomness import named_generator
 

@@ -28,15 +28,16 @@ from transformers import TrainerCallback
 from benchmarks.quality_data import SETS, MemorySource, Modes
 from blip3o_dit.config import PAPER_RECIPE, TrainingConfig
 from blip3o_dit.data.dataset import Split
-from blip3o_dit.evaluation import engine
+from blip3o_dit.evaluation.answers import collect_answers
 from blip3o_dit.evaluation.baselines import (
     NeighbourhoodRidge,
     ResidualGaussian,
     TokenRidge,
     split_validation,
 )
-from blip3o_dit.evaluation.engine import EvaluationSettings, Truth
+from blip3o_dit.evaluation.engine import describe
 from blip3o_dit.evaluation.methods import BaselineMethod, Method, ModelMethod
+from blip3o_dit.evaluation.truth import EvaluationSettings, Truth, fit_probe, gather_truth
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.training import run as training_run
 from blip3o_dit.training.callbacks import ConsoleCallback
@@ -118,7 +119,7 @@ def measure_model(
 
 def measure(method: Method, truth: Truth) -> dict[str, float]:
     """R2 of the best guess, energy scores, Frechet distance of tokens, spread over error, probe accuracy."""
-    found = engine.describe(engine.collect_answers(method, truth, no_track), truth)["metrics"]
+    found = describe(collect_answers(method, truth, no_track), truth)["metrics"]
     picked = {
         "r2": found.get("best_guess", {}).get("r2", {}).get("value", float("nan")),
         "energy": found["conditional"]["energy_score"]["value"],
@@ -136,7 +137,7 @@ def truth_of(data: MemorySource) -> Truth:
     train = np.flatnonzero(~data.held_out)
     clip = data.fetch(train)[1]
     held_out = np.flatnonzero(data.held_out)[:HELD_OUT]
-    truth = engine.gather_truth(
+    truth = gather_truth(
         data,
         held_out,
         mean=clip.mean(dim=(0, 1)),
@@ -144,7 +145,7 @@ def truth_of(data: MemorySource) -> Truth:
         settings=MEASURED,
         track=no_track,
     )
-    engine.fit_probe(truth, train, no_track)
+    fit_probe(truth, train, no_track)
     return truth
 
 

@@ -24,7 +24,7 @@ from blip3o_dit.config import TrainingConfig
 from blip3o_dit.data.dataset import Split, split_permutation
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.evaluation.baselines import PositionMean, TokenRidge
-from blip3o_dit.evaluation.engine import EvaluationSettings
+from blip3o_dit.evaluation.truth import EvaluationSettings
 from blip3o_dit.extraction.extract import ExtractionConfig, extract
 from blip3o_dit.inference.evaluate import EvaluationConfig, evaluate_models
 from blip3o_dit.inference.pipeline import BLIP3oInference

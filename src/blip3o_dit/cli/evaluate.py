@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from blip3o_dit.cli.pictures import pictures_by_key
-    from blip3o_dit.evaluation.engine import EvaluationSettings
+    from blip3o_dit.evaluation.truth import EvaluationSettings
     from blip3o_dit.inference.evaluate import EvaluationConfig, command_line, evaluate_models
 
     config = EvaluationConfig(

@@ -21,26 +21,11 @@ from blip3o_dit.data.dataset import split_samples
 from blip3o_dit.data.source import TransformedEmbeddings
 from blip3o_dit.data.store import EmbeddingSource
 from blip3o_dit.evaluation import engine, figures, report
-from blip3o_dit.evaluation.baselines import (
-    Baseline,
-    NearestNeighbours,
-    NeighbourhoodRidge,
-    PositionMean,
-    Procrustes,
-    ResidualGaussian,
-    TokenRidge,
-    TrainingMean,
-    split_validation,
-)
-from blip3o_dit.evaluation.engine import Answers, EvaluationSettings, Track, Truth
-from blip3o_dit.evaluation.methods import (
-    BaselineMethod,
-    Method,
-    ModelMethod,
-    NeighbourMethod,
-)
-from blip3o_dit.evaluation.regression import NetworkRegression
+from blip3o_dit.evaluation.answers import Answers, collect_answers, without_vectors
+from blip3o_dit.evaluation.fitting import fit_baselines, fit_network
+from blip3o_dit.evaluation.methods import Method, ModelMethod
 from blip3o_dit.evaluation.summary import summarize
+from blip3o_dit.evaluation.truth import EvaluationSettings, Track, Truth, fit_probe, gather_truth
 from blip3o_dit.inference.pipeline import BLIP3oInference, check_writable
 from blip3o_dit.randomness import named_permutation
 
@@ -172,18 +157,28 @@ def evaluate_methods(
     """
     track = _track(progress)
     mean, std = (value.float().cpu() for value in statistics)
-    truth = engine.gather_truth(source, indices, mean=mean, std=std, settings=config.measure, track=track)
+    truth = gather_truth(source, indices, mean=mean, std=std, settings=config.measure, track=track)
     fit_on, train = fit_source
     if fit_on is source:
-        engine.fit_probe(truth, train, track)
+        fit_probe(truth, train, track)
     floor = engine.true_floor(truth, fit_on, train) if len(train) >= 2 else None
-    baselines = _fit_baselines(fit_on, train, std, config, regression_like, track) if len(train) else []
-    everything = [*methods, *baselines]
+    everything = [*methods]
+    if len(train):
+        options: dict[str, Any] = {
+            "std": std,
+            "most": config.fit_samples,
+            "seed": config.seed,
+            "track": track,
+        }
+        everything += fit_baselines(fit_on, train, **options)
+        if config.regression_steps and regression_like is not None:
+            like, steps = regression_like.model, config.regression_steps
+            everything.append(fit_network(like, fit_on, train, steps=steps, **options))
     described, found = [], []
     for method in everything:
-        answers = engine.collect_answers(method, truth, track)
+        answers = collect_answers(method, truth, track)
         described.append(engine.describe(answers, truth))
-        found.append(engine.without_vectors(answers))
+        found.append(without_vectors(answers))
     result: dict[str, Any] = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -200,71 +195,6 @@ def evaluate_methods(
     }
     result["summary"] = summarize(result)
     return result, _shown(everything, truth, config, pictures)
-
-
-def _fit_baselines(
-    source: EmbeddingSource,
-    train: np.ndarray,
-    std: torch.Tensor,
-    config: EvaluationConfig,
-    regression_like: BLIP3oInference | None,
-    track: Track,
-) -> list[Method]:
-    """Every baseline, fitted; the Gaussian residuals are those of samples held back from the fit."""
-    fit, validation = split_validation(train, most=config.fit_samples, seed=config.seed)
-    both = np.sort(np.concatenate([fit, validation]))
-
-    def gaussian(name: str, about: str, final: Baseline, on_fit: Baseline) -> Method:
-        residual = None
-        if len(validation):
-            residual = ResidualGaussian.fit(on_fit, source, validation, scale=std)
-        return BaselineMethod(name, about, final, residual, seed=config.seed)
-
-    def ridge(name: str, about: str, kind: type[TokenRidge] | type[NeighbourhoodRidge]) -> Method:
-        final, on_fit = kind.fit_twice(source, fit, validation=validation)
-        chosen = f"{about}, penalty {final.penalty:g} chosen on {len(validation)} validation samples"
-        return gaussian(name, f"{chosen}; Gaussian residual", final, on_fit)
-
-    makers: dict[str, Callable[[], Method]] = {
-        "training mean": lambda: gaussian(
-            "training mean",
-            "the training split's mean token; Gaussian residual",
-            TrainingMean.fit(source, both),
-            TrainingMean.fit(source, fit),
-        ),
-        "position mean": lambda: gaussian(
-            "position mean",
-            "the training split's mean token at each position; Gaussian residual",
-            PositionMean.fit(source, both),
-            PositionMean.fit(source, fit),
-        ),
-        "ridge": lambda: ridge(
-            "ridge", "linear map from each condition token to the token there", TokenRidge
-        ),
-        "ridge 3x3": lambda: ridge(
-            "ridge 3x3", "linear map from the 3x3 condition tokens around each position", NeighbourhoodRidge
-        ),
-        "procrustes": lambda: gaussian(
-            "procrustes",
-            "rotation and scale of each condition token; Gaussian residual",
-            Procrustes.fit(source, both),
-            Procrustes.fit(source, fit),
-        ),
-        "nearest neighbours": lambda: NeighbourMethod(NearestNeighbours.fit(source, both), seed=config.seed),
-    }
-    found = [makers[name]() for name in track(list(makers), "baselines")]
-    if config.regression_steps and regression_like is not None:
-        network = NetworkRegression.fit(
-            regression_like.model,
-            source,
-            fit.tolist(),
-            steps=config.regression_steps,
-            seed=config.seed,
-            track=lambda steps: track(list(steps), "network regression"),
-        )
-        about = f"the model's network, least squares, {config.regression_steps} steps; Gaussian residual"
-        found.append(gaussian("network regression", about, network, network))
-    return found
 
 
 def _differences(found: Sequence[Answers], config: EvaluationConfig) -> dict[str, Any]:

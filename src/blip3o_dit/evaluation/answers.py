@@ -1,0 +1,173 @@
+"""What a method answers for the held-out samples, reduced to what the figures need, in bounded memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blip3o_dit.data.store import batches
+from blip3o_dit.evaluation.methods import Method, ModelMethod
+from blip3o_dit.evaluation.metrics import (
+    FidelitySums,
+    TokenMeasures,
+    energy_score,
+    spread_and_error,
+)
+from blip3o_dit.evaluation.truth import (
+    Track,
+    Truth,
+    check_finite,
+    keep_vectors,
+    probe_is_right,
+)
+
+
+@dataclass
+class Answers:
+    """One method's answers, reduced to what the figures need; rows are the held-out samples."""
+
+    method: Method
+    sums: dict[str, FidelitySums]
+    columns: dict[str, np.ndarray]
+    pooled: Tensor
+    tokens: Tensor
+    position_residuals: Tensor
+    position_cosines: Tensor
+    conditional: dict[str, np.ndarray] = field(default_factory=dict)
+    seconds: float = 0.0
+    batch_milliseconds: list[float] = field(default_factory=list)
+
+
+@torch.no_grad()
+def collect_answers(method: Method, truth: Truth, track: Track) -> Answers:
+    """Ask a method about every held-out sample.
+
+    Raises:
+        ValueError: for NaN or infinity among the answers, naming method and sample.
+    """
+    width = truth.tokens.shape[1]
+    answers = Answers(
+        method,
+        sums={},
+        columns={},
+        pooled=torch.empty_like(truth.pooled),
+        tokens=torch.empty_like(truth.tokens),
+        position_residuals=torch.zeros(truth.source.num_tokens, width, dtype=torch.float64),
+        position_cosines=torch.zeros(truth.source.num_tokens, dtype=torch.float64),
+    )
+    for piece in track(list(batches(range(len(truth.indices)), truth.settings.batch_size)), method.name):
+        indices = truth.indices[piece.start : piece.stop]
+        eva, clip = truth.source.fetch(indices)
+        started = time.perf_counter()
+        generated = method.sample(eva, indices.tolist(), 0)
+        seconds = time.perf_counter() - started
+        answers.seconds += seconds
+        answers.batch_milliseconds.append(1000 * seconds / len(indices))
+        check_finite(f"{method.name}: generated tokens", generated, indices)
+        keep_vectors(truth, piece, generated, answers.pooled, answers.tokens)
+        tokens = _measure(answers, truth, piece, "sample", generated, clip)
+        answers.position_cosines += tokens.cosine.sum(dim=0)
+        answers.position_residuals += tokens.squares.sum(dim=0)
+        guess = method.best_guess(eva, indices.tolist())
+        if guess is not None:
+            check_finite(f"{method.name}: best guess", guess, indices)
+            _measure(answers, truth, piece, "best_guess", guess, clip)
+        if truth.probe is not None:
+            rows, count = slice(piece.start, piece.stop), len(truth.indices)
+            _fill(answers.columns, rows, count, {"correct": probe_is_right(truth, generated, piece)})
+        _draw_more(answers, truth, piece, eva, clip, generated)
+    return answers
+
+
+def without_vectors(answers: Answers) -> Answers:
+    """The same without pooled vectors and tokens, which only `describe` needs."""
+    return replace(answers, pooled=torch.empty(0), tokens=torch.empty(0))
+
+
+def peak_memory_mib(method: Method | None = None) -> float:
+    """Peak of the GPU's allocations for a model on one, else of the process so far."""
+    if isinstance(method, ModelMethod) and method.model.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(method.model.device) / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def _measure(
+    answers: Answers, truth: Truth, piece: range, variant: str, generated: Tensor, clip: Tensor
+) -> TokenMeasures:
+    """Fidelity of one batch, streamed and per sample."""
+    sums = answers.sums.setdefault(variant, FidelitySums(truth.mean))
+    found = sums.add(generated, clip)
+    columns = {
+        "cosine_similarity_mean": found.cosine.mean(dim=1),
+        "pooled_cosine_similarity_mean": found.pooled_cosine,
+        "l2_distance_mean": found.distance.mean(dim=1),
+        "norm_ratio_mean": found.norm_ratio.mean(dim=1),
+        "residual": found.squares.sum(dim=1) @ truth.channel_weights,
+        "spread": truth.spread[piece.start : piece.stop],
+    }
+    values = {f"{variant}.{name}": column.numpy() for name, column in columns.items()}
+    _fill(answers.columns, slice(piece.start, piece.stop), len(truth.indices), values)
+    return found
+
+
+def _draw_more(
+    answers: Answers, truth: Truth, piece: range, eva: Tensor, clip: Tensor, generated: Tensor
+) -> None:
+    """Further draws for the samples that get them, and what they say together."""
+    rows = np.flatnonzero(truth.drawn[piece.start : piece.stop])
+    if not len(rows):
+        return
+    indices = truth.indices[piece.start : piece.stop][rows].tolist()
+    draws = [generated[rows]]
+    if answers.method.random:
+        draws += [answers.method.sample(eva[rows], indices, draw) for draw in range(1, truth.settings.draws)]
+    flat, true = standardized_and_flat(truth, torch.stack(draws), clip[rows])
+    by_token = (len(draws), -1, clip.shape[2])
+    together = spread_and_error(flat, true)
+    tokens = energy_score(flat.reshape(by_token), true.reshape(by_token[1:]))
+    values = {
+        "energy_score": energy_score(flat, true),
+        "token_energy_score": tokens.reshape(len(rows), -1).mean(dim=1),
+        "spread": together.spread,
+        "error": together.error,
+        **_bin_columns(flat, true),
+    }
+    first = int(truth.drawn[: piece.start].sum())
+    place = slice(first, first + len(rows))
+    count = int(truth.drawn.sum())
+    _fill(answers.conditional, place, count, {name: found.numpy() for name, found in values.items()})
+
+
+def _bin_columns(draws: Tensor, truth: Tensor) -> dict[str, Tensor]:
+    """Spread to sort samples by, and spread and error to show, from different draws.
+
+    From the same draws, a bin of small spread would be one of draws that happen to lie close together.
+    """
+    half = len(draws) // 2
+    shown, sorted_by = (draws[half:], draws[:half]) if half >= 2 else (draws, draws)
+    found = spread_and_error(shown, truth)
+    order = spread_and_error(sorted_by, truth).spread
+    return {"bin_order": order, "bin_spread": found.spread, "bin_error": found.error}
+
+
+def standardized_and_flat(truth: Truth, draws: Tensor, clip: Tensor) -> tuple[Tensor, Tensor]:
+    """Standardised and flattened: [K, n, N C] and [n, N C]."""
+    return truth.standardize(draws).flatten(2), truth.standardize(clip).flatten(1)
+
+
+def _fill(columns: dict[str, np.ndarray], rows: slice, count: int, values: dict[str, Any]) -> None:
+    """Put values of some of `count` samples into whole columns.
+
+    They are allocated at once: thousands of small arrays that outlive the batch's large ones would keep the
+    memory between them from being used again.
+    """
+    for name, found in values.items():
+        columns.setdefault(name, np.empty(count))[rows] = found
