@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,6 +52,24 @@ def store(tmp_path: Path) -> EmbeddingStore:
 
 def rows(tokens: Tensor) -> np.ndarray:
     return tokens.double().numpy().reshape(-1, tokens.shape[-1])
+
+
+@pytest.mark.parametrize("penalty", [None, 0.1])
+@pytest.mark.parametrize("kind", [TokenRidge, NeighbourhoodRidge])
+def test_the_ridge_that_gives_the_residuals_has_not_seen_them(
+    store: EmbeddingStore, kind: Any, penalty: float | None
+) -> None:
+    """Two maps: the final one of all samples, and the one of the others alone, with the same penalty."""
+    held_back, rest = TRAIN[:20], TRAIN[20:]
+    final, before = kind.fit_twice(store, rest, validation=held_back, penalty=penalty)
+    alone = kind.fit(store, rest, penalty=final.penalty)
+    assert before.penalty == final.penalty
+    torch.testing.assert_close(before.weight, alone.weight)
+    everything = kind.fit(store, np.concatenate([rest, held_back]), penalty=final.penalty)
+    eva = store.fetch(TEST)[0]
+    if kind is TokenRidge:  # the other's mean outside the grid is that of the samples it was fitted on first
+        torch.testing.assert_close(final.predict(eva), everything.predict(eva), rtol=1e-4, atol=1e-4)
+    assert (final.predict(eva) - before.predict(eva)).abs().mean() > 1e-3
 
 
 # The mean of each position

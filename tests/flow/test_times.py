@@ -29,6 +29,13 @@ def test_the_ends_of_the_draw_stay_inside() -> None:
     assert torch.isfinite(times).all() and (times >= 0).all() and (times <= 1).all()
 
 
+@pytest.mark.parametrize("distribution", ["uniform", "logit_normal"])
+def test_training_times_are_shifted_after_they_are_drawn(distribution: str) -> None:
+    plain = training_times(UNIFORM, FlowMatchingConfig(time_distribution=distribution))
+    shifted = training_times(UNIFORM, FlowMatchingConfig(time_distribution=distribution, time_shift=3.0))
+    assert torch.equal(shifted, shift_time(plain, 3.0)) and not torch.equal(shifted, plain)
+
+
 @pytest.mark.parametrize("alpha", [0.43, 1.0, 3.46])
 def test_the_shift_is_its_formula_in_the_noise_level(alpha: float) -> None:
     t = torch.linspace(0, 1, 11)

@@ -22,6 +22,7 @@ from PIL import Image
 from blip3o_dit.cli.main import main
 from blip3o_dit.config import TrainingConfig
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
+from blip3o_dit.evaluation.methods import ModelMethod
 from blip3o_dit.evaluation.summary import compare, summarize
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.training.run import train
@@ -359,3 +360,14 @@ def test_one_network_call_estimates_the_average_answer(tiny_model: Any) -> None:
     torch.testing.assert_close(estimate, one_step, rtol=1e-3, atol=1e-3)
     other = tiny_model.generate(eva, num_inference_steps=1, seed=1, draw=1)
     assert not torch.allclose(other, one_step)
+
+
+def test_the_draws_of_a_model_differ_and_its_settings_reach_the_solver(tiny_model: Any) -> None:
+    eva, indices = torch.randn(3, 9, 12), [4, 5, 6]
+    method = ModelMethod(tiny_model, seed=3).with_calls("heun", 6)
+    assert method.calls == 6 and method.num_inference_steps == 3
+    options = dict(num_inference_steps=3, solver="heun", seed=3, sample_index=indices)
+    draws = [method.sample(eva, indices, draw) for draw in range(2)]
+    for draw, found in enumerate(draws):
+        assert torch.equal(found, tiny_model.generate(eva, draw=draw, **options))
+    assert (draws[0] - draws[1]).abs().mean() > 0.1

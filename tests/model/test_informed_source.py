@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.linear_gaussian import LinearGaussian
 from blip3o_dit.config import FlowMatchingConfig, TrainingConfig
-from blip3o_dit.flow.path import LinearPath
+from blip3o_dit.flow.path import LinearPath, convert_prediction, path_of
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.source import AffineSource, neighbourhood_features
 from blip3o_dit.training.source import fit_source
@@ -91,6 +91,28 @@ def test_the_network_sees_the_guess_beside_the_point() -> None:
     torch.testing.assert_close(split, given, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(one, given[1:], rtol=1e-3, atol=1e-3)
     assert not hasattr(BLIP3oDiTModel(tiny_config()).dit, "guess_embedder")  # BLIP3-o's own network has none
+
+
+def test_sampling_follows_the_network_that_was_trained() -> None:
+    """v(y, t) is what `forward` says at x = R(c) + s y, with and without guidance."""
+    model = informed_model()
+    randomize(model)
+    condition, y, t = torch.randn(2, 9, 12), torch.randn(2, 9, 8), torch.full((2,), 0.3)
+    start = model.source_of(condition)
+    path = path_of(model.config.flow)
+
+    def expected(shown: torch.Tensor) -> torch.Tensor:
+        prediction = model(start.from_flow(y), t, shown, start.mean)
+        return convert_prediction(prediction, y, t, path, source="preconditioned", target="v_prediction")
+
+    with torch.no_grad():
+        full, null = expected(condition), expected(torch.zeros_like(condition))
+        plain = model.velocity_of(condition, start)(y, t)
+        guided = model.velocity_of(condition, start, 2.0)(y, t)
+        outside = model.velocity_of(condition, start, 2.0, (0.5, 1.0))(y, t)
+    for found, wanted in ((plain, full), (guided, null + 2.0 * (full - null)), (outside, full)):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=2e-3)
+    assert (full - null).abs().mean() > 0.02
 
 
 def test_the_source_is_saved_with_the_model(tmp_path: Path) -> None:
