@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import pytest
 import torch
 
 from blip3o_dit.cli.main import main
+from blip3o_dit.config import FlowMatchingConfig
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.flow.distillation import trajectory_lessons
+from blip3o_dit.flow.path import convert_prediction, path_of
+from blip3o_dit.flow.solvers import integrate
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.training.distill import DistillationConfig, teach
@@ -75,6 +79,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert student.model.config.default_steps == 2 and student.weights == "ema"
     assert student.generate(torch.randn(2, 9, 12)).shape == (2, 9, 8)
     assert student.evaluate_model(store.path, progress=False)["r2"] < 1
+    for asked in ({"num_inference_steps": 4}, {"solver": "heun"}, {"solver": "dopri5"}):
+        with pytest.raises(ValueError, match="expected 2 with solver euler, which this model was taught"):
+            student.generate(torch.randn(2, 9, 12), **asked)
+    with pytest.raises(ValueError, match="guidance_scale: expected 1"):
+        student.generate(torch.randn(2, 9, 12), guidance_scale=2.0)
+    with pytest.raises(ValueError, match="expected a teacher that is not distilled, found a student of 2"):
+        teach(student.model, store, np.arange(8), DistillationConfig(steps=1), progress=False)
     assert main(words) == 2
     assert "expected no model there, found one" in capsys.readouterr().err
     assert main([*words, "--overwrite_output_dir"]) == 0
@@ -85,6 +96,36 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "expected (tokens, eva width, clip width) (9, 12, 8)" in capsys.readouterr().err
     assert main(["distill", str(model), str(store.path), "--steps", "0", "--overwrite_output_dir"]) == 2
     assert "steps: expected at least 1, found 0" in capsys.readouterr().err
+
+
+def test_a_student_is_evaluated_by_its_own_steps(tmp_path: Path) -> None:
+    store = write_linear_store(tmp_path / "store")
+    model = train_model(store, tmp_path / "teacher")
+    words = [str(model), str(store.path), "--steps", "1", "--train_steps", "2", "--device", "cpu"]
+    assert main(["distill", *words]) == 0
+    student = tmp_path / "teacher-1-steps"
+    assert main(["evaluate", str(model), str(store.path), "--compare", str(student), "--device", "cpu"]) == 0
+    found = json.loads((model / "metrics.json").read_text())
+    points = found["curve"]["teacher-1-steps"]
+    assert [(point["solver"], point["network_calls"]) for point in points] == [("euler", 1)]
+    (described,) = (method for method in found["methods"] if method["name"] == "teacher-1-steps")
+    assert described["cost"]["network_calls"] == 1 and "best_guess" not in described["metrics"]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_student_that_adds_nothing_samples_the_gaussian_in_few_steps(steps: int, shift: float) -> None:
+    flow = FlowMatchingConfig(
+        prediction_type="preconditioned", student_steps=steps, time_shift=shift, sigma_min=0.0
+    )
+    path, noise = path_of(flow), torch.randn(5, 3)
+
+    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        zero = torch.zeros_like(x)
+        return convert_prediction(zero, x, t, path, source="preconditioned", target="v_prediction")
+
+    x = integrate(velocity, noise, num_steps=steps, solver="euler", time_shift=shift)
+    torch.testing.assert_close(x, noise, rtol=1e-4, atol=1e-4)  # the flow of N(0, I) onto itself
 
 
 def test_a_teacher_of_noise_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", type=Path, help="default: the teacher's name with -N-steps")
     parser.add_argument("--train_steps", type=int, default=1000, help="optimizer steps")
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--learning_rate", type=float, default=5e-4)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--teacher_solver", choices=SOLVER_NAMES, default="heun")
     parser.add_argument("--teacher_steps", type=int, default=8, help="steps of a whole teacher path")
     parser.add_argument("--ema_decay", type=float, default=0.999)

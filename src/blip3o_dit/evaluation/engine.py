@@ -125,7 +125,10 @@ def paired_differences(model: Answers, other: Answers, settings: EvaluationSetti
 def quality_curve(
     method: ModelMethod, truth: Truth, *, calls: Sequence[int], samples: int, track: Track
 ) -> list[dict[str, Any]]:
-    """Quality against network calls for each solver, on the first held-out samples of a named order."""
+    """Quality against network calls for each solver, on the first held-out samples of a named order.
+
+    A distilled model has one point: the steps that it was taught.
+    """
     order = named_permutation(len(truth.indices), seed=truth.settings.seed, stream="curve samples")
     indices = truth.indices[np.sort(order[:samples])]
     pairs = [
@@ -134,6 +137,9 @@ def quality_curve(
         for count in calls
         if count >= per_step and count % per_step == 0
     ]
+    student_steps = method.model.config.flow.student_steps
+    if student_steps:  # it can do nothing else
+        pairs = [("euler", student_steps)]
     return [
         _curve_point(method.with_calls(solver, count), truth, indices, solver)
         for solver, count in track(pairs, f"{method.name}: network calls")

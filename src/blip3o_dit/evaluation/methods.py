@@ -47,7 +47,7 @@ class ModelMethod:
     """A trained `BLIP3oDiTModel` with sampling settings.
 
     Its best guess is the one-call estimate at t = 0, where the network predicts the average answer; a
-    model that predicts the noise has none.
+    model that predicts the noise has none, and neither has a distilled one.
     """
 
     model: BLIP3oDiTModel
@@ -69,7 +69,7 @@ class ModelMethod:
         return self.num_inference_steps * CALLS_PER_STEP[self.solver]
 
     def best_guess(self, eva: Tensor, indices: Sequence[int]) -> Tensor | None:
-        if self.model.config.flow.prediction_type == "epsilon":
+        if self.model.config.flow.prediction_type == "epsilon" or self.model.config.flow.student_steps:
             return None
         return self.model.estimate(eva, seed=self.seed, sample_index=indices).cpu()
 

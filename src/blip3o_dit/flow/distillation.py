@@ -49,12 +49,13 @@ def trajectory_lessons(
 
     Returns: `student_steps` lessons of B samples each.
     """
-    grid = time_grid(student_steps, time_shift).to(x_0.device)
+    grid = time_grid(student_steps * teacher_steps, time_shift).to(x_0.device)
     step, x = SOLVERS[solver], x_0.float()
     lessons = []
-    for start, end in pairwise(grid):
-        before, length = x, (end - start) / teacher_steps
-        for k in range(teacher_steps):
-            x = step(teacher, x, (start + k * length).expand(len(x)), length)
+    for first in range(0, len(grid) - 1, teacher_steps):
+        before, times = x, grid[first : first + teacher_steps + 1]
+        for t, after in pairwise(times):
+            x = step(teacher, x, t.expand(len(x)), after - t)
+        start, end = times[0], times[-1]
         lessons.append(Lesson(start.expand(len(x)), before, (x - before) / (end - start)))
     return lessons

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from blip3o_dit.config import PREDICTION_TYPES, FlowMatchingConfig, check_name, check_sigmas
+from blip3o_dit.flow.times import time_grid
 
 # Near t = 1 the noise, and near t = 0 the data, cannot be read off x_t: the division by sigma / sigma_max
 # or alpha stops here. The value is JiT's (arXiv 2511.13720).
@@ -44,15 +45,20 @@ class ProbabilityPath(ABC):
     Args:
         sigma_min: noise left at t = 1, in units of the (standardised) data.
         sigma_max: noise at t = 0.
+        grid: for a distilled model the times of its steps, from 0 to 1; its velocity is the average one
+            from t to the next of them.
 
     Raises:
         ValueError: unless 0 <= sigma_min < sigma_max.
     """
 
-    def __init__(self, *, sigma_min: float = 1e-4, sigma_max: float = 1.0) -> None:
+    def __init__(
+        self, *, sigma_min: float = 1e-4, sigma_max: float = 1.0, grid: Tensor | None = None
+    ) -> None:
         check_sigmas(sigma_min, sigma_max)
         self.sigma_min = sigma_min
         self.sigma_max = sigma_max
+        self.grid = grid
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -134,7 +140,8 @@ PATHS: dict[str, type[ProbabilityPath]] = {"linear": LinearPath, "cosine": Cosin
 
 def path_of(config: FlowMatchingConfig) -> ProbabilityPath:
     """The path that a configuration trains on, and that sampling must follow."""
-    return PATHS[config.schedule_type](sigma_min=config.sigma_min, sigma_max=config.sigma_max)
+    grid = time_grid(config.student_steps, config.time_shift) if config.student_steps else None
+    return PATHS[config.schedule_type](sigma_min=config.sigma_min, sigma_max=config.sigma_max, grid=grid)
 
 
 def convert_prediction(
@@ -195,11 +202,20 @@ def preconditioning(t: Tensor, path: ProbabilityPath) -> tuple[Tensor, Tensor]:
 
     c_skip = (alpha alpha' + sigma sigma') / (alpha^2 + sigma^2),
     c_out = |alpha sigma' - alpha' sigma| / (alpha^2 + sigma^2)^(1/2).
+
+    For a distilled model c_skip x_t is the average velocity of the same Gaussian up to the next time t' of
+    its grid, ((var(t') / var(t))^(1/2) - 1) / (t' - t) with var = alpha^2 + sigma^2: a network that puts out
+    zero still samples that Gaussian exactly, in however few steps.
     """
     alpha, sigma = path.alpha(t), path.sigma(t)
     variance = alpha.square() + sigma.square()
-    skip = (alpha * path.alpha_derivative(t) + sigma * path.sigma_derivative(t)) / variance
-    return skip, -_determinant(t, path) / variance.sqrt()
+    out = -_determinant(t, path) / variance.sqrt()
+    if path.grid is None:
+        return (alpha * path.alpha_derivative(t) + sigma * path.sigma_derivative(t)) / variance, out
+    grid = path.grid.to(t.device)
+    end = grid[torch.searchsorted(grid, t + 1e-5, right=True).clamp(max=len(grid) - 1)]
+    ratio = ((path.alpha(end).square() + path.sigma(end).square()) / variance).sqrt()
+    return (ratio - 1.0) / (end - t).clamp(min=1e-6), out
 
 
 def velocity_scale(t: Tensor, path: ProbabilityPath, min_scale: float = MIN_SCALE) -> Tensor:

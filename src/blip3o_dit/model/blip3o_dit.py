@@ -252,6 +252,7 @@ class BLIP3oDiTModel(PreTrainedModel):
         source = self.source_of(condition)
         velocity = self.velocity_of(condition, source, guidance_scale, guidance_interval)
         solver = solver or self.config.default_solver
+        self._check_student(solver, num_inference_steps)
         if solver == ADAPTIVE_SOLVER:
             if num_inference_steps is not None:
                 raise ValueError(
@@ -283,9 +284,15 @@ class BLIP3oDiTModel(PreTrainedModel):
         Returns: [B, N, in_channels] float32, in the units of the training data.
 
         Raises:
-            ValueError: for a model that predicts the noise, which says nothing of x_1 at t = 0.
+            ValueError: for a model that predicts the noise, which says nothing of x_1 at t = 0, and for a
+                distilled one, which predicts where its step ends.
         """
         flow = self.config.flow
+        if flow.student_steps:
+            raise ValueError(
+                "estimate: expected a model that is not distilled, found a student of "
+                f"{flow.student_steps} steps"
+            )
         if flow.prediction_type == "epsilon":
             raise ValueError("estimate: expected prediction_type v_prediction or sample, found epsilon")
         x_0, condition = self._start(eva_embeddings, seed, sample_index, draw)
@@ -295,6 +302,15 @@ class BLIP3oDiTModel(PreTrainedModel):
         path = path_of(flow)
         x_1 = convert_prediction(velocity, x_0, t, path, source="v_prediction", target="sample")
         return self.restore_target(source.from_flow(x_1))
+
+    def _check_student(self, solver: str, num_inference_steps: int | None) -> None:
+        """A distilled model knows the average velocity over its own steps and no other."""
+        steps = self.config.flow.student_steps
+        if steps and (solver, num_inference_steps or self.config.default_steps) != ("euler", steps):
+            raise ValueError(
+                f"num_inference_steps: expected {steps} with solver euler, which this model was taught, "
+                f"found {num_inference_steps or self.config.default_steps} with {solver}"
+            )
 
     def _start(
         self, eva_embeddings: Tensor, seed: int, sample_index: Sequence[int] | None, draw: int

@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class DistillationConfig:
     steps: int
     train_steps: int = 1000
     batch_size: int = 32
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     teacher_solver: str = "heun"
     teacher_steps: int = 8
     ema_decay: float = 0.999
@@ -76,7 +76,8 @@ def distill(
 ) -> Path:
     """Teach a student on the training side of the teacher's own split, and save it; returns the folder.
 
-    The student is an ordinary model folder whose `generate` takes `config.steps` Euler steps by default.
+    The student is an ordinary model folder whose `generate` takes `config.steps` Euler steps, no more and no
+    fewer, without guidance: its lessons have none.
 
     Raises:
         FileNotFoundError, ValueError: one line naming what was expected and found.
@@ -118,13 +119,21 @@ def teach(
     """The student in memory, and its averaged weights.
 
     Raises:
-        ValueError: for a teacher that predicts the noise, which has no velocity at t = 0, and when the loss
-            is not finite.
+        ValueError: for a teacher that predicts the noise, which has no velocity at t = 0, for a student asked
+            to teach otherwise than by its own steps, and when the loss is not finite.
     """
+    own_steps = teacher.config.flow.student_steps
+    if own_steps and (config.teacher_solver, config.teacher_steps) != ("euler", own_steps):
+        raise ValueError(
+            f"distill: expected a teacher that is not distilled, found a student of {own_steps} steps "
+            f"(it can only teach with teacher_solver euler and teacher_steps {own_steps})"
+        )
     if teacher.config.flow.prediction_type == "epsilon":
         raise ValueError("distill: expected a teacher that does not predict the noise, found epsilon")
     student = copy.deepcopy(teacher).train()
     student.config.default_solver, student.config.default_steps = "euler", config.steps
+    flow = replace(teacher.config.flow, student_steps=config.steps, condition_dropout=0.0)
+    student.config.flow_matching = asdict(flow)
     average = ExponentialMovingAverage(student, config.ema_decay) if config.ema_decay > 0 else None
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.learning_rate, weight_decay=0.0)
     warm_up = max(1, config.train_steps // 20)
