@@ -121,12 +121,13 @@ def measure(method: Method, truth: Truth) -> dict[str, float]:
     """R2 of the best guess, energy scores, Frechet distance of tokens, spread over error, probe accuracy."""
     found = describe(collect_answers(method, truth, no_track), truth)["metrics"]
     picked = {
-        "r2": found.get("best_guess", {}).get("r2", {}).get("value", float("nan")),
         "energy": found["conditional"]["energy_score"]["value"],
         "token_energy": found["conditional"]["token_energy_score"]["value"],
         "spread_error": found["conditional"]["spread_error_ratio"]["value"],
         "frechet": found["tokens"]["frechet"]["value"],
     }
+    if "best_guess" in found:
+        picked["r2"] = found["best_guess"]["r2"]["value"]
     if "probe_accuracy" in found["use"]:
         picked["probe"] = found["use"]["probe_accuracy"]["value"]
     return picked

@@ -31,7 +31,9 @@ def spread(rows: Sequence[Row], name: str, digits: int = 3) -> str:
     """Mean over seeds, and the range when there are several."""
     if not rows:
         return "-"
-    values = [row[name] for row in rows]
+    values = [row[name] for row in rows if name in row]
+    if not values:
+        return "-"
     mean = f"{np.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 

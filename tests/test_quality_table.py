@@ -1,0 +1,84 @@
+"""The tables of the quality benchmark say what its rows say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import quality_table
+from benchmarks.quality_data import modes
+from benchmarks.quality_table import calls_table, modes_table, reach_table, recipes_table
+
+
+def curve(recipe: str, energies: dict[int, float], seed: int = 0) -> list[dict[str, object]]:
+    shared = {
+        "set": "digits",
+        "kind": "curve",
+        "recipe": recipe,
+        "seed": seed,
+        "spread_error": 1,
+        "frechet": 1,
+    }
+    return [
+        {
+            **shared,
+            "spread_error": 1,
+            "frechet": 1,
+            "step": step,
+            "seconds": step / 10,
+            "energy": energy,
+            "r2": 1 - energy,
+        }
+        for step, energy in energies.items()
+    ]
+
+
+ROWS = [
+    *curve("paper", {50: 0.9, 200: 0.6, 1000: 0.4}),
+    *curve("paper", {50: 0.9, 200: 0.6, 1000: 0.5}, seed=1),
+    *curve("default", {50: 0.5, 200: 0.41, 1000: 0.2}),
+    *curve("default", {50: 0.5, 200: 0.43, 1000: 0.2}, seed=1),
+    {"set": "digits", "kind": "calls", "recipe": "euler", "calls": 50, "energy": 0.2},
+    {"set": "digits", "kind": "student", "recipe": "direct", "calls": 1, "energy": 0.21},
+]
+
+
+def test_steps_are_those_at_which_the_mean_over_seeds_is_as_good() -> None:
+    assert reach_table(ROWS, ["digits"]).splitlines()[-1] == "| digits | 1000 | 200 | 200 | 100 / 100 |"
+
+
+def test_a_goal_that_is_not_reached_is_called_so() -> None:
+    rows = [*curve("paper", {1000: 0.1}), *curve("default", {1000: 0.2})]
+    assert "| not reached | not reached |" in reach_table(rows, ["digits"])
+
+
+def test_means_and_ranges_over_seeds() -> None:
+    assert "| paper, 1000 steps | 0.550 (0.500 to 0.600) | 0.450 (0.400 to 0.500) |" in recipes_table(
+        ROWS, ["digits"]
+    )
+
+
+def test_scores_are_relative_to_fifty_euler_calls() -> None:
+    assert "| 1 | student, direct | 0.2100 (+5.0 %) |" in calls_table(ROWS, ["digits"])
+
+
+def test_the_command_draws_and_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, figure = tmp_path / "rows.jsonl", tmp_path / "figure.png"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    monkeypatch.setattr("sys.argv", ["quality_table", str(file), "--figure", str(figure)])
+    quality_table.main()
+    assert figure.stat().st_size > 1000
+    assert modes_table(ROWS) in capsys.readouterr().out
+
+
+def test_modes_are_told_apart_from_what_lies_between() -> None:
+    data = modes(count=200)
+    eva, clip = data.fetch(range(200))
+    found = data.mode_of(eva, clip)
+    assert set(found.tolist()) == {0, 1, 2, 3}  # every true token is within its mode
+    middle = eva @ data.matrix.T + data.centres.mean(dim=0)
+    assert (data.mode_of(eva, middle) == -1).all()
