@@ -166,7 +166,9 @@ def draw(rows: list[Row], sets: list[str], path: Path) -> None:
             if measure == "r2":
                 axes.set(xlabel="optimizer step")
                 axes.set_ylim(bottom=max(-0.1, axes.get_ylim()[0]))
-    panels[0, 0].legend(frameon=False)
+    figure.legend(
+        *panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False
+    )
     figure.savefig(path, dpi=110)
 
 
