@@ -220,7 +220,8 @@ def _compare_samples(
     """256 tokens of each of sixteen conditions; tokens are independent given the condition."""
     eva, _ = answer.data.draw(16, generator)
     repeats = 256 // answer.data.num_tokens
-    generated = model.generate(eva.repeat_interleave(repeats, dim=0), num_inference_steps=steps, seed=3)
+    conditions = eva.repeat_interleave(repeats, dim=0)
+    generated = model.generate(conditions, num_inference_steps=steps, solver="euler", seed=3)
     x_1 = ((generated - model.target_mean) / model.target_std).reshape(16, -1, answer.data.target_dim)
     expected = answer.mean(eva)[:, 0]
     error = (x_1.mean(dim=1) - expected).square().sum()
