@@ -43,7 +43,6 @@ SHOWN_METRICS = (
 SHOWN_METHODS = ("DiT", "ridge 3x3", "ridge", "position mean")
 SEED = 0
 EVAL_SPLIT = 0.2
-INFERENCE_STEPS = 50
 
 logger = logging.getLogger("blip3o_dit.demo")
 
@@ -77,7 +76,6 @@ def main() -> None:
         EvaluationConfig(
             seed=SEED,
             device="cpu",
-            num_inference_steps=INFERENCE_STEPS,
             curve_samples=64,
             shown=8,
             measure=EvaluationSettings(batch_size=120, draw_samples=120),
@@ -174,9 +172,9 @@ def draw(
     wanted = (0, 2, 3, 4, 5, 6, 8, 9)
     shown = split.eval[[int(np.flatnonzero(labels[split.eval] == digit)[0]) for digit in wanted]]
     eva, clip = store.fetch(shown)
-    generated = BLIP3oInference(model, device="cpu").generate(
-        eva, INFERENCE_STEPS, seed=SEED, sample_index=shown.tolist()
-    )
+    inference = BLIP3oInference(model, device="cpu")
+    generated = inference.generate(eva, seed=SEED, sample_index=shown.tolist())
+    sampler = inference.model.config
     rows: dict[str, torch.Tensor] = {
         "true CLIP tokens": clip,
         "DiT": generated,
@@ -193,7 +191,7 @@ def draw(
         metrics=scores,
         title_note=(
             f"1,797 scikit-learn digits, {len(split.eval)} held out; one generated sample each, "
-            f"{INFERENCE_STEPS} Euler steps; colours: 3 principal components"
+            f"{sampler.default_steps} {sampler.default_solver} steps; colours: 3 principal components"
         ),
     )
 
