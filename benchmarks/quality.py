@@ -29,20 +29,14 @@ from benchmarks.quality_data import SETS, MemorySource, Modes
 from blip3o_dit.config import PAPER_RECIPE, TrainingConfig
 from blip3o_dit.data.dataset import Split
 from blip3o_dit.evaluation.answers import collect_answers
-from blip3o_dit.evaluation.baselines import (
-    NeighbourhoodRidge,
-    ResidualGaussian,
-    TokenRidge,
-    split_validation,
-)
 from blip3o_dit.evaluation.engine import describe
-from blip3o_dit.evaluation.methods import BaselineMethod, Method, ModelMethod
+from blip3o_dit.evaluation.fitting import fit_baselines
+from blip3o_dit.evaluation.methods import Method, ModelMethod
 from blip3o_dit.evaluation.truth import EvaluationSettings, Truth, fit_probe, gather_truth
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.training import run as training_run
 from blip3o_dit.training.callbacks import ConsoleCallback
 from blip3o_dit.training.distill import DistillationConfig, teach
-from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.trainer import BLIP3oTrainer
 
 Row = dict[str, Any]
@@ -65,7 +59,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "ridge, preconditioned": {"source": "ridge"},
     "ridge 3x3, velocity": VELOCITY,
     "ridge 3x3, data": DATA,
-    "default": {},
     "default, logit-normal": LOGIT_NORMAL,
     "default, shift": SHIFT,
     "default, cosine path": {"schedule_type": "cosine"},
@@ -80,6 +73,7 @@ STUDENTS = (("direct", 1), ("progressive", 1), ("direct", 4))
 DISTILLATION_STEPS = 300
 MEASURED = EvaluationSettings(batch_size=128, draw_samples=128, bootstrap=20, half_samples=2)
 HELD_OUT = 256
+RIDGES = ("ridge", "ridge 3x3")
 
 
 def no_track(items: Iterable[Any], name: str) -> Iterable[Any]:
@@ -153,13 +147,8 @@ def truth_of(data: MemorySource) -> Truth:
 def ridges(data: MemorySource, truth: Truth) -> dict[str, dict[str, float]]:
     """Both ridges as samplers, measured like a model."""
     train = np.flatnonzero(~data.held_out)
-    fit, validation = split_validation(train, most=10_000, seed=0)
-    found = {}
-    for name, kind in (("ridge", TokenRidge), ("ridge 3x3", NeighbourhoodRidge)):
-        final, before = kind.fit_twice(data, fit, validation=validation)
-        residual = ResidualGaussian.fit(before, data, validation, scale=truth.std)
-        found[name] = measure(BaselineMethod(name, "", final, residual), truth)
-    return found
+    methods = fit_baselines(data, train, std=truth.std, most=10_000, seed=0, track=no_track)
+    return {method.name: measure(method, truth) for method in methods if method.name in RIDGES}
 
 
 def train_recipe(
@@ -191,7 +180,9 @@ def train_recipe(
         callback = Measure(trainer, truth, points, calls)
         trainer.add_callback(callback)
         trainer.train()
-        return callback.points, _with_weights(trainer.dit, trainer.ema)
+        if trainer.ema is not None:
+            trainer.ema.copy_into(trainer.dit)
+        return callback.points, trainer.dit.eval()
 
 
 def _trainer(data: MemorySource, config: TrainingConfig) -> BLIP3oTrainer:
@@ -262,15 +253,8 @@ def _taught(
 ) -> BLIP3oDiTModel:
     student, average = teach(teacher, data, train, config, progress=False)
     assert average is not None
-    return _with_weights(student, average)
-
-
-def _with_weights(model: BLIP3oDiTModel, average: ExponentialMovingAverage | None) -> BLIP3oDiTModel:
-    """The model with its averaged weights, if there are any: what inference would use."""
-    if average is not None:
-        for name, parameter in model.named_parameters():
-            parameter.data.copy_(average.weights[name])
-    return model.eval()
+    average.copy_into(student)
+    return student
 
 
 def few_calls(model: BLIP3oDiTModel, data: MemorySource, truth: Truth, batch_size: int) -> Iterator[Row]:
@@ -296,15 +280,12 @@ def rows_of(set_name: str, arguments: argparse.Namespace) -> Iterator[Row]:
     more = {"batch_size": batch_size}
     for name, figures in ridges(data, truth).items():
         yield {"kind": "ridge", "recipe": name, "seed": 0, **figures}
-    for name in arguments.ablations:
-        changes = ABLATIONS[name] | more
-        points, _ = train_recipe(data, truth, changes, steps=arguments.short, points=[arguments.short])
-        yield {"kind": "ablation", "recipe": name, "seed": 0, **points[-1]}
+    first, short = arguments.seeds[0], arguments.short
+    short_runs = [("default", {}, seed) for seed in arguments.seeds]
+    for name, changes, seed in short_runs + [(name, ABLATIONS[name], first) for name in arguments.ablations]:
+        points, _ = train_recipe(data, truth, changes | more, steps=short, points=[short], seed=seed)
+        yield {"kind": "short", "recipe": name, "seed": seed, **points[-1]}
     for seed in arguments.seeds:
-        short = train_recipe(data, truth, more, steps=arguments.short, points=[arguments.short], seed=seed)[
-            0
-        ][-1]
-        yield {"kind": "short", "recipe": "default", "seed": seed, **short}
         for name in arguments.recipes:
             points, model = train_recipe(
                 data, truth, RECIPES[name] | more, steps=arguments.steps, points=arguments.points, seed=seed
@@ -313,7 +294,7 @@ def rows_of(set_name: str, arguments: argparse.Namespace) -> Iterator[Row]:
             if isinstance(data, Modes):
                 found = mode_coverage(model, data, calls=50)
                 yield {"kind": "modes", "recipe": name, "seed": seed, "calls": 50, **found}
-            if name == "default" and seed == arguments.seeds[0] and not arguments.no_few_calls:
+            if name == "default" and seed == first and not arguments.no_few_calls:
                 yield from ({"seed": seed, **row} for row in few_calls(model, data, truth, batch_size))
 
 

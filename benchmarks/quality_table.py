@@ -29,8 +29,6 @@ def average(rows: Sequence[Row], name: str) -> float:
 
 def spread(rows: Sequence[Row], name: str, digits: int = 3) -> str:
     """Mean over seeds, and the range when there are several."""
-    if not rows:
-        return "-"
     values = [row[name] for row in rows if name in row]
     if not values:
         return "-"
@@ -62,7 +60,7 @@ def recipes_table(rows: list[Row], sets: list[str]) -> str:
     for name in sets:
         own = chosen(rows, set=name)
         last = max((row["step"] for row in chosen(own, kind="curve")), default=0)
-        short = chosen(own, kind="short")
+        short = chosen(own, kind="short", recipe="default")
         groups = [(kind, chosen(own, kind="ridge", recipe=kind)) for kind in ("ridge", "ridge 3x3")]
         groups += [(f"default, run of {short[0]['step']} steps", short)] if short else []
         groups += [
@@ -94,8 +92,10 @@ def reach_table(rows: list[Row], sets: list[str]) -> str:
 
 
 def ablation_table(rows: list[Row], sets: list[str]) -> str:
-    names = list(dict.fromkeys(row["recipe"] for row in chosen(rows, kind="ablation")))
-    shown = [name for name in sets if chosen(rows, kind="ablation", set=name)]
+    """Short runs of the first seed, on the sets where there is more than the default recipe's."""
+    rows = chosen(rows, kind="short", seed=0)
+    names = list(dict.fromkeys(row["recipe"] for row in rows))
+    shown = [name for name in sets if len(chosen(rows, set=name)) > 1]
     lines = [
         "| recipe | " + " | ".join(f"{name}: R2 | energy" for name in shown) + " |",
         "|---|" + "---|---|" * len(shown),
@@ -103,14 +103,14 @@ def ablation_table(rows: list[Row], sets: list[str]) -> str:
     for recipe in names:
         cells = []
         for name in shown:
-            found = chosen(rows, kind="ablation", set=name, recipe=recipe)
+            found = chosen(rows, set=name, recipe=recipe)
             cells += [spread(found, "r2"), spread(found, "energy")]
         lines.append(f"| {recipe} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def calls_table(rows: list[Row], sets: list[str]) -> str:
-    """Energy scores relative to the best solver's with 50 calls."""
+    """Energy scores, and their distance to that of 50 Euler calls."""
     shown = [name for name in sets if chosen(rows, kind="calls", set=name)]
     keys = dict.fromkeys(
         (row["kind"], row["recipe"], row["calls"]) for row in rows if row["kind"] in ("calls", "student")

@@ -357,26 +357,24 @@ def _fit_ridge(
     indices: np.ndarray,
     validation: np.ndarray | None,
     penalty: float | None,
-) -> Iterator[tuple[Tensor, Tensor, float]]:
+) -> tuple[tuple[Tensor, Tensor, float], tuple[Tensor, Tensor, float]]:
     """(W, bias, penalty) fitted on everything, then the same without the validation samples.
 
     An open penalty is chosen on the validation samples.
     """
     moments = moments_of(indices)
-    held_back = moments_of(validation) if validation is not None and len(validation) else None
-    if held_back is None:
+    if validation is None or not len(validation):
         penalty = 1e-3 if penalty is None else penalty
-        before = moments.solve(penalty)
-        yield *before, penalty
-        yield *before, penalty
-        return
-    if penalty is None:
-        penalty, before = _search_penalty(moments, held_back)
+        final = before = moments.solve(penalty)
     else:
-        before = moments.solve(penalty)
-    moments.merge(held_back)
-    yield *moments.solve(penalty), penalty
-    yield *before, penalty
+        held_back = moments_of(validation)
+        if penalty is None:
+            penalty, before = _search_penalty(moments, held_back)
+        else:
+            before = moments.solve(penalty)
+        moments.merge(held_back)
+        final = moments.solve(penalty)
+    return (*final, penalty), (*before, penalty)
 
 
 def _search_penalty(moments: Moments, held_back: Moments) -> tuple[float, tuple[Tensor, Tensor]]:

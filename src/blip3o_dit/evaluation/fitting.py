@@ -26,7 +26,15 @@ from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 
 
 def fit_baselines(
-    source: EmbeddingSource, train: np.ndarray, *, std: Tensor, most: int, seed: int, track: Track
+    source: EmbeddingSource,
+    train: np.ndarray,
+    *,
+    std: Tensor,
+    most: int,
+    seed: int,
+    track: Track,
+    network: BLIP3oDiTModel | None = None,
+    network_steps: int = 0,
 ) -> list[Method]:
     """Every baseline; the Gaussian residuals are those of samples held back from the fit.
 
@@ -34,12 +42,16 @@ def fit_baselines(
         train: indices in `source`; at most `most` of them are used.
         std: of the training tokens per channel, [C].
         seed: names the samples that are used and held back, and the draws.
+        network, network_steps: also train this model's network by plain regression, for so many steps.
     """
     fit, validation = split_validation(train, most=most, seed=seed)
     both = np.sort(np.concatenate([fit, validation]))
 
     def gaussian(name: str, about: str, final: Baseline, on_fit: Baseline) -> Method:
-        return _with_residual(name, about, final, on_fit, source, validation, std, seed)
+        residual = None
+        if len(validation):
+            residual = ResidualGaussian.fit(on_fit, source, validation, scale=std)
+        return BaselineMethod(name, about, final, residual, seed=seed)
 
     def ridge(name: str, about: str, kind: type[TokenRidge] | type[NeighbourhoodRidge]) -> Method:
         final, on_fit = kind.fit_twice(source, fit, validation=validation)
@@ -73,46 +85,16 @@ def fit_baselines(
         ),
         "nearest neighbours": lambda: NeighbourMethod(NearestNeighbours.fit(source, both), seed=seed),
     }
-    return [makers[name]() for name in track(list(makers), "baselines")]
-
-
-def fit_network(
-    like: BLIP3oDiTModel,
-    source: EmbeddingSource,
-    train: np.ndarray,
-    *,
-    steps: int,
-    std: Tensor,
-    most: int,
-    seed: int,
-    track: Track,
-) -> Method:
-    """The network of `like`, trained by plain regression on the same samples as the other baselines."""
-    fit, validation = split_validation(train, most=most, seed=seed)
-    network = NetworkRegression.fit(
-        like,
-        source,
-        fit.tolist(),
-        steps=steps,
-        seed=seed,
-        track=lambda counted: track(list(counted), "network regression"),
-    )
-    about = f"the model's network, least squares, {steps} steps; Gaussian residual"
-    return _with_residual("network regression", about, network, network, source, validation, std, seed)
-
-
-def _with_residual(
-    name: str,
-    about: str,
-    final: Baseline,
-    on_fit: Baseline,
-    source: EmbeddingSource,
-    validation: np.ndarray,
-    std: Tensor,
-    seed: int,
-) -> Method:
-    """`final` as a sampler, with what `on_fit` leaves of the validation samples, if there are any."""
-    residual = None
-    if len(validation):
-        residual = ResidualGaussian.fit(on_fit, source, validation, scale=std)
-    return BaselineMethod(name, about, final, residual, seed=seed)
+    found = [makers[name]() for name in track(list(makers), "baselines")]
+    if network is not None and network_steps:
+        regression = NetworkRegression.fit(
+            network,
+            source,
+            fit.tolist(),
+            steps=network_steps,
+            seed=seed,
+            track=lambda steps: track(list(steps), "network regression"),
+        )
+        about = f"the model's network, least squares, {network_steps} steps; Gaussian residual"
+        found.append(gaussian("network regression", about, regression, regression))
+    return found

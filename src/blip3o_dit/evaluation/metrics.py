@@ -111,7 +111,7 @@ class FidelitySums:
 
     def result(self) -> dict[str, float]:
         """The metrics. Raises ValueError when no sample was added."""
-        scalars = dict(zip(self._scalars, self.state.tolist(), strict=False))
+        scalars = dict(zip(self._scalars, self.state[: len(self._scalars)].tolist(), strict=True))
         tokens, samples = scalars["tokens"], scalars["samples"]
         if not samples:
             raise ValueError("expected at least one sample to measure, found none")

@@ -22,7 +22,7 @@ from blip3o_dit.data.source import TransformedEmbeddings
 from blip3o_dit.data.store import EmbeddingSource
 from blip3o_dit.evaluation import engine, figures, report
 from blip3o_dit.evaluation.answers import Answers, collect_answers, without_vectors
-from blip3o_dit.evaluation.fitting import fit_baselines, fit_network
+from blip3o_dit.evaluation.fitting import fit_baselines
 from blip3o_dit.evaluation.methods import Method, ModelMethod
 from blip3o_dit.evaluation.summary import summarize
 from blip3o_dit.evaluation.truth import EvaluationSettings, Track, Truth, fit_probe, gather_truth
@@ -164,16 +164,16 @@ def evaluate_methods(
     floor = engine.true_floor(truth, fit_on, train) if len(train) >= 2 else None
     everything = [*methods]
     if len(train):
-        options: dict[str, Any] = {
-            "std": std,
-            "most": config.fit_samples,
-            "seed": config.seed,
-            "track": track,
-        }
-        everything += fit_baselines(fit_on, train, **options)
-        if config.regression_steps and regression_like is not None:
-            like, steps = regression_like.model, config.regression_steps
-            everything.append(fit_network(like, fit_on, train, steps=steps, **options))
+        everything += fit_baselines(
+            fit_on,
+            train,
+            std=std,
+            most=config.fit_samples,
+            seed=config.seed,
+            track=track,
+            network=regression_like.model if regression_like else None,
+            network_steps=config.regression_steps,
+        )
     described, found = [], []
     for method in everything:
         answers = collect_answers(method, truth, track)

@@ -145,8 +145,6 @@ class BLIP3oDiTModel(PreTrainedModel):
         self._check_forward(hidden_states, timestep, encoder_hidden_states)
         if guess is None:
             guess = self.source_of(encoder_hidden_states).mean
-        if guess is not None:
-            guess = guess.to(hidden_states.dtype)
         return self.dit(hidden_states, timestep, encoder_hidden_states, guess)
 
     def normalize_condition(self, eva_embeddings: Tensor) -> Tensor:
@@ -248,11 +246,11 @@ class BLIP3oDiTModel(PreTrainedModel):
         low, high = guidance_interval
         if not 0.0 <= low < high <= 1.0:
             raise ValueError(f"guidance_interval: expected 0 <= low < high <= 1, found {guidance_interval}")
+        solver = solver or self.config.default_solver
+        self._check_student(solver, num_inference_steps)
         x_0, condition = self._start(eva_embeddings, seed, sample_index, draw)
         source = self.source_of(condition)
         velocity = self.velocity_of(condition, source, guidance_scale, guidance_interval)
-        solver = solver or self.config.default_solver
-        self._check_student(solver, num_inference_steps)
         if solver == ADAPTIVE_SOLVER:
             if num_inference_steps is not None:
                 raise ValueError(
@@ -341,9 +339,7 @@ class BLIP3oDiTModel(PreTrainedModel):
         if guided:
             condition = torch.cat([torch.zeros_like(condition), condition])
         guess = source.repeat(2 if guided else 1).mean
-        both = self.dit.encode_condition(
-            condition.to(self.dtype), None if guess is None else guess.to(self.dtype)
-        )
+        both = self.dit.encode_condition(condition.to(self.dtype), guess)
         encoded = both.rows(slice(len(condition) - count, None))
         flow = self.config.flow
         path = path_of(flow)

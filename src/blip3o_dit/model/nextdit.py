@@ -75,9 +75,7 @@ class NextDiT(nn.Module):
         condition = self.caption_projection(condition)  # [B, L, d]
         temb = self._time_embedding(timestep, self.time_caption_embed.pool(condition))
         rope = self._rope(hidden_states)  # [N, h / 2] twice
-        x = self.patch_embedder(hidden_states)  # [B, N, d]
-        if guess is not None:
-            x = x + self.guess_embedder(guess)
+        x = self._embed(hidden_states, self._embed_guess(guess))  # [B, N, d]
         for layer in self.blocks:
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(layer.with_condition, x, condition, temb, rope, use_reentrant=False)
@@ -91,16 +89,14 @@ class NextDiT(nn.Module):
         return EncodedCondition(
             pooled=self.time_caption_embed.pool(condition),
             keys_values=[layer.condition_keys_values(condition) for layer in self.blocks],
-            guess=None if guess is None else self.guess_embedder(guess),
+            guess=self._embed_guess(guess),
         )
 
     def predict(self, hidden_states: Tensor, timestep: Tensor, encoded: EncodedCondition) -> Tensor:
         """`forward` with the condition's part already done."""
         temb = self._time_embedding(timestep, encoded.pooled)
         rope = self._rope(hidden_states)  # [N, h / 2] twice
-        x = self.patch_embedder(hidden_states)  # [B, N, d]
-        if encoded.guess is not None:
-            x = x + encoded.guess
+        x = self._embed(hidden_states, encoded.guess)  # [B, N, d]
         for layer, keys_values in zip(self.blocks, encoded.keys_values, strict=True):
             x = layer(x, keys_values, temb, rope)
         return self.norm_out(x, temb)
@@ -109,6 +105,13 @@ class NextDiT(nn.Module):
     def blocks(self) -> list[NextDiTBlock]:
         """`layers`, as what they are."""
         return cast("list[NextDiTBlock]", list(self.layers))
+
+    def _embed(self, hidden_states: Tensor, embedded_guess: Tensor | None) -> Tensor:
+        x = self.patch_embedder(hidden_states)
+        return x if embedded_guess is None else x + embedded_guess
+
+    def _embed_guess(self, guess: Tensor | None) -> Tensor | None:
+        return None if guess is None else self.guess_embedder(guess.to(self.guess_embedder.weight.dtype))
 
     def _time_embedding(self, timestep: Tensor, pooled: Tensor) -> Tensor:
         features = sinusoidal_features(official_timestep(timestep.float()))  # [B, 256]

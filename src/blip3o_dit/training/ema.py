@@ -33,11 +33,15 @@ class ExponentialMovingAverage:
         values = [parameter.detach().float() for parameter in current.values()]
         torch._foreach_lerp_(averages, values, 1.0 - decay)
 
+    def copy_into(self, model: BLIP3oDiTModel) -> None:
+        """Give the model the averaged weights."""
+        _copy_into(model, self.weights)
+
     @contextmanager
     def applied(self, model: BLIP3oDiTModel) -> Iterator[None]:
         """Inside, the model has the averaged weights; afterwards its own again, bit for bit."""
         own = {name: p.detach().clone() for name, p in model.named_parameters()}
-        _copy_into(model, self.weights)
+        self.copy_into(model)
         try:
             yield
         finally:
