@@ -16,6 +16,7 @@ SPLIT_RULES = ("permutation", "key_hash")
 PREDICTION_TYPES = ("v_prediction", "epsilon", "sample", "preconditioned")
 TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
 SOURCES = ("noise", "ridge", "ridge_3x3")
+MEMORY_MODES = ("default", "low")
 SOLVER_NAMES = ("euler", "midpoint", "heun")
 
 # The time shift sqrt(N d / 4096) is 1 for this many numbers a sample (RAE, arXiv 2510.11690).
@@ -294,6 +295,18 @@ class TrainingConfig:
     num_kv_heads: int | None = _option(None, "heads of keys and values (default: num_heads)")
     ffn_dim: int | None = _option(None, "feed-forward width (default: 8/3 model_dim, rounded up)")
     gradient_checkpointing: bool = _option(False, "recompute blocks in the backward pass")
+    selective_checkpointing: bool = _option(
+        False, "keep products and attention, recompute only what is cheap, in the backward pass"
+    )
+    memory: str = _option(
+        "default",
+        "low: bfloat16 weights rounded stochastically, 8-bit AdamW states, gradient checkpointing, no "
+        "averaged weights",
+        choices=MEMORY_MODES,
+    )
+    compile: bool = _option(
+        False, "compile the blocks with torch.compile (takes a minute or more at the start)"
+    )
 
     num_epochs: float = _option(10.0, "passes over the training split")
     max_steps: int = _option(-1, "stop after this many optimizer steps; overrides num_epochs")
@@ -354,6 +367,12 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.fp16 and self.bf16:
             raise ValueError("fp16 and bf16: expected at most one of them, found both")
+        if self.memory == "low" and self.fp16:
+            raise ValueError("memory: low keeps the weights in bfloat16, expected no fp16 beside it")
+        if self.compile and self.selective_checkpointing:
+            raise ValueError(
+                "selective_checkpointing: expected none with compile, which itself recomputes what is cheap"
+            )
         for name in _COUNTS_FROM_ONE:
             _check_integer(name, getattr(self, name), 1)
         for name in ("warmup_steps", "num_workers", "seed", "eval_samples"):
@@ -429,7 +448,7 @@ class TrainingConfig:
             in_channels=target_dim,
             eva_embedding_size=condition_dim,
             input_size=math.isqrt(num_tokens),
-            gradient_checkpointing=self.gradient_checkpointing,
+            gradient_checkpointing=self.gradient_checkpointing or self.selective_checkpointing,
             normalize_embeddings=self.normalize_embeddings,
             flow_matching=asdict(
                 self.flow_matching(num_tokens=num_tokens, condition_dim=condition_dim, target_dim=target_dim)
@@ -453,6 +472,10 @@ PAPER_RECIPE: dict[str, Any] = {
     "num_inference_steps": 50,
     "eval_inference_steps": 20,
 }
+
+
+# `--memory low`: what its flag stands for beside the weights and the optimizer; flags given beside it win.
+LOW_MEMORY_DEFAULTS: dict[str, Any] = {"gradient_checkpointing": True, "ema_decay": 0.0}
 
 
 _COUNTS_FROM_ONE = (

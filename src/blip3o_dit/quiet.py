@@ -1,7 +1,9 @@
-"""transformers without its reports and progress bars."""
+"""transformers and torchao without their reports and progress bars."""
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,3 +23,10 @@ def quiet_transformers() -> Iterator[None]:
         hf_logging.set_verbosity(level)
         if bars:
             hf_logging.enable_progress_bar()
+
+
+def quiet_torchao() -> None:
+    """Keep torchao from telling about kernels it was not built with here, and about its own deprecations."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")

@@ -18,9 +18,10 @@ from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.flow.path import LinearPath, preconditioning
 from blip3o_dit.model.blip3o_dit import EMA_FILE, BLIP3oDiTModel
 from blip3o_dit.training.callbacks import read_log
+from blip3o_dit.training.monitor import NonFiniteLossError
 from blip3o_dit.training.run import check_checkpoint, train
 from blip3o_dit.training.settings import resolve_config, training_arguments
-from blip3o_dit.training.trainer import BLIP3oTrainer, NonFiniteLossError
+from blip3o_dit.training.trainer import BLIP3oTrainer
 from tests.stores import write_linear_store
 
 # 40 samples to train on, 5 steps a pass.

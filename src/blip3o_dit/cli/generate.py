@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="times at which guidance acts",
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile (and CUDA graphs), for long runs"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--weights", choices=("auto", "ema", "raw"), default="auto")
 
@@ -39,7 +42,9 @@ def run(arguments: argparse.Namespace) -> None:
     """Generate, write, and print the metrics as JSON."""
     from blip3o_dit.inference.pipeline import BLIP3oInference
 
-    inference = BLIP3oInference(arguments.model, device=arguments.device, weights=arguments.weights)
+    inference = BLIP3oInference(
+        arguments.model, device=arguments.device, weights=arguments.weights, compile=arguments.compile
+    )
     results = inference.generate_from_dataset(
         arguments.embeddings,
         num_samples=arguments.num_samples,

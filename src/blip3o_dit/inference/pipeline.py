@@ -22,6 +22,7 @@ from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
 from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER
 from blip3o_dit.flow.times import training_times
 from blip3o_dit.model.blip3o_dit import EMA_VARIANT, BLIP3oDiTModel, pick_weights
+from blip3o_dit.model.linear import multiplies
 from blip3o_dit.randomness import named_normal, named_uniform
 
 SPLITS = ("all", "train", "eval")
@@ -33,9 +34,11 @@ class BLIP3oInference:
     Args:
         model_path: folder with `config.json` and `model.safetensors`.
         device: "auto" (a GPU when there is one), "cpu", "cuda", "cuda:1", ...
-        dtype: compute and weight type, e.g. torch.bfloat16; the solver's state stays float32.
+        dtype: of the weights; None takes bfloat16 where the processor multiplies it, float32 elsewhere. The
+            network computes in it, or in float32 where it would be emulated; the solver's state is float32.
         weights: "auto" takes the averaged weights when the folder has them, "ema" insists on them,
             "raw" takes those of the last step.
+        compile: `BLIP3oDiTModel.compile_for_generation`, worth its minute for long generations.
 
     Raises:
         FileNotFoundError, ValueError: one line: no model there, weights that do not fit, no such device.
@@ -46,16 +49,21 @@ class BLIP3oInference:
         model_path: str | Path,
         *,
         device: str = "auto",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         weights: str = "auto",
+        compile: bool = False,
     ) -> None:
         self.model_path = Path(model_path)
         self.device = pick_device(device)
         self.weights = pick_weights(self.model_path, weights)
+        if dtype is None:
+            dtype = torch.bfloat16 if multiplies(torch.bfloat16, self.device) else torch.float32
         self.model: BLIP3oDiTModel = BLIP3oDiTModel.from_pretrained(
             self.model_path, dtype=dtype, variant=EMA_VARIANT if self.weights == "ema" else None
         )
         self.model.to(self.device).eval()
+        if compile:
+            self.model.compile_for_generation()
 
     def generate(
         self,
@@ -235,7 +243,7 @@ class BLIP3oInference:
             named_uniform(indices, seed=seed, stream="evaluation time"), self.model.config.flow
         )
         sample = loss_fn.sample_path(x_1, noise.to(self.device), t.to(self.device))
-        dtype = self.model.dtype
+        dtype = self.model.compute_dtype
         x_t = source.from_flow(sample.x_t)
         prediction = self.model(x_t.to(dtype), sample.t, condition.to(dtype), source.mean)
         return float(loss_fn(prediction, sample).flow_matching_loss)

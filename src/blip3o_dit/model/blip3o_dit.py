@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import os
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +18,14 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from blip3o_dit.config import BLIP3oDiTConfig, check_name
 from blip3o_dit.flow.path import convert_prediction, path_of
 from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER, integrate, integrate_adaptive
+from blip3o_dit.model.graphs import GraphedPredict, Predict
+from blip3o_dit.model.linear import multiplies
 from blip3o_dit.model.nextdit import NextDiT
 from blip3o_dit.model.source import AffineSource, neighbourhood_features
 from blip3o_dit.quiet import quiet_transformers
 from blip3o_dit.randomness import named_normal
+
+logger = logging.getLogger(__name__)
 
 GENERATION_STREAM = "generation noise"
 
@@ -64,6 +71,7 @@ class BLIP3oDiTModel(PreTrainedModel):
     def __init__(self, config: BLIP3oDiTConfig) -> None:
         super().__init__(config)
         self.dit = NextDiT(config)
+        self._predict: Predict = self.dit.predict  # what `generate` calls; see `compile_for_generation`
         self.register_buffer("condition_mean", torch.zeros(config.eva_embedding_size))
         self.register_buffer("condition_std", torch.ones(config.eva_embedding_size))
         self.register_buffer("target_mean", torch.zeros(config.in_channels))
@@ -73,6 +81,7 @@ class BLIP3oDiTModel(PreTrainedModel):
         checkpointing = config.gradient_checkpointing
         self.post_init()  # applies config.gradient_checkpointing, and takes it out of the config
         config.gradient_checkpointing = checkpointing
+        self.dit.lay_weights_together()
 
     def _register_source(self, config: BLIP3oDiTConfig) -> None:
         """Buffers of the informed source; an unfitted one is pure noise."""
@@ -119,7 +128,13 @@ class BLIP3oDiTModel(PreTrainedModel):
             after = self.get_buffer(name)
             if after.dtype != buffer.dtype and not buffer.is_meta:
                 self._buffers[name] = buffer.to(after.device)
+        self.dit.lay_weights_together()
         return self
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the network should be fed: its weights' dtype, or float32 where that would be emulated."""
+        return self.dtype if multiplies(self.dtype, self.device) else torch.float32
 
     def forward(
         self,
@@ -200,6 +215,20 @@ class BLIP3oDiTModel(PreTrainedModel):
         if self.config.flow.source_components:
             features = neighbourhood_features(features, self.source_components.float())
         return AffineSource(features @ self.source_weight.float() + self.source_bias, self.source_std)
+
+    def compile_for_generation(self) -> None:
+        """Compile the blocks with torch.compile and, on a GPU, record each network call as a CUDA graph.
+
+        The first call for a batch size then takes a minute or more. The samples differ by rounding only.
+
+        Raises:
+            ValueError: when there is nothing to compile with.
+        """
+        check_compiler("compile", self.device)
+        logger.info("compiling the network: its first call takes a minute or more")
+        self.dit.compile_blocks()
+        if self.device.type == "cuda":
+            self._predict = GraphedPredict(self.dit.predict)
 
     @torch.no_grad()
     def generate(
@@ -339,17 +368,18 @@ class BLIP3oDiTModel(PreTrainedModel):
         if guided:
             condition = torch.cat([torch.zeros_like(condition), condition])
         guess = source.repeat(2 if guided else 1).mean
-        both = self.dit.encode_condition(condition.to(self.dtype), guess)
+        dtype = self.compute_dtype
+        both = self.dit.encode_condition(condition.to(dtype), guess)
         encoded = both.rows(slice(len(condition) - count, None))
         flow = self.config.flow
         path = path_of(flow)
 
         def velocity(y: Tensor, t: Tensor) -> Tensor:
-            x = source.from_flow(y).to(self.dtype)
+            x = source.from_flow(y).to(dtype)
             if not guided or not guidance_interval[0] <= float(t[0]) < guidance_interval[1]:
-                prediction = self.dit.predict(x, t, encoded)
+                prediction = self._predict(x, t, encoded)
             else:
-                doubled = self.dit.predict(torch.cat([x, x]), torch.cat([t, t]), both)
+                doubled = self._predict(torch.cat([x, x]), torch.cat([t, t]), both)
                 null, prediction = doubled.float().chunk(2)
                 # The conversion to a velocity is affine in the prediction: guiding either is the same.
                 prediction = null + guidance_scale * (prediction - null)
@@ -380,6 +410,18 @@ class BLIP3oDiTModel(PreTrainedModel):
         if condition.shape[0] != batch:
             raise ValueError(f"condition: expected a batch of {batch}, found {condition.shape[0]}")
 
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As `PreTrainedModel.save_pretrained`, which would copy all weights that share a block of memory."""
+        state = self.state_dict() if state_dict is None else state_dict
+        state = {name: _with_storage_of_its_own(tensor) for name, tensor in state.items()}
+        super().save_pretrained(save_directory, is_main_process, state, **kwargs)
+
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
@@ -400,7 +442,25 @@ class BLIP3oDiTModel(PreTrainedModel):
             )
         model, info = loaded
         refuse_misfits(str(pretrained_model_name_or_path), info)
+        model.dit.lay_weights_together()
         return (model, info) if wants_info else model
+
+
+def check_compiler(wanted_by: str, device: torch.device) -> None:
+    """Refuse (ValueError) what torch.compile cannot do here: it writes C++ for a CPU, Triton for a GPU."""
+    names = (os.environ.get("CXX", "g++"), "g++", "clang++")
+    if device.type == "cpu" and not any(shutil.which(name) for name in names):
+        raise ValueError(f"{wanted_by}: expected a C++ compiler (g++ or clang++), found none")
+    if device.type == "cuda" and not importlib.util.find_spec("triton"):
+        raise ValueError(f"{wanted_by}: expected triton, which comes with torch's CUDA builds, found none")
+
+
+def _with_storage_of_its_own(tensor: Tensor) -> Tensor:
+    """The same memory seen through a storage that begins and ends with this tensor; nothing is copied."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.is_contiguous()
+    if not plain or tensor.device.type not in ("cpu", "cuda"):
+        return tensor
+    return torch.from_dlpack(tensor.detach())
 
 
 def pick_weights(path: Path, weights: str) -> str:

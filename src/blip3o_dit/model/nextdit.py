@@ -8,18 +8,31 @@ d = model_dim, H = num_heads, G = num_kv_heads, h = head_dim.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from blip3o_dit.config import BLIP3oDiTConfig, default_ffn_dim
+from blip3o_dit.model.linear import Linear, lay_together, products
 from blip3o_dit.model.official_convention import official_timestep
 
 TIME_FREQUENCIES = 256
+
+# What selective checkpointing keeps: everything else of a block costs next to nothing to compute again.
+EXPENSIVE = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
 
 
 @dataclass(frozen=True)
@@ -36,10 +49,22 @@ class EncodedCondition:
 
     def rows(self, chosen: slice) -> EncodedCondition:
         """The same of some samples of the batch."""
+        return self._each(lambda tensor: tensor[chosen])
+
+    def clone(self) -> EncodedCondition:
+        """The same in memory of its own."""
+        return self._each(Tensor.clone)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything it holds, in a fixed order."""
+        held = [self.pooled, *(tensor for pair in self.keys_values for tensor in pair)]
+        return held if self.guess is None else [*held, self.guess]
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> EncodedCondition:
         return EncodedCondition(
-            self.pooled[chosen],
-            [(keys[chosen], values[chosen]) for keys, values in self.keys_values],
-            None if self.guess is None else self.guess[chosen],
+            function(self.pooled),
+            [(function(keys), function(values)) for keys, values in self.keys_values],
+            None if self.guess is None else function(self.guess),
         )
 
 
@@ -57,9 +82,10 @@ class NextDiT(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = config.gradient_checkpointing
+        self.selective_checkpointing = False  # with it, products and attention are kept
         self.patch_embedder = PatchEmbedder(config.in_channels, config.model_dim)
         if config.flow.source != "noise":
-            self.guess_embedder = nn.Linear(config.in_channels, config.model_dim)
+            self.guess_embedder = Linear(config.in_channels, config.model_dim)
         self.caption_projection = CaptionProjection(config.eva_embedding_size, config.model_dim)
         self.time_caption_embed = TimeCaptionEmbedding(config.model_dim, config.time_embed_dim)
         self.layers = nn.ModuleList(NextDiTBlock(config) for _ in range(config.num_layers))
@@ -78,7 +104,7 @@ class NextDiT(nn.Module):
         x = self._embed(hidden_states, self._embed_guess(guess))  # [B, N, d]
         for layer in self.blocks:
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer.with_condition, x, condition, temb, rope, use_reentrant=False)
+                x = self._checkpoint(layer.with_condition, x, condition, temb, rope)
             else:
                 x = layer.with_condition(x, condition, temb, rope)
         return self.norm_out(x, temb)
@@ -101,6 +127,23 @@ class NextDiT(nn.Module):
             x = layer(x, keys_values, temb, rope)
         return self.norm_out(x, temb)
 
+    def _checkpoint(self, block: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        if not self.selective_checkpointing:
+            return checkpoint(block, *inputs, use_reentrant=False)
+        kept = partial(create_selective_checkpoint_contexts, EXPENSIVE)
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=kept)
+
+    def compile_blocks(self) -> None:
+        """Compile the blocks in place: they share one compiled function, which their first call makes."""
+        for layer in self.layers:
+            layer.compile()
+
+    def lay_weights_together(self) -> None:
+        """Put the weights that multiply the same input behind one another (see `linear.py`)."""
+        for layer in self.blocks:
+            for weights in layer.joint_weights():
+                lay_together(weights)
+
     @property
     def blocks(self) -> list[NextDiTBlock]:
         """`layers`, as what they are."""
@@ -111,7 +154,7 @@ class NextDiT(nn.Module):
         return x if embedded_guess is None else x + embedded_guess
 
     def _embed_guess(self, guess: Tensor | None) -> Tensor | None:
-        return None if guess is None else self.guess_embedder(guess.to(self.guess_embedder.weight.dtype))
+        return None if guess is None else self.guess_embedder(guess)
 
     def _time_embedding(self, timestep: Tensor, pooled: Tensor) -> Tensor:
         features = sinusoidal_features(official_timestep(timestep.float()))  # [B, 256]
@@ -144,7 +187,25 @@ class NextDiTBlock(nn.Module):
 
     def condition_keys_values(self, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Projected condition [B, L, d] -> keys and values [B, G, L, h]; no rotary embedding on them."""
-        return self.attn2.keys_values(self.norm1_context(condition))
+        k, v = products(self.norm1_context(condition), self.weights_of_condition())  # [B, L, G h]
+        return self.attn2.keys(k), self.attn2.values(v)
+
+    def weights_of_hidden_states(self) -> list[Tensor]:
+        """Self-attention's queries, keys and values, and cross-attention's queries."""
+        own, cross = self.attn1, self.attn2
+        return [own.to_q.weight, own.to_k.weight, own.to_v.weight, cross.to_q.weight]
+
+    def weights_of_condition(self) -> list[Tensor]:
+        """Cross-attention's keys and values."""
+        return [self.attn2.to_k.weight, self.attn2.to_v.weight]
+
+    def joint_weights(self) -> list[list[Tensor]]:
+        """Groups of weights that multiply the same input."""
+        return [
+            self.weights_of_hidden_states(),
+            self.weights_of_condition(),
+            self.feed_forward.inner_weights(),
+        ]
 
     def with_condition(
         self, x: Tensor, condition: Tensor, temb: Tensor, rope: tuple[Tensor, Tensor]
@@ -159,8 +220,9 @@ class NextDiTBlock(nn.Module):
         rope: tuple[Tensor, Tensor],
     ) -> Tensor:
         h, gate_msa, scale_mlp, gate_mlp = self.norm1(x, temb)  # [B, N, d], [B, 1, d] three times
-        own = attend(self.attn1.queries(h, rope), *self.attn1.keys_values(h, rope))  # [B, H, N, h]
-        cross = attend(self.attn2.queries(h, rope), *condition_keys_values)  # [B, H, N, h]
+        q, k, v, cross_q = products(h, self.weights_of_hidden_states())  # [B, N, d or G h]
+        own = attend(self.attn1.queries(q, rope), self.attn1.keys(k, rope), self.attn1.values(v))
+        cross = attend(self.attn2.queries(cross_q, rope), *condition_keys_values)  # [B, H, N, h]
         mixed = own + cross * self.gate.tanh().to(cross.dtype).view(-1, 1, 1)
         attention = self.attn2.to_out[0](mixed.transpose(1, 2).flatten(2))  # [B, N, d]
         x = x + gate_msa.tanh() * self.norm2(attention)
@@ -169,27 +231,31 @@ class NextDiTBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections of one attention, with LayerNorm across all heads of queries and of keys."""
+    """One attention's weights, and what follows its products: LayerNorm across all heads, rotation."""
 
     def __init__(self, config: BLIP3oDiTConfig, *, output_projection: bool = False) -> None:
         super().__init__()
         d, kv_dim, self.head_dim = config.model_dim, config.kv_dim, config.head_dim
-        self.to_q = nn.Linear(d, d, bias=False)
-        self.to_k = nn.Linear(d, kv_dim, bias=False)
-        self.to_v = nn.Linear(d, kv_dim, bias=False)
-        self.norm_q = nn.LayerNorm(d, eps=1e-5)
-        self.norm_k = nn.LayerNorm(kv_dim, eps=1e-5)
+        self.to_q = Linear(d, d, bias=False)
+        self.to_k = Linear(d, kv_dim, bias=False)
+        self.to_v = Linear(d, kv_dim, bias=False)
+        self.norm_q = LayerNorm(d, eps=1e-5)
+        self.norm_k = LayerNorm(kv_dim, eps=1e-5)
         if output_projection:
-            self.to_out = nn.ModuleList([nn.Linear(d, d, bias=False)])
+            self.to_out = nn.ModuleList([Linear(d, d, bias=False)])
 
-    def queries(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """[B, N, d] -> [B, H, N, h], rotated."""
-        return rotate(self._split_heads(self.norm_q(self.to_q(x))), rope)
+    def queries(self, q: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """Projected [B, N, d] -> [B, H, N, h], rotated."""
+        return rotate(self._split_heads(self.norm_q(q)), rope)
 
-    def keys_values(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """[B, L, d] -> keys (rotated when `rope` is given) and values, [B, G, L, h] each."""
-        keys = self._split_heads(self.norm_k(self.to_k(x)))
-        return rotate(keys, rope) if rope else keys, self._split_heads(self.to_v(x))
+    def keys(self, k: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Projected [B, L, G h] -> [B, G, L, h], rotated when `rope` is given."""
+        keys = self._split_heads(self.norm_k(k))
+        return rotate(keys, rope) if rope else keys
+
+    def values(self, v: Tensor) -> Tensor:
+        """Projected [B, L, G h] -> [B, G, L, h]."""
+        return self._split_heads(v)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -200,12 +266,18 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, inner_dim: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(dim, inner_dim, bias=False)
-        self.linear_2 = nn.Linear(inner_dim, dim, bias=False)
-        self.linear_3 = nn.Linear(dim, inner_dim, bias=False)
+        self.linear_1 = Linear(dim, inner_dim, bias=False)
+        self.linear_2 = Linear(inner_dim, dim, bias=False)
+        self.linear_3 = Linear(dim, inner_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)) * self.linear_3(x))
+        gate, up = products(x, self.inner_weights())  # [B, N, inner_dim] twice
+        gate = F.silu(gate)
+        # Autograd keeps the product's factors; without it their memory can be used again.
+        return self.linear_2(gate * up if torch.is_grad_enabled() else gate.mul_(up))
+
+    def inner_weights(self) -> list[Tensor]:
+        return [self.linear_1.weight, self.linear_3.weight]
 
 
 class AdaptiveNorm(nn.Module):
@@ -213,7 +285,7 @@ class AdaptiveNorm(nn.Module):
 
     def __init__(self, dim: int, time_embed_dim: int, eps: float) -> None:
         super().__init__()
-        self.linear = nn.Linear(time_embed_dim, 4 * dim)
+        self.linear = Linear(time_embed_dim, 4 * dim)
         self.norm = RMSNorm(dim, eps=eps)
 
     def forward(self, x: Tensor, temb: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -230,13 +302,21 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm whose weight and bias follow the input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
 class TimeCaptionEmbedding(nn.Module):
     """Time features plus the mean of the projected condition -> modulation input."""
 
     def __init__(self, dim: int, time_embed_dim: int) -> None:
         super().__init__()
         self.timestep_embedder = TimestepEmbedder(time_embed_dim)
-        self.caption_embedder = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, time_embed_dim))
+        self.caption_embedder = nn.Sequential(LayerNorm(dim), Linear(dim, time_embed_dim))
 
     def pool(self, condition: Tensor) -> Tensor:
         """[B, L, d] -> [B, min(d, 1024)]."""
@@ -249,8 +329,8 @@ class TimeCaptionEmbedding(nn.Module):
 class TimestepEmbedder(nn.Module):
     def __init__(self, time_embed_dim: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(TIME_FREQUENCIES, time_embed_dim)
-        self.linear_2 = nn.Linear(time_embed_dim, time_embed_dim)
+        self.linear_1 = Linear(TIME_FREQUENCIES, time_embed_dim)
+        self.linear_2 = Linear(time_embed_dim, time_embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(x)))
@@ -259,8 +339,8 @@ class TimestepEmbedder(nn.Module):
 class CaptionProjection(nn.Module):
     def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(in_dim, dim)
-        self.linear_2 = nn.Linear(dim, dim)
+        self.linear_1 = Linear(in_dim, dim)
+        self.linear_2 = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.gelu(self.linear_1(x), approximate="tanh"))
@@ -269,7 +349,7 @@ class CaptionProjection(nn.Module):
 class PatchEmbedder(nn.Module):
     def __init__(self, in_channels: int, dim: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(in_channels, dim)
+        self.proj = Linear(in_channels, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x)
@@ -280,8 +360,8 @@ class OutputHead(nn.Module):
 
     def __init__(self, dim: int, time_embed_dim: int, out_channels: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(time_embed_dim, dim)
-        self.linear_2 = nn.Linear(dim, out_channels)
+        self.linear_1 = Linear(time_embed_dim, dim)
+        self.linear_2 = Linear(dim, out_channels)
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
@@ -324,6 +404,9 @@ def rotary_tables(
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Turn each adjacent pair of channels of [B, H, N, h] by its position's angle, in float32."""
     cos, sin = rope
+    if not torch.compiler.is_compiling():  # one complex product is one pass over memory
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # [B, H, N, h / 2]
+        return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, H, N, h / 2] twice
     rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return rotated.flatten(-2).to(x.dtype)

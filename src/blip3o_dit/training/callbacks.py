@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,18 @@ class EMACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self.ema.update(getattr(model, "module", model), state.global_step)
+
+
+class BeforeOptimizerStep(TrainerCallback):
+    """Calls a function between the backward pass and the optimizer step."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._function()
 
 
 class ConsoleCallback(ProgressCallback):

@@ -1,4 +1,4 @@
-"""What a training step says about itself, averaged between two log lines without synchronising."""
+"""What a training step says about itself, without waiting for the device between two log lines."""
 
 from __future__ import annotations
 
@@ -9,6 +9,46 @@ from torch import Tensor
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss, LossOutput
 from blip3o_dit.flow.path import PathSample, convert_prediction
 from blip3o_dit.model.source import AffineSource
+
+
+class NonFiniteLossError(ValueError):
+    """The loss became NaN or infinite; raised before the optimizer step, so the weights are intact."""
+
+
+class FiniteLosses:
+    """Stops a run at the first NaN or infinite loss, before the optimizer uses it.
+
+    Args:
+        deferred: look at losses in `check` only, and wait there for no more than the forward pass.
+    """
+
+    def __init__(self, *, deferred: bool) -> None:
+        self._deferred = deferred
+        self._pending: list[tuple[Tensor, torch.cuda.Event | None, int, list[int]]] = []
+
+    def add(self, loss: Tensor, step: int, samples: list[int]) -> None:
+        """Take in the loss of a micro-batch of optimizer step `step`."""
+        event = None
+        value = loss.detach()
+        if value.is_cuda:
+            value = torch.empty((), dtype=loss.dtype, pin_memory=True).copy_(value, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._pending.append((value, event, step, samples))
+        if not self._deferred:
+            self.check()
+
+    def check(self) -> None:
+        """Raises NonFiniteLossError, with step and samples, if a loss since the last call was not finite."""
+        pending, self._pending = self._pending, []
+        for value, event, step, samples in pending:
+            if event is not None:
+                event.synchronize()
+            if not torch.isfinite(value):
+                raise NonFiniteLossError(
+                    f"step {step}: expected a finite loss, found {value.item()} for samples {samples}; "
+                    "stopped before the optimizer step (lower --learning_rate, or train without --fp16)"
+                )
 
 
 class TrainingMonitor:

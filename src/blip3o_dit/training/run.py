@@ -26,6 +26,7 @@ from blip3o_dit.data.store import EmbeddingSource
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.quiet import quiet_transformers
 from blip3o_dit.training.callbacks import CurvesCallback
+from blip3o_dit.training.memory import return_freed_memory
 from blip3o_dit.training.settings import training_arguments, use_cpu
 from blip3o_dit.training.source import fit_source
 from blip3o_dit.training.tracking import prepare_wandb, require_wandb
@@ -125,6 +126,9 @@ def build_trainer(
         _set_statistics(model, source, split.train, arguments)
     if config.source != "noise":
         _set_source(model, source, split.train, config, arguments)
+    if config.memory == "low":
+        return_freed_memory()
+        model.bfloat16()
     callbacks: list[TrainerCallback] = []
     if importlib.util.find_spec("matplotlib"):
         callbacks.append(CurvesCallback())
@@ -220,6 +224,8 @@ def _describe(
         *(source.target_dim, train, held_out),
     )
     precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "float32"
+    if config.memory == "low":
+        precision = "bfloat16 weights"
     logger.info(
         "model: %.4g million parameters; %s on %s, %d process(es) x batch %d x accumulation %d",
         sum(p.numel() for p in model.parameters()) / 1e6,

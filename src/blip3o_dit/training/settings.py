@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from blip3o_dit.config import PAPER_RECIPE, TrainingConfig
+from blip3o_dit.config import LOW_MEMORY_DEFAULTS, PAPER_RECIPE, TrainingConfig
 from blip3o_dit.launch import check_launch
+from blip3o_dit.model.blip3o_dit import check_compiler
+from blip3o_dit.quiet import quiet_torchao
 
 # `--debug` is a small and quick run; a flag given beside it wins.
 DEBUG_DEFAULTS: dict[str, Any] = {
@@ -44,6 +47,8 @@ _HARMLESS = frozenset(
         "eval_inference_steps",
         "eval_batch_size",
         "gradient_checkpointing",
+        "selective_checkpointing",
+        "compile",
         "wandb_project",
         "wandb_run_name",
         "num_epochs",
@@ -64,6 +69,8 @@ def resolve_config(
     """
     given = launcher_precision() | given
     recipe_settings = PAPER_RECIPE if recipe == "paper" else {}
+    if given.get("memory") == "low":
+        recipe_settings = recipe_settings | LOW_MEMORY_DEFAULTS
     if resume is None:
         return TrainingConfig(**(recipe_settings | (DEBUG_DEFAULTS if debug else {}) | given))
     given = recipe_settings | given
@@ -92,6 +99,7 @@ def training_arguments(config: TrainingConfig, *, evaluate: bool) -> TrainingArg
             does not see or whose precision is another.
     """
     on_cpu = use_cpu(config)
+    optimizer, optimizer_arguments = _optimizer(config)
     arguments = TrainingArguments(
         output_dir=config.output_dir,
         num_train_epochs=config.num_epochs,
@@ -104,7 +112,9 @@ def training_arguments(config: TrainingConfig, *, evaluate: bool) -> TrainingArg
         warmup_steps=config.warmup_steps,
         lr_scheduler_type=config.lr_scheduler_type,
         max_grad_norm=config.max_grad_norm,
-        bf16=config.bf16,
+        bf16=config.bf16 and config.memory != "low",  # its weights are bfloat16 already
+        optim=optimizer,
+        optim_args=optimizer_arguments,
         fp16=config.fp16,
         use_cpu=on_cpu,
         seed=config.seed,
@@ -135,6 +145,17 @@ def training_arguments(config: TrainingConfig, *, evaluate: bool) -> TrainingArg
     return arguments
 
 
+def _optimizer(config: TrainingConfig) -> tuple[str, str | None]:
+    """Which AdamW, and its settings. Raises ValueError when the 8-bit one is not installed."""
+    if config.memory != "low":
+        return "adamw_torch_fused", None
+    if not importlib.util.find_spec("torchao"):
+        raise ValueError("--memory low: expected torchao: pip install 'blip3o-dit[lowmem]'")
+    quiet_torchao()
+    # Rounding to the nearest bfloat16 would lose most of the updates: they are smaller than half a step.
+    return "adamw_torch_8bit", "bf16_stochastic_round=True"
+
+
 def use_cpu(config: TrainingConfig) -> bool:
     """Whether to train on the CPU. Raises ValueError for settings that need a GPU when there is none."""
     has_gpu = torch.cuda.is_available()
@@ -145,4 +166,11 @@ def use_cpu(config: TrainingConfig) -> bool:
         raise ValueError(
             "--fp16: expected a GPU, found none: float16 training does not work on the CPU; use --bf16 there"
         )
+    for wanted_by in [name for name, wanted in _compiled_parts(config).items() if wanted]:
+        check_compiler(wanted_by, torch.device("cpu" if on_cpu else "cuda"))
     return on_cpu
+
+
+def _compiled_parts(config: TrainingConfig) -> dict[str, bool]:
+    """What torch.compile is needed for; torchao's optimizers are compiled."""
+    return {"--compile": config.compile, "--memory low": config.memory == "low"}

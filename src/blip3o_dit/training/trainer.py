@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,10 @@ from blip3o_dit.flow.times import training_times
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.source import AffineSource
 from blip3o_dit.randomness import named_normal, named_uniform
-from blip3o_dit.training.callbacks import ConsoleCallback, EMACallback, JSONLogCallback
+from blip3o_dit.training.callbacks import BeforeOptimizerStep, ConsoleCallback, EMACallback, JSONLogCallback
 from blip3o_dit.training.ema import ExponentialMovingAverage
-from blip3o_dit.training.monitor import TrainingMonitor
-
-
-class NonFiniteLossError(ValueError):
-    """The loss became NaN or infinite; raised before the optimizer step, so the weights are intact."""
+from blip3o_dit.training.monitor import FiniteLosses, TrainingMonitor
+from blip3o_dit.training.throughput import PASSES_PER_STEP, Throughput, forward_flops, matmul_rate
 
 
 @dataclass(frozen=True)
@@ -85,6 +83,13 @@ class BLIP3oTrainer(Trainer):
         self.config = config
         self.loss_fn = BLIP3oFlowMatchingLoss.from_config(model.config.flow)
         self.monitor = TrainingMonitor()
+        # Waiting for a loss would leave a GPU idle: there it is looked at when its step is about to be taken.
+        self.finite_losses = FiniteLosses(deferred=args.device.type == "cuda")
+        self.add_callback(BeforeOptimizerStep(self.finite_losses.check))
+        self._throughput: Throughput | None = None
+        self.dit.dit.selective_checkpointing = config.selective_checkpointing
+        if config.compile:
+            self.dit.dit.compile_blocks()
         self.ema: ExponentialMovingAverage | None = None
         if config.ema_decay > 0:
             self.ema = ExponentialMovingAverage(self.dit, config.ema_decay)
@@ -124,16 +129,13 @@ class BLIP3oTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Mean loss of a micro-batch. Raises NonFiniteLossError before anything is updated."""
+        """Mean loss of a micro-batch. A NonFiniteLossError comes before anything is updated."""
         draw = self.draw(inputs, "training")
-        prediction = model(draw.network_input, draw.sample.t, draw.condition, draw.source.mean)
+        prediction = self._predict(model, draw)
         output = self.loss_fn(prediction, draw.sample)
-        if not torch.isfinite(output.loss):
-            raise NonFiniteLossError(
-                f"step {self.state.global_step + 1}: expected a finite loss, found "
-                f"{output.loss.item()} for samples {inputs['index']}; stopped before the "
-                "optimizer step (lower --learning_rate, or train without --fp16)"
-            )
+        self.finite_losses.add(output.loss, self.state.global_step + 1, inputs["index"])
+        if self._throughput is not None:
+            self._throughput.count(len(inputs["index"]))
         self.monitor.add(self.loss_fn, draw.sample, draw.source, prediction, output)
         return (output.loss, prediction) if return_outputs else output.loss
 
@@ -148,9 +150,13 @@ class BLIP3oTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             draw = self.draw(inputs, "evaluation")
-            prediction = model(draw.network_input, draw.sample.t, draw.condition, draw.source.mean)
-            output = self.loss_fn(prediction, draw.sample)
+            output = self.loss_fn(self._predict(model, draw), draw.sample)
         return output.loss, None, None
+
+    def _predict(self, model: nn.Module, draw: Draw) -> Tensor:
+        dtype = self.dit.compute_dtype
+        condition = draw.condition.to(dtype)
+        return model(draw.network_input.to(dtype), draw.sample.t, condition, draw.source.mean)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Held-out loss and metrics of generated tokens, both with the averaged weights if there are any."""
@@ -166,7 +172,34 @@ class BLIP3oTrainer(Trainer):
             if means is not None:
                 means = self.accelerator.reduce(means, reduction="mean")
                 logs.update(TrainingMonitor.describe(means))
+            if self._throughput is not None:
+                logs.update(self._throughput.pop(self.args.world_size))
         super().log(logs, start_time)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The batches of the next optimizer step, and how long they were waited for."""
+        if self._throughput is None:
+            self._throughput = self._measure_throughput()
+        with self._throughput.waiting():
+            return super().get_batch_samples(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self._not_training():
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self._not_training():
+            super()._save_checkpoint(*args, **kwargs)
+
+    def _not_training(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._throughput is None else self._throughput.pause()
+
+    def _measure_throughput(self) -> Throughput:
+        config, device = self.dit.config, self.args.device
+        half = torch.bfloat16 if self.config.bf16 else torch.float16
+        dtype = half if self.config.bf16 or self.config.fp16 else self.dit.compute_dtype
+        rate = matmul_rate(config, self.config.batch_size, device, dtype)
+        return Throughput(PASSES_PER_STEP * forward_flops(config), rate)
 
     def _evaluate_weights(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         output = super().evaluation_loop(*args, **kwargs)

@@ -1,0 +1,145 @@
+"""What the speed benchmarks share: alternating timings, the floor, the machine, tables."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from blip3o_dit.config import BLIP3oDiTConfig
+from blip3o_dit.evaluation.answers import peak_memory_mib
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+
+Row = dict[str, Any]
+
+
+def alternate(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median seconds of each function, called in turn `rounds` times after one round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for round_ in range(rounds + 1):
+        for name, function in functions.items():
+            synchronize()
+            started = time.perf_counter()
+            function()
+            synchronize()
+            if round_:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def block_matrices(model: BLIP3oDiTModel, *, condition: bool) -> list[Tensor]:
+    """The weight matrices of all blocks that every token is multiplied by, from where they lie in memory.
+
+    Without `condition` the keys and values of cross-attention are left out: they are made once per sample.
+    """
+    kept = []
+    for name, weight in model.dit.layers.named_parameters():
+        of_condition = "attn2.to_k" in name or "attn2.to_v" in name
+        if weight.ndim == 2 and "norm1.linear" not in name and (condition or not of_condition):
+            kept.append(weight.detach())
+    return kept
+
+
+def products(matrices: Sequence[Tensor], rows: int, dtype: torch.dtype) -> Callable[[], None]:
+    """Plain matrix products of [rows, k] inputs with all matrices in turn: the work nothing can avoid."""
+    where = matrices[0].device
+    inputs = {k: torch.randn(rows, k, dtype=dtype, device=where) for k in {m.shape[1] for m in matrices}}
+
+    @torch.no_grad()
+    def run() -> None:
+        for matrix in matrices:
+            F.linear(inputs[matrix.shape[1]], matrix.to(dtype))
+
+    return run
+
+
+def block_flops(matrices: Sequence[Tensor], rows: int) -> float:
+    """Floating point operations of `products`: two per weight and row."""
+    return 2.0 * rows * sum(matrix.numel() for matrix in matrices)
+
+
+def paper_config(**sizes: Any) -> BLIP3oDiTConfig:
+    """A network that diffusers' class can hold as well: from noise, predicting the velocity."""
+    return BLIP3oDiTConfig(**sizes, flow_matching={"condition_dropout": 0.1})
+
+
+def untrained(config: BLIP3oDiTConfig, *, dtype: torch.dtype = torch.float32) -> BLIP3oDiTModel:
+    """Random weights without zero gates, so that no part of the network is idle."""
+    torch.manual_seed(0)
+    model = BLIP3oDiTModel(config).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.02)
+    return model.to(device())
+
+
+def exponent(points: Sequence[tuple[float, float]]) -> float:
+    """b of the least-squares fit y = a x^b through (x, y)."""
+    xs, ys = ([math.log(value) for value in column] for column in zip(*points, strict=True))
+    return statistics.linear_regression(xs, ys).slope
+
+
+def machine() -> dict[str, Any]:
+    """Processor, memory and versions, to be read beside every figure."""
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    found = {
+        "processor": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
+        "bfloat16 products": any(
+            torch.cpu.get_capabilities().get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16")
+        ),
+        "threads": torch.get_num_threads(),
+        "memory GiB": round(pages / 2**30, 1),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "diffusers", "transformers")},
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def peak_gib() -> float:
+    """Most memory this process has had resident so far; on a GPU the most it has allocated there."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return peak_memory_mib() / 1024
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A table with the columns of the first row."""
+    columns = list(rows[0])
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    lines += ["| " + " | ".join(_cell(row.get(column)) for column in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def record(file: Path, part: str, command: str, rows: Sequence[Row]) -> None:
+    """Put one part's rows, with its machine and command, into a JSON file beside the other parts'."""
+    content = json.loads(file.read_text()) if file.is_file() else {}
+    content[part] = {"command": command, "machine": machine(), "rows": list(rows)}
+    file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)

@@ -1,0 +1,173 @@
+"""A training step: ours, as the Trainer takes it, beside diffusers' class in a loop written by hand."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measure import (
+    Row,
+    alternate,
+    block_flops,
+    block_matrices,
+    device,
+    paper_config,
+    products,
+    untrained,
+)
+from benchmarks.peer import Peer
+from blip3o_dit.config import PAPER_RECIPE, TrainingConfig
+from blip3o_dit.data.checks import Indices, Record
+from blip3o_dit.data.dataset import EmbeddingDataset
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.training.settings import training_arguments
+from blip3o_dit.training.trainer import BLIP3oTrainer
+
+SIZES = {
+    "1/4 width": {"model_dim": 448, "num_heads": 7, "num_layers": 24},
+    "default width": {"model_dim": 1792, "num_heads": 28, "num_layers": 4},
+    "default": {},
+}
+
+
+@dataclass(frozen=True)
+class RandomEmbeddings:
+    """A source of noise in memory: 256 samples at full widths."""
+
+    num_tokens: int = 64
+    condition_dim: int = 1280
+    target_dim: int = 768
+    num_samples: int = 256
+    path: Path = Path("random embeddings")
+
+    def fetch(self, indices: Indices) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        shape = (len(indices), self.num_tokens)
+        return tuple(
+            torch.randn(*shape, width, generator=generator) for width in (self.condition_dim, self.target_dim)
+        )
+
+    def records(self, indices: Indices | None = None) -> list[Record]:
+        return []
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["1/4 width", "default width"])
+    parser.add_argument("--layers", type=int, help="blocks, instead of the size's own")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast on both sides")
+    parser.add_argument("--compile", action="store_true", help="ours compiled as well")
+    parser.add_argument("--selective", action="store_true", help="ours with selective checkpointing as well")
+
+
+def run(arguments: argparse.Namespace) -> list[Row]:
+    return [compare(arguments, size) for size in arguments.sizes]
+
+
+def compare(arguments: argparse.Namespace, size: str) -> Row:
+    sizes = SIZES[size] | ({"num_layers": arguments.layers} if arguments.layers else {})
+    model, batch = untrained(paper_config(**sizes)), arguments.batch
+    inputs = _batch(batch)
+    steps = {"ours": our_step(model, inputs, arguments.bf16)}
+    if arguments.selective:
+        steps["selective"] = our_step(_copy(model), inputs, arguments.bf16, selective_checkpointing=True)
+    if arguments.compile:
+        steps["compiled"] = our_step(_copy(model), inputs, arguments.bf16, compile=True)
+    steps["diffusers"] = peer_step(Peer(model, share=False), inputs, arguments.bf16)
+    recomputing = Peer(model, share=False, checkpointing=True)
+    steps["diffusers, checkpointing"] = peer_step(recomputing, inputs, arguments.bf16)
+    matrices = block_matrices(model, condition=True)
+    rows = batch * model.config.num_tokens
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    steps["products"] = products(matrices, rows, dtype)
+    seconds = alternate(steps, arguments.rounds)
+    floor = 3 * seconds["products"]  # once forward, and for each of inputs and weights backward
+    row = {
+        "size": size,
+        "layers": model.config.num_layers,
+        "batch": batch,
+        "precision": "bf16 autocast" if arguments.bf16 else "float32",
+        "ours s": seconds["ours"],
+        "diffusers s": seconds["diffusers"],
+        "diffusers / ours": seconds["diffusers"] / seconds["ours"],
+        "always checkpointing / ours": seconds["diffusers, checkpointing"] / seconds["ours"],
+        "floor / ours": floor / seconds["ours"],
+        "samples/s": batch / seconds["ours"],
+        "TFLOP/s": 3 * block_flops(matrices, rows) / seconds["ours"] / 1e12,
+    }
+    for name in ("selective", "compiled"):
+        if name in seconds:
+            row[f"diffusers / {name}"] = seconds["diffusers"] / seconds[name]
+    return row
+
+
+def our_step(model: BLIP3oDiTModel, inputs: dict, bf16: bool, **settings: bool) -> Callable[[], None]:
+    """Draw, loss, monitor, backward, clipping and fused AdamW, through the Trainer's own methods."""
+    folder = tempfile.mkdtemp()
+    on_gpu = device().type == "cuda"
+    config = TrainingConfig(
+        output_dir=folder,
+        bf16=bf16,
+        cfg_dropout=0.0,
+        device="cuda" if on_gpu else "cpu",
+        **{k: v for k, v in PAPER_RECIPE.items() if k != "eval_inference_steps"},
+        **settings,
+    )
+    model.dit.gradient_checkpointing = config.selective_checkpointing
+    dataset = EmbeddingDataset(RandomEmbeddings(), torch.arange(256).numpy())
+    arguments = training_arguments(config, evaluate=False)
+    trainer = BLIP3oTrainer(model, arguments, config=config, train_dataset=dataset)
+    trainer.create_optimizer()
+    model.train()
+
+    def step() -> None:
+        with trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(model, inputs)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+
+    return step
+
+
+def peer_step(peer: Peer, inputs: dict, bf16: bool) -> Callable[[], None]:
+    """The same by hand: draw, loss, backward, clipping and fused AdamW."""
+    parameters = [p for p in peer.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
+    eva, clip = inputs["eva"], inputs["clip"]
+    peer.train()
+
+    def step() -> None:
+        with torch.autocast(eva.device.type, dtype=torch.bfloat16, enabled=bf16):
+            loss = peer.loss(eva, clip)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _batch(size: int) -> dict:
+    source = RandomEmbeddings()
+    eva, clip = source.fetch(range(size))
+    return {
+        "eva": eva.to(device()),
+        "clip": clip.to(device()),
+        "index": list(range(size)),
+        "pass_index": 0,
+    }
+
+
+def _copy(model: BLIP3oDiTModel) -> BLIP3oDiTModel:
+    copied = BLIP3oDiTModel(model.config).to(model.device)
+    copied.load_state_dict(model.state_dict())
+    return copied

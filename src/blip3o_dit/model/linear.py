@@ -1,0 +1,147 @@
+"""Matrix products of this network: several weights in one product, and weights narrower than the arithmetic.
+
+* Products of the same input (queries, keys, values; the two halves of SwiGLU) become one when their weights
+  lie one behind another in memory. `lay_together` puts them there; names and state dict do not change, and a
+  weight that was moved since is simply multiplied by itself again.
+* bfloat16 weights on a processor without bfloat16 arithmetic: the product is taken in float32, from a copy of
+  the weight that is made for it and dropped, which is several times faster than emulating bfloat16 and
+  keeps half the memory.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` that computes in its input's dtype, whatever its weights are stored in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product(x, [self.weight], self.bias)
+
+
+def products(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """x [..., k] and weights [n_i, k] -> x w_i^T [..., n_i] for each; one product if they lie together."""
+    if torch.compiler.is_compiling() or not _lie_together(weights):
+        return tuple(product(x, [weight]) for weight in weights)
+    return product(x, weights).split([len(weight) for weight in weights], dim=-1)
+
+
+def product(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
+    """x [..., k] times weights [n_i, k] that lie together -> [..., sum of n_i], plus `bias`."""
+    if torch.compiler.is_compiling():
+        return F.linear(x, weights[0].to(x.dtype), None if bias is None else bias.to(x.dtype))
+    dtype = _compute_dtype(x)
+    if len(weights) == 1 and weights[0].dtype == x.dtype == dtype:
+        return F.linear(x, weights[0], bias)
+    if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
+        out = _Product.apply(x.to(dtype), *weights)
+    else:
+        out = F.linear(x.to(dtype), _cast(_joined(weights), dtype))
+    return out if bias is None else out + bias.to(dtype)
+
+
+def lay_together(weights: Sequence[Tensor]) -> None:
+    """Move the weights [n_i, k] to one piece of memory, one behind another; values and names stay."""
+    if _lie_together(weights) or any(weight.is_meta for weight in weights):
+        return
+    joined = torch.cat([weight.detach() for weight in weights])
+    start = 0
+    for weight in weights:
+        weight.data = joined[start : start + len(weight)]
+        start += len(weight)
+
+
+def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the processor multiplies numbers of this type itself; otherwise torch emulates it, slowly."""
+    if dtype in (torch.float32, torch.float64):
+        return True
+    if device.type == "cuda":
+        return dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
+    names = _CPU_FEATURES.get(dtype, ()) if device.type == "cpu" else ()
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in names)
+
+
+# Names of x86 and of ARM processors' features.
+_CPU_FEATURES = {
+    torch.bfloat16: ("amx_bf16", "avx512_bf16", "bf16"),
+    torch.float16: ("amx_fp16", "avx512_fp16", "fp16_arith"),
+}
+
+
+class _Product(torch.autograd.Function):
+    """x times weights that lie together, in x's dtype; the gradients of all weights in one product each way.
+
+    A copy of the weights in x's dtype is kept for the backward pass only if it is the narrower one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+        joined = _joined(weights)
+        narrow = joined.dtype != x.dtype and x.dtype.itemsize < joined.dtype.itemsize
+        used = joined.to(x.dtype) if narrow else _cast(joined, x.dtype)
+        ctx.save_for_backward(x, *([used] if narrow else weights))
+        ctx.sizes, ctx.dtype = [len(weight) for weight in weights], joined.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, used)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        x, *saved = ctx.saved_tensors
+        joined = saved[0] if len(saved) == 1 else _joined(saved)
+        to_x = gradient @ _cast(joined, gradient.dtype) if ctx.needs_input_grad[0] else None
+        to_weights = gradient.flatten(0, -2).t() @ x.flatten(0, -2)
+        return (to_x, *to_weights.to(ctx.dtype).split(ctx.sizes))
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _lie_together(weights: Sequence[Tensor]) -> bool:
+    """Rows of one block of memory, in this order and without gaps."""
+    first = weights[0]
+    end = first.data_ptr()
+    for weight in weights:
+        if weight.is_meta or weight.data_ptr() != end or not weight.is_contiguous():
+            return False
+        if weight.dtype != first.dtype or weight.untyped_storage().data_ptr() != _storage(first):
+            return False
+        end += weight.nbytes
+    return True
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _joined(weights: Sequence[Tensor]) -> Tensor:
+    """Weights that lie together, as the one matrix they are."""
+    first = weights[0].detach()
+    rows = sum(len(weight) for weight in weights)
+    return first if len(weights) == 1 else first.as_strided((rows, first.shape[1]), first.stride())
+
+
+_scratch = threading.local()
+
+
+def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight in another dtype; on the CPU in memory that the thread's next call overwrites.
+
+    Asking the system for fresh memory would cost as much as the copy.
+    """
+    if weight.dtype == dtype or weight.device.type != "cpu":
+        return weight.to(dtype)
+    buffer = getattr(_scratch, "buffer", None)
+    if buffer is None or buffer.dtype != dtype or buffer.numel() < weight.numel():
+        buffer = _scratch.buffer = torch.empty(weight.numel(), dtype=dtype)
+    return buffer[: weight.numel()].view(weight.shape).copy_(weight)

@@ -1,0 +1,166 @@
+"""Joint products and narrow weights: the same numbers as plain ones, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip3o_dit.model import linear
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.linear import Linear, lay_together, multiplies, products
+from tests.conftest import randomize, tiny_config
+
+
+def three_weights(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.randn(rows, 5).to(dtype)) for rows in (4, 2, 3)]
+
+
+@pytest.fixture
+def large_products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each weight matrix that a product was taken with."""
+    rows: list[int] = []
+    plain = F.linear
+
+    def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        rows.append(len(weight))
+        return plain(x, weight, bias)
+
+    monkeypatch.setattr(linear.F, "linear", counted)
+    return rows
+
+
+def test_weights_laid_together_are_one_product_with_the_same_result(large_products: list[int]) -> None:
+    weights, x = three_weights(), torch.randn(2, 7, 5)
+    before = [weight.detach().clone() for weight in weights]
+    apart = products(x, weights)
+    assert large_products == [4, 2, 3]
+    lay_together(weights)
+    large_products.clear()
+    together = products(x, weights)
+    assert large_products == [9]
+    for weight, old, a, b in zip(weights, before, apart, together, strict=True):
+        assert torch.equal(weight, old)
+        torch.testing.assert_close(a, b)
+
+
+def test_gradients_of_a_joint_product_are_those_of_plain_ones() -> None:
+    weights, x = three_weights(), torch.randn(2, 7, 5, requires_grad=True)
+    pulls = [torch.randn(2, 7, len(weight)) for weight in weights]
+
+    def gradients() -> list[Tensor]:
+        outputs = products(x, weights)
+        loss = sum((out * pull).sum() for out, pull in zip(outputs, pulls, strict=True))
+        return list(torch.autograd.grad(loss, [x, *weights]))
+
+    apart = gradients()
+    lay_together(weights)
+    for a, b in zip(apart, gradients(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_weight_that_moved_is_multiplied_by_itself(large_products: list[int]) -> None:
+    weights, x = three_weights(), torch.randn(3, 5)
+    lay_together(weights)
+    weights[1].data = torch.randn(2, 5)
+    out = products(x, weights)
+    assert large_products == [4, 2, 3]
+    torch.testing.assert_close(out[1], x @ weights[1].T)
+
+
+def test_an_optimizer_step_changes_weights_that_lie_together() -> None:
+    weights, x = three_weights(), torch.randn(3, 5)
+    lay_together(weights)
+    optimizer = torch.optim.SGD(weights, lr=0.1)
+    sum(out.square().sum() for out in products(x, weights)).backward()
+    optimizer.step()
+    for out, weight in zip(products(x, weights), weights, strict=True):
+        torch.testing.assert_close(out, x @ weight.T)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_bfloat16_weights_are_multiplied_in_the_dtype_of_the_input(together: bool) -> None:
+    weights = three_weights(torch.bfloat16)
+    if together:
+        lay_together(weights)
+    x = torch.randn(6, 5, requires_grad=True)
+    outputs = products(x, weights)
+    wide = [weight.detach().float().requires_grad_() for weight in weights]
+    expected = products(x, wide)  # type: ignore[arg-type]
+    for out, reference in zip(outputs, expected, strict=True):
+        assert out.dtype == torch.float32
+        torch.testing.assert_close(out, reference)
+    pulls = [torch.randn_like(out) for out in outputs]
+    found = torch.autograd.grad(outputs, [x, *weights], pulls)
+    reference = torch.autograd.grad(expected, [x, *wide], pulls)
+    torch.testing.assert_close(found[0], reference[0])
+    for a, b in zip(found[1:], reference[1:], strict=True):
+        assert a.dtype == torch.bfloat16
+        torch.testing.assert_close(a, b.bfloat16())
+
+
+def test_linear_with_bias_in_another_dtype() -> None:
+    layer = Linear(5, 4).bfloat16()
+    x = torch.randn(3, 5)
+    expected = x @ layer.weight.float().T + layer.bias.float()
+    torch.testing.assert_close(layer(x), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+
+
+def test_autocast_computes_in_its_own_dtype() -> None:
+    weights, x = three_weights(), torch.randn(3, 5)
+    lay_together(weights)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = products(x, weights)
+    assert all(out.dtype == torch.bfloat16 for out in outputs)
+    sum(out.float().sum() for out in outputs).backward()
+    assert all(weight.grad is not None and weight.grad.dtype == torch.float32 for weight in weights)
+
+
+def lie_together(model: BLIP3oDiTModel) -> bool:
+    return all(
+        linear._lie_together(weights) for layer in model.dit.blocks for weights in layer.joint_weights()
+    )
+
+
+def test_weights_of_a_model_lie_together_whatever_was_done_to_it(tmp_path: object) -> None:
+    model = BLIP3oDiTModel(tiny_config(num_kv_heads=1))
+    assert lie_together(model)
+    assert lie_together(model.bfloat16())
+    model.save_pretrained(tmp_path)
+    assert lie_together(BLIP3oDiTModel.from_pretrained(tmp_path))
+
+
+def test_saving_writes_every_weight_once_and_copies_none(
+    tmp_path: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = BLIP3oDiTModel(tiny_config())
+    randomize(model)
+    monkeypatch.setattr(torch.Tensor, "clone", None)  # what transformers does to tensors that share memory
+    model.save_pretrained(tmp_path)
+    monkeypatch.undo()
+    loaded = BLIP3oDiTModel.from_pretrained(tmp_path)
+    for (name, a), (_, b) in zip(model.state_dict().items(), loaded.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_bfloat16_weights_where_it_would_be_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = BLIP3oDiTModel(tiny_config())
+    randomize(model, scale=0.1)
+    model.eval()
+    eva = torch.randn(2, 9, 12)
+    exact = model.generate(eva, num_inference_steps=2)
+    model.bfloat16()
+    distances = []
+    for fast in (False, True):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda fast=fast: {"avx512_bf16": fast})
+        assert model.compute_dtype == (torch.bfloat16 if fast else torch.float32)
+        distances.append(float((model.generate(eva, num_inference_steps=2) - exact).abs().mean()))
+    assert 0 < distances[0] < distances[1] < 0.2  # rounded weights; rounded weights and activations
+
+
+def test_what_this_processor_multiplies() -> None:
+    assert multiplies(torch.float32, torch.device("cpu"))
+    assert not multiplies(torch.bfloat16, torch.device("meta"))
