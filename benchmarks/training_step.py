@@ -24,7 +24,7 @@ from benchmarks.measure import (
 from benchmarks.peer import Peer
 from blip3o_dit.config import PAPER_RECIPE, TrainingConfig
 from blip3o_dit.data.checks import Indices, Record
-from blip3o_dit.data.dataset import EmbeddingDataset
+from blip3o_dit.data.dataset import EmbeddingDataset, NamedDraws
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.training.settings import training_arguments
 from blip3o_dit.training.trainer import BLIP3oTrainer
@@ -157,14 +157,9 @@ def peer_step(peer: Peer, inputs: dict, bf16: bool) -> Callable[[], None]:
 
 
 def _batch(size: int) -> dict:
-    source = RandomEmbeddings()
-    eva, clip = source.fetch(range(size))
-    return {
-        "eva": eva.to(device()),
-        "clip": clip.to(device()),
-        "index": list(range(size)),
-        "pass_index": 0,
-    }
+    dataset = EmbeddingDataset(RandomEmbeddings(), torch.arange(256).numpy(), NamedDraws(0, "training"))
+    batch = dataset.__getitems__(range(size))
+    return {k: v.to(device()) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def _copy(model: BLIP3oDiTModel) -> BLIP3oDiTModel:

@@ -16,6 +16,7 @@ SPLIT_RULES = ("permutation", "key_hash")
 PREDICTION_TYPES = ("v_prediction", "epsilon", "sample", "preconditioned")
 TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
 SOURCES = ("noise", "ridge", "ridge_3x3")
+SHUFFLES = ("exact", "window")
 MEMORY_MODES = ("default", "low")
 SOLVER_NAMES = ("euler", "midpoint", "heun")
 
@@ -339,6 +340,7 @@ class TrainingConfig:
     solver: str = _option("midpoint", "solver that generation uses by default", choices=SOLVER_NAMES)
     num_inference_steps: int = _option(8, "steps that generation takes by default")
     standardize: bool = _option(True, "standardise each channel with the training split's statistics")
+    statistics_samples: int = _option(10000, "most training samples that the statistics are taken from")
 
     eval_split: float = _option(0.1, "share of the samples held out; 0 trains on all of them")
     split_by: str = _option(
@@ -348,6 +350,12 @@ class TrainingConfig:
     )
     normalize_embeddings: bool = _option(False, "L2-normalise every token before standardising")
     num_workers: int = _option(0, "data-loader processes")
+    shuffle: str = _option(
+        "exact",
+        "order of the samples: a permutation of all, or of shards and then of a window, for slow disks",
+        choices=SHUFFLES,
+    )
+    shuffle_window: int = _option(4096, "samples that are shuffled among each other, with --shuffle window")
 
     fp16: bool = _option(False, "float16 mixed precision (needs a GPU)")
     bf16: bool = _option(False, "bfloat16 mixed precision")
@@ -481,7 +489,7 @@ LOW_MEMORY_DEFAULTS: dict[str, Any] = {"gradient_checkpointing": True, "ema_deca
 _COUNTS_FROM_ONE = (
     *("batch_size", "eval_batch_size", "gradient_accumulation_steps"),
     *("logging_steps", "save_steps", "eval_steps", "eval_inference_steps"),
-    *("source_samples", "num_inference_steps"),
+    *("source_samples", "statistics_samples", "shuffle_window", "num_inference_steps"),
 )
 
 

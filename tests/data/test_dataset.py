@@ -11,8 +11,20 @@ import torch
 from torch.utils.data import DataLoader
 
 from blip3o_dit.data import dataset
-from blip3o_dit.data.dataset import EmbeddingDataset, ShuffledPasses, Split, split_samples, whole_batch
+from blip3o_dit.data.dataset import (
+    EmbeddingDataset,
+    NamedDraws,
+    ShuffledPasses,
+    Split,
+    WindowedPasses,
+    shard_bounds,
+    some_samples,
+    split_samples,
+    whole_batch,
+)
+from blip3o_dit.data.source import TransformedEmbeddings
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
+from blip3o_dit.randomness import named_normal
 
 SIZES = dict(num_tokens=4, condition_dim=6, target_dim=3)
 
@@ -328,3 +340,79 @@ def test_the_check_refuses_a_file_that_is_no_data_set(tmp_path: Path) -> None:
         dataset.test_blip3o_dataset(tmp_path / "e.pkl")
     with pytest.raises(FileNotFoundError, match=r"none\.pkl"):
         dataset.test_blip3o_dataset(tmp_path / "none.pkl")
+
+
+# Windowed passes
+
+BOUNDS = np.array([0, 7, 20, 31, 44, 60])
+
+
+def windowed(pass_index: int, *, seed: int = 0, window: int = 10) -> list[int]:
+    passes = WindowedPasses(BOUNDS, seed=seed, window=window)
+    return [position for _, position in order_of(passes, pass_index)]
+
+
+@pytest.mark.parametrize("window", [1, 10, 60, 1000])
+def test_a_windowed_pass_holds_each_position_once(window: int) -> None:
+    assert sorted(windowed(2, window=window)) == list(range(60))
+    assert len(WindowedPasses(BOUNDS, seed=0, window=window)) == 60
+
+
+def test_a_windowed_order_is_a_function_of_seed_and_pass() -> None:
+    orders = {(seed, index): windowed(index, seed=seed) for seed in (0, 1) for index in (0, 1, 2)}
+    assert len({tuple(order) for order in orders.values()}) == 6
+    torch.manual_seed(7)
+    assert windowed(1, seed=1) == orders[1, 1]
+
+
+def test_a_window_reads_few_shards_and_shuffles_what_it_reads() -> None:
+    shard_of = np.searchsorted(BOUNDS, np.arange(60), side="right")
+    for index in range(5):
+        order = np.array(windowed(index, window=10))
+        # Ten consecutive samples touch at most two windows, that is 20 samples in a row, and their shards.
+        touched = [len(set(shard_of[order[start : start + 10]])) for start in range(50)]
+        assert max(touched) <= 4
+        first_seen = list(dict.fromkeys(shard_of[order]))
+        assert len(first_seen) == 5
+    inside = [position for position in windowed(0, window=10) if 44 <= position < 60]
+    assert inside != sorted(inside)
+    starts = {windowed(index, window=1)[0] for index in range(20)}
+    assert starts <= set(BOUNDS[:-1].tolist()) and len(starts) > 1  # whole shards, in another order each pass
+
+
+def test_where_windows_begin_changes_with_the_pass() -> None:
+    one_shard = WindowedPasses(np.array([0, 40]), seed=0, window=20)
+    firsts = set()
+    for index in range(12):
+        order = np.array([position for _, position in order_of(one_shard, index)])
+        firsts.add(next(k for k in range(1, 41) if set(order[:k]) == set(range(k))))
+    assert len(firsts) > 3
+
+
+def test_bounds_of_a_split_are_its_positions_at_which_shards_begin(tmp_path: Path) -> None:
+    store = write(tmp_path / "store", names(48))  # shards of 7
+    chosen = np.array([0, 3, 6, 8, 42, 43, 47])
+    assert shard_bounds(EmbeddingDataset(store, chosen)).tolist() == [0, 3, 4, 7]
+    pickled = TransformedEmbeddings(store, lambda eva: eva, lambda clip: clip)  # a source without shards
+    assert shard_bounds(EmbeddingDataset(pickled, chosen)).tolist() == [0, 7]
+
+
+def test_some_samples_are_all_or_a_named_choice() -> None:
+    indices = np.arange(100, 200)
+    assert some_samples(indices, most=100, seed=0, stream="x") is indices
+    chosen = some_samples(indices, most=30, seed=0, stream="x")
+    assert len(set(chosen.tolist())) == 30 and (np.diff(chosen) > 0).all() and set(chosen) <= set(indices)
+    assert np.array_equal(chosen, some_samples(indices, most=30, seed=0, stream="x"))
+    assert not np.array_equal(chosen, some_samples(indices, most=30, seed=1, stream="x"))
+
+
+def test_draws_are_named_by_the_sample_and_made_with_the_batch(tmp_path: Path) -> None:
+    store = write(tmp_path / "store", names(48))
+    dataset = EmbeddingDataset(store, np.arange(48), NamedDraws(5, "training"))
+    batch = dataset.__getitems__([(2, 7), (2, 30)])
+    assert batch["noise"].shape == (2, 4, 3) and batch["time"].shape == batch["drop"].shape == (2,)
+    expected = named_normal([30], (4, 3), seed=5, stream="training noise", pass_index=2)
+    assert torch.equal(batch["noise"][1:], expected)
+    assert torch.equal(dataset.__getitems__([(2, 30)])["time"], batch["time"][1:])
+    assert not torch.equal(dataset.__getitems__([(3, 30)])["time"], batch["time"][1:])
+    assert batch["time"][0] != batch["drop"][0]

@@ -180,9 +180,9 @@ def test_draws_do_not_depend_on_the_batch_and_change_with_the_pass(
 ) -> None:
     trainer = make_trainer(store, tmp_path)
     dataset = trainer.train_dataset
-    together = trainer.draw(dataset.__getitems__([(0, 4), (0, 7)]), "training")
-    alone = trainer.draw(dataset.__getitems__([(0, 7)]), "training")
-    later = trainer.draw(dataset.__getitems__([(1, 7)]), "training")
+    together = trainer.draw(dataset.__getitems__([(0, 4), (0, 7)]), training=True)
+    alone = trainer.draw(dataset.__getitems__([(0, 7)]), training=True)
+    later = trainer.draw(dataset.__getitems__([(1, 7)]), training=True)
     assert torch.equal(together.sample.noise[1], alone.sample.noise[0])
     assert together.sample.t[1] == alone.sample.t[0]
     torch.testing.assert_close(together.network_input[1], alone.network_input[0])
@@ -196,11 +196,11 @@ def test_condition_dropout_drops_whole_conditions_at_its_rate(store: EmbeddingSt
     dropped = []
     for pass_index in range(10):
         batch = trainer.train_dataset.__getitems__([(pass_index, i) for i in range(40)])
-        condition = trainer.draw(batch, "training").condition
+        condition = trainer.draw(batch, training=True).condition
         zero = (condition == 0).flatten(1)
         assert torch.equal(zero.all(dim=1), zero.any(dim=1))
         dropped.append(zero.all(dim=1).float().mean())
-        kept = trainer.draw(batch, "evaluation").condition
+        kept = trainer.draw(batch, training=False).condition
         assert not (kept == 0).flatten(1).all(dim=1).any()
     assert 0.22 < float(torch.stack(dropped).mean()) < 0.38
 

@@ -6,17 +6,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from blip3o_dit.config import SPLIT_RULES, check_name
 from blip3o_dit.data.source import open_embeddings
 from blip3o_dit.data.statistics import streamed_statistics
 from blip3o_dit.data.store import EmbeddingSource
-from blip3o_dit.randomness import named_permutation
+from blip3o_dit.randomness import named_normal, named_permutation, named_uniform
 
 
 @dataclass(frozen=True)
@@ -64,17 +66,44 @@ def split_permutation(num_samples: int, *, eval_split: float, seed: int) -> Spli
     return Split(train=np.sort(order[count:]), eval=np.sort(order[:count]))
 
 
+def some_samples(indices: np.ndarray, *, most: int, seed: int, stream: str) -> np.ndarray:
+    """At most `most` of the samples, chosen by (seed, stream), ascending; all if there are no more."""
+    if len(indices) <= most:
+        return indices
+    return np.sort(indices[named_permutation(len(indices), seed=seed, stream=stream)[:most]])
+
+
+@dataclass(frozen=True)
+class NamedDraws:
+    """Everything random about a batch, named by (seed, pass, sample index).
+
+    They are made where the batch is read, so that data-loader processes take this work off the step's.
+    """
+
+    seed: int
+    stream: str
+
+    def of(self, indices: Sequence[int], pass_index: int, shape: Sequence[int]) -> dict[str, Tensor]:
+        """`noise` [B, *shape] from N(0, 1), `time` and `drop` [B] from U[0, 1): uniform, not yet a time."""
+        name: dict[str, Any] = {"seed": self.seed, "pass_index": pass_index}
+        return {
+            "noise": named_normal(indices, shape, stream=f"{self.stream} noise", **name),
+            "time": named_uniform(indices, stream=f"{self.stream} time", **name),
+            "drop": named_uniform(indices, stream=f"{self.stream} condition dropout", **name),
+        }
+
+
 class EmbeddingDataset(Dataset):
     """Samples of a source as batches; an item is asked for as (pass index, position in the split).
 
     A batch is a dict: `eva` [B, L, C_eva] and `clip` [B, N, C_clip] float32 in the units of the data,
-    `index`, a list of B sample indices in the source, and `pass_index`, an int. The last two name random
-    draws, which are made on the host: as tensors they would travel to the device and back.
+    `index`, a list of B sample indices in the source, `pass_index`, an int, and what `draws` adds.
     """
 
-    def __init__(self, source: EmbeddingSource, indices: np.ndarray) -> None:
+    def __init__(self, source: EmbeddingSource, indices: np.ndarray, draws: NamedDraws | None = None) -> None:
         self.source = source
         self.indices = indices
+        self.draws = draws
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -86,7 +115,10 @@ class EmbeddingDataset(Dataset):
         pairs = [item if isinstance(item, tuple) else (0, item) for item in items]
         index = self.indices[[position for _, position in pairs]]
         eva, clip = self.source.fetch(index)
-        return {"eva": eva, "clip": clip, "index": index.tolist(), "pass_index": pairs[0][0]}
+        batch = {"eva": eva, "clip": clip, "index": index.tolist(), "pass_index": pairs[0][0]}
+        if self.draws is not None:
+            batch |= self.draws.of(batch["index"], batch["pass_index"], clip.shape[1:])
+        return batch
 
 
 class ShuffledPasses(Sampler):
@@ -105,10 +137,48 @@ class ShuffledPasses(Sampler):
         return self.num_samples
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = named_permutation(
-            self.num_samples, seed=self.seed, stream="order", pass_index=self.pass_index
-        )
-        return ((self.pass_index, int(position)) for position in order)
+        for piece in self._pieces():
+            for position in piece:
+                yield self.pass_index, int(position)
+
+    def _pieces(self) -> Iterator[np.ndarray]:
+        """The pass's positions in their order, piece by piece."""
+        yield self._permutation(self.num_samples, "order")
+
+    def _permutation(self, count: int, stream: str) -> np.ndarray:
+        return named_permutation(count, seed=self.seed, stream=stream, pass_index=self.pass_index)
+
+
+class WindowedPasses(ShuffledPasses):
+    """As `ShuffledPasses`, but reading few shards at a time: shards in a named order, then a window.
+
+    The shards' samples, one shard after the other, are permuted within windows of `window` samples, so that
+    a disk reads, and the page cache holds, what lies together. Every sample comes once a pass. Where the
+    windows begin changes from pass to pass.
+
+    Args:
+        bounds: positions at which shards begin, and the number of samples; ascending, from 0.
+        window: samples that are shuffled among each other, at least 1.
+    """
+
+    def __init__(self, bounds: np.ndarray, *, seed: int, window: int) -> None:
+        super().__init__(int(bounds[-1]), seed=seed)
+        self.bounds = bounds
+        self.window = window
+
+    def _pieces(self) -> Iterator[np.ndarray]:
+        shards = self._permutation(len(self.bounds) - 1, "shard order")
+        order = np.concatenate([np.arange(self.bounds[k], self.bounds[k + 1]) for k in shards])
+        first = 1 + self._permutation(self.window, "window offset")[0]
+        starts = np.concatenate([[0], np.arange(first, len(order), self.window), [len(order)]])
+        for number, (start, end) in enumerate(pairwise(starts.tolist())):
+            yield order[start:end][self._permutation(end - start, f"window {number}")]
+
+
+def shard_bounds(dataset: EmbeddingDataset) -> np.ndarray:
+    """Positions of the split at which another shard begins, and its length; a pickle is one shard."""
+    starts = getattr(dataset.source, "shard_starts", np.zeros(1, dtype=np.int64))
+    return np.unique(np.append(np.searchsorted(dataset.indices, starts), len(dataset)))
 
 
 def whole_batch(batch: dict[str, Any]) -> dict[str, Any]:

@@ -82,6 +82,11 @@ class EmbeddingStore:
     def __len__(self) -> int:
         return self.num_samples
 
+    @property
+    def shard_starts(self) -> np.ndarray:
+        """Index of each shard's first sample, int64, ascending from 0."""
+        return self._starts[:-1]
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": {}}  # data-loader processes map for themselves
 
@@ -93,11 +98,12 @@ class EmbeddingStore:
         clip = torch.empty(len(wanted), self.num_tokens, self.target_dim)
         shards = np.searchsorted(self._starts, wanted, side="right") - 1
         for shard in np.unique(shards):
-            rows = np.flatnonzero(shards == shard)
-            inside = torch.from_numpy(wanted[rows] - self._starts[shard])
             shard_eva, shard_clip = self._map(int(shard))
-            eva[rows] = shard_eva[inside].float()
-            clip[rows] = shard_clip[inside].float()
+            rows = np.flatnonzero(shards == shard)
+            rows = rows[np.argsort(wanted[rows])]  # in the order of the file
+            for row, inside in zip(rows.tolist(), (wanted[rows] - self._starts[shard]).tolist(), strict=True):
+                eva[row].copy_(shard_eva[inside])  # converted on the way, with no copy between
+                clip[row].copy_(shard_clip[inside])
         self._release_pages(eva.nbytes + clip.nbytes)
         return eva, clip
 

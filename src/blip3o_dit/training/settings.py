@@ -117,6 +117,7 @@ def training_arguments(config: TrainingConfig, *, evaluate: bool) -> TrainingArg
         optim_args=optimizer_arguments,
         fp16=config.fp16,
         use_cpu=on_cpu,
+        accelerator_config={"non_blocking": not on_cpu},
         seed=config.seed,
         logging_steps=config.logging_steps,
         logging_nan_inf_filter=False,

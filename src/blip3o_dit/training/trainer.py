@@ -17,7 +17,14 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from blip3o_dit.config import TRAINING_CONFIG_FILE, TrainingConfig
-from blip3o_dit.data.dataset import EmbeddingDataset, ShuffledPasses, whole_batch
+from blip3o_dit.data.dataset import (
+    EmbeddingDataset,
+    NamedDraws,
+    ShuffledPasses,
+    WindowedPasses,
+    shard_bounds,
+    whole_batch,
+)
 from blip3o_dit.data.store import batches, write_atomically
 from blip3o_dit.evaluation.metrics import FidelitySums
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
@@ -25,7 +32,6 @@ from blip3o_dit.flow.path import PathSample
 from blip3o_dit.flow.times import training_times
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.source import AffineSource
-from blip3o_dit.randomness import named_normal, named_uniform
 from blip3o_dit.training.callbacks import BeforeOptimizerStep, ConsoleCallback, EMACallback, JSONLogCallback
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.monitor import FiniteLosses, TrainingMonitor
@@ -75,8 +81,8 @@ class BLIP3oTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=_with_draws(train_dataset, config.seed, "training"),
+            eval_dataset=eval_dataset and _with_draws(eval_dataset, config.seed, "evaluation"),
             data_collator=whole_batch,  # type: ignore[arg-type]
             callbacks=list(callbacks),
         )
@@ -105,20 +111,15 @@ class BLIP3oTrainer(Trainer):
         assert isinstance(self.model, BLIP3oDiTModel)
         return self.model
 
-    def draw(self, batch: dict[str, Any], stream: str) -> Draw:
-        """Everything random about a step, on the model's device."""
-        name: dict[str, Any] = {"seed": self.config.seed, "pass_index": batch["pass_index"]}
-        indices = batch["index"]
+    def draw(self, batch: dict[str, Any], *, training: bool) -> Draw:
+        """A batch on its path; the condition is dropped for some samples in training only."""
         condition = self.dit.normalize_condition(batch["eva"])
         source = self.dit.source_of(condition)
         x_1 = source.to_flow(self.dit.normalize_target(batch["clip"]))
-        noise = named_normal(indices, x_1.shape[1:], stream=f"{stream} noise", **name)
-        uniform = named_uniform(indices, stream=f"{stream} time", **name)
-        t = training_times(uniform, self.dit.config.flow)
-        sample = self.loss_fn.sample_path(x_1, noise.to(x_1.device), t.to(x_1.device))
-        if stream == "training" and self.config.cfg_dropout > 0:
-            drop = named_uniform(indices, stream="training condition dropout", **name)
-            keep = (drop >= self.config.cfg_dropout).to(condition.device)
+        t = training_times(batch["time"], self.dit.config.flow)
+        sample = self.loss_fn.sample_path(x_1, batch["noise"], t)
+        if training and self.config.cfg_dropout > 0:
+            keep = batch["drop"] >= self.config.cfg_dropout
             condition = condition * keep[:, None, None]
         return Draw(sample, source, condition)
 
@@ -130,7 +131,7 @@ class BLIP3oTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Mean loss of a micro-batch. A NonFiniteLossError comes before anything is updated."""
-        draw = self.draw(inputs, "training")
+        draw = self.draw(inputs, training=True)
         prediction = self._predict(model, draw)
         output = self.loss_fn(prediction, draw.sample)
         self.finite_losses.add(output.loss, self.state.global_step + 1, inputs["index"])
@@ -149,7 +150,7 @@ class BLIP3oTrainer(Trainer):
         """Held-out loss, on draws that are the same at every evaluation."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            draw = self.draw(inputs, "evaluation")
+            draw = self.draw(inputs, training=False)
             output = self.loss_fn(self._predict(model, draw), draw.sample)
         return output.loss, None, None
 
@@ -231,7 +232,11 @@ class BLIP3oTrainer(Trainer):
         return sums.result()
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        return ShuffledPasses(len(train_dataset or self.train_dataset), seed=self.config.seed)  # type: ignore[arg-type]
+        dataset, seed = self.train_dataset, self.config.seed
+        assert isinstance(dataset, EmbeddingDataset)
+        if self.config.shuffle == "window":
+            return WindowedPasses(shard_bounds(dataset), seed=seed, window=self.config.shuffle_window)
+        return ShuffledPasses(len(dataset), seed=seed)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = output_dir or self.args.output_dir or ""
@@ -247,3 +252,7 @@ class BLIP3oTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.ema is not None:
             self.ema.load(resume_from_checkpoint)
+
+
+def _with_draws(dataset: EmbeddingDataset, seed: int, stream: str) -> EmbeddingDataset:
+    return EmbeddingDataset(dataset.source, dataset.indices, NamedDraws(seed, stream))

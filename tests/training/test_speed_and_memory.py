@@ -1,0 +1,262 @@
+"""Low memory, checkpointing, compiled blocks, deferred checks and what the log says about speed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from blip3o_dit.config import TrainingConfig
+from blip3o_dit.data.store import EmbeddingStore
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.nextdit import NextDiTBlock
+from blip3o_dit.training import settings
+from blip3o_dit.training.callbacks import read_log
+from blip3o_dit.training.memory import return_freed_memory
+from blip3o_dit.training.monitor import FiniteLosses, NonFiniteLossError
+from blip3o_dit.training.run import train
+from blip3o_dit.training.settings import resolve_config
+from blip3o_dit.training.throughput import Throughput, forward_flops, matmul_rate
+from tests.conftest import randomize, tiny_config
+from tests.stores import write_linear_store
+from tests.training.test_training import config_for, make_trainer
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
+    return write_linear_store(tmp_path_factory.mktemp("data") / "store")
+
+
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """torchao's compiled optimizer, run as it is written: compiling it takes half a minute."""
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
+
+
+# Low memory
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_low_memory_learns_what_float32_learns(store: EmbeddingStore, tmp_path: Path) -> None:
+    # Wide enough for quantised states, which start at 4096 numbers.
+    common = dict(model_dim=64, max_steps=30, eval_split=0.0, ema_decay=0.0, logging_steps=5, save_steps=15)
+    train(config_for(store, tmp_path / "float32", **common))
+    train(config_for(store, tmp_path / "low", **common, memory="low", gradient_checkpointing=True))
+    losses = [
+        [entry["loss"] for entry in read_log(tmp_path / name / "training_log.jsonl") if "loss" in entry]
+        for name in ("float32", "low")
+    ]
+    assert losses[0][-1] < 0.96 * losses[0][0]
+    for exact, low in zip(*losses, strict=True):
+        assert low == pytest.approx(exact, rel=0.02)
+        assert low != exact
+    optimizer = torch.load(tmp_path / "low" / "checkpoint-15" / "optimizer.pt", weights_only=True)
+    states = [state["exp_avg"] for state in optimizer["state"].values()]
+    assert sum(type(state).__name__ == "OptimState8bit" for state in states) > 5
+    saved = BLIP3oDiTModel.from_pretrained(tmp_path / "low", dtype="auto")
+    assert saved.dtype == torch.bfloat16 and saved.target_mean.dtype == torch.float32
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_low_memory_run_continues_where_it_stopped(store: EmbeddingStore, tmp_path: Path) -> None:
+    common = dict(model_dim=64, max_steps=10, memory="low", ema_decay=0.0, eval_split=1 / 6)
+    whole = train(config_for(store, tmp_path / "whole", **common))
+    resumed = train(config_for(store, tmp_path / "resumed", **common), resume=whole / "checkpoint-5")
+    first, second = (BLIP3oDiTModel.from_pretrained(folder).state_dict() for folder in (whole, resumed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_small_updates_survive_stochastic_rounding() -> None:
+    """An update of a tenth of a bfloat16 step would be lost by rounding to the nearest."""
+    from torchao.optim import AdamW8bit
+
+    weight = nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
+    step = 2**-8  # the distance of the next smaller bfloat16 number from 1
+    optimizer = AdamW8bit([weight], lr=step / 10, weight_decay=0.0, bf16_stochastic_round=True)
+    torch.compiler.set_stance("force_eager")
+    try:
+        for _ in range(5):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+    finally:
+        torch.compiler.set_stance("default")
+    assert float(1 - weight.float().mean()) == pytest.approx(0.5 * step, rel=0.1)
+
+
+def test_low_memory_stands_for_checkpointing_and_no_averages_unless_they_are_given() -> None:
+    config = resolve_config({"memory": "low"}, debug=False, resume=None)
+    assert config.gradient_checkpointing and config.ema_decay == 0.0
+    config = resolve_config({"memory": "low", "ema_decay": 0.9}, debug=False, resume=None)
+    assert config.ema_decay == 0.9
+    with pytest.raises(ValueError, match="bfloat16, expected no fp16"):
+        TrainingConfig(memory="low", fp16=True)
+
+
+def test_what_is_not_installed_is_asked_for_before_anything_is_written(
+    store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"--memory low: expected torchao: pip install"):
+        settings.training_arguments(config_for(store, tmp_path / "out", memory="low"), evaluate=False)
+    monkeypatch.undo()
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(ValueError, match=r"--compile: expected a C\+\+ compiler"):
+        train(config_for(store, tmp_path / "out", compile=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_freed_memory_goes_back_to_the_system() -> None:
+    if not return_freed_memory():
+        pytest.skip("not glibc")
+    page = 4096
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * page
+
+    before = resident()
+    tensors = [torch.ones(5 * 2**18) for _ in range(20)]  # 5 MiB each
+    assert resident() - before > 90 * 2**20
+    kept = tensors[1::2]
+    del tensors
+    assert resident() - before < 65 * 2**20, len(kept)
+
+
+# Checkpointing and compilation change time and memory, not the result
+
+
+def gradients(model: BLIP3oDiTModel) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    x, condition = (torch.randn(2, 9, width, generator=generator) for width in (8, 12))
+    model.zero_grad()
+    model(x, torch.tensor([0.2, 0.7]), condition).square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def check_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    scale = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6 * scale, msg=name)
+
+
+def test_selective_checkpointing_keeps_products_and_gives_the_same_gradients() -> None:
+    model = BLIP3oDiTModel(tiny_config()).train()
+    randomize(model)
+    expected = gradients(model)
+    operations = {}
+    for checkpointing, selective in ((False, False), (True, True), (True, False)):
+        model.dit.gradient_checkpointing, model.dit.selective_checkpointing = checkpointing, selective
+        with FlopCounterMode(display=False) as counter:
+            found = gradients(model)
+        check_close(found, expected)
+        operations[checkpointing, selective] = counter.get_total_flops()
+    assert operations[True, True] == operations[False, False] < operations[True, False]
+
+
+def test_compiled_blocks_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced by torch.compile and run without its code generation, which takes half a minute."""
+    model = BLIP3oDiTModel(tiny_config(num_kv_heads=1))
+    randomize(model)
+    model.train()
+    expected, sample = gradients(model), model.generate(torch.ones(2, 9, 12), num_inference_steps=2)
+    calls = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        calls.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(NextDiTBlock, "compile", lambda self: nn.Module.compile(self, backend=backend))
+    model.compile_for_generation()
+    check_close(gradients(model), expected)
+    torch.testing.assert_close(model.generate(torch.ones(2, 9, 12), num_inference_steps=2), sample)
+    assert 1 <= len(calls) <= 2  # all blocks share one compiled function, with and without gradients
+
+
+# Health
+
+
+def test_a_deferred_loss_is_looked_at_before_the_optimizer_step() -> None:
+    losses = FiniteLosses(deferred=True)
+    losses.add(torch.tensor(1.0), 4, [1, 2])
+    losses.add(torch.tensor(float("inf")), 4, [3, 9])
+    with pytest.raises(
+        NonFiniteLossError, match=r"step 4: expected a finite loss, found inf for samples \[3, 9\]"
+    ):
+        losses.check()
+    losses.check()
+
+
+def test_a_deferred_check_stops_a_run_before_its_weights_change(
+    store: EmbeddingStore, tmp_path: Path
+) -> None:
+    trainer = make_trainer(store, tmp_path)
+    trainer.finite_losses._deferred = True
+    with torch.no_grad():
+        trainer.dit.dit.norm_out.linear_2.bias[0] = float("nan")
+    before = {name: p.clone() for name, p in trainer.dit.named_parameters()}
+    with pytest.raises(NonFiniteLossError, match="step 1"):
+        trainer.train()
+    after = dict(trainer.dit.named_parameters())
+    assert all(torch.equal(before[n], after[n]) for n in before if "linear_2.bias" not in n)
+
+
+# Speed in the log
+
+
+def test_counted_operations_are_those_of_the_matrix_products() -> None:
+    config = tiny_config(num_kv_heads=1, input_size=4)
+    model = BLIP3oDiTModel(config).eval()
+    x, condition = torch.randn(3, 16, 8), torch.randn(3, 5, 12)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x, torch.rand(3), condition)
+    counted = counter.get_total_flops()
+    # torch counts no attention on the CPU, and does count what embeds the time: products per sample.
+    attention = 2 * 4 * 16 * (16 + 5) * 48
+    time_embedding = 2 * (256 * 48 + 3 * 48 * 48)
+    assert counted == 3 * (forward_flops(config, 5) - attention + time_embedding)
+
+
+def test_throughput_counts_samples_waiting_and_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    throughput = Throughput(flops_per_sample=10.0, rate=100.0)
+
+    def let(seconds: float) -> None:
+        now[0] += seconds
+
+    throughput.count(8)
+    let(3.0)
+    with throughput.waiting():
+        let(1.0)
+    with throughput.pause(), throughput.pause():
+        let(50.0)
+    throughput.count(8)
+    assert throughput.pop(processes=2) == {
+        "samples_per_second": 8.0,
+        "mfu": pytest.approx(0.4),
+        "data_wait": pytest.approx(0.25),
+    }
+    throughput.count(1)
+    let(1.0)
+    assert throughput.pop()["samples_per_second"] == 1.0
+
+
+def test_matmul_rate_is_that_of_a_product() -> None:
+    rate = matmul_rate(tiny_config(), 4, torch.device("cpu"), torch.float32)
+    assert 1e6 < rate < 1e15
+
+
+def test_the_log_says_how_fast_training_was(store: EmbeddingStore, tmp_path: Path) -> None:
+    trainer = make_trainer(store, tmp_path, max_steps=4, logging_steps=2)
+    trainer.train()
+    lines = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(lines) == 2
+    for entry in lines:
+        assert 1 < entry["samples_per_second"] < 1e5
+        assert 0 < entry["mfu"] < 1 and 0 <= entry["data_wait"] < 1
