@@ -1,32 +1,87 @@
-"""python -m benchmarks: how close training comes to a known best answer, for each prediction type."""
+"""python -m benchmarks PART: speed, memory and known answers, as tables.
+
+`python -m benchmarks short` runs every part on small sizes; without it each part runs on its full ones, on
+a GPU where there is one. `--json FILE` keeps the rows with the machine and the command;
+`python -m benchmarks tables FILE` prints them all.
+"""
 
 from __future__ import annotations
 
 import argparse
-import tempfile
-from dataclasses import asdict
+import json
+import shlex
+import sys
 from pathlib import Path
+from types import ModuleType
 
-from benchmarks.linear_gaussian import train_and_compare
-from blip3o_dit.config import PREDICTION_TYPES
+from benchmarks import (
+    generation,
+    known_answers,
+    loading,
+    low_memory,
+    memory,
+    scaling,
+    startup,
+    training_step,
+)
+from benchmarks.measure import machine, markdown, record
+from blip3o_dit.quiet import quiet_torchao
+
+PARTS: dict[str, ModuleType] = {
+    "generation": generation,
+    "training": training_step,
+    "loading": loading,
+    "startup": startup,
+    "memory": memory,
+    "low-memory": low_memory,
+    "scaling": scaling,
+    "known-answers": known_answers,
+}
+
+SHORT = {
+    "generation": "--layers 2 --calls 2 --rounds 3",
+    "training": "--sizes 'default width' --layers 1 --batch 8 --rounds 3",
+    "loading": "--gigabytes 0.3",
+    "startup": "--rounds 1 --samples 32",
+    "memory": "--layers 1 --steps 2",
+    "known-answers": "--steps 300",
+}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps of each training")
-    steps = parser.parse_args().steps
-    rows = {}
-    for prediction_type in PREDICTION_TYPES:
-        with tempfile.TemporaryDirectory() as folder:
-            rows[prediction_type] = asdict(
-                train_and_compare(Path(folder), prediction_type=prediction_type, steps=steps)
-            )
-    columns = list(next(iter(rows.values())))
-    print("| prediction type | " + " | ".join(columns) + " |")
-    print("|---" * (len(columns) + 1) + "|")
-    for name, values in rows.items():
-        print(f"| {name} | " + " | ".join(f"{values[column]:.4g}" for column in columns) + " |")
+def main(words: list[str]) -> None:
+    quiet_torchao()
+    if words[:1] == ["short"]:
+        for part, given in SHORT.items():
+            print(f"\n## {part}\n", flush=True)
+            main([part, *shlex.split(given), *words[1:]])
+        return
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parts = parser.add_subparsers(dest="part", required=True)
+    for name, module in PARTS.items():
+        sub = parts.add_parser(name, help=module.__doc__, description=module.__doc__)
+        module.add_arguments(sub)
+        sub.add_argument("--json", type=Path, help="file to keep the rows in, beside other parts'")
+        sub.add_argument("--rows", action="store_true", help=argparse.SUPPRESS)  # for the parts' own processes
+    parts.add_parser("tables", help="print the tables of a JSON file").add_argument("file", type=Path)
+    arguments = parser.parse_args(words)
+    if arguments.part == "tables":
+        print_tables(arguments.file)
+        return
+    rows = PARTS[arguments.part].run(arguments)
+    if arguments.rows:
+        print(json.dumps(rows))
+        return
+    print(markdown(rows))
+    print("\n" + ", ".join(f"{name} {value}" for name, value in machine().items()), flush=True)
+    if arguments.json:
+        record(arguments.json, arguments.part, "python -m benchmarks " + shlex.join(words), rows)
+
+
+def print_tables(file: Path) -> None:
+    for part, found in json.loads(file.read_text()).items():
+        print(f"## {part}\n\n`{found['command']}`\n\n{markdown(found['rows'])}\n")
+        print(", ".join(f"{name} {value}" for name, value in found["machine"].items()) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
