@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 TRAINING_CONFIG_FILE = "training_config.json"
 SCHEDULE_TYPES = ("linear", "cosine")
 SPLIT_RULES = ("permutation", "key_hash")
+SHUFFLES = ("exact", "window")
 PREDICTION_TYPES = ("v_prediction", "epsilon", "sample", "preconditioned")
 TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
 SOURCES = ("noise", "ridge", "ridge_3x3")
@@ -326,6 +327,7 @@ class TrainingConfig:
     solver: str = _option("midpoint", "solver that generation uses by default", choices=SOLVER_NAMES)
     num_inference_steps: int = _option(8, "steps that generation takes by default")
     standardize: bool = _option(True, "standardise each channel with the training split's statistics")
+    statistics_samples: int = _option(10000, "most training samples that these statistics are taken from")
 
     eval_split: float = _option(0.1, "share of the samples held out; 0 trains on all of them")
     split_by: str = _option(
@@ -334,6 +336,12 @@ class TrainingConfig:
         choices=SPLIT_RULES,
     )
     normalize_embeddings: bool = _option(False, "L2-normalise every token before standardising")
+    shuffle: str = _option(
+        "exact",
+        "order of a pass: any, or whole shards through a window, for stores larger than memory on slow disks",
+        choices=SHUFFLES,
+    )
+    shuffle_window: int = _option(4096, "samples that --shuffle window mixes at a time")
     num_workers: int = _option(0, "data-loader processes")
 
     fp16: bool = _option(False, "float16 mixed precision (needs a GPU)")
@@ -458,7 +466,7 @@ PAPER_RECIPE: dict[str, Any] = {
 _COUNTS_FROM_ONE = (
     *("batch_size", "eval_batch_size", "gradient_accumulation_steps"),
     *("logging_steps", "save_steps", "eval_steps", "eval_inference_steps"),
-    *("source_samples", "num_inference_steps"),
+    *("source_samples", "statistics_samples", "shuffle_window", "num_inference_steps"),
 )
 
 

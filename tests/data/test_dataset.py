@@ -11,7 +11,17 @@ import torch
 from torch.utils.data import DataLoader
 
 from blip3o_dit.data import dataset
-from blip3o_dit.data.dataset import EmbeddingDataset, ShuffledPasses, Split, split_samples, whole_batch
+from blip3o_dit.data.dataset import (
+    EmbeddingDataset,
+    ShuffledPasses,
+    Split,
+    WindowedPasses,
+    choose_samples,
+    shuffled_passes,
+    split_samples,
+    whole_batch,
+)
+from blip3o_dit.data.source import PickledEmbeddings, write_pickle
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
 
 SIZES = dict(num_tokens=4, condition_dim=6, target_dim=3)
@@ -206,6 +216,102 @@ def test_the_order_is_a_function_of_seed_and_pass() -> None:
 
 def test_the_first_pass_needs_no_set_epoch() -> None:
     assert list(ShuffledPasses(9, seed=0)) == order_of(ShuffledPasses(9, seed=0), 0)
+
+
+STARTS = np.array([0, 10, 10, 13, 40, 50])  # an empty shard, and one that a window of 20 cuts to fives
+
+
+def windows(seed: int, pass_index: int, *, starts: np.ndarray = STARTS, window: int = 20) -> np.ndarray:
+    items = order_of(WindowedPasses(starts, window=window, seed=seed), pass_index)
+    assert {index for index, _ in items} == {pass_index}
+    assert all(type(number) is int for item in items for number in item)
+    return np.array([position for _, position in items])
+
+
+@pytest.mark.parametrize("window", [1, 3, 7, 20, 50, 1000])
+def test_a_windowed_pass_holds_each_position_once(window: int) -> None:
+    assert np.array_equal(np.sort(windows(0, 2, window=window)), np.arange(50))
+    assert len(WindowedPasses(STARTS, window=window, seed=0)) == 50
+
+
+def test_the_windowed_order_is_a_function_of_seed_and_pass() -> None:
+    orders = {(seed, index): windows(seed, index).tolist() for seed in (0, 1) for index in (0, 1, 2)}
+    assert len({tuple(order) for order in orders.values()}) == 6
+    torch.manual_seed(7)
+    np.random.seed(7)  # noqa: NPY002
+    assert windows(1, 2).tolist() == orders[1, 2]
+
+
+def test_a_window_reads_few_shards_and_mixes_them() -> None:
+    starts = np.arange(0, 6401, 100)
+    order = windows(0, 0, starts=starts, window=400)
+    shards_read = [len(np.unique(order[first : first + 400] // 100)) for first in range(0, 6400, 400)]
+    assert shards_read == [4] * 16
+    assert len(np.unique(order[:32] // 100)) == 4
+    groups = [set(np.unique(windows(0, index, starts=starts, window=400)[:400] // 100)) for index in (0, 1)]
+    assert groups[0] != groups[1]
+
+
+def test_a_window_moves_on_a_shard_at_a_time() -> None:
+    """Windows that do not end where shards do: two neighbours share a shard, and no third one reads it."""
+    order = windows(0, 0, starts=np.arange(0, 6401, 100), window=450)
+    read_by = [set((order[first : first + 450] // 100).tolist()) for first in range(0, 6400, 450)]
+    assert max(map(len, read_by)) <= 6
+    assert all(not (read_by[k] & later) for k in range(len(read_by)) for later in read_by[k + 2 :])
+
+
+def test_one_large_shard_is_mixed_beyond_a_window() -> None:
+    first, second = (windows(0, index, starts=np.array([0, 4000]), window=100)[:100] for index in (0, 1))
+    assert np.ptp(first) > 1000
+    assert len(np.intersect1d(first, second)) < 50
+
+
+def test_a_window_of_everything_is_a_permutation_without_structure() -> None:
+    order = windows(3, 1, starts=np.arange(0, 3001, 100), window=3000)
+    assert abs(np.corrcoef(order, np.arange(3000))[0, 1]) < 0.1
+    assert len(np.unique(order[:60] // 100)) > 20
+
+
+@pytest.mark.parametrize("window", [8, 1000])
+def test_a_windowed_loader_brings_each_sample_of_the_split_once(store: EmbeddingStore, window: int) -> None:
+    split = split_samples(store, eval_split=0.3, seed=0)
+    data = EmbeddingDataset(store, split.train)
+    sampler = shuffled_passes(data, shuffle="window", window=window, seed=0)
+    brought = flat(list(DataLoader(data, batch_size=5, sampler=sampler, collate_fn=whole_batch)))
+    assert sorted(brought) == split.train.tolist() != brought
+    assert isinstance(sampler, WindowedPasses)
+    if window == 1000:  # nothing cut: the shards of 7, as far as the split leaves them
+        assert sampler.starts.tolist() == [int((split.train < start).sum()) for start in (0, 7, 14, 21, 23)]
+
+
+def test_a_pickle_is_one_shard(store: EmbeddingStore, tmp_path: Path) -> None:
+    write_pickle(store, tmp_path / "e.pkl")
+    data = EmbeddingDataset(PickledEmbeddings(tmp_path / "e.pkl"), np.arange(23))
+    sampler = shuffled_passes(data, shuffle="window", window=1000, seed=0)
+    assert isinstance(sampler, WindowedPasses)
+    assert sampler.starts.tolist() == [0, 23]
+
+
+def test_the_exact_order_is_the_default_one_and_other_names_are_refused(store: EmbeddingStore) -> None:
+    data = EmbeddingDataset(store, np.arange(23))
+    exact = shuffled_passes(data, shuffle="exact", window=4, seed=5)
+    assert order_of(exact, 2) == order_of(ShuffledPasses(23, seed=5), 2)
+    with pytest.raises(ValueError, match=r"shuffle: expected one of \('exact', 'window'\), found 'shards'"):
+        shuffled_passes(data, shuffle="shards", window=4, seed=5)
+
+
+# What is fitted before training
+
+
+def test_chosen_samples_are_named_by_the_seed() -> None:
+    indices = np.arange(100, 400, 3)
+    chosen = choose_samples(indices, most=20, seed=0)
+    assert len(np.unique(chosen)) == 20
+    assert set(chosen.tolist()) < set(indices.tolist())
+    torch.manual_seed(9)
+    assert np.array_equal(chosen, choose_samples(indices, most=20, seed=0))
+    assert not np.array_equal(np.sort(chosen), np.sort(choose_samples(indices, most=20, seed=1)))
+    assert np.array_equal(np.sort(choose_samples(indices, most=100, seed=0)), indices)
 
 
 # Batches

@@ -6,17 +6,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from blip3o_dit.config import SPLIT_RULES, check_name
+from blip3o_dit.config import SHUFFLES, SPLIT_RULES, check_name
+from blip3o_dit.data.checks import Record
 from blip3o_dit.data.source import open_embeddings
 from blip3o_dit.data.statistics import streamed_statistics
 from blip3o_dit.data.store import EmbeddingSource
-from blip3o_dit.randomness import named_permutation
+from blip3o_dit.randomness import named_generator, named_permutation
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ def split_samples(
 
     `permutation` holds out round(n eval_split), but at least one, of a seeded permutation of n samples.
     `key_hash` holds a sample out when the hash of (seed, key) falls under the share: the count is only
-    about right, but a sample stays on its side when data is appended or reordered.
+    about right, but a sample stays on its side when data is appended or reordered. It reads the record of
+    every sample, one shard's at a time, which the permutation does not.
 
     Raises:
         ValueError: when one side would be empty, with both counts.
@@ -45,8 +48,8 @@ def split_samples(
     if split_by == "permutation":
         split = split_permutation(source.num_samples, eval_split=eval_split, seed=seed)
     else:
-        keys = [record["key"] for record in source.records()]
-        held_out = np.array([_unit_hash(seed, key) < eval_split for key in keys])
+        hashes = (_unit_hash(seed, record["key"]) for record in _each_record(source))
+        held_out = np.fromiter((value < eval_split for value in hashes), dtype=bool, count=source.num_samples)
         split = Split(train=np.flatnonzero(~held_out), eval=np.flatnonzero(held_out))
     if not len(split.train) or (eval_split > 0 and not len(split.eval)):
         raise ValueError(
@@ -62,6 +65,14 @@ def split_permutation(num_samples: int, *, eval_split: float, seed: int) -> Spli
     count = max(1, round(num_samples * eval_split)) if eval_split > 0 else 0
     order = named_permutation(num_samples, seed=seed, stream="split")
     return Split(train=np.sort(order[count:]), eval=np.sort(order[:count]))
+
+
+def choose_samples(indices: np.ndarray, *, most: int, seed: int) -> np.ndarray:
+    """At most `most` of these samples, in an order named by the seed, for what is fitted before training.
+
+    The same seed chooses the same samples for all that is fitted, so a disk reads them once.
+    """
+    return named_generator(seed, "baseline samples").permutation(np.asarray(indices))[:most]
 
 
 class EmbeddingDataset(Dataset):
@@ -105,10 +116,53 @@ class ShuffledPasses(Sampler):
         return self.num_samples
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = named_permutation(
-            self.num_samples, seed=self.seed, stream="order", pass_index=self.pass_index
-        )
-        return ((self.pass_index, int(position)) for position in order)
+        pass_index = self.pass_index
+        return ((pass_index, int(position)) for piece in self._pieces(pass_index) for position in piece)
+
+    def _pieces(self, pass_index: int) -> Iterator[np.ndarray]:
+        """The positions of a pass, in pieces that follow one another."""
+        yield named_permutation(self.num_samples, seed=self.seed, stream="order", pass_index=pass_index)
+
+
+class WindowedPasses(ShuffledPasses):
+    """Items like those of `ShuffledPasses`, in an order that reads a disk nearly in sequence.
+
+    Shards follow one another in an order named by (seed, pass index), and every `window` samples of that
+    sequence are permuted among themselves, so about window / shard size shards are read at a time. Shards
+    larger than a quarter of the window (a pickle is one shard) are cut into pieces of that size, which
+    take the place of shards: otherwise a window would hold neighbours only, the same ones in every pass.
+
+    Args:
+        starts: [shards + 1], the first position of each shard, then the number of samples.
+        window: samples that are permuted among themselves.
+    """
+
+    def __init__(self, starts: np.ndarray, *, window: int, seed: int) -> None:
+        super().__init__(int(starts[-1]), seed=seed)
+        step = max(1, window // 4)
+        cuts = [np.arange(start, stop, step) for start, stop in pairwise(starts.tolist())]
+        self.starts = np.concatenate([*cuts, starts[-1:]])
+        self.window = window
+
+    def _pieces(self, pass_index: int) -> Iterator[np.ndarray]:
+        name: dict[str, Any] = {"seed": self.seed, "pass_index": pass_index}
+        lengths = np.diff(self.starts)
+        order = named_permutation(len(lengths), stream="order of shards", **name)
+        ends = np.cumsum(lengths[order])  # in the sequence of shards; `shift` leads from there to positions
+        shift = self.starts[order] - (ends - lengths[order])
+        for first in range(0, self.num_samples, self.window):
+            sequence = np.arange(first, min(first + self.window, self.num_samples))
+            positions = sequence + shift[np.searchsorted(ends, sequence, side="right")]
+            yield named_generator(self.seed, "order in a window", pass_index, first).permutation(positions)
+
+
+def shuffled_passes(dataset: EmbeddingDataset, *, shuffle: str, window: int, seed: int) -> ShuffledPasses:
+    """The sampler for `shuffle`, "exact" or "window". Raises ValueError for another name."""
+    check_name("shuffle", shuffle, SHUFFLES)
+    if shuffle == "exact":
+        return ShuffledPasses(len(dataset), seed=seed)
+    starts = np.searchsorted(dataset.indices, dataset.source.shard_starts)  # indices ascend
+    return WindowedPasses(starts, window=window, seed=seed)
 
 
 def whole_batch(batch: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +181,8 @@ def test_blip3o_dataset(path: str | Path) -> dict[str, Any]:
     """
     source = open_embeddings(path)
     everything = np.arange(source.num_samples)
-    source.records()  # checks the tables; the statistics check the shards
+    for _ in _each_record(source):  # checks the tables; the statistics check the shards
+        pass
     condition, target = streamed_statistics(source, everything, normalize=False)
     facts: dict[str, Any] = {
         "path": str(source.path),
@@ -142,6 +197,12 @@ def test_blip3o_dataset(path: str | Path) -> dict[str, Any]:
     # The documented command is a `python -c` that shows its findings; no logging is set up there.
     sys.stdout.writelines(f"{name}: {value}\n" for name, value in facts.items())
     return facts
+
+
+def _each_record(source: EmbeddingSource) -> Iterator[Record]:
+    """Every record in order; one shard's are in memory at a time."""
+    for start, stop in pairwise(source.shard_starts.tolist()):
+        yield from source.records(range(start, stop))
 
 
 def _unit_hash(seed: int, key: str) -> float:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from blip3o_dit.config import BLIP3oDiTConfig, TrainingConfig
-from blip3o_dit.data.dataset import EmbeddingDataset, Split, split_samples
+from blip3o_dit.data.dataset import EmbeddingDataset, Split, choose_samples, split_samples
 from blip3o_dit.data.source import open_embeddings
 from blip3o_dit.data.statistics import streamed_statistics
 from blip3o_dit.data.store import EmbeddingSource
@@ -122,7 +122,8 @@ def build_trainer(
     model = BLIP3oDiTModel(_model_config(source, config))
     _describe(config, model, source, len(split.train), len(split.eval), arguments)
     if config.standardize:
-        _set_statistics(model, source, split.train, arguments)
+        fitted_on = choose_samples(split.train, most=config.statistics_samples, seed=config.seed)
+        _set_statistics(model, source, fitted_on, arguments)
     if config.source != "noise":
         _set_source(model, source, split.train, config, arguments)
     callbacks: list[TrainerCallback] = []
@@ -149,14 +150,14 @@ def _model_config(source: EmbeddingSource, config: TrainingConfig) -> BLIP3oDiTC
 
 
 def _set_statistics(
-    model: BLIP3oDiTModel, source: EmbeddingSource, train: Any, arguments: TrainingArguments
+    model: BLIP3oDiTModel, source: EmbeddingSource, indices: np.ndarray, arguments: TrainingArguments
 ) -> None:
-    """Stream the training split once on the first process; the others receive the result."""
+    """Stream these samples once on the first process; the others receive the result."""
     found: list[Any] = [None]
     if arguments.process_index == 0:
         track = partial(tqdm, desc="statistics of the training split", unit="batch", leave=False)
         found = list(
-            streamed_statistics(source, train, normalize=model.config.normalize_embeddings, track=track)
+            streamed_statistics(source, indices, normalize=model.config.normalize_embeddings, track=track)
         )
     if arguments.world_size > 1:
         found = found if arguments.process_index == 0 else [None, None]

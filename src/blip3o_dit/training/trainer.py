@@ -16,7 +16,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from blip3o_dit.config import TRAINING_CONFIG_FILE, TrainingConfig
-from blip3o_dit.data.dataset import EmbeddingDataset, ShuffledPasses, whole_batch
+from blip3o_dit.data.dataset import EmbeddingDataset, shuffled_passes, whole_batch
 from blip3o_dit.data.store import batches, write_atomically
 from blip3o_dit.evaluation.metrics import FidelitySums
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
@@ -198,7 +198,12 @@ class BLIP3oTrainer(Trainer):
         return sums.result()
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        return ShuffledPasses(len(train_dataset or self.train_dataset), seed=self.config.seed)  # type: ignore[arg-type]
+        dataset = train_dataset or self.train_dataset
+        assert isinstance(dataset, EmbeddingDataset)
+        config = self.config
+        return shuffled_passes(
+            dataset, shuffle=config.shuffle, window=config.shuffle_window, seed=config.seed
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = output_dir or self.args.output_dir or ""
