@@ -260,6 +260,11 @@ def test_a_window_moves_on_a_shard_at_a_time() -> None:
     assert all(not (read_by[k] & later) for k in range(len(read_by)) for later in read_by[k + 2 :])
 
 
+def test_a_window_of_one_shard_is_in_another_order_in_another_pass() -> None:
+    orders = [windows(0, index, starts=np.array([0, 12]), window=1000) for index in (0, 1)]
+    assert orders[0].tolist() != orders[1].tolist()
+
+
 def test_one_large_shard_is_mixed_beyond_a_window() -> None:
     first, second = (windows(0, index, starts=np.array([0, 4000]), window=100)[:100] for index in (0, 1))
     assert np.ptp(first) > 1000

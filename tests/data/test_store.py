@@ -414,6 +414,16 @@ def test_one_altered_byte_is_refused_when_that_file_is_read(tmp_path: Path, kind
     assert refused(store.verify) == altered
 
 
+def test_a_glance_reads_what_is_there_and_leaves_the_checking_to_the_store(tmp_path: Path) -> None:
+    store = write(tmp_path / "s")
+    glance = store.unverified()
+    assert torch.equal(glance.fetch(range(7))[0], store.fetch(range(7))[0])
+    flip_last_byte(tmp_path / "s" / "shard-00001.safetensors")
+    store = EmbeddingStore(tmp_path / "s")
+    store.unverified().fetch(range(7))
+    assert "shard-00001.safetensors: its SHA-256" in refused(lambda: store.fetch([3]))
+
+
 def test_verify_passes_a_sound_store_and_reads_again_what_was_read_before(tmp_path: Path) -> None:
     store = write(tmp_path / "s")
     store.fetch(range(7))

@@ -121,6 +121,14 @@ def test_the_trainer_takes_the_order_that_was_asked_for(store: EmbeddingStore, t
     assert sorted(orders[0]) == sorted(orders[1])
 
 
+def test_training_refuses_a_damaged_shard_that_its_statistics_glanced_at(tmp_path: Path) -> None:
+    store = write_linear_store(tmp_path / "store")
+    file = store.path / "shard-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(ValueError, match=r"shard-00002.safetensors: its SHA-256"):
+        train(config_for(store, tmp_path / "run", source="noise", max_steps=5))
+
+
 def test_statistics_of_a_part_of_the_training_split(store: EmbeddingStore, tmp_path: Path) -> None:
     def means(**changes: Any) -> torch.Tensor:
         config = config_for(store, tmp_path / "run", source="noise", **changes)

@@ -22,7 +22,7 @@ from blip3o_dit.config import BLIP3oDiTConfig, TrainingConfig
 from blip3o_dit.data.dataset import EmbeddingDataset, Split, choose_samples, split_samples
 from blip3o_dit.data.source import open_embeddings
 from blip3o_dit.data.statistics import streamed_statistics
-from blip3o_dit.data.store import EmbeddingSource
+from blip3o_dit.data.store import EmbeddingSource, EmbeddingStore
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.quiet import quiet_transformers
 from blip3o_dit.training.callbacks import CurvesCallback
@@ -121,11 +121,13 @@ def build_trainer(
     set_seed(config.seed)
     model = BLIP3oDiTModel(_model_config(source, config))
     _describe(config, model, source, len(split.train), len(split.eval), arguments)
+    # Few samples of perhaps all shards: training itself verifies every shard that it reads.
+    glance = source.unverified() if isinstance(source, EmbeddingStore) else source
     if config.standardize:
         fitted_on = choose_samples(split.train, most=config.statistics_samples, seed=config.seed)
-        _set_statistics(model, source, fitted_on, arguments)
+        _set_statistics(model, glance, fitted_on, arguments)
     if config.source != "noise":
-        _set_source(model, source, split.train, config, arguments)
+        _set_source(model, glance, split.train, config, arguments)
     callbacks: list[TrainerCallback] = []
     if importlib.util.find_spec("matplotlib"):
         callbacks.append(CurvesCallback())
