@@ -20,8 +20,6 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     rows = []
     for prediction_type in PREDICTION_TYPES:
         with tempfile.TemporaryDirectory() as folder:
-            found = train_and_compare(
-                Path(folder), prediction_type=prediction_type, steps=arguments.steps
-            )
+            found = train_and_compare(Path(folder), prediction_type=prediction_type, steps=arguments.steps)
         rows.append({"prediction type": prediction_type, **asdict(found)})
     return rows

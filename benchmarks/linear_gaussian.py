@@ -52,6 +52,7 @@ class LinearGaussian:
         self.offset = normal(self.target_dim)
         self.factor = 0.7 * normal(self.target_dim, self.target_dim) / self.target_dim**0.5
         self._eva, self._clip = self.draw(self.num_samples, generator)
+        self.shard_starts = np.array([0, self.num_samples])
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """New samples: conditions [count, N, C_eva] and targets [count, N, C]."""

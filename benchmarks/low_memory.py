@@ -18,7 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> list[Row]:
     exact, low = (_losses(mode, arguments.steps) for mode in ("default", "low"))
     return [
-        {"step": step, "float32": exact[step], "low": low[step], "low / float32 - 1": low[step] / exact[step] - 1}
+        {
+            "step": step,
+            "float32": exact[step],
+            "low": low[step],
+            "low / float32 - 1": low[step] / exact[step] - 1,
+        }
         for step in exact
     ]
 

@@ -31,6 +31,7 @@ class MemorySource:
         self.path = Path(self.name)
         self.num_samples, self.num_tokens, self.condition_dim = self.eva.shape
         self.target_dim = self.clip.shape[2]
+        self.shard_starts = np.array([0, self.num_samples])
 
     def fetch(self, indices: Indices) -> tuple[Tensor, Tensor]:
         rows = torch.as_tensor(np.asarray(indices))

@@ -13,10 +13,10 @@ from transformers import PreTrainedConfig
 TRAINING_CONFIG_FILE = "training_config.json"
 SCHEDULE_TYPES = ("linear", "cosine")
 SPLIT_RULES = ("permutation", "key_hash")
+SHUFFLES = ("exact", "window")
 PREDICTION_TYPES = ("v_prediction", "epsilon", "sample", "preconditioned")
 TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
 SOURCES = ("noise", "ridge", "ridge_3x3")
-SHUFFLES = ("exact", "window")
 MEMORY_MODES = ("default", "low")
 SOLVER_NAMES = ("euler", "midpoint", "heun")
 
@@ -340,7 +340,7 @@ class TrainingConfig:
     solver: str = _option("midpoint", "solver that generation uses by default", choices=SOLVER_NAMES)
     num_inference_steps: int = _option(8, "steps that generation takes by default")
     standardize: bool = _option(True, "standardise each channel with the training split's statistics")
-    statistics_samples: int = _option(10000, "most training samples that the statistics are taken from")
+    statistics_samples: int = _option(10000, "most training samples that these statistics are taken from")
 
     eval_split: float = _option(0.1, "share of the samples held out; 0 trains on all of them")
     split_by: str = _option(
@@ -349,13 +349,13 @@ class TrainingConfig:
         choices=SPLIT_RULES,
     )
     normalize_embeddings: bool = _option(False, "L2-normalise every token before standardising")
-    num_workers: int = _option(0, "data-loader processes")
     shuffle: str = _option(
         "exact",
-        "order of the samples: a permutation of all, or of shards and then of a window, for slow disks",
+        "order of a pass: any, or whole shards through a window, for stores larger than memory on slow disks",
         choices=SHUFFLES,
     )
-    shuffle_window: int = _option(4096, "samples that are shuffled among each other, with --shuffle window")
+    shuffle_window: int = _option(4096, "samples that --shuffle window mixes at a time")
+    num_workers: int = _option(0, "data-loader processes")
 
     fp16: bool = _option(False, "float16 mixed precision (needs a GPU)")
     bf16: bool = _option(False, "bfloat16 mixed precision")

@@ -17,12 +17,12 @@ from blip3o_dit.data.dataset import (
     ShuffledPasses,
     Split,
     WindowedPasses,
-    shard_bounds,
-    some_samples,
+    choose_samples,
+    shuffled_passes,
     split_samples,
     whole_batch,
 )
-from blip3o_dit.data.source import TransformedEmbeddings
+from blip3o_dit.data.source import PickledEmbeddings, write_pickle
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
 from blip3o_dit.randomness import named_normal
 
@@ -220,6 +220,107 @@ def test_the_first_pass_needs_no_set_epoch() -> None:
     assert list(ShuffledPasses(9, seed=0)) == order_of(ShuffledPasses(9, seed=0), 0)
 
 
+STARTS = np.array([0, 10, 10, 13, 40, 50])  # an empty shard, and one that a window of 20 cuts to fives
+
+
+def windows(seed: int, pass_index: int, *, starts: np.ndarray = STARTS, window: int = 20) -> np.ndarray:
+    items = order_of(WindowedPasses(starts, window=window, seed=seed), pass_index)
+    assert {index for index, _ in items} == {pass_index}
+    assert all(type(number) is int for item in items for number in item)
+    return np.array([position for _, position in items])
+
+
+@pytest.mark.parametrize("window", [1, 3, 7, 20, 50, 1000])
+def test_a_windowed_pass_holds_each_position_once(window: int) -> None:
+    assert np.array_equal(np.sort(windows(0, 2, window=window)), np.arange(50))
+    assert len(WindowedPasses(STARTS, window=window, seed=0)) == 50
+
+
+def test_the_windowed_order_is_a_function_of_seed_and_pass() -> None:
+    orders = {(seed, index): windows(seed, index).tolist() for seed in (0, 1) for index in (0, 1, 2)}
+    assert len({tuple(order) for order in orders.values()}) == 6
+    torch.manual_seed(7)
+    np.random.seed(7)  # noqa: NPY002
+    assert windows(1, 2).tolist() == orders[1, 2]
+
+
+def test_a_window_reads_few_shards_and_mixes_them() -> None:
+    starts = np.arange(0, 6401, 100)
+    order = windows(0, 0, starts=starts, window=400)
+    shards_read = [len(np.unique(order[first : first + 400] // 100)) for first in range(0, 6400, 400)]
+    assert shards_read == [4] * 16
+    assert len(np.unique(order[:32] // 100)) == 4
+    groups = [set(np.unique(windows(0, index, starts=starts, window=400)[:400] // 100)) for index in (0, 1)]
+    assert groups[0] != groups[1]
+
+
+def test_a_window_moves_on_a_shard_at_a_time() -> None:
+    """Windows that do not end where shards do: two neighbours share a shard, and no third one reads it."""
+    order = windows(0, 0, starts=np.arange(0, 6401, 100), window=450)
+    read_by = [set((order[first : first + 450] // 100).tolist()) for first in range(0, 6400, 450)]
+    assert max(map(len, read_by)) <= 6
+    assert all(not (read_by[k] & later) for k in range(len(read_by)) for later in read_by[k + 2 :])
+
+
+def test_a_window_of_one_shard_is_in_another_order_in_another_pass() -> None:
+    orders = [windows(0, index, starts=np.array([0, 12]), window=1000) for index in (0, 1)]
+    assert orders[0].tolist() != orders[1].tolist()
+
+
+def test_one_large_shard_is_mixed_beyond_a_window() -> None:
+    first, second = (windows(0, index, starts=np.array([0, 4000]), window=100)[:100] for index in (0, 1))
+    assert np.ptp(first) > 1000
+    assert len(np.intersect1d(first, second)) < 50
+
+
+def test_a_window_of_everything_is_a_permutation_without_structure() -> None:
+    order = windows(3, 1, starts=np.arange(0, 3001, 100), window=3000)
+    assert abs(np.corrcoef(order, np.arange(3000))[0, 1]) < 0.1
+    assert len(np.unique(order[:60] // 100)) > 20
+
+
+@pytest.mark.parametrize("window", [8, 1000])
+def test_a_windowed_loader_brings_each_sample_of_the_split_once(store: EmbeddingStore, window: int) -> None:
+    split = split_samples(store, eval_split=0.3, seed=0)
+    data = EmbeddingDataset(store, split.train)
+    sampler = shuffled_passes(data, shuffle="window", window=window, seed=0)
+    brought = flat(list(DataLoader(data, batch_size=5, sampler=sampler, collate_fn=whole_batch)))
+    assert sorted(brought) == split.train.tolist() != brought
+    assert isinstance(sampler, WindowedPasses)
+    if window == 1000:  # nothing cut: the shards of 7, as far as the split leaves them
+        assert sampler.starts.tolist() == [int((split.train < start).sum()) for start in (0, 7, 14, 21, 23)]
+
+
+def test_a_pickle_is_one_shard(store: EmbeddingStore, tmp_path: Path) -> None:
+    write_pickle(store, tmp_path / "e.pkl")
+    data = EmbeddingDataset(PickledEmbeddings(tmp_path / "e.pkl"), np.arange(23))
+    sampler = shuffled_passes(data, shuffle="window", window=1000, seed=0)
+    assert isinstance(sampler, WindowedPasses)
+    assert sampler.starts.tolist() == [0, 23]
+
+
+def test_the_exact_order_is_the_default_one_and_other_names_are_refused(store: EmbeddingStore) -> None:
+    data = EmbeddingDataset(store, np.arange(23))
+    exact = shuffled_passes(data, shuffle="exact", window=4, seed=5)
+    assert order_of(exact, 2) == order_of(ShuffledPasses(23, seed=5), 2)
+    with pytest.raises(ValueError, match=r"shuffle: expected one of \('exact', 'window'\), found 'shards'"):
+        shuffled_passes(data, shuffle="shards", window=4, seed=5)
+
+
+# What is fitted before training
+
+
+def test_chosen_samples_are_named_by_the_seed() -> None:
+    indices = np.arange(100, 400, 3)
+    chosen = choose_samples(indices, most=20, seed=0)
+    assert len(np.unique(chosen)) == 20
+    assert set(chosen.tolist()) < set(indices.tolist())
+    torch.manual_seed(9)
+    assert np.array_equal(chosen, choose_samples(indices, most=20, seed=0))
+    assert not np.array_equal(np.sort(chosen), np.sort(choose_samples(indices, most=20, seed=1)))
+    assert np.array_equal(np.sort(choose_samples(indices, most=100, seed=0)), indices)
+
+
 # Batches
 
 
@@ -342,77 +443,13 @@ def test_the_check_refuses_a_file_that_is_no_data_set(tmp_path: Path) -> None:
         dataset.test_blip3o_dataset(tmp_path / "none.pkl")
 
 
-# Windowed passes
-
-BOUNDS = np.array([0, 7, 20, 31, 44, 60])
-
-
-def windowed(pass_index: int, *, seed: int = 0, window: int = 10) -> list[int]:
-    passes = WindowedPasses(BOUNDS, seed=seed, window=window)
-    return [position for _, position in order_of(passes, pass_index)]
-
-
-@pytest.mark.parametrize("window", [1, 10, 60, 1000])
-def test_a_windowed_pass_holds_each_position_once(window: int) -> None:
-    assert sorted(windowed(2, window=window)) == list(range(60))
-    assert len(WindowedPasses(BOUNDS, seed=0, window=window)) == 60
-
-
-def test_a_windowed_order_is_a_function_of_seed_and_pass() -> None:
-    orders = {(seed, index): windowed(index, seed=seed) for seed in (0, 1) for index in (0, 1, 2)}
-    assert len({tuple(order) for order in orders.values()}) == 6
-    torch.manual_seed(7)
-    assert windowed(1, seed=1) == orders[1, 1]
-
-
-def test_a_window_reads_few_shards_and_shuffles_what_it_reads() -> None:
-    shard_of = np.searchsorted(BOUNDS, np.arange(60), side="right")
-    for index in range(5):
-        order = np.array(windowed(index, window=10))
-        # Ten consecutive samples touch at most two windows, that is 20 samples in a row, and their shards.
-        touched = [len(set(shard_of[order[start : start + 10]])) for start in range(50)]
-        assert max(touched) <= 4
-        first_seen = list(dict.fromkeys(shard_of[order]))
-        assert len(first_seen) == 5
-    inside = [position for position in windowed(0, window=10) if 44 <= position < 60]
-    assert inside != sorted(inside)
-    starts = {windowed(index, window=1)[0] for index in range(20)}
-    assert starts <= set(BOUNDS[:-1].tolist()) and len(starts) > 1  # whole shards, in another order each pass
-
-
-def test_where_windows_begin_changes_with_the_pass() -> None:
-    one_shard = WindowedPasses(np.array([0, 40]), seed=0, window=20)
-    firsts = set()
-    for index in range(12):
-        order = np.array([position for _, position in order_of(one_shard, index)])
-        firsts.add(next(k for k in range(1, 41) if set(order[:k]) == set(range(k))))
-    assert len(firsts) > 3
-
-
-def test_bounds_of_a_split_are_its_positions_at_which_shards_begin(tmp_path: Path) -> None:
-    store = write(tmp_path / "store", names(48))  # shards of 7
-    chosen = np.array([0, 3, 6, 8, 42, 43, 47])
-    assert shard_bounds(EmbeddingDataset(store, chosen)).tolist() == [0, 3, 4, 7]
-    pickled = TransformedEmbeddings(store, lambda eva: eva, lambda clip: clip)  # a source without shards
-    assert shard_bounds(EmbeddingDataset(pickled, chosen)).tolist() == [0, 7]
-
-
-def test_some_samples_are_all_or_a_named_choice() -> None:
-    indices = np.arange(100, 200)
-    assert some_samples(indices, most=100, seed=0, stream="x") is indices
-    chosen = some_samples(indices, most=30, seed=0, stream="x")
-    assert len(set(chosen.tolist())) == 30 and (np.diff(chosen) > 0).all() and set(chosen) <= set(indices)
-    assert np.array_equal(chosen, some_samples(indices, most=30, seed=0, stream="x"))
-    assert not np.array_equal(chosen, some_samples(indices, most=30, seed=1, stream="x"))
-
-
 def test_draws_are_named_by_the_sample_and_made_with_the_batch(tmp_path: Path) -> None:
     store = write(tmp_path / "store", names(48))
-    dataset = EmbeddingDataset(store, np.arange(48), NamedDraws(5, "training"))
-    batch = dataset.__getitems__([(2, 7), (2, 30)])
+    drawn = EmbeddingDataset(store, np.arange(48), NamedDraws(5, "training"))
+    batch = drawn.__getitems__([(2, 7), (2, 30)])
     assert batch["noise"].shape == (2, 4, 3) and batch["time"].shape == batch["drop"].shape == (2,)
     expected = named_normal([30], (4, 3), seed=5, stream="training noise", pass_index=2)
     assert torch.equal(batch["noise"][1:], expected)
-    assert torch.equal(dataset.__getitems__([(2, 30)])["time"], batch["time"][1:])
-    assert not torch.equal(dataset.__getitems__([(3, 30)])["time"], batch["time"][1:])
+    assert torch.equal(drawn.__getitems__([(2, 30)])["time"], batch["time"][1:])
+    assert not torch.equal(drawn.__getitems__([(3, 30)])["time"], batch["time"][1:])
     assert batch["time"][0] != batch["drop"][0]

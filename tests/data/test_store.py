@@ -93,6 +93,19 @@ def test_order_and_duplicates_are_kept_across_shards(tmp_path: Path, indices: An
     assert store.records(indices) == [records[index] for index in indices]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scattered_samples_are_the_stored_ones_in_float32(tmp_path: Path, dtype: str) -> None:
+    eva, clip = torch.randn(50, 4, 6), torch.randn(50, 4, 3)
+    with StoreWriter(tmp_path / "s", **SIZES, dtype=dtype, shard_size=9) as writer:
+        writer.append(eva, clip, [{"key": str(row)} for row in range(50)])
+    wanted = torch.randint(50, (80,), generator=torch.Generator().manual_seed(1))
+    store = EmbeddingStore(tmp_path / "s")
+    assert store.shard_starts.tolist() == [0, 9, 18, 27, 36, 45, 50]
+    for found, tokens in zip(store.fetch(wanted.numpy()), (eva, clip), strict=True):
+        assert found.dtype == torch.float32
+        assert torch.equal(found, tokens.to(DTYPES[dtype]).float()[wanted])
+
+
 def test_no_indices_give_an_empty_batch(tmp_path: Path) -> None:
     eva, clip = write(tmp_path / "s").fetch([])
     assert (eva.shape, clip.shape) == ((0, 4, 6), (0, 4, 3))
@@ -399,6 +412,16 @@ def test_one_altered_byte_is_refused_when_that_file_is_read(tmp_path: Path, kind
     for _ in range(2):
         assert refused(lambda: read([0, 3])) == altered
     assert refused(store.verify) == altered
+
+
+def test_a_glance_reads_what_is_there_and_leaves_the_checking_to_the_store(tmp_path: Path) -> None:
+    store = write(tmp_path / "s")
+    glance = store.unverified()
+    assert torch.equal(glance.fetch(range(7))[0], store.fetch(range(7))[0])
+    flip_last_byte(tmp_path / "s" / "shard-00001.safetensors")
+    store = EmbeddingStore(tmp_path / "s")
+    store.unverified().fetch(range(7))
+    assert "shard-00001.safetensors: its SHA-256" in refused(lambda: store.fetch([3]))
 
 
 def test_verify_passes_a_sound_store_and_reads_again_what_was_read_before(tmp_path: Path) -> None:

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from blip3o_dit.config import TrainingConfig
-from blip3o_dit.data.dataset import EmbeddingDataset, split_samples
+from blip3o_dit.data.dataset import EmbeddingDataset, shuffled_passes, split_samples
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.flow.path import LinearPath, preconditioning
 from blip3o_dit.model.blip3o_dit import EMA_FILE, BLIP3oDiTModel
 from blip3o_dit.training.callbacks import read_log
 from blip3o_dit.training.monitor import NonFiniteLossError
-from blip3o_dit.training.run import check_checkpoint, train
+from blip3o_dit.training.run import build_trainer, check_checkpoint, train
 from blip3o_dit.training.settings import resolve_config, training_arguments
 from blip3o_dit.training.trainer import BLIP3oTrainer
 from tests.stores import write_linear_store
@@ -108,6 +108,40 @@ def test_resume_at_an_epoch_boundary_equals_the_uninterrupted_run(
     again = [entry for entry in read_log(resumed / "training_log.jsonl") if entry["step"] > 6]
     assert [e["loss"] for e in whole if "loss" in e] == [e["loss"] for e in again if "loss" in e]
     assert not same(tensors(finished / "model.safetensors"), tensors(resumed / EMA_FILE))
+
+
+def test_the_trainer_takes_the_order_that_was_asked_for(store: EmbeddingStore, tmp_path: Path) -> None:
+    orders = []
+    for shuffle in ("exact", "window"):
+        trainer = make_trainer(store, tmp_path / shuffle, shuffle=shuffle, shuffle_window=6)
+        data = trainer.train_dataset
+        expected = shuffled_passes(data, shuffle=shuffle, window=6, seed=42)
+        orders.append([index for batch in trainer.get_train_dataloader() for index in batch["index"]])
+        assert orders[-1] == [int(data.indices[position]) for _, position in expected]
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1])
+
+
+def test_training_refuses_a_damaged_shard_that_its_statistics_glanced_at(tmp_path: Path) -> None:
+    store = write_linear_store(tmp_path / "store")
+    file = store.path / "shard-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(ValueError, match=r"shard-00002.safetensors: its SHA-256"):
+        train(config_for(store, tmp_path / "run", source="noise", max_steps=5))
+
+
+def test_statistics_of_a_part_of_the_training_split(store: EmbeddingStore, tmp_path: Path) -> None:
+    def means(**changes: Any) -> torch.Tensor:
+        config = config_for(store, tmp_path / "run", source="noise", **changes)
+        return build_trainer(store, config).dit.condition_mean
+
+    whole = means()
+    assert torch.equal(means(statistics_samples=40), whole)
+    part = means(statistics_samples=20)
+    assert torch.equal(means(statistics_samples=20), part)
+    assert not torch.equal(part, whole)
+    # 180 tokens of unit variance around 3: the deviation of a mean is 0.07.
+    torch.testing.assert_close(part, whole, atol=0.3, rtol=0)
 
 
 def test_accumulation_of_small_batches_equals_one_large_batch(store: EmbeddingStore, tmp_path: Path) -> None:

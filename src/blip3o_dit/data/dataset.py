@@ -14,11 +14,12 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from blip3o_dit.config import SPLIT_RULES, check_name
+from blip3o_dit.config import SHUFFLES, SPLIT_RULES, check_name
+from blip3o_dit.data.checks import Record
 from blip3o_dit.data.source import open_embeddings
 from blip3o_dit.data.statistics import streamed_statistics
 from blip3o_dit.data.store import EmbeddingSource
-from blip3o_dit.randomness import named_normal, named_permutation, named_uniform
+from blip3o_dit.randomness import named_generator, named_normal, named_permutation, named_uniform
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ def split_samples(
 
     `permutation` holds out round(n eval_split), but at least one, of a seeded permutation of n samples.
     `key_hash` holds a sample out when the hash of (seed, key) falls under the share: the count is only
-    about right, but a sample stays on its side when data is appended or reordered.
+    about right, but a sample stays on its side when data is appended or reordered. It reads the record of
+    every sample, one shard's at a time, which the permutation does not.
 
     Raises:
         ValueError: when one side would be empty, with both counts.
@@ -47,8 +49,8 @@ def split_samples(
     if split_by == "permutation":
         split = split_permutation(source.num_samples, eval_split=eval_split, seed=seed)
     else:
-        keys = [record["key"] for record in source.records()]
-        held_out = np.array([_unit_hash(seed, key) < eval_split for key in keys])
+        hashes = (_unit_hash(seed, record["key"]) for record in _each_record(source))
+        held_out = np.fromiter((value < eval_split for value in hashes), dtype=bool, count=source.num_samples)
         split = Split(train=np.flatnonzero(~held_out), eval=np.flatnonzero(held_out))
     if not len(split.train) or (eval_split > 0 and not len(split.eval)):
         raise ValueError(
@@ -66,11 +68,12 @@ def split_permutation(num_samples: int, *, eval_split: float, seed: int) -> Spli
     return Split(train=np.sort(order[count:]), eval=np.sort(order[:count]))
 
 
-def some_samples(indices: np.ndarray, *, most: int, seed: int, stream: str) -> np.ndarray:
-    """At most `most` of the samples, chosen by (seed, stream), ascending; all if there are no more."""
-    if len(indices) <= most:
-        return indices
-    return np.sort(indices[named_permutation(len(indices), seed=seed, stream=stream)[:most]])
+def choose_samples(indices: np.ndarray, *, most: int, seed: int) -> np.ndarray:
+    """At most `most` of these samples, in an order named by the seed, for what is fitted before training.
+
+    The same seed chooses the same samples for all that is fitted, so a disk reads them once.
+    """
+    return named_generator(seed, "baseline samples").permutation(np.asarray(indices))[:most]
 
 
 @dataclass(frozen=True)
@@ -137,48 +140,53 @@ class ShuffledPasses(Sampler):
         return self.num_samples
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        for piece in self._pieces():
-            for position in piece:
-                yield self.pass_index, int(position)
+        pass_index = self.pass_index
+        return ((pass_index, int(position)) for piece in self._pieces(pass_index) for position in piece)
 
-    def _pieces(self) -> Iterator[np.ndarray]:
-        """The pass's positions in their order, piece by piece."""
-        yield self._permutation(self.num_samples, "order")
-
-    def _permutation(self, count: int, stream: str) -> np.ndarray:
-        return named_permutation(count, seed=self.seed, stream=stream, pass_index=self.pass_index)
+    def _pieces(self, pass_index: int) -> Iterator[np.ndarray]:
+        """The positions of a pass, in pieces that follow one another."""
+        yield named_permutation(self.num_samples, seed=self.seed, stream="order", pass_index=pass_index)
 
 
 class WindowedPasses(ShuffledPasses):
-    """As `ShuffledPasses`, but reading few shards at a time: shards in a named order, then a window.
+    """Items like those of `ShuffledPasses`, in an order that reads a disk nearly in sequence.
 
-    The shards' samples, one shard after the other, are permuted within windows of `window` samples, so that
-    a disk reads, and the page cache holds, what lies together. Every sample comes once a pass. Where the
-    windows begin changes from pass to pass.
+    Shards follow one another in an order named by (seed, pass index), and every `window` samples of that
+    sequence are permuted among themselves, so about window / shard size shards are read at a time. Shards
+    larger than a quarter of the window (a pickle is one shard) are cut into pieces of that size, which
+    take the place of shards: otherwise a window would hold neighbours only, the same ones in every pass.
 
     Args:
-        bounds: positions at which shards begin, and the number of samples; ascending, from 0.
-        window: samples that are shuffled among each other, at least 1.
+        starts: [shards + 1], the first position of each shard, then the number of samples.
+        window: samples that are permuted among themselves.
     """
 
-    def __init__(self, bounds: np.ndarray, *, seed: int, window: int) -> None:
-        super().__init__(int(bounds[-1]), seed=seed)
-        self.bounds = bounds
+    def __init__(self, starts: np.ndarray, *, window: int, seed: int) -> None:
+        super().__init__(int(starts[-1]), seed=seed)
+        step = max(1, window // 4)
+        cuts = [np.arange(start, stop, step) for start, stop in pairwise(starts.tolist())]
+        self.starts = np.concatenate([*cuts, starts[-1:]])
         self.window = window
 
-    def _pieces(self) -> Iterator[np.ndarray]:
-        shards = self._permutation(len(self.bounds) - 1, "shard order")
-        order = np.concatenate([np.arange(self.bounds[k], self.bounds[k + 1]) for k in shards])
-        first = 1 + self._permutation(self.window, "window offset")[0]
-        starts = np.concatenate([[0], np.arange(first, len(order), self.window), [len(order)]])
-        for number, (start, end) in enumerate(pairwise(starts.tolist())):
-            yield order[start:end][self._permutation(end - start, f"window {number}")]
+    def _pieces(self, pass_index: int) -> Iterator[np.ndarray]:
+        name: dict[str, Any] = {"seed": self.seed, "pass_index": pass_index}
+        lengths = np.diff(self.starts)
+        order = named_permutation(len(lengths), stream="order of shards", **name)
+        ends = np.cumsum(lengths[order])  # in the sequence of shards; `shift` leads from there to positions
+        shift = self.starts[order] - (ends - lengths[order])
+        for first in range(0, self.num_samples, self.window):
+            sequence = np.arange(first, min(first + self.window, self.num_samples))
+            positions = sequence + shift[np.searchsorted(ends, sequence, side="right")]
+            yield named_generator(self.seed, "order in a window", pass_index, first).permutation(positions)
 
 
-def shard_bounds(dataset: EmbeddingDataset) -> np.ndarray:
-    """Positions of the split at which another shard begins, and its length; a pickle is one shard."""
-    starts = getattr(dataset.source, "shard_starts", np.zeros(1, dtype=np.int64))
-    return np.unique(np.append(np.searchsorted(dataset.indices, starts), len(dataset)))
+def shuffled_passes(dataset: EmbeddingDataset, *, shuffle: str, window: int, seed: int) -> ShuffledPasses:
+    """The sampler for `shuffle`, "exact" or "window". Raises ValueError for another name."""
+    check_name("shuffle", shuffle, SHUFFLES)
+    if shuffle == "exact":
+        return ShuffledPasses(len(dataset), seed=seed)
+    starts = np.searchsorted(dataset.indices, dataset.source.shard_starts)  # indices ascend
+    return WindowedPasses(starts, window=window, seed=seed)
 
 
 def whole_batch(batch: dict[str, Any]) -> dict[str, Any]:
@@ -197,7 +205,8 @@ def test_blip3o_dataset(path: str | Path) -> dict[str, Any]:
     """
     source = open_embeddings(path)
     everything = np.arange(source.num_samples)
-    source.records()  # checks the tables; the statistics check the shards
+    for _ in _each_record(source):  # checks the tables; the statistics check the shards
+        pass
     condition, target = streamed_statistics(source, everything, normalize=False)
     facts: dict[str, Any] = {
         "path": str(source.path),
@@ -212,6 +221,12 @@ def test_blip3o_dataset(path: str | Path) -> dict[str, Any]:
     # The documented command is a `python -c` that shows its findings; no logging is set up there.
     sys.stdout.writelines(f"{name}: {value}\n" for name, value in facts.items())
     return facts
+
+
+def _each_record(source: EmbeddingSource) -> Iterator[Record]:
+    """Every record in order; one shard's are in memory at a time."""
+    for start, stop in pairwise(source.shard_starts.tolist()):
+        yield from source.records(range(start, stop))
 
 
 def _unit_hash(seed: int, key: str) -> float:

@@ -51,6 +51,7 @@ class TransformedEmbeddings:
         self.path = source.path
         self.num_samples, self.num_tokens = source.num_samples, source.num_tokens
         self.condition_dim, self.target_dim = source.condition_dim, source.target_dim
+        self.shard_starts = source.shard_starts
 
     def fetch(self, indices: Indices) -> tuple[Tensor, Tensor]:
         """See `EmbeddingSource.fetch`."""
@@ -93,6 +94,7 @@ class PickledEmbeddings:
             raise ValueError(f"{path}: expected at least one sample, found none")
         self.num_samples, self.num_tokens, self.condition_dim = self._eva.shape
         self.target_dim = self._clip.shape[2]
+        self.shard_starts = np.array([0, self.num_samples], dtype=np.int64)
         self.config = content.get("config")
 
     def __len__(self) -> int:

@@ -4,11 +4,14 @@
     shard-00000.safetensors   eva [n, L, C_eva] and clip [n, N, C_clip]
     shard-00000.jsonl         one object per sample: "key", and "caption" or anything else known
 
-Memory does not grow with the data set. A shard's checksum is verified when a process first maps it.
+Memory does not grow with the data set. A shard's checksum is verified when a process first maps it, which
+reads the whole file. Every process verifies for itself, except that a data-loader worker starts with what
+the process that started it had verified.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -39,6 +42,8 @@ class EmbeddingSource(Protocol):
     num_tokens: int
     condition_dim: int
     target_dim: int
+    shard_starts: np.ndarray
+    """[shards + 1], int64: the first sample of each shard, then `num_samples`."""
 
     def fetch(self, indices: Indices) -> tuple[Tensor, Tensor]:
         """Conditions [n, L, C_eva] and targets [n, N, C_clip], float32, in the order asked for."""
@@ -74,18 +79,13 @@ class EmbeddingStore:
         self.condition_dim: int = self.manifest["condition_dim"]
         self.target_dim: int = self.manifest["target_dim"]
         counts = [shard["num_samples"] for shard in self.manifest["shards"]]
-        self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self.shard_starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self._verified: set[int] = set()
         self._maps: dict[int, tuple[Tensor, Tensor]] = {}
         self._bytes_read = 0
 
     def __len__(self) -> int:
         return self.num_samples
-
-    @property
-    def shard_starts(self) -> np.ndarray:
-        """Index of each shard's first sample, int64, ascending from 0."""
-        return self._starts[:-1]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": {}}  # data-loader processes map for themselves
@@ -96,14 +96,13 @@ class EmbeddingStore:
         wanted = np.asarray(indices, dtype=np.int64)
         eva = torch.empty(len(wanted), self.num_tokens, self.condition_dim)
         clip = torch.empty(len(wanted), self.num_tokens, self.target_dim)
-        shards = np.searchsorted(self._starts, wanted, side="right") - 1
-        for shard in np.unique(shards):
-            shard_eva, shard_clip = self._map(int(shard))
-            rows = np.flatnonzero(shards == shard)
-            rows = rows[np.argsort(wanted[rows])]  # in the order of the file
-            for row, inside in zip(rows.tolist(), (wanted[rows] - self._starts[shard]).tolist(), strict=True):
-                eva[row].copy_(shard_eva[inside])  # converted on the way, with no copy between
-                clip[row].copy_(shard_clip[inside])
+        shards, inside = self._places(wanted)
+        # In the order of the files, and each sample straight from its map to its place: gathering a batch
+        # and converting it would go over the same bytes three times.
+        for row in np.argsort(wanted).tolist():
+            shard_eva, shard_clip = self._map(int(shards[row]))
+            eva[row] = shard_eva[inside[row]]
+            clip[row] = shard_clip[inside[row]]
         self._release_pages(eva.nbytes + clip.nbytes)
         return eva, clip
 
@@ -112,13 +111,18 @@ class EmbeddingStore:
         if indices is None:
             return [record for shard in self.manifest["shards"] for record in self._table(shard)]
         wanted = np.asarray(indices, dtype=np.int64)
-        shards = np.searchsorted(self._starts, wanted, side="right") - 1
+        shards, inside = self._places(wanted)
         found: dict[int, Record] = {}
         for shard in np.unique(shards):
             table = self._table(self.manifest["shards"][shard])
-            for index in wanted[shards == shard]:
-                found[int(index)] = table[index - self._starts[shard]]
+            for row in np.flatnonzero(shards == shard):
+                found[int(wanted[row])] = table[inside[row]]
         return [found[int(index)] for index in wanted]
+
+    def _places(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The shard of each sample, and its row there."""
+        shards = np.searchsorted(self.shard_starts, wanted, side="right") - 1
+        return shards, wanted - self.shard_starts[shards]
 
     def _release_pages(self, bytes_read: int) -> None:
         """Unmap everything now and then: pages that were read count as this process's memory until then."""
@@ -126,6 +130,15 @@ class EmbeddingStore:
         if self._bytes_read > UNMAP_AFTER:
             self._maps.clear()
             self._bytes_read = 0
+
+    def unverified(self) -> EmbeddingStore:
+        """The same store for a look at few samples of many shards, which checksums would read whole.
+
+        For what is read again later, by way of the store itself: a damaged shard is found then.
+        """
+        other = copy.copy(self)
+        other._maps, other._verified = {}, set(range(len(self.manifest["shards"])))
+        return other
 
     def verify(self) -> None:
         """Check every shard's and table's checksum. Raises ValueError naming the first damaged file."""

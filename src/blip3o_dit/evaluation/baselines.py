@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blip3o_dit.config import neighbour_components
+from blip3o_dit.data.dataset import choose_samples
 from blip3o_dit.data.store import EmbeddingSource, batches
 from blip3o_dit.evaluation.distribution import symmetric_root
 from blip3o_dit.model.source import neighbourhood_features
@@ -347,7 +348,7 @@ class ResidualGaussian:
 
 def split_validation(indices: np.ndarray, *, most: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(fit, validation): at most `most` of the samples, a tenth of them for validation, both ascending."""
-    order = named_generator(seed, "baseline samples").permutation(np.asarray(indices))[:most]
+    order = choose_samples(indices, most=most, seed=seed)
     held_back = max(1, len(order) // 10) if len(order) > 1 else 0
     return np.sort(order[held_back:]), np.sort(order[:held_back])
 

@@ -19,10 +19,10 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from blip3o_dit.config import BLIP3oDiTConfig, TrainingConfig
-from blip3o_dit.data.dataset import EmbeddingDataset, Split, some_samples, split_samples
+from blip3o_dit.data.dataset import EmbeddingDataset, Split, choose_samples, split_samples
 from blip3o_dit.data.source import open_embeddings
 from blip3o_dit.data.statistics import streamed_statistics
-from blip3o_dit.data.store import EmbeddingSource
+from blip3o_dit.data.store import EmbeddingSource, EmbeddingStore
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.quiet import quiet_transformers
 from blip3o_dit.training.callbacks import CurvesCallback
@@ -122,10 +122,13 @@ def build_trainer(
     set_seed(config.seed)
     model = BLIP3oDiTModel(_model_config(source, config))
     _describe(config, model, source, len(split.train), len(split.eval), arguments)
+    # Few samples of perhaps all shards: training itself verifies every shard that it reads.
+    glance = source.unverified() if isinstance(source, EmbeddingStore) else source
     if config.standardize:
-        _set_statistics(model, source, split.train, config, arguments)
+        fitted_on = choose_samples(split.train, most=config.statistics_samples, seed=config.seed)
+        _set_statistics(model, glance, fitted_on, arguments)
     if config.source != "noise":
-        _set_source(model, source, split.train, config, arguments)
+        _set_source(model, glance, split.train, config, arguments)
     if config.memory == "low":
         return_freed_memory()
         model.bfloat16()
@@ -153,19 +156,14 @@ def _model_config(source: EmbeddingSource, config: TrainingConfig) -> BLIP3oDiTC
 
 
 def _set_statistics(
-    model: BLIP3oDiTModel,
-    source: EmbeddingSource,
-    train: np.ndarray,
-    config: TrainingConfig,
-    arguments: TrainingArguments,
+    model: BLIP3oDiTModel, source: EmbeddingSource, indices: np.ndarray, arguments: TrainingArguments
 ) -> None:
-    """Stream the training split, or enough of it, on the first process; the others receive the result."""
+    """Stream these samples once on the first process; the others receive the result."""
     found: list[Any] = [None]
     if arguments.process_index == 0:
-        seen = some_samples(train, most=config.statistics_samples, seed=config.seed, stream="statistics")
         track = partial(tqdm, desc="statistics of the training split", unit="batch", leave=False)
         found = list(
-            streamed_statistics(source, seen, normalize=model.config.normalize_embeddings, track=track)
+            streamed_statistics(source, indices, normalize=model.config.normalize_embeddings, track=track)
         )
     if arguments.world_size > 1:
         found = found if arguments.process_index == 0 else [None, None]

@@ -17,14 +17,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from blip3o_dit.config import TRAINING_CONFIG_FILE, TrainingConfig
-from blip3o_dit.data.dataset import (
-    EmbeddingDataset,
-    NamedDraws,
-    ShuffledPasses,
-    WindowedPasses,
-    shard_bounds,
-    whole_batch,
-)
+from blip3o_dit.data.dataset import EmbeddingDataset, NamedDraws, shuffled_passes, whole_batch
 from blip3o_dit.data.store import batches, write_atomically
 from blip3o_dit.evaluation.metrics import FidelitySums
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
@@ -232,11 +225,12 @@ class BLIP3oTrainer(Trainer):
         return sums.result()
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        dataset, seed = self.train_dataset, self.config.seed
+        dataset = train_dataset or self.train_dataset
         assert isinstance(dataset, EmbeddingDataset)
-        if self.config.shuffle == "window":
-            return WindowedPasses(shard_bounds(dataset), seed=seed, window=self.config.shuffle_window)
-        return ShuffledPasses(len(dataset), seed=seed)
+        config = self.config
+        return shuffled_passes(
+            dataset, shuffle=config.shuffle, window=config.shuffle_window, seed=config.seed
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = output_dir or self.args.output_dir or ""
