@@ -345,7 +345,7 @@ class TrainingConfig:
     eval_split: float = _option(0.1, "share of the samples held out; 0 trains on all of them")
     split_by: str = _option(
         "permutation",
-        "how samples are held out; key_hash does not change when data is appended",
+        "how samples are held out; key_hash does not change when data is appended, but reads every key first",
         choices=SPLIT_RULES,
     )
     normalize_embeddings: bool = _option(False, "L2-normalise every token before standardising")
