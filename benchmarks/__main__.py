@@ -61,9 +61,7 @@ def main(words: list[str]) -> None:
         sub = parts.add_parser(name, help=module.__doc__, description=module.__doc__)
         module.add_arguments(sub)
         sub.add_argument("--json", type=Path, help="file to keep the rows in, beside other parts'")
-        sub.add_argument(
-            "--rows", action="store_true", help=argparse.SUPPRESS
-        )  # for their own processes
+        sub.add_argument("--rows", action="store_true", help=argparse.SUPPRESS)  # for their own processes
     parts.add_parser("tables", help="print the tables of a JSON file").add_argument("file", type=Path)
     arguments = parser.parse_args(words)
     if arguments.part == "tables":

@@ -1,4 +1,4 @@
-"""python -m benchmarks.loading: how fast samples come out of a store, in how much memory, and how soon.
+"""Loading: how fast samples come out of a store, in how much memory, and how soon.
 
 Writes a store of 64 x 1280 and 64 x 768 float16 tokens (0.26 MB a sample) and a second one of its first
 eighth, then reads them, each time in a fresh process, as training does. A pass is one epoch through the
@@ -14,12 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ import torch
 import torch.multiprocessing
 from torch.utils.data import DataLoader
 
+from benchmarks.measure import Row
 from blip3o_dit.config import SHUFFLES
 from blip3o_dit.data.dataset import (
     EmbeddingDataset,
@@ -100,7 +99,7 @@ def loader_of(data: EmbeddingDataset, shuffle: str, workers: int) -> tuple[Any, 
     return sampler, loader
 
 
-def measure_passes(path: Path, shuffle: str, workers: int) -> list[dict[str, Any]]:
+def measure_passes(path: Path, shuffle: str, workers: int) -> list[Row]:
     source = open_embeddings(path)
     sampler, loader = loader_of(EmbeddingDataset(source, np.arange(source.num_samples)), shuffle, workers)
     rows = []
@@ -115,9 +114,10 @@ def measure_passes(path: Path, shuffle: str, workers: int) -> list[dict[str, Any
         children = [peak_mib(child.pid) for child in torch.multiprocessing.active_children() if child.pid]
         rows.append(
             {
+                "measured": name,
+                "samples": source.num_samples,
                 "shuffle": shuffle,
                 "workers": workers,
-                "pass": name,
                 "samples_per_second": read / seconds,
                 "mb_per_second": read * BYTES_PER_SAMPLE / seconds / 1e6,
                 "peak_mib": peak_mib("self"),
@@ -127,7 +127,7 @@ def measure_passes(path: Path, shuffle: str, workers: int) -> list[dict[str, Any
     return rows
 
 
-def measure_start(path: Path, shuffle: str) -> list[dict[str, Any]]:
+def measure_start(path: Path, shuffle: str) -> list[Row]:
     drop_from_page_cache(path)
     times = [time.perf_counter()]
     source = open_embeddings(path)
@@ -141,61 +141,35 @@ def measure_start(path: Path, shuffle: str) -> list[dict[str, Any]]:
     next(iter(loader_of(EmbeddingDataset(source, split.train), shuffle, 0)[1]))
     times.append(time.perf_counter())
     names = ("open_seconds", "split_seconds", "statistics_seconds", "first_batch_seconds")
-    row: dict[str, Any] = {"samples": source.num_samples, "shuffle": shuffle}
+    row: Row = {"measured": "start", "samples": source.num_samples, "shuffle": shuffle}
     return [row | dict(zip(names, np.diff(times).tolist(), strict=True))]
 
 
-def in_a_fresh_process(*words: str) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "benchmarks.loading", "--measure", *words]
+def in_a_fresh_process(*words: str) -> list[Row]:
+    command = [sys.executable, "-m", "benchmarks", "loading", "--rows", "--measure", *words]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [
-        list(rows[0]),
-        ["---"] * len(rows[0]),
-        *([_cell(value) for value in row.values()] for row in rows),
-    ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-    return str(value)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gigabytes", type=float, default=10.0)
     parser.add_argument("--folder", type=Path, help="for the stores (default: a temporary folder)")
-    parser.add_argument("--json", type=Path, help="write the figures there as well")
-    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)  # what a fresh process does
+
+
+def run(arguments: argparse.Namespace) -> list[Row]:
     if arguments.measure:
         path, shuffle, *workers = arguments.measure
-        path = Path(path)
-        rows = measure_passes(path, shuffle, int(workers[0])) if workers else measure_start(path, shuffle)
-        print(json.dumps(rows))
-        return
+        if workers:
+            return measure_passes(Path(path), shuffle, int(workers[0]))
+        return measure_start(Path(path), shuffle)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         whole, part = Path(folder) / "whole", Path(folder) / "part"
         write_store(whole, max(1, round(arguments.gigabytes * 1e9 / BYTES_PER_SAMPLE)))
         store = EmbeddingStore(whole)
         write_part(part, store, -(-len(store.manifest["shards"]) // 8))
-        starts = [(str(path), shuffle) for path in (part, whole) for shuffle in SHUFFLES]
-        passes = [(str(whole), shuffle, workers) for shuffle in SHUFFLES for workers in ("0", "2")]
-        start = [row for words in starts for row in in_a_fresh_process(*words)]
-        passed = [row for words in passes for row in in_a_fresh_process(*words)]
-    print(table(start) + "\n\n" + table(passed))
-    if arguments.json:
-        machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}"
-        content = {"machine": machine, "rows": start + passed}
-        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+        rows = [row for path in (part, whole) for s in SHUFFLES for row in in_a_fresh_process(str(path), s)]
+        for shuffle in SHUFFLES:
+            for workers in "02":
+                rows += in_a_fresh_process(str(whole), shuffle, workers)
+    return rows

@@ -127,8 +127,8 @@ def peak_gib() -> float:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A table with the columns of the first row."""
-    columns = list(rows[0])
+    """A table with every column that a row has."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     lines += ["| " + " | ".join(_cell(row.get(column)) for column in columns) + " |" for row in rows]
     return "\n".join(lines)
