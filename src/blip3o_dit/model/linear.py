@@ -6,6 +6,8 @@
 * bfloat16 weights on a processor without bfloat16 arithmetic: the product is taken in float32, from a copy of
   the weight that is made for it and dropped, which is several times faster than emulating bfloat16 and
   keeps half the memory.
+* A few rows on a CPU: w x^T instead of x w^T, the same numbers in another order in memory. For 64 rows that is
+  up to 1.4 times as fast, for 256 rows up to 1.2 times, for 512 no longer (`python -m benchmarks products`).
 """
 
 from __future__ import annotations
@@ -23,28 +25,50 @@ class Linear(nn.Linear):
     """`nn.Linear` that computes in its input's dtype, whatever its weights are stored in."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return product(x, [self.weight], self.bias)
+        return _product(x, [self.weight], self.bias).contiguous()
 
 
-def products(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """x [..., k] and weights [n_i, k] -> x w_i^T [..., n_i] for each; one product if they lie together."""
+def products(x: Tensor, weights: Sequence[Tensor], *, any_layout: bool = False) -> tuple[Tensor, ...]:
+    """x [..., k] and weights [n_i, k] -> x w_i^T [..., n_i] for each; one product if they lie together.
+
+    With `any_layout` the results may lie in memory column by column, for what follows element by element.
+    """
     if torch.compiler.is_compiling() or not _lie_together(weights):
-        return tuple(product(x, [weight]) for weight in weights)
-    return product(x, weights).split([len(weight) for weight in weights], dim=-1)
+        parts = tuple(_product(x, [weight]) for weight in weights)
+    else:
+        parts = _product(x, weights).split([len(weight) for weight in weights], dim=-1)
+    if any_layout or not _from_the_left(x):
+        return parts
+    return tuple(part.contiguous() for part in parts)
 
 
-def product(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
-    """x [..., k] times weights [n_i, k] that lie together -> [..., sum of n_i], plus `bias`."""
+def _product(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
+    """x [..., k] times weights [n_i, k] that lie together -> [..., sum of n_i], plus `bias`; in any layout."""
     if torch.compiler.is_compiling():
         return F.linear(x, weights[0].to(x.dtype), None if bias is None else bias.to(x.dtype))
     dtype = _compute_dtype(x)
-    if len(weights) == 1 and weights[0].dtype == x.dtype == dtype:
+    learning = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+    x = x.to(dtype)
+    if len(weights) == 1 and weights[0].dtype == dtype and (learning or not _from_the_left(x)):
         return F.linear(x, weights[0], bias)
-    if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
-        out = _Product.apply(x.to(dtype), *weights)
+    if learning:
+        out = _Product.apply(x, *weights)
+    elif _from_the_left(x):
+        flat = x.reshape(-1, x.shape[-1])
+        out = (_cast(_joined(weights), dtype) @ flat.t()).t().unflatten(0, x.shape[:-1])
     else:
-        out = F.linear(x.to(dtype), _cast(_joined(weights), dtype))
+        out = F.linear(x, _cast(_joined(weights), dtype))
     return out if bias is None else out + bias.to(dtype)
+
+
+FEW_ROWS, MANY_COLUMNS = 256, 1024
+
+
+def _from_the_left(x: Tensor) -> bool:
+    """Whether w x^T is the faster product: what the BLAS makes of a wide weight and few rows."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
+        return False
+    return x.shape[-1] >= MANY_COLUMNS and x.numel() <= FEW_ROWS * x.shape[-1] and not torch.is_grad_enabled()
 
 
 def lay_together(weights: Sequence[Tensor]) -> None:

@@ -271,7 +271,7 @@ class FeedForward(nn.Module):
         self.linear_3 = Linear(dim, inner_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = products(x, self.inner_weights())  # [B, N, inner_dim] twice
+        gate, up = products(x, self.inner_weights(), any_layout=True)  # [B, N, inner_dim] twice
         gate = F.silu(gate)
         # Autograd keeps the product's factors; without it their memory can be used again.
         return self.linear_2(gate * up if torch.is_grad_enabled() else gate.mul_(up))
