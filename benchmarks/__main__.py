@@ -20,7 +20,9 @@ from benchmarks import (
     loading,
     low_memory,
     memory,
+    products,
     scaling,
+    soak,
     startup,
     training_step,
 )
@@ -35,7 +37,9 @@ PARTS: dict[str, ModuleType] = {
     "memory": memory,
     "low-memory": low_memory,
     "scaling": scaling,
+    "products": products,
     "known-answers": known_answers,
+    "soak": soak,
 }
 
 SHORT = {

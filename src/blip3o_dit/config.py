@@ -18,6 +18,7 @@ PREDICTION_TYPES = ("v_prediction", "epsilon", "sample", "preconditioned")
 TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
 SOURCES = ("noise", "ridge", "ridge_3x3")
 MEMORY_MODES = ("default", "low")
+BEST_METRICS = ("loss", "cosine_similarity_mean", "r2")
 SOLVER_NAMES = ("euler", "midpoint", "heun")
 
 # The time shift sqrt(N d / 4096) is 1 for this many numbers a sample (RAE, arXiv 2510.11690).
@@ -364,7 +365,9 @@ class TrainingConfig:
 
     logging_steps: int = _option(100, "optimizer steps between log lines")
     save_steps: int = _option(1000, "optimizer steps between checkpoints")
-    save_total_limit: int | None = _option(None, "checkpoints kept (default: all)")
+    save_total_limit: int | None = _option(None, "newest checkpoints kept, and the best one (default: all)")
+    best_metric: str = _option("loss", "held-out figure that names the best checkpoint", choices=BEST_METRICS)
+    max_hours: float | None = _option(None, "save and stop after so many hours (default: no limit)")
     eval_steps: int = _option(1000, "optimizer steps between evaluations")
     eval_samples: int = _option(64, "held-out samples that each evaluation generates")
     eval_inference_steps: int = _option(8, "solver steps of these generations")
@@ -389,12 +392,16 @@ class TrainingConfig:
             _check_integer("save_total_limit", self.save_total_limit, 1)
         if self.max_steps != -1:
             _check_integer("max_steps", self.max_steps, 1)
+        if self.max_hours is not None and not self.max_hours > 0:
+            raise ValueError(f"max_hours: expected a number above 0, found {self.max_hours}")
         if not self.num_epochs > 0:
             raise ValueError(f"num_epochs: expected a number above 0, found {self.num_epochs}")
         for name in ("learning_rate", "weight_decay", "max_grad_norm"):
             check_range(name, getattr(self, name), 0.0, math.inf)
         for name in ("ema_decay", "eval_split"):
             check_range(name, getattr(self, name), 0.0, 1.0)
+        if self.best_metric != "loss" and not self.eval_samples:
+            raise ValueError(f"best_metric: {self.best_metric} expects eval_samples above 0, found 0")
         for option in fields(self):
             if option.metadata["choices"]:
                 check_name(option.name, getattr(self, option.name), option.metadata["choices"])

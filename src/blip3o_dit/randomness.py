@@ -24,6 +24,11 @@ def named_generator(*name: int | str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key))
 
 
+def named_seed(*name: int | str) -> int:
+    """A seed for a generator that is not ours, in [0, 2^63)."""
+    return int(named_generator(*name).integers(2**63))
+
+
 def named_normal(
     indices: Sequence[int], shape: Sequence[int], *, seed: int, stream: str, pass_index: int = 0
 ) -> Tensor:

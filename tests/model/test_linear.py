@@ -164,3 +164,48 @@ def test_bfloat16_weights_where_it_would_be_emulated(monkeypatch: pytest.MonkeyP
 def test_what_this_processor_multiplies() -> None:
     assert multiplies(torch.float32, torch.device("cpu"))
     assert not multiplies(torch.bfloat16, torch.device("meta"))
+
+
+@pytest.fixture
+def from_the_left(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Small products are taken from the left too; counts them."""
+    monkeypatch.setattr(linear, "MANY_COLUMNS", 1)
+    asked: list[int] = []
+    plain = linear._from_the_left
+
+    def counted(x: Tensor) -> bool:
+        taken = plain(x)
+        asked.extend([1] * taken)
+        return taken
+
+    monkeypatch.setattr(linear, "_from_the_left", counted)
+    return asked
+
+
+def test_products_of_few_rows_are_taken_from_the_left(from_the_left: list[int]) -> None:
+    weights, x = three_weights(), torch.randn(2, 7, 5)
+    expected = [F.linear(x, weight) for weight in weights]
+    products(x, weights)
+    assert not from_the_left  # gradients are wanted
+    with torch.no_grad():
+        for together in (False, True):
+            if together:
+                lay_together(weights)
+            for part, reference in zip(products(x, weights), expected, strict=True):
+                assert part.is_contiguous()
+                torch.testing.assert_close(part, reference)
+            for part, reference in zip(products(x, weights, any_layout=True), expected, strict=True):
+                torch.testing.assert_close(part, reference)
+        assert from_the_left
+        assert not linear._from_the_left(torch.randn(linear.FEW_ROWS + 1, 5))
+        assert not linear._from_the_left(x.bfloat16())
+
+
+def test_a_network_whose_products_are_taken_from_the_left(
+    tiny_model: BLIP3oDiTModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eva = torch.randn(2, 9, 12)
+    expected = tiny_model.generate(eva, num_inference_steps=2)
+    monkeypatch.setattr(linear, "MANY_COLUMNS", 1)
+    found = tiny_model.generate(eva, num_inference_steps=2)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)

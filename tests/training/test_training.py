@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from blip3o_dit.config import TrainingConfig
 from blip3o_dit.data.dataset import EmbeddingDataset, shuffled_passes, split_samples
+from blip3o_dit.data.folders import seal
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.flow.path import LinearPath, preconditioning
 from blip3o_dit.model.blip3o_dit import EMA_FILE, BLIP3oDiTModel
 from blip3o_dit.training.callbacks import read_log
-from blip3o_dit.training.monitor import NonFiniteLossError
-from blip3o_dit.training.run import build_trainer, check_checkpoint, train
+from blip3o_dit.training.checkpoint import Progress, check_checkpoint
+from blip3o_dit.training.health import NonFiniteLossError
+from blip3o_dit.training.run import build_trainer, train
 from blip3o_dit.training.settings import resolve_config, training_arguments
 from blip3o_dit.training.trainer import BLIP3oTrainer
 from tests.stores import write_linear_store
@@ -287,8 +289,8 @@ class TestRefusals:
     def test_half_a_checkpoint(self, finished: Path, store: EmbeddingStore, tmp_path: Path) -> None:
         broken = tmp_path / "checkpoint-5"
         shutil.copytree(finished / "checkpoint-5", broken)
-        (broken / "optimizer.pt").unlink()
-        with pytest.raises(ValueError, match=r"expected a whole checkpoint, found no optimizer.pt"):
+        (broken / "optimizer.safetensors").unlink()
+        with pytest.raises(ValueError, match=r"expected a whole checkpoint, found no optimizer.safetensors"):
             train(config_for(store, tmp_path / "out"), resume=broken)
         with pytest.raises(FileNotFoundError, match="expected a checkpoint folder, found none"):
             train(config_for(store, tmp_path / "out"), resume=tmp_path / "nowhere")
@@ -305,8 +307,12 @@ class TestRefusals:
         del weights["dit.layers.0.gate"]
         save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
         model = BLIP3oDiTModel.from_pretrained(finished)
+        run = Progress.read(broken).run
+        with pytest.raises(ValueError, match=r"model.safetensors: expected \d+ bytes, found \d+"):
+            check_checkpoint(broken, model.config, run)
+        seal(broken)
         with pytest.raises(ValueError, match=r"dit.layers.0.gate: expected \[2\], found None"):
-            check_checkpoint(broken, model.config)
+            check_checkpoint(broken, model.config, run)
 
     def test_changed_settings_show_the_difference(self, finished: Path) -> None:
         checkpoint = finished / "checkpoint-5"

@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 
+from blip3o_dit.errors import StoppedEarly, WriteError
+
 TRACEBACK_VARIABLE = "BLIP3O_DIT_TRACEBACK"
-USER_ERROR = 2
+
+# Exit statuses; the last two are those of sysexits.h for "input/output error" and "try again later".
+USER_ERROR, NOT_WRITTEN, STOPPED = 2, 74, 75
+INTERRUPTED = 128 + signal.SIGINT
 
 
 def run_command(command: Callable[[], None]) -> int:
     """Run a command; returns the exit status.
 
-    ValueError and OSError are what the library raises for a user's mistake: they become one line on
-    standard error and status 2. Set BLIP3O_DIT_TRACEBACK=1 to see where they came from.
+    0: done. 2: a user's mistake, for which the library raises ValueError or OSError. 74: the disk is full or
+    cannot be written. 75: a training was stopped as asked, with a checkpoint to continue from. 130:
+    interrupted (control-C) where there is nothing to save. Each but the first comes with one line on standard
+    error; set BLIP3O_DIT_TRACEBACK=1 to see where it came from.
     """
     set_up_logging()
     try:
         command()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StoppedEarly, KeyboardInterrupt) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        sys.stderr.write(f"error: {one_line(error)}\n")
-        return USER_ERROR
+        kind = "stopped" if isinstance(error, StoppedEarly | KeyboardInterrupt) else "error"
+        sys.stderr.write(f"{kind}: {one_line(error)}\n")
+        return exit_status(error)
     return 0
+
+
+def exit_status(error: BaseException) -> int:
+    if isinstance(error, StoppedEarly):
+        return STOPPED
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return NOT_WRITTEN if full or isinstance(error, WriteError) else USER_ERROR
 
 
 def one_line(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import typing
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from typing import Any
 
 from blip3o_dit.cli.common import run_command
 from blip3o_dit.config import TrainingConfig
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION = "Train the diffusion transformer on an embedding store or a documented pickle."
 
@@ -31,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{option.name}", help=option.metadata["help"] + shown, **settings)
     parser.add_argument(
         "--resume_from_checkpoint",
-        type=Path,
         metavar="CHECKPOINT",
-        help="continue a run; what is not given is taken from the checkpoint",
+        help="continue a run; what is not given is taken from the checkpoint. auto: the newest whole one in "
+        "--output_dir, or a new run if there is none",
     )
     parser.add_argument(
         "--recipe",
@@ -55,20 +58,39 @@ def run(arguments: argparse.Namespace) -> None:
     from blip3o_dit.training.run import train
     from blip3o_dit.training.settings import resolve_config
 
+    resume = _checkpoint(arguments)
     given = vars(arguments).copy()
     own = {f.name for f in fields(TrainingConfig)}
     config = resolve_config(
         {name: value for name, value in given.items() if name in own},
         debug=arguments.debug,
-        resume=arguments.resume_from_checkpoint,
+        resume=resume,
         recipe=arguments.recipe,
     )
     train(
         config,
-        resume=arguments.resume_from_checkpoint,
+        resume=resume,
         dry_run=arguments.dry_run,
         overwrite=arguments.overwrite_output_dir or arguments.debug,
     )
+
+
+def _checkpoint(arguments: argparse.Namespace) -> Path | None:
+    """The checkpoint to continue from, whole."""
+    from blip3o_dit.training.checkpoint import newest_whole, verify_checkpoint
+
+    given = arguments.resume_from_checkpoint
+    if given is None:
+        return None
+    if given != "auto":
+        verify_checkpoint(Path(given))
+        return Path(given)
+    output = getattr(arguments, "output_dir", None)
+    if not output:
+        raise ValueError("--resume_from_checkpoint auto: expected --output_dir, found none")
+    found = newest_whole(Path(output))
+    logger.info("continuing from %s", found) if found else logger.info("%s: a new run", output)
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from blip3o_dit.data.checks import Indices, Record, check_indices, check_pair
+from blip3o_dit.data.folders import sha256
 from blip3o_dit.data.pickle_file import load_pickle
 from blip3o_dit.data.store import (
     EmbeddingSource,
@@ -96,9 +97,16 @@ class PickledEmbeddings:
         self.target_dim = self._clip.shape[2]
         self.shard_starts = np.array([0, self.num_samples], dtype=np.int64)
         self.config = content.get("config")
+        self._fingerprint: str | None = None
 
     def __len__(self) -> int:
         return self.num_samples
+
+    def fingerprint(self) -> str:
+        """What tells these embeddings from others: a hash of the file."""
+        if self._fingerprint is None:
+            self._fingerprint = sha256(self.path)
+        return self._fingerprint
 
     def fetch(self, indices: Indices) -> tuple[Tensor, Tensor]:
         """See `EmbeddingSource.fetch`."""

@@ -90,6 +90,11 @@ class EmbeddingStore:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": {}}  # data-loader processes map for themselves
 
+    def fingerprint(self) -> str:
+        """What tells these embeddings from others: a hash of all the checksums in the manifest."""
+        sums = [[shard["sha256"], shard["table_sha256"]] for shard in self.manifest["shards"]]
+        return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+
     def fetch(self, indices: Indices) -> tuple[Tensor, Tensor]:
         """See `EmbeddingSource.fetch`. Raises ValueError for a damaged shard, IndexError out of range."""
         check_indices(self.path, indices, self.num_samples)

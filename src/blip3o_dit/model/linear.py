@@ -6,8 +6,8 @@
 * bfloat16 weights on a processor without bfloat16 arithmetic: the product is taken in float32, from a copy of
   the weight that is made for it and dropped, which is several times faster than emulating bfloat16 and
   keeps half the memory.
-* A few rows on a CPU: w x^T instead of x w^T, the same numbers in another order in memory. For 64 rows that is
-  up to 1.4 times as fast, for 256 rows up to 1.2 times, for 512 no longer (`python -m benchmarks products`).
+* A few rows on a CPU: w x^T instead of x w^T, the same numbers in another order in memory. For 64 rows that
+  is up to 1.4 times as fast, for 256 up to 1.2 times, for 512 no longer (`python -m benchmarks products`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def products(x: Tensor, weights: Sequence[Tensor], *, any_layout: bool = False) 
 
 
 def _product(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
-    """x [..., k] times weights [n_i, k] that lie together -> [..., sum of n_i], plus `bias`; in any layout."""
+    """x [..., k] times weights [n_i, k] that lie together, plus `bias` -> [..., sum of n_i] in any layout."""
     if torch.compiler.is_compiling():
         return F.linear(x, weights[0].to(x.dtype), None if bias is None else bias.to(x.dtype))
     dtype = _compute_dtype(x)

@@ -16,6 +16,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from blip3o_dit.data.store import write_atomically
 from blip3o_dit.training.ema import ExponentialMovingAverage
 
 LOG_FILE = "training_log.jsonl"
@@ -41,16 +42,21 @@ class EMACallback(TrainerCallback):
         self.ema.update(getattr(model, "module", model), state.global_step)
 
 
-class BeforeOptimizerStep(TrainerCallback):
-    """Calls a function between the backward pass and the optimizer step."""
+class StepHooks(TrainerCallback):
+    """Calls functions when training begins and between each backward pass and its optimizer step."""
 
-    def __init__(self, function: Callable[[], None]) -> None:
-        self._function = function
+    def __init__(self, *, begin: Callable[[], None], before_step: Callable[[], None]) -> None:
+        self._begin, self._before_step = begin, before_step
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._begin()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._function()
+        self._before_step()
 
 
 class ConsoleCallback(ProgressCallback):
@@ -77,9 +83,9 @@ class JSONLogCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         file = Path(args.output_dir or "") / LOG_FILE
-        # What an interrupted run logged after the checkpoint it resumes from happens again.
-        kept = [entry for entry in read_log(file) if entry["step"] <= state.global_step]
-        file.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        # What an interrupted run logged after the checkpoint it resumes from happens again; so does the end.
+        kept = [e for e in read_log(file) if e["step"] <= state.global_step and "train_runtime" not in e]
+        write_atomically(file, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
 
     def on_log(
         self,
@@ -115,10 +121,13 @@ class CurvesCallback(TrainerCallback):
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
-    """The entries of a `training_log.jsonl`, none when there is no such file."""
+    """The entries of a `training_log.jsonl`, none when there is no such file.
+
+    The last line counts only if it ends: a killed run may have left a part of one.
+    """
     if not file.is_file():
         return []
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
 
 
 def format_log_line(step: int, logs: dict[str, Any]) -> str:

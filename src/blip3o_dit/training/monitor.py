@@ -11,46 +11,6 @@ from blip3o_dit.flow.path import PathSample, convert_prediction
 from blip3o_dit.model.source import AffineSource
 
 
-class NonFiniteLossError(ValueError):
-    """The loss became NaN or infinite; raised before the optimizer step, so the weights are intact."""
-
-
-class FiniteLosses:
-    """Stops a run at the first NaN or infinite loss, before the optimizer uses it.
-
-    Args:
-        deferred: look at losses in `check` only, and wait there for no more than the forward pass.
-    """
-
-    def __init__(self, *, deferred: bool) -> None:
-        self._deferred = deferred
-        self._pending: list[tuple[Tensor, torch.cuda.Event | None, int, list[int]]] = []
-
-    def add(self, loss: Tensor, step: int, samples: list[int]) -> None:
-        """Take in the loss of a micro-batch of optimizer step `step`."""
-        event = None
-        value = loss.detach()
-        if value.is_cuda:
-            value = torch.empty((), dtype=loss.dtype, pin_memory=True).copy_(value, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self._pending.append((value, event, step, samples))
-        if not self._deferred:
-            self.check()
-
-    def check(self) -> None:
-        """Raises NonFiniteLossError, with step and samples, if a loss since the last call was not finite."""
-        pending, self._pending = self._pending, []
-        for value, event, step, samples in pending:
-            if event is not None:
-                event.synchronize()
-            if not torch.isfinite(value):
-                raise NonFiniteLossError(
-                    f"step {step}: expected a finite loss, found {value.item()} for samples {samples}; "
-                    "stopped before the optimizer step (lower --learning_rate, or train without --fp16)"
-                )
-
-
 class TrainingMonitor:
     """Sums of step quantities, on the device of the step.
 
@@ -100,6 +60,17 @@ class TrainingMonitor:
         )
         self._sums = values if self._sums is None else self._sums + values
         self._count += 1
+
+    @property
+    def state(self) -> tuple[list[float], int] | None:
+        """Sums and count, for a checkpoint."""
+        return None if self._sums is None else (self._sums.tolist(), self._count)
+
+    def restore(self, state: tuple[list[float], int] | None, device: torch.device) -> None:
+        """Continue from `state`."""
+        self._sums, self._count = None, 0
+        if state is not None:
+            self._sums, self._count = torch.tensor(state[0], device=device), state[1]
 
     def pop(self) -> Tensor | None:
         """Means since the last call, [len(names)], or None when there was no step."""

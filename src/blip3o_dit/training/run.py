@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import os
 import tempfile
@@ -14,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
@@ -23,9 +21,18 @@ from blip3o_dit.data.dataset import EmbeddingDataset, Split, choose_samples, spl
 from blip3o_dit.data.source import open_embeddings
 from blip3o_dit.data.statistics import streamed_statistics
 from blip3o_dit.data.store import EmbeddingSource, EmbeddingStore
+from blip3o_dit.errors import StoppedEarly
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.quiet import quiet_transformers
 from blip3o_dit.training.callbacks import CurvesCallback
+from blip3o_dit.training.checkpoint import (
+    Run,
+    check_checkpoint,
+    checkpoints,
+    clean_up,
+    fingerprint,
+    global_batch,
+)
 from blip3o_dit.training.memory import return_freed_memory
 from blip3o_dit.training.settings import training_arguments, use_cpu
 from blip3o_dit.training.source import fit_source
@@ -33,11 +40,6 @@ from blip3o_dit.training.tracking import prepare_wandb, require_wandb
 from blip3o_dit.training.trainer import BLIP3oTrainer
 
 logger = logging.getLogger(__name__)
-
-# What a checkpoint must hold to continue from; the Trainer itself only notices some of them missing.
-CHECKPOINT_FILES = (
-    *("config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"),
-)
 
 
 def train(
@@ -56,62 +58,56 @@ def train(
 
     Raises:
         FileNotFoundError, ValueError, OSError: one line saying what was expected and what was found.
+        WriteError: when the disk is full; the last checkpoint is whole.
+        StoppedEarly: on SIGTERM, SIGINT or at `max_hours`; a checkpoint was saved.
     """
     use_cpu(config)  # what cannot run on this machine is refused before anything is read or written
     source = open_embeddings(_required(config.embeddings_path, "--embeddings_path"))
     model_config = _model_config(source, config)
     _check_output(Path(_required(config.output_dir, "--output_dir")), resume, overwrite, dry_run)
     if resume is not None:
-        check_checkpoint(resume, model_config)
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        this_run = Run(source.num_samples, fingerprint(source), global_batch(config, processes))
+        check_checkpoint(resume, model_config, this_run)
     if dry_run:
         with tempfile.TemporaryDirectory() as aside:  # the Trainer makes its folder when it is built
             _first_step(build_trainer(source, replace(config, output_dir=aside)))
         return Path(config.output_dir)
+    if os.environ.get("RANK", "0") == "0":
+        clean_up(Path(config.output_dir), all_checkpoints=resume is None)
     trainer = train_on(source, config, resume=resume)
     if trainer.is_world_process_zero():
-        _finish(trainer)
+        _report(trainer)
     return Path(config.output_dir)
 
 
 def train_on(source: EmbeddingSource, config: TrainingConfig, *, resume: Path | None = None) -> BLIP3oTrainer:
-    """Train on embeddings that are open already, and save; returns the trainer."""
+    """Train on embeddings that are open already, and save; returns the trainer.
+
+    Raises:
+        StoppedEarly, WriteError: as `train`.
+    """
     if config.wandb_project and os.environ.get("RANK", "0") == "0":
         prepare_wandb(config.wandb_project, config.output_dir)
-    trainer = build_trainer(source, config)
-    with quiet_transformers():
+    trainer = build_trainer(source, config, fitted=resume is not None)
+    with quiet_transformers(), trainer.stop_request.watching():
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        trainer.save_model()
+        if trainer.stop_request.cut_short(trainer.state):
+            raise StoppedEarly(
+                f"{trainer.stop_request.reason}: stopped after step {trainer.state.global_step} of "
+                f"{trainer.state.max_steps} and saved it: continue with --resume_from_checkpoint auto"
+            )
+        trainer.save_final_model()
     return trainer
 
 
-def check_checkpoint(checkpoint: Path, model_config: BLIP3oDiTConfig) -> None:
-    """Refuse a checkpoint that is not whole or does not fit the model.
-
-    Raises:
-        FileNotFoundError, ValueError: naming the file, or each differing field or tensor.
-    """
-    if not checkpoint.is_dir():
-        raise FileNotFoundError(f"{checkpoint}: expected a checkpoint folder, found none")
-    missing = [name for name in CHECKPOINT_FILES if not (checkpoint / name).is_file()]
-    if missing:
-        raise ValueError(f"{checkpoint}: expected a whole checkpoint, found no {', '.join(missing)}")
-    saved = json.loads((checkpoint / "config.json").read_text())
-    wanted = model_config.to_dict()
-    names = set(BLIP3oDiTConfig.own_fields()) - {"gradient_checkpointing"}
-    different = [
-        f"{name} is {saved.get(name)!r} there, {wanted[name]!r} here"
-        for name in sorted(names)
-        if saved.get(name) != wanted[name]
-    ]
-    if different:
-        raise ValueError(f"{checkpoint}: the checkpoint does not fit this run: " + "; ".join(different))
-    _check_tensors(checkpoint / "model.safetensors", model_config)
-
-
 def build_trainer(
-    source: EmbeddingSource, config: TrainingConfig, *, split: Split | None = None
+    source: EmbeddingSource, config: TrainingConfig, *, split: Split | None = None, fitted: bool = False
 ) -> BLIP3oTrainer:
-    """Statistics, a freshly initialised model, and the trainer for them; `split` replaces the seeded one."""
+    """Statistics, a freshly initialised model, and the trainer for them; `split` replaces the seeded one.
+
+    With `fitted`, statistics and source are left to the checkpoint that holds them.
+    """
     if config.wandb_project:
         require_wandb()
     arguments = training_arguments(config, evaluate=config.eval_split > 0)
@@ -124,10 +120,10 @@ def build_trainer(
     _describe(config, model, source, len(split.train), len(split.eval), arguments)
     # Few samples of perhaps all shards: training itself verifies every shard that it reads.
     glance = source.unverified() if isinstance(source, EmbeddingStore) else source
-    if config.standardize:
+    if config.standardize and not fitted:
         fitted_on = choose_samples(split.train, most=config.statistics_samples, seed=config.seed)
         _set_statistics(model, glance, fitted_on, arguments)
-    if config.source != "noise":
+    if config.source != "noise" and not fitted:
         _set_source(model, glance, split.train, config, arguments)
     if config.memory == "low":
         return_freed_memory()
@@ -202,8 +198,7 @@ def _first_step(trainer: BLIP3oTrainer) -> None:
     )
 
 
-def _finish(trainer: BLIP3oTrainer) -> None:
-    trainer.state.save_to_json(f"{trainer.args.output_dir}/trainer_state.json")
+def _report(trainer: BLIP3oTrainer) -> None:
     logger.info("the trained model is in %s", trainer.args.output_dir)
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     if evaluations:
@@ -241,10 +236,10 @@ def _check_output(output: Path, resume: Path | None, overwrite: bool, dry_run: b
     """A folder that can be written and holds no other run, before any work is done."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output}: expected a folder to write to, found a file")
-    holds_run = any(output.glob("checkpoint-*")) or (output / "model.safetensors").exists()
+    holds_run = bool(checkpoints(output)) or (output / "model.safetensors").exists()
     if holds_run and resume is None and not overwrite and not dry_run:
         raise ValueError(
-            f"{output}: expected no run there, found one: give --resume_from_checkpoint to continue "
+            f"{output}: expected no run there, found one: give --resume_from_checkpoint auto to continue "
             "it, --overwrite_output_dir to start over, or another --output_dir"
         )
     existing = output
@@ -254,23 +249,6 @@ def _check_output(output: Path, resume: Path | None, overwrite: bool, dry_run: b
         raise PermissionError(f"{output}: expected a folder that can be written, found it read-only")
     if not dry_run:
         output.mkdir(parents=True, exist_ok=True)
-
-
-def _check_tensors(file: Path, model_config: BLIP3oDiTConfig) -> None:
-    with torch.device("meta"):
-        expected = {k: list(v.shape) for k, v in BLIP3oDiTModel(model_config).state_dict().items()}
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            found = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not readable weights: {error}") from error
-    different = sorted(name for name in expected | found if expected.get(name) != found.get(name))
-    if different:
-        name = different[0]
-        raise ValueError(
-            f"{file}: {len(different)} tensors do not fit, first {name}: "
-            f"expected {expected.get(name)}, found {found.get(name)}"
-        )
 
 
 def _required(value: str, flag: str) -> str:

@@ -51,8 +51,11 @@ _HARMLESS = frozenset(
         "compile",
         "wandb_project",
         "wandb_run_name",
-        "num_epochs",
-        "max_steps",
+        "best_metric",
+        "max_hours",
+        # together the samples of a step, which `check_checkpoint` compares
+        "batch_size",
+        "gradient_accumulation_steps",
         "solver",
         "num_inference_steps",
     ]
@@ -75,10 +78,13 @@ def resolve_config(
         return TrainingConfig(**(recipe_settings | (DEBUG_DEFAULTS if debug else {}) | given))
     given = recipe_settings | given
     saved = asdict(TrainingConfig.from_folder(resume))
+    harmless = _HARMLESS
+    if saved["lr_scheduler_type"] == "constant_with_warmup":  # the others end where the run ends
+        harmless = harmless | {"num_epochs", "max_steps"}
     changed = [
         f"{name} was {saved[name]!r}, now {value!r}"
         for name, value in given.items()
-        if name not in _HARMLESS and saved[name] != value
+        if name not in harmless and saved[name] != value
     ]
     if changed:
         raise ValueError(f"{resume}: cannot resume with other settings: " + "; ".join(changed))
@@ -126,6 +132,8 @@ def training_arguments(config: TrainingConfig, *, evaluate: bool) -> TrainingArg
         save_total_limit=config.save_total_limit,
         eval_strategy="steps" if evaluate else "no",
         eval_steps=config.eval_steps,
+        metric_for_best_model=config.best_metric if evaluate else None,
+        greater_is_better=config.best_metric != "loss",
         dataloader_num_workers=config.num_workers,
         dataloader_persistent_workers=config.num_workers > 0,
         remove_unused_columns=False,

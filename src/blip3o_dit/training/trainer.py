@@ -2,33 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils.data import Dataset, Sampler
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from blip3o_dit.config import TRAINING_CONFIG_FILE, TrainingConfig
-from blip3o_dit.data.dataset import EmbeddingDataset, NamedDraws, shuffled_passes, whole_batch
-from blip3o_dit.data.store import batches, write_atomically
+from blip3o_dit.data.dataset import EmbeddingDataset, NamedDraws, ShuffledPasses, shuffled_passes, whole_batch
+from blip3o_dit.data.folders import written_aside
+from blip3o_dit.data.store import batches
 from blip3o_dit.evaluation.metrics import FidelitySums
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
 from blip3o_dit.flow.path import PathSample
 from blip3o_dit.flow.times import training_times
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.source import AffineSource
-from blip3o_dit.training.callbacks import BeforeOptimizerStep, ConsoleCallback, EMACallback, JSONLogCallback
+from blip3o_dit.randomness import named_seed
+from blip3o_dit.training.callbacks import ConsoleCallback, EMACallback, JSONLogCallback, StepHooks
+from blip3o_dit.training.checkpoint import (
+    TRAINER_STATE_FILE,
+    Progress,
+    Run,
+    fingerprint,
+    global_batch,
+    keep_newest,
+)
 from blip3o_dit.training.ema import ExponentialMovingAverage
-from blip3o_dit.training.monitor import FiniteLosses, TrainingMonitor
+from blip3o_dit.training.health import (
+    SPIKES_FILE,
+    LossWatch,
+    NonFiniteLossError,
+    check_gradient_norm,
+    write_diagnosis,
+)
+from blip3o_dit.training.monitor import TrainingMonitor
+from blip3o_dit.training.optimizer_file import gathered_state, load_optimizer, save_optimizer
+from blip3o_dit.training.stopping import StopRequest
 from blip3o_dit.training.throughput import PASSES_PER_STEP, Throughput, forward_flops, matmul_rate
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,9 +107,15 @@ class BLIP3oTrainer(Trainer):
         self.config = config
         self.loss_fn = BLIP3oFlowMatchingLoss.from_config(model.config.flow)
         self.monitor = TrainingMonitor()
-        # Waiting for a loss would leave a GPU idle: there it is looked at when its step is about to be taken.
-        self.finite_losses = FiniteLosses(deferred=args.device.type == "cuda")
-        self.add_callback(BeforeOptimizerStep(self.finite_losses.check))
+        # Waiting for a loss would leave a GPU idle, and a process that stops at once leaves others waiting
+        # for its gradients: there it is looked at when its step is about to be taken.
+        deferred = args.device.type == "cuda" or args.world_size > 1
+        self.losses = LossWatch(deferred=deferred, on_spike=self._on_spike)
+        self.stop_request = StopRequest(config.max_hours)
+        self.add_callback(self.stop_request)
+        self._progress: Progress | None = None  # of the checkpoint that the run continues
+        self._passes: ShuffledPasses | None = None
+        self.add_callback(StepHooks(begin=self._restore_progress, before_step=self._before_optimizer_step))
         self._throughput: Throughput | None = None
         self.dit.dit.selective_checkpointing = config.selective_checkpointing
         if config.compile:
@@ -127,11 +158,76 @@ class BLIP3oTrainer(Trainer):
         draw = self.draw(inputs, training=True)
         prediction = self._predict(model, draw)
         output = self.loss_fn(prediction, draw.sample)
-        self.finite_losses.add(output.loss, self.state.global_step + 1, inputs["index"])
+        if model.training:
+            self.losses.add(output.loss, self.state.global_step + 1, inputs)
         if self._throughput is not None:
             self._throughput.count(len(inputs["index"]))
         self.monitor.add(self.loss_fn, draw.sample, draw.source, prediction, output)
         return (output.loss, prediction) if return_outputs else output.loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        try:
+            return super().training_step(*args, **kwargs)
+        except NonFiniteLossError as error:
+            raise self._diagnosed(error) from None
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """The gradients' norm before clipping, which must be finite: clipping would spread a NaN to all."""
+        self.accelerator.unscale_gradients()
+        parameters = [p for p in model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if self.accelerator.scaler is None:  # float16's skips such steps itself, in search of its scale
+            try:
+                check_gradient_norm(norm, self.dit, self.state.global_step + 1)
+            except NonFiniteLossError as error:
+                raise self._diagnosed(error) from None
+        if self.args.max_grad_norm > 0:
+            nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
+        return norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return self._clip_grad_norm(model) if grad_norm is None else grad_norm
+
+    def _before_optimizer_step(self) -> None:
+        try:
+            self.losses.check()
+        except NonFiniteLossError as error:
+            raise self._diagnosed(error) from None
+        # Stochastic rounding draws from torch's own generator: by name as well, so that a continued run and
+        # every process round alike.
+        torch.manual_seed(named_seed(self.config.seed, "optimizer step", self.state.global_step))
+
+    def _diagnosed(self, error: NonFiniteLossError) -> NonFiniteLossError:
+        """The error, with where its diagnosis was written."""
+        folder = Path(self.args.output_dir or "")
+        file = write_diagnosis(
+            folder,
+            error,
+            self.state.global_step + 1,
+            self.dit,
+            self.losses.inputs,
+            forward=self._loss_once_more,
+            keys=self._keys,
+        )
+        return NonFiniteLossError(f"{error}; what was found is in {file}")
+
+    def _loss_once_more(self, batch: dict[str, Any]) -> Tensor:
+        with self.compute_loss_context_manager():
+            draw = self.draw(batch, training=True)
+            return self.loss_fn(self._predict(self.dit, draw), draw.sample).loss
+
+    def _keys(self, samples: list[int]) -> list[str]:
+        assert isinstance(self.train_dataset, EmbeddingDataset)
+        return [record.get("key", "") for record in self.train_dataset.source.records(samples)]
+
+    def _on_spike(self, step: int, loss: float, usual: float, samples: list[int]) -> None:
+        found = {"step": step, "loss": loss, "usual": usual, "samples": samples, "keys": self._keys(samples)}
+        with open(Path(self.args.output_dir or "") / SPIKES_FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps(found) + "\n")
+        logger.warning(
+            "step %d: loss %.4g where %.4g is usual; its samples are in %s", *(step, loss, usual, SPIKES_FILE)
+        )
 
     def prediction_step(
         self,
@@ -168,6 +264,10 @@ class BLIP3oTrainer(Trainer):
                 logs.update(TrainingMonitor.describe(means))
             if self._throughput is not None:
                 logs.update(self._throughput.pop(self.args.world_size))
+        if "train_loss" in logs:  # of the whole run, not of what came after the checkpoint
+            if self.stop_request.cut_short(self.state):
+                return
+            logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
         super().log(logs, start_time)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -181,9 +281,81 @@ class BLIP3oTrainer(Trainer):
         with self._not_training():
             return super().evaluate(*args, **kwargs)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """A pass, from where the checkpoint left it; nothing when the run was complete already."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        if self._passes is not None:  # accelerate does not find it below the sampler that skips what is done
+            self._passes.set_epoch(kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A checkpoint, written aside and renamed when it is whole; then old ones are removed."""
         with self._not_training():
-            super()._save_checkpoint(*args, **kwargs)
+            output = Path(self.args.output_dir or "")
+            self.store_flos()
+            with self._written_aside(output / f"checkpoint-{self.state.global_step}") as aside:
+                self._write_checkpoint(aside)
+            if self.args.should_save:
+                keep_newest(output, self.config.save_total_limit, best_step=self.state.best_global_step)
+
+    def save_final_model(self) -> None:
+        """The model files of the output folder, moved there when all of them are whole."""
+        output = Path(self.args.output_dir or "")
+        with self._written_aside(output, files_only=True) as aside:
+            self.save_model(str(aside), _internal_call=True)
+            if self.args.should_save:
+                self.state.save_to_json(str(aside / TRAINER_STATE_FILE))
+
+    @contextmanager
+    def _written_aside(self, final: Path, *, files_only: bool = False) -> Iterator[Path]:
+        """`written_aside` on the process that saves; all take part: weights may be shared out over them."""
+        if self.args.should_save:
+            with written_aside(final, files_only=files_only) as aside:
+                yield aside
+        else:
+            yield final
+        if self.args.world_size > 1:
+            torch.distributed.barrier()
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        self.save_model(str(folder), _internal_call=True)
+        optimizer = gathered_state(self.model, self.optimizer)
+        progress = self._current_progress()
+        if not self.args.should_save:
+            return
+        scaler = self.accelerator.scaler
+        save_optimizer(folder, optimizer, self.lr_scheduler, scaler.state_dict() if scaler else None)
+        progress.write(folder)
+        self.state.save_to_json(str(folder / TRAINER_STATE_FILE))
+
+    def run_identity(self) -> Run:
+        """What a checkpoint of this run says of it."""
+        assert isinstance(self.train_dataset, EmbeddingDataset)
+        source = self.train_dataset.source
+        return Run(source.num_samples, fingerprint(source), global_batch(self.config, self.args.world_size))
+
+    def _current_progress(self) -> Progress:
+        loss = self._tr_loss / self.args.world_size
+        return Progress(
+            run=self.run_identity(),
+            loss_since_log=self.accelerator.reduce(loss).item(),
+            loss_until_log=self._total_loss_scalar,
+            last_logged_step=self._globalstep_last_logged,
+            monitor=self.monitor.state,
+        )
+
+    def _restore_progress(self) -> None:
+        """When training begins: what the next log line will say of the steps before the checkpoint."""
+        # The Trainer would go on with the intervals that the checkpoint was written with.
+        self.state.compute_steps(self.args, self.state.max_steps)
+        if self._progress is None:
+            return
+        self._tr_loss.fill_(self._progress.loss_since_log)
+        self._total_loss_scalar = self._progress.loss_until_log
+        self._globalstep_last_logged = self._progress.last_logged_step
+        self.monitor.restore(self._progress.monitor, self.args.device)
 
     def _not_training(self) -> AbstractContextManager[None]:
         return nullcontext() if self._throughput is None else self._throughput.pause()
@@ -228,9 +400,10 @@ class BLIP3oTrainer(Trainer):
         dataset = train_dataset or self.train_dataset
         assert isinstance(dataset, EmbeddingDataset)
         config = self.config
-        return shuffled_passes(
+        self._passes = shuffled_passes(
             dataset, shuffle=config.shuffle, window=config.shuffle_window, seed=config.seed
         )
+        return self._passes
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = output_dir or self.args.output_dir or ""
@@ -238,14 +411,32 @@ class BLIP3oTrainer(Trainer):
         if self.args.should_save:
             if self.ema is not None:
                 self.ema.save(self.dit, folder)
-            write_atomically(f"{folder}/{TRAINING_CONFIG_FILE}", self.config.to_json())
+            Path(folder, TRAINING_CONFIG_FILE).write_bytes(self.config.to_json())
             # A pickle that nothing reads; training_config.json says the same in plain text.
             Path(folder, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.is_fsdp_enabled:  # every process reads all weights, and keeps its part
+            weights = load_file(Path(resume_from_checkpoint, "model.safetensors"))
+            set_model_state_dict(self.model, weights, options=StateDictOptions(full_state_dict=True))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.ema is not None:
             self.ema.load(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        scaler = load_optimizer(Path(checkpoint), self.model, self.optimizer, self.lr_scheduler)
+        if scaler and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(scaler)
+        self._progress = Progress.read(Path(checkpoint))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """It comes with the optimizer."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing draws from a generator's state: see `randomness.py` and `_before_optimizer_step`."""
 
 
 def _with_draws(dataset: EmbeddingDataset, seed: int, stream: str) -> EmbeddingDataset:

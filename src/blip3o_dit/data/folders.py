@@ -1,0 +1,168 @@
+"""Folders that are whole or not there: written aside, flushed, checksummed, renamed.
+
+    checksums.json    sizes and SHA-256 of the files beside it, written last
+
+A folder without it was not finished, or was made by something else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from blip3o_dit.errors import WriteError
+
+CHECKSUMS_FILE = "checksums.json"
+ASIDE, REPLACED = ".partial", ".replaced"
+
+_FORMAT = "blip3o-dit checksums"
+
+
+@contextmanager
+def written_aside(final: Path, *, files_only: bool = False) -> Iterator[Path]:
+    """A new folder to fill, which takes the name `final` when it is whole; after an error it is removed.
+
+    With `files_only` its files move into `final`, which may hold others.
+
+    Raises:
+        WriteError: when the disk is full or the folder cannot be written.
+    """
+    aside = final / f"model{ASIDE}" if files_only else final.with_name(final.name + ASIDE)
+    try:
+        with _write_errors(final):
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            yield aside
+            seal(aside)
+            (publish_files if files_only else publish)(aside, final)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def publish(aside: Path, final: Path) -> None:
+    """Rename a whole folder to its name; one that has the name already is moved out of the way first."""
+    old = final.with_name(final.name + REPLACED)
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(final, old)
+    os.rename(aside, final)
+    flush(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_replaced(final: Path) -> None:
+    """Give a folder its name back that `publish`, killed between two renames, left without one."""
+    old = final.with_name(final.name + REPLACED)
+    if old.is_dir() and not final.exists():
+        with suppress(FileNotFoundError):  # another process was quicker
+            os.rename(old, final)
+
+
+def publish_files(aside: Path, folder: Path) -> None:
+    """Move the files of a sealed folder into another one, each by one rename, the checksums last.
+
+    While they move, the checksums of `folder` are away: it does not pass for whole.
+    """
+    (folder / CHECKSUMS_FILE).unlink(missing_ok=True)
+    names = [file.name for file in aside.iterdir() if file.name != CHECKSUMS_FILE]
+    for name in (*names, CHECKSUMS_FILE):
+        os.replace(aside / name, folder / name)
+    flush(folder)
+    aside.rmdir()
+
+
+def seal(folder: Path) -> None:
+    """Flush every file below the folder to the disk and write their checksums."""
+    files = {}
+    for file in _files(folder):
+        flush(file)
+        name = file.relative_to(folder).as_posix()
+        files[name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    sums = folder / CHECKSUMS_FILE
+    sums.write_text(json.dumps({"format": _FORMAT, "files": files}, indent=1))
+    flush(sums)
+    flush(folder)
+
+
+def is_sealed(folder: Path) -> bool:
+    return (folder / CHECKSUMS_FILE).is_file()
+
+
+def verify(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Check the files of a sealed folder, or those of them that are named, against its checksums.
+
+    Raises:
+        ValueError: naming the first file that is missing, cut short or altered.
+    """
+    known = _read_checksums(folder)
+    for name in known if names is None else names:
+        if name not in known:
+            raise ValueError(f"{folder / CHECKSUMS_FILE}: expected the checksum of {name}, found none")
+        size, digest = known[name]
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(f"{folder}: expected {name}, found none")
+        if file.stat().st_size != size:
+            raise ValueError(
+                f"{file}: expected {size} bytes, found {file.stat().st_size}: truncated or altered"
+            )
+        if sha256(file) != digest:
+            raise ValueError(f"{file}: its SHA-256 is not that of {CHECKSUMS_FILE}: the file was altered")
+
+
+def sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Have the system write a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS_FILE)
+
+
+def _read_checksums(folder: Path) -> dict[str, tuple[int, str]]:
+    file = folder / CHECKSUMS_FILE
+    if not file.is_file():
+        raise ValueError(f"{folder}: expected {CHECKSUMS_FILE}, found none: the folder was not finished")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        entries = {str(name): (int(e["bytes"]), str(e["sha256"])) for name, e in content["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file}: expected sizes and SHA-256 of files, found something else") from error
+    for name in entries:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{file}: expected names of files in the folder, found {name!r}")
+    return entries
+
+
+@contextmanager
+def _write_errors(target: Path) -> Iterator[None]:
+    """Whatever a library makes of a full disk, as one kind of error."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, WriteError):
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
+        raise WriteError(
+            f"{target}: expected to write it whole, found: {reason}; what was there before is untouched"
+        ) from error

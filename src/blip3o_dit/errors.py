@@ -1,0 +1,11 @@
+"""What a program ends with when it neither finished nor met a user's mistake (a ValueError or OSError)."""
+
+from __future__ import annotations
+
+
+class WriteError(OSError):
+    """Something could not be written whole; what was there before is untouched."""
+
+
+class StoppedEarly(Exception):
+    """A run was stopped as asked and can be continued; the message says why and from where."""

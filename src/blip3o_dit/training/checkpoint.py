@@ -1,0 +1,224 @@
+"""Checkpoints: what is in one, which is the newest whole one, which are kept, and whether one fits a run.
+
+    checkpoint-N/               after optimizer step N
+      model.safetensors, config.json, model.ema.safetensors, training_config.json
+      optimizer.safetensors     the optimizer's tensors; optimizer.json: its numbers, the schedule, the scaler
+      trainer_state.json        the Trainer's counters and log
+      progress.json             sums since the last log line; which data the run is on
+      checksums.json            written last
+
+Nothing in it is a pickle. It is written as checkpoint-N.partial and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import TrainerState
+
+from blip3o_dit.config import BLIP3oDiTConfig, TrainingConfig
+from blip3o_dit.data.folders import ASIDE, REPLACED, restore_replaced, verify
+from blip3o_dit.data.store import EmbeddingSource
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_FILE = "progress.json"
+OPTIMIZER_TENSORS, OPTIMIZER_NUMBERS = "optimizer.safetensors", "optimizer.json"
+TRAINER_STATE_FILE = "trainer_state.json"
+
+# What a checkpoint must hold to continue from.
+CHECKPOINT_FILES = (
+    *("config.json", "model.safetensors", "training_config.json", TRAINER_STATE_FILE, PROGRESS_FILE),
+    *(OPTIMIZER_TENSORS, OPTIMIZER_NUMBERS),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a continued run must share with the one it continues, beside the settings of its configuration.
+
+    `samples` and `fingerprint` tell the data apart; `global_batch` is the samples of an optimizer step, over
+    all processes and accumulated batches.
+    """
+
+    samples: int
+    fingerprint: str
+    global_batch: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is, beside the Trainer's own counters: what the next log line will say of the steps since
+    the last one. `monitor` holds the sums and the count of `TrainingMonitor`."""
+
+    run: Run
+    loss_since_log: float
+    loss_until_log: float
+    last_logged_step: int
+    monitor: tuple[list[float], int] | None
+
+    def write(self, folder: Path) -> None:
+        (folder / PROGRESS_FILE).write_text(json.dumps(asdict(self), indent=1))
+
+    @classmethod
+    def read(cls, folder: Path) -> Progress:
+        """Raises ValueError when the file is not what `write` made."""
+        file = folder / PROGRESS_FILE
+        values = read_object(file)
+        try:
+            run = Run(**values.pop("run"))
+            return cls(run=run, **values)
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{file}: expected the progress of a run, found something else") from error
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError, naming the file, for anything else."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not readable JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: expected an object, found a {type(values).__name__}")
+    return values
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Folders that have the name of a checkpoint, the newest first."""
+    named = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("checkpoint-*")]
+    found = [(int(match[1]), path) for match, path in named if match and path.is_dir()]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def newest_whole(output_dir: Path) -> Path | None:
+    """The newest checkpoint whose files are all there and unaltered; says why it passes over others."""
+    for left in output_dir.glob(f"checkpoint-*{REPLACED}"):
+        restore_replaced(left.with_name(left.name.removesuffix(REPLACED)))
+    for path in checkpoints(output_dir):
+        try:
+            verify_checkpoint(path)
+        except ValueError as error:
+            logger.warning("passed over: %s", error)
+        else:
+            return path
+    return None
+
+
+def clean_up(output_dir: Path, *, all_checkpoints: bool = False) -> None:
+    """Remove what a killed run left half-written, and with `all_checkpoints` those of an earlier run."""
+    for left in (*output_dir.glob(f"*{ASIDE}"), *output_dir.glob(f"checkpoint-*{REPLACED}")):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+    for path in checkpoints(output_dir) if all_checkpoints else []:
+        shutil.rmtree(path)
+
+
+def keep_newest(output_dir: Path, limit: int | None, *, best_step: int | None) -> None:
+    """Remove all but the newest `limit` checkpoints (None: keep all) and the one of the best step."""
+    for path in checkpoints(output_dir)[limit:] if limit else []:
+        if path.name != f"checkpoint-{best_step}":
+            shutil.rmtree(path)
+
+
+_verified: set[tuple[Any, ...]] = set()
+
+
+def verify_checkpoint(checkpoint: Path) -> None:
+    """Raises FileNotFoundError or ValueError when a checkpoint is not whole.
+
+    Reads all of it, once for as long as its files keep their sizes and times.
+    """
+    if not checkpoint.is_dir():
+        raise FileNotFoundError(f"{checkpoint}: expected a checkpoint folder, found none")
+    missing = [name for name in CHECKPOINT_FILES if not (checkpoint / name).is_file()]
+    if missing:
+        raise ValueError(f"{checkpoint}: expected a whole checkpoint, found no {', '.join(missing)}")
+    files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.iterdir()]
+    if tuple(sorted(files)) not in _verified:
+        verify(checkpoint)
+        _verified.add(tuple(sorted(files)))
+
+
+def check_checkpoint(checkpoint: Path, model_config: BLIP3oDiTConfig, run: Run) -> None:
+    """Refuse a checkpoint that is not whole or does not fit the run.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file, or each difference.
+    """
+    verify_checkpoint(checkpoint)
+    saved = read_object(checkpoint / "config.json")
+    wanted = model_config.to_dict()
+    names = set(BLIP3oDiTConfig.own_fields()) - {"gradient_checkpointing"}
+    different = [
+        f"{name} is {saved.get(name)!r} there, {wanted[name]!r} here"
+        for name in sorted(names)
+        if saved.get(name) != wanted[name]
+    ]
+    theirs = asdict(Progress.read(checkpoint).run)
+    for name, mine in asdict(run).items():
+        if theirs[name] != mine:
+            different.append(f"{_RUN_NAMES[name]} was {theirs[name]}, now {mine}")
+    if different:
+        raise ValueError(f"{checkpoint}: the checkpoint does not fit this run: " + "; ".join(different))
+    _check_tensors(checkpoint / "model.safetensors", model_config)
+    _check_trainer_state(checkpoint / TRAINER_STATE_FILE)
+
+
+_RUN_NAMES = {
+    "samples": "the number of samples",
+    "fingerprint": "the data (its fingerprint)",
+    "global_batch": "the samples of an optimizer step (batch_size x processes x gradient_accumulation_steps)",
+}
+
+
+def global_batch(config: TrainingConfig, processes: int) -> int:
+    """Samples of an optimizer step."""
+    return config.batch_size * processes * config.gradient_accumulation_steps
+
+
+def fingerprint(source: EmbeddingSource) -> str:
+    """What tells one set of embeddings from another."""
+    own = getattr(source, "fingerprint", None)
+    return own() if callable(own) else f"{type(source).__name__} of {source.num_samples} samples"
+
+
+def _check_tensors(file: Path, model_config: BLIP3oDiTConfig) -> None:
+    with torch.device("meta"):
+        expected = {k: list(v.shape) for k, v in BLIP3oDiTModel(model_config).state_dict().items()}
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            found = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not readable weights: {error}") from error
+    different = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+    if different:
+        name = different[0]
+        raise ValueError(
+            f"{file}: {len(different)} tensors do not fit, first {name}: "
+            f"expected {expected.get(name)}, found {found.get(name)}"
+        )
+
+
+def _check_trainer_state(file: Path) -> None:
+    """The Trainer takes what it finds: refuse what it could not have written."""
+    state = read_object(file)
+    known = {field.name for field in fields(TrainerState)}
+    unknown = sorted(set(state) - known)
+    if unknown:
+        raise ValueError(f"{file}: unknown {unknown}")
+    step, log = state.get("global_step"), state.get("log_history")
+    if not isinstance(step, int) or isinstance(step, bool) or step < 1:
+        raise ValueError(f"{file}: global_step: expected a positive integer, found {step!r}")
+    if not isinstance(log, list) or not all(isinstance(entry, dict) for entry in log):
+        raise ValueError(f"{file}: log_history: expected a list of objects")

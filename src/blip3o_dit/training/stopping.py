@@ -1,0 +1,86 @@
+"""Stopping a run from outside: a signal or a time limit ends it after its step, with a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest(TrainerCallback):
+    """Watches for SIGTERM, SIGINT and the time limit; a second signal ends the process at once.
+
+    All processes stop after the same step: once a step they tell each other, by way of the CPU, whether one
+    of them was asked to.
+
+    Args:
+        max_hours: of this process, from when it is built; None: no limit.
+    """
+
+    def __init__(self, max_hours: float | None) -> None:
+        self.reason: str | None = None
+        self._until = None if max_hours is None else time.monotonic() + 3600.0 * max_hours
+        self._max_hours = max_hours
+        self._group: Any = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, the signals ask for a stop; outside they do what they did before.
+
+        Only the main thread can watch for signals; a run in another one has the time limit alone.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.world_size > 1 and self._group is None:
+            self._group = dist.new_group(backend="gloo")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._until is not None and time.monotonic() >= self._until:
+            self.reason = self.reason or f"--max_hours {self._max_hours:g} are over"
+        if self._asked_anywhere() and state.global_step < state.max_steps:
+            self.reason = self.reason or "another process was asked to stop"
+            control.should_save = control.should_training_stop = True
+
+    def cut_short(self, state: TrainerState) -> bool:
+        """Whether the run ended before its last step because it was asked to."""
+        return self.reason is not None and state.global_step < state.max_steps
+
+    def _asked_anywhere(self) -> bool:
+        if self._group is None:
+            return self.reason is not None
+        asked = torch.tensor([self.reason is not None], dtype=torch.int32)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self._group)
+        return bool(asked.item())
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.reason is not None:
+            os._exit(128 + number)
+        self.reason = f"{signal.Signals(number).name} received"
+        # Not by way of logging, which the signal may have interrupted halfway through a line.
+        os.write(
+            2, f"{self.reason}: saving after this step, then stopping; once more stops at once\n".encode()
+        )
