@@ -106,7 +106,7 @@ def _load_sharded(
     """Every process has read the whole state, and keeps its part."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     named = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    whole = {
+    whole: dict[str, Any] = {
         "state": {named[number]: values for number, values in state.items()},
         "param_groups": [g | {"params": [named[number] for number in g["params"]]} for g in groups],
     }

@@ -321,11 +321,12 @@ class BLIP3oTrainer(Trainer):
 
     def _write_checkpoint(self, folder: Path) -> None:
         self.save_model(str(folder), _internal_call=True)
-        optimizer = gathered_state(self.model, self.optimizer)
+        optimizer = gathered_state(self.dit, self.optimizer)
         progress = self._current_progress()
         if not self.args.should_save:
             return
         scaler = self.accelerator.scaler
+        assert self.lr_scheduler is not None
         save_optimizer(folder, optimizer, self.lr_scheduler, scaler.state_dict() if scaler else None)
         progress.write(folder)
         self.state.save_to_json(str(folder / TRAINER_STATE_FILE))
@@ -417,8 +418,8 @@ class BLIP3oTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:  # every process reads all weights, and keeps its part
-            weights = load_file(Path(resume_from_checkpoint, "model.safetensors"))
-            set_model_state_dict(self.model, weights, options=StateDictOptions(full_state_dict=True))
+            weights: dict[str, Any] = {**load_file(Path(resume_from_checkpoint, "model.safetensors"))}
+            set_model_state_dict(self.dit, weights, options=StateDictOptions(full_state_dict=True))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.ema is not None:
@@ -427,7 +428,8 @@ class BLIP3oTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        scaler = load_optimizer(Path(checkpoint), self.model, self.optimizer, self.lr_scheduler)
+        assert self.lr_scheduler is not None
+        scaler = load_optimizer(Path(checkpoint), self.dit, self.optimizer, self.lr_scheduler)
         if scaler and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(scaler)
         self._progress = Progress.read(Path(checkpoint))
