@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler, DataLoader
 
 from blip3o_dit.data import dataset
 from blip3o_dit.data.dataset import (
@@ -305,6 +306,40 @@ def test_the_exact_order_is_the_default_one_and_other_names_are_refused(store: E
     assert order_of(exact, 2) == order_of(ShuffledPasses(23, seed=5), 2)
     with pytest.raises(ValueError, match=r"shuffle: expected one of \('exact', 'window'\), found 'shards'"):
         shuffled_passes(data, shuffle="shards", window=4, seed=5)
+
+
+@pytest.mark.parametrize("size", [3, 8, 23, 50])
+def test_a_pass_is_filled_up_with_the_samples_that_began_it(size: int) -> None:
+    """In turn again and again where the split is smaller than a batch."""
+    starts = np.array([0, 10, 20, 23])
+    for plain, filled in (
+        (ShuffledPasses(23, seed=1), ShuffledPasses(23, seed=1, global_batch=size)),
+        (
+            WindowedPasses(starts, window=8, seed=1),
+            WindowedPasses(starts, window=8, seed=1, global_batch=size),
+        ),
+    ):
+        order, whole = order_of(plain, 2), order_of(filled, 2)
+        assert len(whole) == len(filled) == -(-23 // size) * size
+        assert whole == (order * 3)[: len(whole)]
+
+
+@pytest.mark.parametrize(
+    ("processes", "batch", "accumulation"), [(1, 32, 1), (2, 16, 1), (4, 8, 1), (1, 8, 4), (2, 8, 2)]
+)
+def test_processes_share_out_the_batches_of_one(processes: int, batch: int, accumulation: int) -> None:
+    """What accelerate deals out makes, step by step, the global batch that one process would take."""
+    sampler = ShuffledPasses(75, seed=0, global_batch=32)
+    expected = [order_of(sampler, 1)[first : first + 32] for first in range(0, 96, 32)]
+    shares = [
+        list(BatchSamplerShard(BatchSampler(sampler, batch, drop_last=False), processes, rank))
+        for rank in range(processes)
+    ]
+    for step, whole in enumerate(expected):
+        micro = slice(step * accumulation, (step + 1) * accumulation)
+        taken = [item for share in shares for piece in share[micro] for item in piece]
+        assert sorted(taken) == sorted(whole)
+    assert {len(share) for share in shares} == {3 * accumulation}
 
 
 # What is fitted before training

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModel
 from blip3o_dit.config import BLIP3oDiTConfig, TrainingConfig
 from blip3o_dit.data.pickle_file import load_pickle
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.inference.pipeline import BLIP3oInference, pick_device
+from blip3o_dit.distributed import pick_device
+from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model.blip3o_dit import GENERATION_STREAM, BLIP3oDiTModel
 from blip3o_dit.randomness import named_normal
 from blip3o_dit.training.ema import ExponentialMovingAverage

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from blip3o_dit.inference.pipeline import pick_device
+    from blip3o_dit.distributed import pick_device
     from blip3o_dit.training.distill import DistillationConfig, distill
 
     model = arguments.model

@@ -99,6 +99,8 @@ def run(arguments: argparse.Namespace) -> None:
         pictures=pictures_by_key(_where(arguments)),
         command=command_line(),
     )
+    if not result:  # the first of several processes has it
+        return
     sys.stdout.write("\n".join(result["summary"]) + "\n")
     folder = arguments.output_dir or arguments.model
     logger.info("the report: %s", folder / "report.html")

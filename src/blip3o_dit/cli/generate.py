@@ -57,4 +57,5 @@ def run(arguments: argparse.Namespace) -> None:
         guidance_interval=tuple(arguments.guidance_interval),
         seed=arguments.seed,
     )
-    sys.stdout.write(json.dumps(results["generation_metrics"], indent=2) + "\n")
+    if results:  # on the first of several processes
+        sys.stdout.write(json.dumps(results["generation_metrics"], indent=2) + "\n")

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import pairwise
+from itertools import cycle, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +125,20 @@ class EmbeddingDataset(Dataset):
 
 
 class ShuffledPasses(Sampler):
-    """Items (pass index, position): a permutation of the split named by (seed, pass index)."""
+    """Items (pass index, position): a permutation of the split named by (seed, pass index).
 
-    def __init__(self, num_samples: int, *, seed: int) -> None:
+    A pass is whole global batches, so that it takes the same steps however a batch is cut up among processes
+    and accumulation: the samples that began the pass fill the last one up, in turn again and again if the
+    split is smaller than a batch.
+
+    Args:
+        global_batch: samples per optimizer step, of all processes and micro-batches together.
+    """
+
+    def __init__(self, num_samples: int, *, seed: int, global_batch: int = 1) -> None:
         self.num_samples = num_samples
         self.seed = seed
+        self.fill = -num_samples % global_batch
         self.pass_index = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -137,11 +146,16 @@ class ShuffledPasses(Sampler):
         self.pass_index = epoch
 
     def __len__(self) -> int:
-        return self.num_samples
+        return self.num_samples + self.fill
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         pass_index = self.pass_index
-        return ((pass_index, int(position)) for piece in self._pieces(pass_index) for position in piece)
+        began: list[tuple[int, int]] = []
+        for item in ((pass_index, int(position)) for piece in self._pieces(pass_index) for position in piece):
+            if len(began) < self.fill:
+                began.append(item)
+            yield item
+        yield from islice(cycle(began), self.fill)
 
     def _pieces(self, pass_index: int) -> Iterator[np.ndarray]:
         """The positions of a pass, in pieces that follow one another."""
@@ -161,8 +175,8 @@ class WindowedPasses(ShuffledPasses):
         window: samples that are permuted among themselves.
     """
 
-    def __init__(self, starts: np.ndarray, *, window: int, seed: int) -> None:
-        super().__init__(int(starts[-1]), seed=seed)
+    def __init__(self, starts: np.ndarray, *, window: int, seed: int, global_batch: int = 1) -> None:
+        super().__init__(int(starts[-1]), seed=seed, global_batch=global_batch)
         step = max(1, window // 4)
         cuts = [np.arange(start, stop, step) for start, stop in pairwise(starts.tolist())]
         self.starts = np.concatenate([*cuts, starts[-1:]])
@@ -180,13 +194,15 @@ class WindowedPasses(ShuffledPasses):
             yield named_generator(self.seed, "order in a window", pass_index, first).permutation(positions)
 
 
-def shuffled_passes(dataset: EmbeddingDataset, *, shuffle: str, window: int, seed: int) -> ShuffledPasses:
+def shuffled_passes(
+    dataset: EmbeddingDataset, *, shuffle: str, window: int, seed: int, global_batch: int = 1
+) -> ShuffledPasses:
     """The sampler for `shuffle`, "exact" or "window". Raises ValueError for another name."""
     check_name("shuffle", shuffle, SHUFFLES)
     if shuffle == "exact":
-        return ShuffledPasses(len(dataset), seed=seed)
+        return ShuffledPasses(len(dataset), seed=seed, global_batch=global_batch)
     starts = np.searchsorted(dataset.indices, dataset.source.shard_starts)  # indices ascend
-    return WindowedPasses(starts, window=window, seed=seed)
+    return WindowedPasses(starts, window=window, seed=seed, global_batch=global_batch)
 
 
 def whole_batch(batch: dict[str, Any]) -> dict[str, Any]:

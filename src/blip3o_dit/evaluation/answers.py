@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from blip3o_dit.data.store import batches
+from blip3o_dit.distributed import ALONE, Processes
 from blip3o_dit.evaluation.methods import Method, ModelMethod
 from blip3o_dit.evaluation.metrics import (
     FidelitySums,
@@ -45,9 +47,43 @@ class Answers:
     batch_milliseconds: list[float] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What a method answers for one batch: all that takes the network, and the seconds of a first sample.
+
+    `clip` are the true tokens, `generated` and `guess` the answers, [n, N, C] each; `draws` are further
+    samples of the `rows` that get several.
+    """
+
+    clip: Tensor
+    generated: Tensor
+    guess: Tensor | None
+    rows: np.ndarray
+    draws: list[Tensor]
+    seconds: float
+
+
 @torch.no_grad()
-def collect_answers(method: Method, truth: Truth, track: Track) -> Answers:
+def ask(method: Method, truth: Truth, piece: range) -> Batch:
+    """A method's answers for the held-out samples in `piece`."""
+    indices = truth.indices[piece.start : piece.stop]
+    eva, clip = truth.source.fetch(indices)
+    started = time.perf_counter()
+    generated = method.sample(eva, indices.tolist(), 0)
+    seconds = time.perf_counter() - started
+    guess = method.best_guess(eva, indices.tolist())
+    rows = np.flatnonzero(truth.drawn[piece.start : piece.stop])
+    further = range(1, truth.settings.draws if method.random and len(rows) else 1)
+    draws = [method.sample(eva[rows], indices[rows].tolist(), draw) for draw in further]
+    return Batch(clip, generated, guess, rows, draws, seconds)
+
+
+@torch.no_grad()
+def collect_answers(method: Method, truth: Truth, track: Track, processes: Processes = ALONE) -> Answers:
     """Ask a method about every held-out sample.
+
+    Args:
+        processes: share out the asking; the answers come together on the first one.
 
     Raises:
         ValueError: for NaN or infinity among the answers, naming method and sample.
@@ -62,27 +98,23 @@ def collect_answers(method: Method, truth: Truth, track: Track) -> Answers:
         position_residuals=torch.zeros(truth.source.num_tokens, width, dtype=torch.float64),
         position_cosines=torch.zeros(truth.source.num_tokens, dtype=torch.float64),
     )
-    for piece in track(list(batches(range(len(truth.indices)), truth.settings.batch_size)), method.name):
-        indices = truth.indices[piece.start : piece.stop]
-        eva, clip = truth.source.fetch(indices)
-        started = time.perf_counter()
-        generated = method.sample(eva, indices.tolist(), 0)
-        seconds = time.perf_counter() - started
-        answers.seconds += seconds
-        answers.batch_milliseconds.append(1000 * seconds / len(indices))
+    pieces = track(list(batches(range(len(truth.indices)), truth.settings.batch_size)), method.name)
+    for piece, found in processes.in_order(pieces, partial(ask, method, truth)):
+        indices, generated = truth.indices[piece.start : piece.stop], found.generated
+        answers.seconds += found.seconds
+        answers.batch_milliseconds.append(1000 * found.seconds / len(indices))
         check_finite(f"{method.name}: generated tokens", generated, indices)
         keep_vectors(truth, piece, generated, answers.pooled, answers.tokens)
-        tokens = _measure(answers, truth, piece, "sample", generated, clip)
+        tokens = _measure(answers, truth, piece, "sample", generated, found.clip)
         answers.position_cosines += tokens.cosine.sum(dim=0)
         answers.position_residuals += tokens.squares.sum(dim=0)
-        guess = method.best_guess(eva, indices.tolist())
-        if guess is not None:
-            check_finite(f"{method.name}: best guess", guess, indices)
-            _measure(answers, truth, piece, "best_guess", guess, clip)
+        if found.guess is not None:
+            check_finite(f"{method.name}: best guess", found.guess, indices)
+            _measure(answers, truth, piece, "best_guess", found.guess, found.clip)
         if truth.probe is not None:
             rows, count = slice(piece.start, piece.stop), len(truth.indices)
             _fill(answers.columns, rows, count, {"correct": probe_is_right(truth, generated, piece)})
-        _draw_more(answers, truth, piece, eva, clip, generated)
+        _measure_draws(answers, truth, piece, found)
     return answers
 
 
@@ -118,17 +150,12 @@ def _measure(
     return found
 
 
-def _draw_more(
-    answers: Answers, truth: Truth, piece: range, eva: Tensor, clip: Tensor, generated: Tensor
-) -> None:
-    """Further draws for the samples that get them, and what they say together."""
-    rows = np.flatnonzero(truth.drawn[piece.start : piece.stop])
+def _measure_draws(answers: Answers, truth: Truth, piece: range, found: Batch) -> None:
+    """What several draws say together, for the samples that got them."""
+    rows, clip = found.rows, found.clip
     if not len(rows):
         return
-    indices = truth.indices[piece.start : piece.stop][rows].tolist()
-    draws = [generated[rows]]
-    if answers.method.random:
-        draws += [answers.method.sample(eva[rows], indices, draw) for draw in range(1, truth.settings.draws)]
+    draws = [found.generated[rows], *found.draws]
     flat, true = standardized_and_flat(truth, torch.stack(draws), clip[rows])
     by_token = (len(draws), -1, clip.shape[2])
     together = spread_and_error(flat, true)

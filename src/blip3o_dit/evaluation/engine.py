@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from blip3o_dit.data.store import EmbeddingSource, batches
+from blip3o_dit.distributed import ALONE, Processes
 from blip3o_dit.evaluation import distribution
 from blip3o_dit.evaluation.answers import Answers, peak_memory_mib, standardized_and_flat
 from blip3o_dit.evaluation.intervals import FEWEST, Bootstrap, Estimate, from_half_samples, half_samples
@@ -123,11 +124,18 @@ def paired_differences(model: Answers, other: Answers, settings: EvaluationSetti
 
 @torch.no_grad()
 def quality_curve(
-    method: ModelMethod, truth: Truth, *, calls: Sequence[int], samples: int, track: Track
+    method: ModelMethod,
+    truth: Truth,
+    *,
+    calls: Sequence[int],
+    samples: int,
+    track: Track,
+    processes: Processes = ALONE,
 ) -> list[dict[str, Any]]:
     """Quality against network calls for each solver, on the first held-out samples of a named order.
 
-    A distilled model has one point: the steps that it was taught.
+    Sampling is shared out over the processes, and the first one gets the curve. A distilled model has one
+    point: the steps that it was taught.
     """
     order = named_permutation(len(truth.indices), seed=truth.settings.seed, stream="curve samples")
     indices = truth.indices[np.sort(order[:samples])]
@@ -141,22 +149,32 @@ def quality_curve(
     if student_steps:  # it can do nothing else
         pairs = [("euler", student_steps)]
     return [
-        _curve_point(method.with_calls(solver, count), truth, indices, solver)
+        _curve_point(method.with_calls(solver, count), truth, indices, solver, processes)
         for solver, count in track(pairs, f"{method.name}: network calls")
     ]
 
 
-def _curve_point(method: ModelMethod, truth: Truth, indices: np.ndarray, solver: str) -> dict[str, Any]:
+def _curve_point(
+    method: ModelMethod, truth: Truth, indices: np.ndarray, solver: str, processes: Processes
+) -> dict[str, Any]:
     sums = FidelitySums(truth.mean)
     scores, pooled, seconds = [], [], 0.0
-    for piece in batches(indices, truth.settings.batch_size):
+
+    def draw_twice(piece: np.ndarray) -> tuple[Tensor, Tensor, float]:
         eva, clip = truth.source.fetch(piece)
         started = time.perf_counter()
         draws = torch.stack([method.sample(eva, piece.tolist(), draw) for draw in range(2)])
-        seconds += time.perf_counter() - started
+        return draws, clip, time.perf_counter() - started
+
+    for _, (draws, clip, taken) in processes.in_order(
+        batches(indices, truth.settings.batch_size), draw_twice
+    ):
+        seconds += taken
         sums.add(draws[0], clip)
         scores.append(energy_score(*standardized_and_flat(truth, draws, clip)).numpy())
         pooled.append(torch.stack([draws[0].mean(dim=1), clip.mean(dim=1)]))
+    if not processes.is_first:
+        return {}
     generated, true = (truth.standardize(vectors) for vectors in torch.cat(pooled, dim=1))
     values = np.concatenate(scores)
     bootstrap = Bootstrap(len(values), replicates=truth.settings.bootstrap, seed=truth.settings.seed)

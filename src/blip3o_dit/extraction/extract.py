@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -32,12 +31,12 @@ from blip3o_dit.data.store import (
     to_disk,
     write_shard,
 )
+from blip3o_dit.distributed import join_processes
 from blip3o_dit.extraction.encoders import Preprocessing, VisionEncoder, load_encoder, tiny_encoder
 from blip3o_dit.extraction.pictures import MOST_PIXELS, UnreadablePictureError, decode_picture
 from blip3o_dit.extraction.pooling import pool_tokens
 from blip3o_dit.extraction.progress import claim_folder, clean_up, finish_store, read_entry, write_entry
 from blip3o_dit.extraction.sources import PictureRef, list_pictures
-from blip3o_dit.launch import check_launch
 
 DEFAULT_EVA = "BAAI/EVA-CLIP-8B"
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
@@ -135,21 +134,19 @@ def extract(config: ExtractionConfig, *, progress: bool = True) -> EmbeddingStor
         FileNotFoundError, ValueError, OSError: one line naming what was expected and what was found; also
             for a folder that holds an extraction with other settings.
     """
-    state = PartialState(cpu=config.device == "cpu" or not torch.cuda.is_available())
-    check_launch(state.num_processes)
-    device = _device(config.device, state)
+    processes = join_processes(config.device)
     refs = list_pictures(config.pictures)
-    towers = load_towers(config, device)
+    towers = load_towers(config, processes.device)
     settings = _settings(config, refs, towers)
     output = Path(config.output)
-    if state.is_main_process:
+    if processes.is_first:
         claim_folder(output, settings)
-    state.wait_for_everyone()
+    processes.wait()
     if not (output / MANIFEST).is_file():
         extractor = Extractor(config, refs, towers)
-        extractor.run(state.process_index, state.num_processes, progress=progress and state.is_main_process)
-        state.wait_for_everyone()
-        if state.is_main_process:
+        extractor.run(processes.rank, processes.count, progress=progress and processes.is_first)
+        processes.wait()
+        if processes.is_first:
             finish_store(
                 output,
                 extractor.num_units,
@@ -159,7 +156,7 @@ def extract(config: ExtractionConfig, *, progress: bool = True) -> EmbeddingStor
                 settings=settings,
                 pictures=config.pictures,
             )
-    if not state.is_main_process:
+    if not processes.is_first:
         return None
     clean_up(output)
     return EmbeddingStore(output)
@@ -315,17 +312,6 @@ def _settings(config: ExtractionConfig, refs: Sequence[PictureRef], towers: Towe
 def _pooling(tokens: int, towers: Towers) -> str:
     side = math.isqrt(tokens)
     return ", ".join(f"{name} {t.grid}x{t.grid} -> {side}x{side} mean" for name, t in towers.items())
-
-
-def _device(name: str, state: PartialState) -> torch.device:
-    if name == "auto":
-        return state.device
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device: expected a CUDA GPU for {name!r}, found none")
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}") from error
 
 
 def _record(ref: PictureRef) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from blip3o_dit.config import TRAINING_CONFIG_FILE, TrainingConfig
 from blip3o_dit.data.dataset import split_samples
 from blip3o_dit.data.source import TransformedEmbeddings
 from blip3o_dit.data.store import EmbeddingSource
+from blip3o_dit.distributed import ALONE, Processes, join_processes
 from blip3o_dit.evaluation import engine, figures, report
 from blip3o_dit.evaluation.answers import Answers, collect_answers, without_vectors
 from blip3o_dit.evaluation.fitting import fit_baselines
@@ -91,6 +92,9 @@ def evaluate_models(
 ) -> dict[str, Any]:
     """Measure trained models beside baselines, and write what was found.
 
+    Under a launcher (torchrun, accelerate launch) sampling from the models is shared out over the processes,
+    all of which must call this; the first one does the rest.
+
     Args:
         models: folders of training runs or checkpoints; all are measured on the same samples.
         embeddings: store or documented pickle.
@@ -98,7 +102,8 @@ def evaluate_models(
         pictures: keys -> RGB images or None, for the page.
         command: shown on the page.
 
-    Returns: the content of metrics.json; its schema is in docs/evaluation.md.
+    Returns: the content of metrics.json, whose schema is in docs/evaluation.md, on the first process; an
+        empty dict on the others.
 
     Raises:
         FileNotFoundError, ValueError: one line naming what was expected and found.
@@ -106,7 +111,9 @@ def evaluate_models(
     config = config or EvaluationConfig()
     figures.require_matplotlib()
     folder = Path(models[0] if output_dir is None else output_dir)
-    check_writable(folder / report.METRICS_FILE)
+    processes = join_processes(config.device)
+    if processes.is_first:
+        check_writable(folder / report.METRICS_FILE)
     loaded = [
         BLIP3oInference(path, device=config.device, dtype=config.dtype, weights=config.weights)
         for path in models
@@ -116,6 +123,9 @@ def evaluate_models(
     for other in loaded[1:]:
         other.open(embeddings)
     methods = _model_methods(loaded, config)
+    if not processes.is_first:
+        _help_sampling(methods, source, indices, config, processes)
+        return {}
     result, samples = evaluate_methods(
         methods,
         source,
@@ -126,6 +136,7 @@ def evaluate_models(
         regression_like=loaded[0],
         pictures=pictures,
         progress=progress,
+        processes=processes,
     )
     result["command"] = command
     result["models"] = [_about(method.name, found) for method, found in zip(methods, loaded, strict=True)]
@@ -147,11 +158,13 @@ def evaluate_methods(
     regression_like: BLIP3oInference | None = None,
     pictures: Callable[[list[str]], list[Any]] | None = None,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> tuple[dict[str, Any], report.ShownSamples | None]:
     """Measure any methods beside the baselines. `fit_source` is (embeddings, training indices).
 
     Args:
         statistics: mean and standard deviation of the training tokens per channel, [C] each.
+        processes: the others of which are in `_help_sampling` meanwhile.
 
     Returns: the content of metrics.json, and the samples for the page.
     """
@@ -176,7 +189,8 @@ def evaluate_methods(
         )
     described, found = [], []
     for method in everything:
-        answers = collect_answers(method, truth, track)
+        shared = processes if any(method is asked for asked in methods) else ALONE
+        answers = collect_answers(method, truth, track, shared)
         described.append(engine.describe(answers, truth))
         found.append(without_vectors(answers))
     result: dict[str, Any] = {
@@ -190,11 +204,27 @@ def evaluate_methods(
         "methods": described,
         "floor": floor,
         "differences": _differences(found, config),
-        "curve": _curves(methods, truth, config, track),
+        "curve": _curves(methods, truth, config, track, processes),
         "command": None,
     }
     result["summary"] = summarize(result)
     return result, _shown(everything, truth, config, pictures)
+
+
+def _help_sampling(
+    methods: Sequence[Method],
+    source: EmbeddingSource,
+    indices: np.ndarray,
+    config: EvaluationConfig,
+    processes: Processes,
+) -> None:
+    """What `evaluate_methods` shares out, in its order, for a process that is not the first."""
+    nothing = torch.zeros(source.target_dim)  # statistics are for measuring, which the first process does
+    track = _track(False)
+    truth = gather_truth(source, indices, mean=nothing, std=nothing, settings=config.measure, track=track)
+    for method in methods:
+        collect_answers(method, truth, track, processes)
+    _curves(methods, truth, config, track, processes)
 
 
 def _differences(found: Sequence[Answers], config: EvaluationConfig) -> dict[str, Any]:
@@ -211,11 +241,16 @@ def _differences(found: Sequence[Answers], config: EvaluationConfig) -> dict[str
 
 
 def _curves(
-    methods: Sequence[Method], truth: Truth, config: EvaluationConfig, track: Track
+    methods: Sequence[Method], truth: Truth, config: EvaluationConfig, track: Track, processes: Processes
 ) -> dict[str, Any]:
     return {
         method.name: engine.quality_curve(
-            method, truth, calls=config.curve_calls, samples=config.curve_samples, track=track
+            method,
+            truth,
+            calls=config.curve_calls,
+            samples=config.curve_samples,
+            track=track,
+            processes=processes,
         )
         for method in methods
         if isinstance(method, ModelMethod)

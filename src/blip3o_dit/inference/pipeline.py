@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from blip3o_dit.config import TrainingConfig, check_name
 from blip3o_dit.data.dataset import split_samples
 from blip3o_dit.data.source import check_sizes, open_embeddings
 from blip3o_dit.data.store import EmbeddingSource, StoreWriter, batches
+from blip3o_dit.distributed import Processes, join_processes, pick_device
 from blip3o_dit.evaluation.metrics import FidelitySums
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
 from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER
@@ -27,9 +28,14 @@ from blip3o_dit.randomness import named_normal, named_uniform
 
 SPLITS = ("all", "train", "eval")
 
+Found = TypeVar("Found")
+
 
 class BLIP3oInference:
     """A trained model from an output folder or a checkpoint.
+
+    Under a launcher (torchrun, accelerate launch) `generate_from_dataset` and `evaluate_model` share their
+    batches out over its processes, all of which must call them; the results are those of one process.
 
     Args:
         model_path: folder with `config.json` and `model.safetensors`.
@@ -39,6 +45,7 @@ class BLIP3oInference:
         weights: "auto" takes the averaged weights when the folder has them, "ema" insists on them,
             "raw" takes those of the last step.
         compile: `BLIP3oDiTModel.compile_for_generation`, worth its minute for long generations.
+        alone: work alone also under a launcher.
 
     Raises:
         FileNotFoundError, ValueError: one line: no model there, weights that do not fit, no such device.
@@ -52,9 +59,11 @@ class BLIP3oInference:
         dtype: torch.dtype | None = None,
         weights: str = "auto",
         compile: bool = False,
+        alone: bool = False,
     ) -> None:
         self.model_path = Path(model_path)
-        self.device = pick_device(device)
+        self.processes = Processes(device=pick_device(device)) if alone else join_processes(device)
+        self.device = self.processes.device
         self.weights = pick_weights(self.model_path, weights)
         if dtype is None:
             dtype = torch.bfloat16 if multiplies(torch.bfloat16, self.device) else torch.float32
@@ -119,29 +128,36 @@ class BLIP3oInference:
                 see `BLIP3oDiTModel.generate`.
 
         Returns: `generated_clip_embeddings` [n, N, C] and `eva_embeddings`, `target_clip_embeddings`
-            (float32 arrays), `keys`, `captions`, `config`, and `generation_metrics` (a dict or None).
+            (float32 arrays), `keys`, `captions`, `config`, and `generation_metrics` (a dict or None). Of
+            several processes the first returns this and writes; the others return an empty dict.
 
         Raises:
             FileNotFoundError, ValueError: one line naming what was expected and found.
         """
         source = self.open(dataset_path)
         indices = self.choose(source, split, num_samples)
-        if output_path is not None:
+        if output_path is not None and self.processes.is_first:
             check_writable(Path(output_path))
         sums = FidelitySums(self.model.target_mean)
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        sampling = {
+        sampling: dict[str, Any] = {
             "solver": solver,
             "guidance_scale": guidance_scale,
             "guidance_interval": guidance_interval,
             "seed": seed,
         }
-        for _, eva, clip, generated in self._generate_in_batches(
-            source, indices, batch_size, num_inference_steps, sampling, progress
-        ):
+
+        def work(piece: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+            eva, clip = source.fetch(piece)
+            return self.generate(eva, num_inference_steps, sample_index=piece, **sampling), eva, clip
+
+        for _, found in self._in_batches(indices, batch_size, work, progress):
+            generated, _, clip = found
             if compute_metrics:
                 sums.add(generated, self.model.as_trained_on(clip))
-            parts.append((generated, eva, clip))
+            parts.append(found)
+        if not self.processes.is_first:
+            return {}
         arrays = [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
         records = source.records(indices)
         results = {
@@ -189,12 +205,17 @@ class BLIP3oInference:
         indices = self.choose(source, split, num_samples)
         loss_fn = BLIP3oFlowMatchingLoss.from_config(self.model.config.flow)
         sums, total = FidelitySums(self.model.target_mean), 0.0
-        sampling = {"solver": solver, "guidance_scale": guidance_scale, "seed": seed}
-        for piece, eva, clip, generated in self._generate_in_batches(
-            source, indices, batch_size, num_inference_steps, sampling, progress
-        ):
-            total += len(piece) * self._loss(loss_fn, eva, clip, piece, seed)
+        sampling: dict[str, Any] = {"solver": solver, "guidance_scale": guidance_scale, "seed": seed}
+
+        def work(piece: Sequence[int]) -> tuple[float, Tensor, Tensor]:
+            eva, clip = source.fetch(piece)
+            loss = self._loss(loss_fn, eva, clip, piece, seed)
+            return loss, self.generate(eva, num_inference_steps, sample_index=piece, **sampling), clip
+
+        for piece, (loss, generated, clip) in self._in_batches(indices, batch_size, work, progress):
+            total += len(piece) * loss
             sums.add(generated, self.model.as_trained_on(clip))
+        total, sums.state = self.processes.from_first((total, sums.state))
         return {
             "flow_matching_loss": total / len(indices),
             "num_samples": float(len(indices)),
@@ -208,23 +229,16 @@ class BLIP3oInference:
             num_inference_steps = self.model.config.default_steps
         return {"solver": solver, "num_inference_steps": num_inference_steps}
 
-    def _generate_in_batches(
-        self,
-        source: EmbeddingSource,
-        indices: list[int],
-        batch_size: int,
-        num_inference_steps: int | None,
-        sampling: dict[str, Any],
-        progress: bool,
-    ) -> Iterator[tuple[Sequence[int], Tensor, Tensor, Tensor]]:
-        """(indices, conditions, true tokens, generated tokens) of one batch after the other."""
+    def _in_batches(
+        self, indices: list[int], batch_size: int, work: Callable[[Sequence[int]], Found], progress: bool
+    ) -> Iterator[tuple[Sequence[int], Found]]:
+        """(indices, work(indices)) of one batch after the other, on the first process."""
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
-        with tqdm(total=len(indices), desc="generating", unit="sample", disable=not progress) as bar:
-            for piece in batches(indices, batch_size):
-                eva, clip = source.fetch(piece)
-                generated = self.generate(eva, num_inference_steps, sample_index=piece, **sampling)
-                yield piece, eva, clip, generated
+        hidden = not progress or not self.processes.is_first
+        with tqdm(total=len(indices), desc="generating", unit="sample", disable=hidden) as bar:
+            for piece, found in self.processes.in_order(batches(indices, batch_size), work):
+                yield piece, found
                 bar.update(len(piece))
 
     def _loss(
@@ -274,19 +288,6 @@ class BLIP3oInference:
                 "(the model was trained with eval_split 0)"
             )
         return chosen[:num_samples].tolist()
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto" -> a GPU when there is one. Raises ValueError for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: expected {name}, found {torch.cuda.device_count()} CUDA GPUs")
-    return device
 
 
 def write_results(results: dict[str, Any], records: list[dict[str, Any]], path: Path) -> None:

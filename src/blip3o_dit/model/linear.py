@@ -72,8 +72,11 @@ def _from_the_left(x: Tensor) -> bool:
 
 
 def lay_together(weights: Sequence[Tensor]) -> None:
-    """Move the weights [n_i, k] to one piece of memory, one behind another; values and names stay."""
-    if _lie_together(weights) or any(weight.is_meta for weight in weights):
+    """Move the weights [n_i, k] to one piece of memory, one behind another; values and names stay.
+
+    Weights that are sharded over processes stay where they are, and are multiplied one by one.
+    """
+    if any(weight.is_meta or type(weight.data) is not Tensor for weight in weights) or _lie_together(weights):
         return
     joined = torch.cat([weight.detach() for weight in weights])
     start = 0

@@ -104,9 +104,9 @@ class NextDiT(nn.Module):
         x = self._embed(hidden_states, self._embed_guess(guess))  # [B, N, d]
         for layer in self.blocks:
             if self.gradient_checkpointing and self.training:
-                x = self._checkpoint(layer.with_condition, x, condition, temb, rope)
+                x = self._checkpoint(layer, x, condition, temb, rope)
             else:
-                x = layer.with_condition(x, condition, temb, rope)
+                x = layer(x, condition, temb, rope)
         return self.norm_out(x, temb)
 
     def encode_condition(self, condition: Tensor, guess: Tensor | None = None) -> EncodedCondition:
@@ -207,22 +207,22 @@ class NextDiTBlock(nn.Module):
             self.feed_forward.inner_weights(),
         ]
 
-    def with_condition(
-        self, x: Tensor, condition: Tensor, temb: Tensor, rope: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        return self(x, self.condition_keys_values(condition), temb, rope)
-
     def forward(
         self,
         x: Tensor,
-        condition_keys_values: tuple[Tensor, Tensor],
+        condition: Tensor | tuple[Tensor, Tensor],
         temb: Tensor,
         rope: tuple[Tensor, Tensor],
     ) -> Tensor:
+        """x [B, N, d] -> [B, N, d]; `condition` is the projected one [B, L, d], or its keys and values.
+
+        All that a training step takes of the block's weights is in this call, as sharding (FSDP) wants it.
+        """
+        encoded = self.condition_keys_values(condition) if isinstance(condition, Tensor) else condition
         h, gate_msa, scale_mlp, gate_mlp = self.norm1(x, temb)  # [B, N, d], [B, 1, d] three times
         q, k, v, cross_q = products(h, self.weights_of_hidden_states())  # [B, N, d or G h]
         own = attend(self.attn1.queries(q, rope), self.attn1.keys(k, rope), self.attn1.values(v))
-        cross = attend(self.attn2.queries(cross_q, rope), *condition_keys_values)  # [B, H, N, h]
+        cross = attend(self.attn2.queries(cross_q, rope), *encoded)  # [B, H, N, h]
         mixed = own + cross * self.gate.tanh().to(cross.dtype).view(-1, 1, 1)
         attention = self.attn2.to_out[0](mixed.transpose(1, 2).flatten(2))  # [B, N, d]
         x = x + gate_msa.tanh() * self.norm2(attention)

@@ -31,6 +31,16 @@ class EMACallback(TrainerCallback):
     def __init__(self, ema: ExponentialMovingAverage) -> None:
         self.ema = ema
 
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self.ema.lay_out_like(getattr(model, "module", model))
+
     def on_step_end(
         self,
         args: TrainingArguments,

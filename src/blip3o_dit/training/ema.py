@@ -11,26 +11,32 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from blip3o_dit.model.blip3o_dit import EMA_FILE, EMA_VARIANT, BLIP3oDiTModel
+from blip3o_dit.training.sharding import own_part, shard_like, sharded_parameters, whole_tensors
 
 
 class ExponentialMovingAverage:
     """theta_ema <- d_n theta_ema + (1 - d_n) theta, with d_n = min(decay, (1 + n) / (10 + n)).
 
     The warm-up lets short runs forget their initialisation: after n updates the average spans about the
-    last n / 9 of them until `decay` takes over. Kept in float32 on the model's device.
+    last n / 9 of them until `decay` takes over. Kept in float32 on the model's device, and sharded as it is.
     """
 
     def __init__(self, model: BLIP3oDiTModel, decay: float) -> None:
         self.decay = decay
         self.weights = {n: p.detach().clone().float() for n, p in model.named_parameters()}
 
+    def lay_out_like(self, model: BLIP3oDiTModel) -> None:
+        """Follow the model's weights to where they are now; of sharded ones each process keeps its part."""
+        for name, parameter in sharded_parameters(model).items():
+            self.weights[name] = shard_like(self.weights[name], parameter)
+
     @torch.no_grad()
     def update(self, model: BLIP3oDiTModel, num_updates: int) -> None:
         """Fold in the weights after optimizer step number `num_updates`, counted from 1."""
         decay = min(self.decay, (1 + num_updates) / (10 + num_updates))
-        current = dict(model.named_parameters())
-        averages = [self.weights[name] for name in current]
-        values = [parameter.detach().float() for parameter in current.values()]
+        current = sharded_parameters(model)
+        averages = [own_part(self.weights[name]) for name in current]
+        values = [own_part(parameter.detach()).float() for parameter in current.values()]
         torch._foreach_lerp_(averages, values, 1.0 - decay)
 
     def copy_into(self, model: BLIP3oDiTModel) -> None:
@@ -40,16 +46,22 @@ class ExponentialMovingAverage:
     @contextmanager
     def applied(self, model: BLIP3oDiTModel) -> Iterator[None]:
         """Inside, the model has the averaged weights; afterwards its own again, bit for bit."""
-        own = {name: p.detach().clone() for name, p in model.named_parameters()}
+        own = {name: p.detach().clone() for name, p in sharded_parameters(model).items()}
         self.copy_into(model)
         try:
             yield
         finally:
             _copy_into(model, own)
 
-    def save(self, model: BLIP3oDiTModel, folder: str | Path) -> None:
-        """Write `model.ema.safetensors`: averaged weights, and the model's statistics."""
-        state = model.state_dict() | {name: value.to(model.dtype) for name, value in self.weights.items()}
+    def save(self, model: BLIP3oDiTModel, folder: str | Path, *, write: bool = True) -> None:
+        """Write `model.ema.safetensors`: averaged weights, and the model's statistics.
+
+        All processes must call it, and one of them with `write`: parts of weights are put together.
+        """
+        averaged = whole_tensors(self.weights, keep=write)
+        if not write:
+            return
+        state = model.state_dict() | {name: value.to(model.dtype) for name, value in averaged.items()}
         model.save_pretrained(folder, state_dict=state, variant=EMA_VARIANT)
 
     def load(self, folder: str | Path) -> None:
@@ -66,5 +78,5 @@ class ExponentialMovingAverage:
 
 @torch.no_grad()
 def _copy_into(model: BLIP3oDiTModel, weights: dict[str, Tensor]) -> None:
-    for name, parameter in model.named_parameters():
+    for name, parameter in sharded_parameters(model).items():
         parameter.copy_(weights[name])

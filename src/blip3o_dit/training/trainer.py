@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
@@ -24,6 +23,7 @@ from blip3o_dit.config import TRAINING_CONFIG_FILE, TrainingConfig
 from blip3o_dit.data.dataset import EmbeddingDataset, NamedDraws, ShuffledPasses, shuffled_passes, whole_batch
 from blip3o_dit.data.folders import written_aside
 from blip3o_dit.data.store import batches
+from blip3o_dit.distributed import Processes
 from blip3o_dit.evaluation.metrics import FidelitySums
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
 from blip3o_dit.flow.path import PathSample
@@ -50,6 +50,7 @@ from blip3o_dit.training.health import (
 )
 from blip3o_dit.training.monitor import TrainingMonitor
 from blip3o_dit.training.optimizer_file import gathered_state, load_optimizer, save_optimizer
+from blip3o_dit.training.sharding import check_sharding
 from blip3o_dit.training.stopping import StopRequest
 from blip3o_dit.training.throughput import PASSES_PER_STEP, Throughput, forward_flops, matmul_rate
 
@@ -105,6 +106,8 @@ class BLIP3oTrainer(Trainer):
             callbacks=list(callbacks),
         )
         self.config = config
+        self.processes = Processes(args.process_index, args.world_size, args.device)
+        check_sharding(self.accelerator.state)
         self.loss_fn = BLIP3oFlowMatchingLoss.from_config(model.config.flow)
         self.monitor = TrainingMonitor()
         # Waiting for a loss would leave a GPU idle, and a process that stops at once leaves others waiting
@@ -158,8 +161,7 @@ class BLIP3oTrainer(Trainer):
         draw = self.draw(inputs, training=True)
         prediction = self._predict(model, draw)
         output = self.loss_fn(prediction, draw.sample)
-        if model.training:
-            self.losses.add(output.loss, self.state.global_step + 1, inputs)
+        self.losses.add(output.loss, self.state.global_step + 1, inputs)
         if self._throughput is not None:
             self._throughput.count(len(inputs["index"]))
         self.monitor.add(self.loss_fn, draw.sample, draw.source, prediction, output)
@@ -229,31 +231,28 @@ class BLIP3oTrainer(Trainer):
             "step %d: loss %.4g where %.4g is usual; its samples are in %s", *(step, loss, usual, SPIKES_FILE)
         )
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Held-out loss, on draws that are the same at every evaluation."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            draw = self.draw(inputs, training=False)
-            output = self.loss_fn(self._predict(model, draw), draw.sample)
-        return output.loss, None, None
-
     def _predict(self, model: nn.Module, draw: Draw) -> Tensor:
         dtype = self.dit.compute_dtype
         condition = draw.condition.to(dtype)
         return model(draw.network_input.to(dtype), draw.sample.t, condition, draw.source.mean)
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Held-out loss and metrics of generated tokens, both with the averaged weights if there are any."""
-        if self.ema is None:
-            return self._evaluate_weights(*args, **kwargs)
-        with self.ema.applied(self.dit):
-            return self._evaluate_weights(*args, **kwargs)
+    def evaluation_loop(
+        self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Held-out loss and metrics of generated tokens, both with the averaged weights if there are any.
+
+        In place of the Trainer's loop, whose result depends on the number of processes: it fills up the last
+        batches with samples that it has seen.
+        """
+        dataset = dataloader.dataset
+        assert isinstance(dataset, EmbeddingDataset)
+        self.dit.eval()
+        with nullcontext() if self.ema is None else self.ema.applied(self.dit):
+            metrics = {"loss": self._held_out_loss(dataset)}
+            if self.config.eval_samples:
+                metrics |= self._generation_metrics(dataset)
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(None, None, named, len(dataset))  # type: ignore[arg-type]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the monitor's means to a training log line."""
@@ -316,8 +315,7 @@ class BLIP3oTrainer(Trainer):
                 yield aside
         else:
             yield final
-        if self.args.world_size > 1:
-            torch.distributed.barrier()
+        self.processes.wait()
 
     def _write_checkpoint(self, folder: Path) -> None:
         self.save_model(str(folder), _internal_call=True)
@@ -368,20 +366,34 @@ class BLIP3oTrainer(Trainer):
         rate = matmul_rate(config, self.config.batch_size, device, dtype)
         return Throughput(PASSES_PER_STEP * forward_flops(config), rate)
 
-    def _evaluate_weights(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        output = super().evaluation_loop(*args, **kwargs)
-        if self.config.eval_samples and isinstance(self.eval_dataset, EmbeddingDataset):
-            self.dit.eval()
-            metrics = self._generation_metrics(self.eval_dataset)
-            output.metrics.update({f"eval_{name}": value for name, value in metrics.items()})  # type: ignore[union-attr]
-        return output
+    def _held_out_loss(self, dataset: EmbeddingDataset) -> float:
+        """Mean over all samples, on draws that are the same at every evaluation."""
+        pieces = list(batches(range(len(dataset)), self.config.eval_batch_size))
+        mine, counts = zip(*self.processes.share(pieces), strict=True)
+        loader = DataLoader(
+            dataset,
+            batch_sampler=mine,
+            num_workers=self.config.num_workers,
+            collate_fn=whole_batch,  # type: ignore[arg-type]
+        )
+        self.callback_handler.eval_dataloader = loader
+        total = torch.zeros(2, dtype=torch.float64)  # of the losses, and of the samples
+        for batch, counted in zip(loader, counts, strict=True):
+            with torch.no_grad(), self.accelerator.autocast():
+                draw = self.draw(self._prepare_inputs(batch), training=False)
+                loss = self.loss_fn(self._predict(self.dit, draw), draw.sample).loss
+            if counted:
+                samples = len(batch["index"])
+                total += torch.tensor([samples * float(loss), samples], dtype=torch.float64)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        loss_sum, samples = self.processes.sum(total).tolist()
+        return loss_sum / samples
 
     def _generation_metrics(self, dataset: EmbeddingDataset) -> dict[str, float]:
-        """Fidelity of generated tokens for the first held-out samples, shared out over the processes."""
+        """Fidelity of generated tokens for the first held-out samples."""
         wanted = dataset.indices[: self.config.eval_samples]
-        mine = wanted[self.args.process_index :: self.args.world_size]
         sums = FidelitySums(self.dit.target_mean)
-        for piece in batches(mine, self.config.eval_batch_size):
+        for piece, counted in self.processes.share(list(batches(wanted, self.config.eval_batch_size))):
             eva, clip = dataset.source.fetch(piece)
             generated = self.dit.generate(
                 eva,
@@ -389,12 +401,9 @@ class BLIP3oTrainer(Trainer):
                 seed=self.config.seed,
                 sample_index=piece.tolist(),
             )
-            sums.add(generated, self.dit.as_trained_on(clip))
-        if self.args.world_size > 1:
-            state = sums.state.float() if self.args.device.type == "mps" else sums.state
-            state = state.to(self.args.device)
-            torch.distributed.all_reduce(state)
-            sums.state = state.cpu().double()
+            if counted:
+                sums.add(generated, self.dit.as_trained_on(clip))
+        sums.state = self.processes.sum(sums.state)
         return sums.result()
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
@@ -402,16 +411,20 @@ class BLIP3oTrainer(Trainer):
         assert isinstance(dataset, EmbeddingDataset)
         config = self.config
         self._passes = shuffled_passes(
-            dataset, shuffle=config.shuffle, window=config.shuffle_window, seed=config.seed
+            dataset,
+            shuffle=config.shuffle,
+            window=config.shuffle_window,
+            seed=config.seed,
+            global_batch=global_batch(config, self.args.world_size),
         )
         return self._passes
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = output_dir or self.args.output_dir or ""
         super()._save(folder, state_dict)
+        if self.ema is not None:
+            self.ema.save(self.dit, folder, write=self.args.should_save)
         if self.args.should_save:
-            if self.ema is not None:
-                self.ema.save(self.dit, folder)
             Path(folder, TRAINING_CONFIG_FILE).write_bytes(self.config.to_json())
             # A pickle that nothing reads; training_config.json says the same in plain text.
             Path(folder, TRAINING_ARGS_NAME).unlink(missing_ok=True)

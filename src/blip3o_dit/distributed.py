@@ -1,0 +1,127 @@
+"""The processes that were launched together, and how they share out work.
+
+Whole batches are dealt out in turn: a batch holds the same samples whatever the number of processes, and so
+gives the same numbers. What the processes found comes together on the first one, in the order in which one
+process alone would have found it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed
+from accelerate import PartialState
+from torch import Tensor
+
+from blip3o_dit.launch import check_launch
+
+# The first process fits baselines and writes files while the others wait for it; torch would give up on it
+# after ten minutes. A process that died ends the wait too: the launcher stops the rest.
+LONGEST_WAIT = timedelta(days=1)
+
+_CPU = torch.device("cpu")
+
+Piece = TypeVar("Piece")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among `count`: its number, and the device it computes on. By default it is alone."""
+
+    rank: int = 0
+    count: int = 1
+    device: torch.device = _CPU
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that collects, writes and reports."""
+        return self.rank == 0
+
+    def share(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, bool]]:
+        """This process's pieces, and whether each one counts.
+
+        All processes get equally many, as calls of a model whose weights are sharded must be: a process that
+        has none left repeats the last piece, which then does not count.
+        """
+        for start in range(0, len(pieces), self.count):
+            mine = start + self.rank
+            yield pieces[min(mine, len(pieces) - 1)], mine < len(pieces)
+
+    def in_order(
+        self, pieces: Iterable[Piece], work: Callable[[Piece], Result]
+    ) -> Iterator[tuple[Piece, Result]]:
+        """(piece, work(piece)) in the order of the pieces, on the first process; the others get none.
+
+        All must ask for it, with the same pieces.
+        """
+        waiting = iter(pieces)
+        while together := list(islice(waiting, self.count)):
+            mine = work(together[self.rank]) if self.rank < len(together) else None
+            yield from zip(together, self._gather(mine), strict=False)  # the last round may be short
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes, on the CPU."""
+        if self.count == 1:
+            return tensor.cpu()
+        tensor = tensor.to("cpu" if self.device.type == "mps" else self.device, copy=True)
+        torch.distributed.all_reduce(tensor)
+        return tensor.cpu()
+
+    def from_first(self, value: Any) -> Any:
+        """The first process's value, on all of them."""
+        if self.count == 1:
+            return value
+        held = [value]
+        torch.distributed.broadcast_object_list(held, src=0)
+        return held[0]
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+    def _gather(self, value: Any) -> list[Any]:
+        """Every process's value, on the first one; elsewhere nothing."""
+        if self.count == 1:
+            return [value]
+        found: list[Any] | None = [None] * self.count if self.is_first else None
+        torch.distributed.gather_object(value, found)
+        return found or []
+
+
+ALONE = Processes()
+
+
+def join_processes(device: str = "auto") -> Processes:
+    """The processes that a launcher (torchrun, accelerate launch, srun) started, each with its own device.
+
+    Raises:
+        ValueError: for a device that is not there, or processes that do not see each other.
+    """
+    wanted = pick_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Processes(device=wanted)
+    state = PartialState(cpu=wanted.type == "cpu", timeout=LONGEST_WAIT)
+    check_launch(state.num_processes)
+    own = state.device if wanted == torch.device("cuda") else wanted
+    return Processes(state.process_index, state.num_processes, own)
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" -> a GPU when there is one. Raises ValueError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: expected {name}, found {torch.cuda.device_count()} CUDA GPUs")
+    return device

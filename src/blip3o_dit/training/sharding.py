@@ -1,0 +1,68 @@
+"""Weights that are shared out over processes (FSDP, torch's `fully_shard`), for averaging and saving."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+CONFIG_FILE = "configs/accelerate/fsdp.yaml"
+
+
+def check_sharding(state: Any) -> None:
+    """Refuse (ValueError) settings of FSDP, in an `AcceleratorState`, that this package does not know."""
+    plugin = getattr(state, "fsdp_plugin", None)
+    if plugin is None:
+        return
+    found = {
+        "fsdp_version": plugin.fsdp_version,
+        # accelerate would send buffers around as if they were sharded, and the statistics are buffers.
+        "fsdp_cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading,
+        # Otherwise the saved model would not be one ordinary safetensors file.
+        "fsdp_state_dict_type": plugin.state_dict_type.name,
+    }
+    expected = {
+        "fsdp_version": 2,
+        "fsdp_cpu_ram_efficient_loading": False,
+        "fsdp_state_dict_type": "FULL_STATE_DICT",
+    }
+    for name, value in found.items():
+        if value != expected[name]:
+            raise ValueError(f"{name}: expected {expected[name]} as in {CONFIG_FILE}, found {value}")
+
+
+def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by name; of sharded ones each process's own part, which is what optimizers change.
+
+    A forward pass without a backward one leaves some parameters whole, in copies that are thrown away.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return dict(model.named_parameters())
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, in the same memory; any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor that every process has whole, on the device of the parameter and shared out as it is."""
+    tensor = tensor.to(parameter.device)
+    if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
+        return tensor
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def whole_tensors(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Sharded tensors put together, which takes all processes; an empty dict where they are not kept."""
+    kept = {}
+    for name, tensor in tensors.items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            kept[name] = whole.cpu() if isinstance(tensor, DTensor) else whole
+    return kept
