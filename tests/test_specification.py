@@ -738,8 +738,10 @@ def assert_trained_once(output: Path, said: str, *, processes: int) -> None:
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2]
     assert [entry["step"] for entry in log if "eval_loss" in entry] == [2]
     assert sum("train_runtime" in entry for entry in log) == 1
-    states = sorted(path.name for path in (output / "checkpoint-2").glob("rng_state*"))
-    assert states == (["rng_state.pth"] if processes == 1 else ["rng_state_0.pth", "rng_state_1.pth"])
+    progress = json_of(output / "checkpoint-2" / "progress.json")
+    settings = json_of(output / "training_config.json")
+    steps = settings["batch_size"] * settings["gradient_accumulation_steps"]
+    assert progress["run"]["global_batch"] == processes * steps
 
 
 @pytest.mark.slow

@@ -133,6 +133,12 @@ def test_weights_of_a_model_lie_together_whatever_was_done_to_it(tmp_path: objec
     assert lie_together(BLIP3oDiTModel.from_pretrained(tmp_path))
 
 
+def test_loaded_weights_lie_where_made_ones_do(tmp_path: object) -> None:
+    BLIP3oDiTModel(tiny_config()).save_pretrained(tmp_path)
+    loaded = BLIP3oDiTModel.from_pretrained(tmp_path)
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in loaded.state_dict().values())
+
+
 def test_saving_writes_every_weight_once_and_copies_none(
     tmp_path: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:

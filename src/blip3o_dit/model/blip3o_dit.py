@@ -27,6 +27,8 @@ from blip3o_dit.randomness import named_normal
 
 logger = logging.getLogger(__name__)
 
+ALIGNMENT = 64  # bytes; what torch's own allocator gives on a CPU
+
 GENERATION_STREAM = "generation noise"
 
 STATISTICS = ["condition_mean", "condition_std", "target_mean", "target_std"]
@@ -442,6 +444,7 @@ class BLIP3oDiTModel(PreTrainedModel):
             )
         model, info = loaded
         refuse_misfits(str(pretrained_model_name_or_path), info)
+        _align(model)
         model.dit.lay_weights_together()
         return (model, info) if wants_info else model
 
@@ -453,6 +456,17 @@ def check_compiler(wanted_by: str, device: torch.device) -> None:
         raise ValueError(f"{wanted_by}: expected a C++ compiler (g++ or clang++), found none")
     if device.type == "cuda" and not importlib.util.find_spec("triton"):
         raise ValueError(f"{wanted_by}: expected triton, which comes with torch's CUDA builds, found none")
+
+
+def _align(model: nn.Module) -> None:
+    """Move what a file maps to an odd address to memory of its own.
+
+    A matrix library may take another path there, whose sums are rounded differently: a model would not give
+    the same samples after saving and loading.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def _with_storage_of_its_own(tensor: Tensor) -> Tensor:
