@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from blip3o_dit.training.ema import ExponentialMovingAverage
+from blip3o_dit.training.sharding import let_generate
 
 LOG_FILE = "training_log.jsonl"
 CURVES_FILE = "training_curves.png"
@@ -30,16 +31,6 @@ class EMACallback(TrainerCallback):
     def __init__(self, ema: ExponentialMovingAverage) -> None:
         self.ema = ema
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        self.ema.lay_out_like(getattr(model, "module", model))
-
     def on_step_end(
         self,
         args: TrainingArguments,
@@ -49,6 +40,25 @@ class EMACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self.ema.update(getattr(model, "module", model), state.global_step)
+
+
+class ShardingCallback(TrainerCallback):
+    """Makes ready for weights that may have been sharded by now: averaging them, and generation."""
+
+    def __init__(self, ema: ExponentialMovingAverage | None) -> None:
+        self.ema = ema
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        let_generate(model)
+        if self.ema is not None:
+            self.ema.lay_out_like(model)
 
 
 class BeforeOptimizerStep(TrainerCallback):

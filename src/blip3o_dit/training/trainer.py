@@ -25,7 +25,13 @@ from blip3o_dit.flow.path import PathSample
 from blip3o_dit.flow.times import training_times
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.source import AffineSource
-from blip3o_dit.training.callbacks import BeforeOptimizerStep, ConsoleCallback, EMACallback, JSONLogCallback
+from blip3o_dit.training.callbacks import (
+    BeforeOptimizerStep,
+    ConsoleCallback,
+    EMACallback,
+    JSONLogCallback,
+    ShardingCallback,
+)
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.monitor import FiniteLosses, TrainingMonitor
 from blip3o_dit.training.sharding import check_sharding
@@ -96,6 +102,7 @@ class BLIP3oTrainer(Trainer):
         if config.ema_decay > 0:
             self.ema = ExponentialMovingAverage(self.dit, config.ema_decay)
             self.add_callback(EMACallback(self.ema))
+        self.add_callback(ShardingCallback(self.ema))
         self.add_callback(JSONLogCallback())
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
