@@ -133,6 +133,9 @@ class BLIP3oDiTModel(PreTrainedModel):
         self.dit.lay_weights_together()
         return self
 
+    def get_input_embeddings(self) -> None:  # type: ignore[override]
+        """None, as there is no vocabulary; accelerate asks before it shards a model."""
+
     @property
     def compute_dtype(self) -> torch.dtype:
         """What the network should be fed: its weights' dtype, or float32 where that would be emulated."""

@@ -114,7 +114,7 @@ class NextDiT(nn.Module):
         condition = self.caption_projection(condition)  # [B, L, d]
         return EncodedCondition(
             pooled=self.time_caption_embed.pool(condition),
-            keys_values=[layer.condition_keys_values(condition) for layer in self.blocks],
+            keys_values=[layer.encode(condition) for layer in self.blocks],
             guess=self._embed_guess(guess),
         )
 
@@ -189,6 +189,10 @@ class NextDiTBlock(nn.Module):
         """Projected condition [B, L, d] -> keys and values [B, G, L, h]; no rotary embedding on them."""
         k, v = products(self.norm1_context(condition), self.weights_of_condition())  # [B, L, G h]
         return self.attn2.keys(k), self.attn2.values(v)
+
+    def encode(self, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """`condition_keys_values`, asked for from outside of the block: sharding (FSDP) hooks in here."""
+        return self.condition_keys_values(condition)
 
     def weights_of_hidden_states(self) -> list[Tensor]:
         """Self-attention's queries, keys and values, and cross-attention's queries."""

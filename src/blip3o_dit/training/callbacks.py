@@ -18,6 +18,7 @@ from transformers import (
 
 from blip3o_dit.data.store import write_atomically
 from blip3o_dit.training.ema import ExponentialMovingAverage
+from blip3o_dit.training.sharding import let_generate
 
 LOG_FILE = "training_log.jsonl"
 CURVES_FILE = "training_curves.png"
@@ -31,16 +32,6 @@ class EMACallback(TrainerCallback):
     def __init__(self, ema: ExponentialMovingAverage) -> None:
         self.ema = ema
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        self.ema.lay_out_like(getattr(model, "module", model))
-
     def on_step_end(
         self,
         args: TrainingArguments,
@@ -50,6 +41,25 @@ class EMACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self.ema.update(getattr(model, "module", model), state.global_step)
+
+
+class ShardingCallback(TrainerCallback):
+    """Makes ready for weights that may have been sharded by now: averaging them, and generation."""
+
+    def __init__(self, ema: ExponentialMovingAverage | None) -> None:
+        self.ema = ema
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        let_generate(model)
+        if self.ema is not None:
+            self.ema.lay_out_like(model)
 
 
 class StepHooks(TrainerCallback):

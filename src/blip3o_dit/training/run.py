@@ -188,7 +188,8 @@ def _set_source(
 def _first_step(trainer: BLIP3oTrainer) -> None:
     """Forward and backward of one batch, no update: whatever cannot work fails here."""
     batch = next(iter(trainer.get_train_dataloader()))
-    trainer.dit.train()
+    # With FSDP the Trainer leaves the model on the CPU until it trains.
+    trainer.dit.to(trainer.args.device).train()  # type: ignore[arg-type]
     with trainer.compute_loss_context_manager():
         loss = trainer.compute_loss(trainer.dit, trainer._prepare_inputs(batch))
     loss.backward()

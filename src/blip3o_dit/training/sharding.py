@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 
 CONFIG_FILE = "configs/accelerate/fsdp.yaml"
 
@@ -32,6 +34,13 @@ def check_sharding(state: Any) -> None:
     for name, value in found.items():
         if value != expected[name]:
             raise ValueError(f"{name}: expected {expected[name]} as in {CONFIG_FILE}, found {value}")
+
+
+def let_generate(model: BLIP3oDiTModel) -> None:
+    """Have a sharded model gather its weights for generation as it does for a training step."""
+    for module, method in [(model, "generate"), *((block, "encode") for block in model.dit.blocks)]:
+        if isinstance(module, FSDPModule):
+            register_fsdp_forward_method(module, method)
 
 
 def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

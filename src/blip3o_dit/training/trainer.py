@@ -31,7 +31,13 @@ from blip3o_dit.flow.times import training_times
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.source import AffineSource
 from blip3o_dit.randomness import named_seed
-from blip3o_dit.training.callbacks import ConsoleCallback, EMACallback, JSONLogCallback, StepHooks
+from blip3o_dit.training.callbacks import (
+    ConsoleCallback,
+    EMACallback,
+    JSONLogCallback,
+    ShardingCallback,
+    StepHooks,
+)
 from blip3o_dit.training.checkpoint import (
     TRAINER_STATE_FILE,
     Progress,
@@ -127,6 +133,7 @@ class BLIP3oTrainer(Trainer):
         if config.ema_decay > 0:
             self.ema = ExponentialMovingAverage(self.dit, config.ema_decay)
             self.add_callback(EMACallback(self.ema))
+        self.add_callback(ShardingCallback(self.ema))
         self.add_callback(JSONLogCallback())
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)

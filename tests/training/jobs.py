@@ -1,0 +1,146 @@
+"""What the tests of several processes do in each of them; the same functions run in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+
+from blip3o_dit.config import TrainingConfig
+from blip3o_dit.data.store import EmbeddingStore
+from blip3o_dit.distributed import join_processes
+from blip3o_dit.evaluation.truth import EvaluationSettings
+from blip3o_dit.inference.evaluate import EvaluationConfig, evaluate_models
+from blip3o_dit.inference.pipeline import BLIP3oInference
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.training.ema import ExponentialMovingAverage
+from blip3o_dit.training.run import build_trainer, train
+from blip3o_dit.training.sharding import check_sharding, let_generate
+from tests.conftest import randomize, tiny_config
+
+torch.set_num_threads(1)
+
+# 90 samples: 75 to train on, 3 global batches of 32 a pass, and 15 held out, 2 batches of 8 and 7.
+CONFIG: dict[str, Any] = dict(
+    model_dim=32,
+    num_layers=2,
+    num_heads=2,
+    learning_rate=1e-3,
+    eval_split=1 / 6,
+    eval_batch_size=8,
+    eval_samples=11,
+    eval_inference_steps=2,
+    logging_steps=1,
+    save_steps=1000,
+    cfg_dropout=0.1,
+    device="cpu",
+)
+
+
+def train_once(store: Path, output: Path, changes: dict[str, Any]) -> None:
+    train(TrainingConfig(embeddings_path=str(store), output_dir=str(output), **(CONFIG | changes)))
+
+
+def train_sharded(store: Path, output: Path, changes: dict[str, Any]) -> list[str]:
+    """`train_once` with weights sharded as accelerate does it for configs/accelerate/fsdp.yaml on GPUs.
+
+    On a CPU accelerate ignores such a configuration, so its state is set by hand before training begins.
+    Returns the kinds of the trained parameters.
+    """
+    config = TrainingConfig(embeddings_path=str(store), output_dir=str(output), **(CONFIG | changes))
+    trainer = build_trainer(EmbeddingStore(store), config)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["NextDiTBlock"],
+        state_dict_type="FULL_STATE_DICT",
+        reshard_after_forward=True,
+        cpu_ram_efficient_loading=False,
+    )
+    for state in (PartialState, AcceleratorState):
+        state._shared_state["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state["fsdp_plugin"] = plugin
+    check_sharding(trainer.accelerator.state)
+    trainer.is_fsdp_enabled = True
+    trainer.train()
+    trainer.save_model()
+    return sorted({type(parameter).__name__ for parameter in trainer.model.parameters()})
+
+
+def ask(model: Path, store: Path, output: Path) -> tuple[dict[str, Any], dict[str, float], dict[str, Any]]:
+    """Generated tokens, metrics and a report."""
+    inference = BLIP3oInference(model, device="cpu", dtype=torch.float32)
+    generated = inference.generate_from_dataset(
+        store, num_samples=21, batch_size=4, output_path=output / "generated.pkl", progress=False
+    )
+    metrics = inference.evaluate_model(store, batch_size=4, progress=False)
+    measure = EvaluationSettings(
+        batch_size=4, draws=3, draw_samples=9, distribution_samples=64, bootstrap=20, half_samples=4
+    )
+    config = EvaluationConfig(curve_calls=(2,), curve_samples=10, shown=0, device="cpu", measure=measure)
+    return generated, metrics, evaluate_models([model], store, output, config, progress=False)
+
+
+def use_processes() -> tuple[Any, Any, Any, Any]:
+    """Pieces in order, their sum, the first one's value, and the share of this process."""
+    processes = join_processes("cpu")
+    pieces = list(range(5))
+    in_order = list(processes.in_order(iter(pieces), lambda piece: piece**2))
+    total = processes.sum(torch.tensor([processes.rank + 1.0]))
+    processes.wait()
+    return in_order, total.item(), processes.from_first(processes.rank), list(processes.share(pieces))
+
+
+def shard_and_train(folder: Path, checkpointing: bool) -> None:
+    """Some steps of a tiny real model under torch's own `fully_shard`; the first process saves the model.
+
+    It also generates while it is sharded, with the averaged weights, and takes more steps with its own after.
+    """
+    processes = join_processes("cpu")
+    model = BLIP3oDiTModel(tiny_config(gradient_checkpointing=checkpointing))
+    randomize(model)
+    average = ExponentialMovingAverage(model, 0.5)
+    if processes.count > 1:
+        for block in model.dit.blocks:
+            fully_shard(block)
+        fully_shard(model)
+    let_generate(model)
+    average.lay_out_like(model)
+    losses = _steps(model, average, processes.rank, processes.count)
+    with average.applied(model.eval()):
+        generated = model.generate(torch.ones(2, 9, 12), num_inference_steps=2)
+    losses += _steps(model, average, processes.rank, processes.count)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    average.save(model, folder, write=processes.is_first)
+    if processes.is_first:
+        model.save_pretrained(folder, state_dict=state)
+        torch.save({"losses": losses, "generated": generated}, folder / "found.pt")
+
+
+def _steps(model: BLIP3oDiTModel, average: ExponentialMovingAverage, rank: int, count: int) -> list[float]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model.train()
+    losses = []
+    for step in range(1, 6):
+        generator = torch.Generator().manual_seed(step)
+        x, target = torch.randn(2, 8, 9, 8, generator=generator)
+        condition, t = torch.randn(8, 9, 12, generator=generator), torch.rand(8, generator=generator)
+        mine = slice(rank * 8 // count, (rank + 1) * 8 // count)
+        loss = F.mse_loss(model(x[mine], t[mine], condition[mine]), target[mine])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update(model, step)
+        losses.append(loss.detach())
+    means = torch.stack(losses)
+    if count > 1:
+        torch.distributed.all_reduce(means)
+    return (means / count).tolist()

@@ -1,0 +1,172 @@
+"""Several processes give what one gives: training, evaluation, generation, reports; sharded weights."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from blip3o_dit.model.blip3o_dit import EMA_FILE, BLIP3oDiTModel
+from blip3o_dit.training.callbacks import read_log
+from tests.launched import launch
+from tests.stores import write_linear_store
+from tests.training import jobs
+
+pytestmark = pytest.mark.slow
+
+STEPS = 50  # 16 whole passes and a part of another one
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_linear_store(tmp_path_factory.mktemp("data") / "store", samples=90).path
+
+
+@pytest.fixture(scope="module")
+def run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """processes x batch x accumulation -> the output folder of a training, made once."""
+    finished: dict[tuple[int, int, int], Path] = {}
+
+    def find(processes: int, batch: int, accumulation: int = 1) -> Path:
+        key = (processes, batch, accumulation)
+        if key not in finished:
+            finished[key] = tmp_path_factory.mktemp("run") / "x".join(map(str, key))
+            changes = dict(batch_size=batch, gradient_accumulation_steps=accumulation)
+            changes |= dict(max_steps=STEPS, eval_steps=25)
+            if processes == 1:
+                jobs.train_once(store, finished[key], changes)
+            else:
+                launch(jobs.train_once, processes, store, finished[key], changes)
+        return finished[key]
+
+    return find
+
+
+def logged(folder: Path, *, evaluation: bool = False) -> dict[str, np.ndarray]:
+    """Each logged quantity over the steps, without what depends on the clock."""
+    name = "eval_loss" if evaluation else "loss"
+    entries = [entry for entry in read_log(folder / "training_log.jsonl") if name in entry]
+    timed = ("per_second", "runtime", "mfu", "data_wait")
+    names = [name for name in entries[0] if not name.endswith(timed)]
+    return {name: np.array([entry[name] for entry in entries]) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("processes", "batch", "accumulation"), [(1, 8, 4), (2, 16, 1), (4, 8, 1), (2, 8, 2)]
+)
+def test_training_does_not_depend_on_how_a_batch_is_shared_out(
+    run: Callable[..., Path], processes: int, batch: int, accumulation: int
+) -> None:
+    one, other = run(1, 32), run(processes, batch, accumulation)
+    expected, found = logged(one), logged(other)
+    assert expected.keys() == found.keys() and len(found["loss"]) == STEPS
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
+    for name in ("epoch", "learning_rate", "flow_matching_loss", "cosine_similarity", "l2_distance"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    for file in ("model.safetensors", EMA_FILE):
+        weights = load_file(other / file)
+        for name, tensor in load_file(one / file).items():
+            torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_held_out_figures_do_not_depend_on_the_number_of_processes(
+    run: Callable[..., Path], processes: int
+) -> None:
+    """15 samples in batches of 8 and 7, of which 4 processes get two."""
+    expected = logged(run(1, 32), evaluation=True)
+    found = logged(run(processes, 32 // processes), evaluation=True)
+    assert {"eval_loss", "eval_r2", "eval_cosine_similarity_mean"} <= set(found)
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_work_is_shared_out_and_comes_together_in_order(processes: int) -> None:
+    everything = [(piece, piece**2) for piece in range(5)]
+    found = launch(jobs.use_processes, processes)
+    assert [in_order for in_order, *_ in found] == [everything] + [[]] * (processes - 1)
+    assert {total for _, total, *_ in found} == {processes * (processes + 1) / 2}
+    assert {value for _, _, value, _ in found} == {0}
+    shares = [share for *_, share in found]
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(piece for share in shares for piece, counts in share if counts) == list(range(5))
+
+
+@pytest.mark.parametrize("processes", [2])
+def test_generation_and_reports_are_those_of_one_process(
+    run: Callable[..., Path], store: Path, tmp_path: Path, processes: int
+) -> None:
+    """21 samples in 6 batches, bit for bit."""
+    folders = [tmp_path / "one", tmp_path / "several"]
+    for folder in folders:
+        folder.mkdir()
+    expected = jobs.ask(run(1, 32), store, folders[0])
+    first, *others = launch(jobs.ask, processes, run(1, 32), store, folders[1])
+    for generated, metrics, report in others:
+        assert generated == {} and report == {} and metrics == expected[1]
+    assert first[1] == expected[1]
+    written = [pickle.loads((folder / "generated.pkl").read_bytes()) for folder in folders]
+    for name in ("generated_clip_embeddings", "eva_embeddings", "target_clip_embeddings"):
+        assert np.array_equal(written[0][name], written[1][name]), name
+    assert written[0]["keys"] == written[1]["keys"]
+    assert written[0]["generation_metrics"] == written[1]["generation_metrics"]
+    reports = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
+    assert _without_clock(reports[0]) == _without_clock(reports[1])
+    assert (folders[1] / "report.html").is_file()
+
+
+def _without_clock(report: dict[str, Any]) -> dict[str, Any]:
+    for method in report["methods"]:
+        del method["cost"]
+    for points in report["curve"].values():
+        for point in points:
+            del point["milliseconds_per_sample"]
+    return {name: value for name, value in report.items() if name not in ("command", "summary")}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_sharded_weights_train_average_and_generate_as_whole_ones(
+    tmp_path: Path, checkpointing: bool
+) -> None:
+    """torch's `fully_shard`, 2 processes: the same steps, and an ordinary model folder for one process."""
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    jobs.shard_and_train(folders[0], checkpointing)
+    launch(jobs.shard_and_train, 2, folders[1], checkpointing)
+    one, two = (torch.load(folder / "found.pt") for folder in folders)
+    np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-4)
+    torch.testing.assert_close(two["generated"], one["generated"], rtol=1e-4, atol=1e-4)
+    eva = torch.randn(2, 9, 12)
+    for variant in (None, "ema"):
+        models = [BLIP3oDiTModel.from_pretrained(folder, variant=variant) for folder in folders]
+        tokens = [model.generate(eva, num_inference_steps=2) for model in models]
+        torch.testing.assert_close(tokens[1], tokens[0], rtol=1e-4, atol=1e-4)
+        assert models[1].config.architectures == ["BLIP3oDiTModel"]
+
+
+def test_the_trainer_shards_weights(store: Path, run: Callable[..., Path], tmp_path: Path) -> None:
+    """The Trainer's and accelerate's own path, put on a CPU by hand: see `jobs.train_sharded`."""
+    changes = dict(batch_size=16, max_steps=STEPS, eval_steps=25, save_steps=25)
+    kinds = launch(jobs.train_sharded, 2, store, tmp_path / "sharded", changes)
+    assert kinds == [["DTensor"]] * 2
+    one, two = run(1, 32), tmp_path / "sharded"
+    np.testing.assert_allclose(logged(two)["loss"], logged(one)["loss"], rtol=1e-4)
+    for name, values in logged(one, evaluation=True).items():
+        np.testing.assert_allclose(logged(two, evaluation=True)[name], values, rtol=1e-4, err_msg=name)
+    for file in ("model.safetensors", EMA_FILE):
+        weights = load_file(two / file)
+        for name, tensor in load_file(one / file).items():
+            torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+    eva = torch.randn(2, 9, 12)
+    models = [BLIP3oDiTModel.from_pretrained(folder, variant="ema") for folder in (one, two)]
+    tokens = [model.generate(eva, num_inference_steps=2) for model in models]
+    torch.testing.assert_close(tokens[1], tokens[0], rtol=1e-3, atol=1e-3)
