@@ -3,12 +3,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test fuzz lint bench clean
 
 help:
 	@echo "make setup   install everything into .venv"
 	@echo "make demo    handwritten digits: two vision towers, a training run, a table and a picture"
 	@echo "make test    all tests"
+	@echo "make fuzz    hostile and broken input for MINUTES (10), from SEED (0)"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   trainings with a known best answer, for each prediction type"
 
@@ -25,6 +26,11 @@ demo: .venv/installed
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
+MINUTES ?= 10
+SEED ?= 0
+fuzz: .venv/installed
+	PYTHONPATH=src OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --minutes $(MINUTES) --seed $(SEED)
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,4 +40,4 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf .venv outputs build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv outputs build fuzz-input .mypy_cache .ruff_cache .pytest_cache .hypothesis

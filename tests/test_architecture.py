@@ -20,6 +20,8 @@ ALLOWED = {
     "quiet": set(),
     "errors": set(),
     "token_colours": set(),
+    "files": set(),
+    "folders": set(),
     "flow": set(),
     "data": set(),
     "model": {"flow"},
@@ -29,7 +31,19 @@ ALLOWED = {
     "training": {"model", "flow", "data", "evaluation"},
     "cli": {"model", "flow", "data", "evaluation", "extraction", "inference", "training"},
 }
-BOTTOM = {"config", "randomness", "launch", "distributed", "quiet", "errors", "token_colours"}
+BOTTOM = {
+    *(
+        "config",
+        "randomness",
+        "launch",
+        "distributed",
+        "quiet",
+        "errors",
+        "token_colours",
+        "files",
+        "folders",
+    ),
+}
 FILES = sorted(SOURCE.rglob("*.py"))
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from blip3o_dit.config import BLIP3oDiTConfig, FlowMatchingConfig, TrainingConfig, default_ffn_dim
+from blip3o_dit.config import BLIP3oDiTConfig, FlowMatchingConfig, TrainingConfig, default_ffn_dim, is_hub_id
 
 
 def test_defaults_are_the_official_sizes_at_our_widths() -> None:
@@ -91,3 +92,89 @@ def test_training_config_reads_what_it_writes_and_refuses_the_rest(tmp_path: Pat
         TrainingConfig.from_folder(tmp_path)
     with pytest.raises(ValueError, match=r"expected training_config\.json, found none"):
         TrainingConfig.from_folder(tmp_path / "nowhere")
+
+
+# Files that anyone may have written
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    config = BLIP3oDiTConfig(model_dim=8, num_layers=1, num_heads=1)
+    config.save_pretrained(tmp_path)
+    training = TrainingConfig(embeddings_path="store", output_dir="run")
+    (tmp_path / "training_config.json").write_bytes(training.to_json())
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_dim": 10**30}, "model_dim: expected at most 1048576"),
+        ({"num_layers": 10**9}, "num_layers: expected at most 1048576"),
+        ({"flow_matching": 5}, "flow_matching: expected an object, found 5"),
+        ({"flow_matching": {"x" * 9999: 1}}, "flow_matching: unknown ['xxx"),
+        ({"flow_matching": {"sigma_max": 10**400}}, "sigma_max: expected a number"),
+        ({"flow_matching": {"source": []}}, "source: expected one of"),
+        ({"rope_theta": True}, "rope_theta: expected a positive number, found True"),
+        ({"dtype": "nul"}, "dtype: expected one of"),
+        ({"dtype": {"a": 1}}, "dtype: expected one of"),
+        ({"model_type": "bert"}, "expected model_type 'blip3o-dit', found 'bert'"),
+        ({"architectures": 5}, "architectures: expected a list of names"),
+        ({"transformers_version": []}, "transformers_version: expected text"),
+        ({"auto_map": {"AutoModel": "evil.Evil"}}, "unknown ['auto_map']"),
+        ({"attn_implementation": "owner/kernel"}, "unknown ['attn_implementation']"),
+        ({"quantization_config": {}}, "unknown ['quantization_config']"),
+        ({"id2label": 5}, "unknown ['id2label']"),
+    ],
+)
+def test_a_model_config_that_is_none_is_refused_by_file(
+    written: Path, change: dict[str, Any], message: str
+) -> None:
+    file = written / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=f"^{file}: ") as caught:
+        BLIP3oDiTConfig.from_pretrained(written)
+    assert message in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 800
+
+
+@pytest.mark.parametrize("name", ["config.json", "training_config.json"])
+@pytest.mark.parametrize("content", [b"", b"[]", b"5", b"{", b"\xff", b"[" * 9999, b'{"a": NaN}'])
+def test_a_config_that_is_no_object_is_refused_by_file(written: Path, name: str, content: bytes) -> None:
+    (written / name).write_bytes(content)
+    read = BLIP3oDiTConfig.from_pretrained if name == "config.json" else TrainingConfig.from_folder
+    with pytest.raises(ValueError, match=f"^{written / name}: "):
+        read(written)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_epochs": "3"}, "num_epochs: expected a number above 0, found '3'"),
+        ({"num_epochs": []}, "num_epochs: expected a number above 0, found []"),
+        ({"time_shift": []}, "time_shift: expected a number"),
+        ({"model_dim": None}, "model_dim: expected a positive integer, found None"),
+        ({"num_heads": 2**48}, "num_heads: expected at most 1048576"),
+        ({"seed": 10**400}, "seed: expected an integer below 2^53"),
+        ({"fp16": 0}, "fp16: expected true or false, found 0"),
+        ({"embeddings_path": ["x"]}, "embeddings_path: expected text"),
+        ({"wandb_project": 5}, "wandb_project: expected text, found 5"),
+        ({"solver": {"a": 1}}, "solver: expected text"),
+        ({"../x": 1}, "unknown ['../x']"),
+    ],
+)
+def test_a_training_config_with_bad_values_is_refused_by_file(
+    written: Path, change: dict[str, Any], message: str
+) -> None:
+    file = written / "training_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=f"^{file}: ") as caught:
+        TrainingConfig.from_folder(written)
+    assert message in str(caught.value)
+
+
+def test_only_what_can_be_meant_as_a_hub_id_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    assert is_hub_id("owner/model") and is_hub_id("model")
+    folders = ("checkpoints", "checkpoints/run", "./model", "../model", "/a", "~/a", "a/b/c", "", Path("a/b"))
+    assert not any(is_hub_id(name) for name in folders)

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from blip3o_dit.files import read_json, show, show_names
+from blip3o_dit.folders import is_sealed, verify
+
+CONFIG_FILE = "config.json"
 TRAINING_CONFIG_FILE = "training_config.json"
 SCHEDULE_TYPES = ("linear", "cosine")
 SPLIT_RULES = ("permutation", "key_hash")
@@ -26,6 +33,17 @@ SHIFT_REFERENCE = 4096
 
 # Most features of a ridge regression on a 3x3 neighbourhood, whose normal equations hold their square.
 MOST_RIDGE_FEATURES = 2560
+
+# No size of a network, and no number of steps, reaches this; the products of such sizes fit 64 bits.
+MOST = 2**20
+
+# What a config.json holds beside our own fields, as Hugging Face and its Trainer write it. Not: names of
+# attention kernels or of Python files, which Hugging Face would look up on the hub.
+_WRITTEN_EXTRAS = (
+    *("model_type", "architectures", "dtype", "torch_dtype"),
+    *("transformers_version", "_name_or_path", "use_cache"),
+)
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 # Keyword arguments that PreTrainedConfig consumes without having a dataclass field for them.
 _PRETRAINED_EXTRAS = frozenset(
@@ -46,14 +64,14 @@ _PRETRAINED_EXTRAS = frozenset(
 
 def check_name(field_name: str, value: Any, known: tuple[str, ...]) -> None:
     """Raises ValueError, listing the known names, unless `value` is one of them."""
-    if value not in known:
-        raise ValueError(f"{field_name}: expected one of {known}, found {value!r}")
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{field_name}: expected one of {known}, found {show(value)}")
 
 
 def check_range(field_name: str, value: Any, low: float, high: float) -> None:
     """Raises ValueError unless `value` is a number in [low, high)."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
-        raise ValueError(f"{field_name}: expected a number in [{low}, {high}), found {value!r}")
+    if not _is_number(value) or not low <= value < high:
+        raise ValueError(f"{field_name}: expected a number in [{low}, {high}), found {show(value)}")
 
 
 def check_sigmas(sigma_min: float, sigma_max: float) -> None:
@@ -121,10 +139,12 @@ class FlowMatchingConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FlowMatchingConfig:
         """Raises ValueError for an unknown key, listing the known ones."""
+        if not isinstance(values, dict):
+            raise ValueError(f"flow_matching: expected an object, found {show(values)}")
         known = [f.name for f in fields(cls)]
-        unknown = sorted(set(values) - set(known))
+        unknown = set(values) - set(known)
         if unknown:
-            raise ValueError(f"flow_matching: unknown {unknown}; known are {known}")
+            raise ValueError(f"flow_matching: unknown {show_names(unknown)}; known are {known}")
         return cls(**values)
 
 
@@ -182,6 +202,28 @@ class BLIP3oDiTConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> Any:
+        """As `PreTrainedConfig.from_pretrained`; a folder's file is read and checked here.
+
+        Raises:
+            FileNotFoundError: no such folder, and the name is no hub id (see `is_hub_id`).
+            ValueError: one line naming the file: not JSON, another model's, an unknown field, a bad value.
+        """
+        where = pretrained_model_name_or_path
+        if is_hub_id(where):
+            return super().from_pretrained(where, *args, **kwargs)
+        file = _config_file(where)
+        values = read_json(file)
+        _check_written(file, values)
+        kwargs["local_files_only"] = True
+        with naming(file):
+            # Built once before Hugging Face sees the values, which copies and converts them unchecked.
+            cls(**{name: value for name, value in values.items() if name in cls.own_fields()})
+            return super().from_pretrained(where, *args, **kwargs)
+
+    @classmethod
     def own_fields(cls) -> list[str]:
         """Names of this class's fields, without those every Hugging Face configuration has."""
         inherited = {f.name for f in fields(PreTrainedConfig)}
@@ -216,25 +258,26 @@ class BLIP3oDiTConfig(PreTrainedConfig):
         return min(self.model_dim, 1024)
 
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
-        unknown = sorted(set(kwargs) - _PRETRAINED_EXTRAS)
+        unknown = set(kwargs) - _PRETRAINED_EXTRAS
         if unknown:
-            raise ValueError(f"BLIP3oDiTConfig: unknown {unknown}; known are {sorted(self.own_fields())}")
+            raise ValueError(
+                f"BLIP3oDiTConfig: unknown {show_names(unknown)}; known are {sorted(self.own_fields())}"
+            )
 
     def _check_types(self) -> None:
         for name in _INTEGER_FIELDS:
             value = getattr(self, name)
             if value is None and name == "ffn_dim":
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: expected a positive integer, found {value!r}")
+            _check_size(name, value)
         check_name("default_solver", self.default_solver, SOLVER_NAMES)
         for name in ("norm_eps", "rope_theta"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(f"{name}: expected a positive number, found {value!r}")
+            if not _is_number(value) or not 0 < value < math.inf:
+                raise ValueError(f"{name}: expected a positive number, found {show(value)}")
         for name in ("gradient_checkpointing", "normalize_embeddings"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}: expected true or false, found {getattr(self, name)!r}")
+                raise ValueError(f"{name}: expected true or false, found {show(getattr(self, name))}")
 
     def _check_sizes(self) -> None:
         if self.model_dim % self.num_heads:
@@ -258,6 +301,73 @@ _INTEGER_FIELDS = (
     *("model_dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim"),
     *("in_channels", "eva_embedding_size", "input_size", "default_steps"),
 )
+
+
+def is_hub_id(name: str | os.PathLike[str]) -> bool:
+    """Whether the user named a hub repository (`model` or `owner/model`) rather than a folder.
+
+    A path object never is one, nor a name whose folder, or whose parent folder, is there: a mistyped
+    folder must not become a request to somebody else's server.
+    """
+    if not isinstance(name, str) or name.count("/") > 1 or name.startswith((".", "/", "~")) or not name:
+        return False
+    return not Path(name).exists() and not ("/" in name and Path(name).parent.exists())
+
+
+def _config_file(folder: str | os.PathLike[str]) -> Path:
+    """The configuration in a folder, or this file itself."""
+    path = Path(folder)
+    if path.is_file():
+        return path
+    if not (path / CONFIG_FILE).is_file():
+        raise FileNotFoundError(f"{path}: expected a model folder with {CONFIG_FILE}, found none")
+    return path / CONFIG_FILE
+
+
+def _check_written(file: Path, values: Any) -> None:
+    """What Hugging Face reads of a config.json by itself, before our fields are looked at."""
+    if not isinstance(values, dict) or values.get("model_type") != BLIP3oDiTConfig.model_type:
+        found = show(values.get("model_type")) if isinstance(values, dict) else show(values)
+        raise ValueError(f"{file}: expected model_type {BLIP3oDiTConfig.model_type!r}, found {found}")
+    known = {*BLIP3oDiTConfig.own_fields(), *_WRITTEN_EXTRAS}
+    unknown = set(values) - known
+    if unknown:
+        raise ValueError(f"{file}: unknown {show_names(unknown)}; known are {sorted(known)}")
+    for name in ("dtype", "torch_dtype"):
+        if values.get(name) is not None:
+            with naming(file):
+                check_name(name, values[name], _DTYPES)
+    for name in ("transformers_version", "_name_or_path"):
+        if not isinstance(values.get(name, ""), str):
+            raise ValueError(f"{file}: {name}: expected text, found {show(values[name])}")
+    if not isinstance(values.get("use_cache", False), bool):
+        raise ValueError(f"{file}: use_cache: expected true or false, found {show(values['use_cache'])}")
+    architectures = values.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise ValueError(f"{file}: architectures: expected a list of names, found {show(architectures)}")
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """A ValueError about a value says which file the value is from."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _check_size(field_name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{field_name}: expected a positive integer, found {show(value)}")
+    if value > MOST:
+        raise ValueError(f"{field_name}: expected at most {MOST}, found {show(value)}")
+
+
+def _is_number(value: Any) -> bool:
+    """An int or a float that every float can stand for; JSON's integers have no end."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) <= 2**53
+    return isinstance(value, float)
 
 
 def default_ffn_dim(model_dim: int, multiple_of: int = 256) -> int:
@@ -392,20 +502,36 @@ class TrainingConfig:
             _check_integer("save_total_limit", self.save_total_limit, 1)
         if self.max_steps != -1:
             _check_integer("max_steps", self.max_steps, 1)
-        if self.max_hours is not None and not self.max_hours > 0:
-            raise ValueError(f"max_hours: expected a number above 0, found {self.max_hours}")
-        if not self.num_epochs > 0:
-            raise ValueError(f"num_epochs: expected a number above 0, found {self.num_epochs}")
+        for name in ("num_epochs", "max_hours"):
+            value = getattr(self, name)
+            no_limit = name == "max_hours" and value is None
+            if not no_limit and not (_is_number(value) and 0 < value < math.inf):
+                raise ValueError(f"{name}: expected a number above 0, found {show(value)}")
         for name in ("learning_rate", "weight_decay", "max_grad_norm"):
             check_range(name, getattr(self, name), 0.0, math.inf)
         for name in ("ema_decay", "eval_split"):
             check_range(name, getattr(self, name), 0.0, 1.0)
         if self.best_metric != "loss" and not self.eval_samples:
             raise ValueError(f"best_metric: {self.best_metric} expects eval_samples above 0, found 0")
+        self._check_plain_types()
         for option in fields(self):
             if option.metadata["choices"]:
                 check_name(option.name, getattr(self, option.name), option.metadata["choices"])
         self.flow_matching()
+
+    def _check_plain_types(self) -> None:
+        """Switches are true or false, names and paths are text; sizes of the model are checked with it."""
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if isinstance(option.default, bool):
+                if not isinstance(value, bool):
+                    raise ValueError(f"{option.name}: expected true or false, found {show(value)}")
+            elif option.type in ("str", "str | None"):
+                if not isinstance(value, str) and not (value is None and option.type != "str"):
+                    raise ValueError(f"{option.name}: expected text, found {show(value)}")
+            elif option.name in _INTEGER_FIELDS and not (value is None and "None" in str(option.type)):
+                _check_size(option.name, value)
+        check_range("time_shift", self.time_shift, 0.0, 1e3)
 
     def to_json(self) -> bytes:
         """The content of `training_config.json`."""
@@ -421,15 +547,17 @@ class TrainingConfig:
         file = Path(folder) / TRAINING_CONFIG_FILE
         if not file.is_file():
             raise ValueError(f"{folder}: expected {TRAINING_CONFIG_FILE}, found none")
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file}: not readable JSON: {error}") from error
+        if is_sealed(Path(folder)):
+            verify(Path(folder), [TRAINING_CONFIG_FILE])
+        values = read_json(file)
+        if not isinstance(values, dict):
+            raise ValueError(f"{file}: expected an object, found {show(values)}")
         known = {f.name for f in fields(cls)}
-        unknown = set(values) - known if isinstance(values, dict) else {type(values).__name__}
+        unknown = set(values) - known
         if unknown:
-            raise ValueError(f"{file}: unknown {sorted(unknown)}; known are {sorted(known)}")
-        return cls(**values)
+            raise ValueError(f"{file}: unknown {show_names(unknown)}; known are {sorted(known)}")
+        with naming(file):
+            return cls(**values)
 
     def flow_matching(
         self, *, num_tokens: int = 1, condition_dim: int = 1, target_dim: int = 1
@@ -502,4 +630,6 @@ _COUNTS_FROM_ONE = (
 
 def _check_integer(field_name: str, value: Any, low: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ValueError(f"{field_name}: expected an integer >= {low}, found {value!r}")
+        raise ValueError(f"{field_name}: expected an integer >= {low}, found {show(value)}")
+    if value >= 2**53:
+        raise ValueError(f"{field_name}: expected an integer below 2^53, found {show(value)}")

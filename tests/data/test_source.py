@@ -263,3 +263,33 @@ def test_conversion_refuses_what_does_not_fit_the_dtype(tmp_path: Path) -> None:
     )
     assert "unfinished" in refused(lambda: open_embeddings(tmp_path / "half"))
     assert convert_pickle(path, tmp_path / "full", dtype="float32").fetch([1])[0][0, 0, 0] == 1e5
+
+
+def tuples_without_end() -> tuple:
+    value: tuple = ()
+    for _ in range(60):
+        value = (value, value)
+    return value
+
+
+@pytest.mark.parametrize("name", ["keys", "captions"])
+@pytest.mark.parametrize("value", [tuples_without_end(), [], b"x", 10**30, None])
+def test_a_name_that_is_no_text_is_refused(tmp_path: Path, name: str, value: object) -> None:
+    if name == "captions" and value is None:
+        return  # no caption
+    content = {"eva_blip3o_embeddings": np.ones((1, 4, 5), np.float32), name: [value]}
+    path = tmp_path / "x.pkl"
+    path.write_bytes(pickle.dumps(content | {"clip_blip3o_embeddings": np.ones((1, 4, 3), np.float32)}))
+    with pytest.raises(ValueError, match=f"{name}: sample 0: expected text, found") as caught:
+        open_embeddings(path)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("config", [tuples_without_end(), {"x": [0] * 20_000}])
+def test_a_config_without_end_is_refused_by_the_conversion(tmp_path: Path, config: object) -> None:
+    content = {"eva_blip3o_embeddings": np.ones((1, 4, 5), np.float32), "config": config}
+    path = tmp_path / "x.pkl"
+    path.write_bytes(pickle.dumps(content | {"clip_blip3o_embeddings": np.ones((1, 4, 3), np.float32)}))
+    with pytest.raises(ValueError, match="config: expected at most 10000 values, 50 deep"):
+        convert_pickle(path, tmp_path / "store")
+    assert not (tmp_path / "store").exists()

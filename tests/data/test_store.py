@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 from collections.abc import Callable
@@ -11,12 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from blip3o_dit.data.dataset import EmbeddingDataset, whole_batch
-from blip3o_dit.data.store import DTYPES, MANIFEST, EmbeddingStore, StoreWriter, batches, write_atomically
+from blip3o_dit.data.dataset import EmbeddingDataset, split_samples, whole_batch
+from blip3o_dit.data.store import (
+    DTYPES,
+    MANIFEST,
+    EmbeddingStore,
+    StoreWriter,
+    batches,
+    dump_atomically,
+    write_atomically,
+)
 
 SIZES = dict(num_tokens=4, condition_dim=6, target_dim=3)
 
@@ -444,7 +453,7 @@ def test_opening_reads_no_shard(tmp_path: Path) -> None:
 
 def test_a_shard_with_a_matching_checksum_but_other_content_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "s")
-    write(tmp_path / "other", target_dim=3, condition_dim=6, shard_size=2)
+    write(tmp_path / "other", shard_size=4)
 
     def take_other_files(manifest: dict[str, Any]) -> None:
         other = json.loads((tmp_path / "other" / MANIFEST).read_text())["shards"][0]
@@ -454,8 +463,8 @@ def test_a_shard_with_a_matching_checksum_but_other_content_is_refused(tmp_path:
 
     edit_manifest(tmp_path / "s", take_other_files)
     store = EmbeddingStore(tmp_path / "s")
-    assert "eva: expected shape [3, 4, 6], found [2, 4, 6]" in refused(lambda: store.fetch([0]))
-    assert "expected 3 records, found 2" in refused(store.records)
+    assert "eva: expected shape [3, 4, 6], found [4, 4, 6]" in refused(lambda: store.fetch([0]))
+    assert "expected 3 records, found 4" in refused(store.records)
 
 
 def test_a_byte_changed_anywhere_in_the_manifest_never_changes_the_samples(tmp_path: Path) -> None:
@@ -609,3 +618,101 @@ def test_memory_does_not_grow_with_the_shards_read(tmp_path: Path) -> None:
     for rows in batches(range(store.num_samples), 32):
         store.fetch(rows)
     assert private_bytes() - before < total / 4
+
+
+# Content that somebody signed: checksums say nothing about it
+
+
+def sign(path: Path) -> None:
+    """The manifest's sizes and checksums of the first shard as its files are now."""
+
+    def edit(manifest: dict[str, Any]) -> None:
+        entry = manifest["shards"][0]
+        for name, digest in (("file", "sha256"), ("table", "table_sha256")):
+            entry[digest] = hashlib.sha256((path / entry[name]).read_bytes()).hexdigest()
+        entry["bytes"] = (path / entry["file"]).stat().st_size
+
+    edit_manifest(path, edit)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"5", "sample 1: expected an object, found 5"),
+        (b"{}", "sample 1: expected a string key, found None"),
+        (b'{"key": ["k"]}', "sample 1: expected a string key, found ['k']"),
+        (b'{"key": "k", "caption": 5}', "sample 1: expected text as caption, found 5"),
+        (b"{", "sample 1: not readable JSON"),
+        (b"\xff", "sample 1: not readable JSON"),
+        (b"[" * 100_000, "sample 1: not readable JSON"),
+        (b"9" * 5000, "sample 1: not readable JSON"),
+    ],
+    ids=range(8),
+)
+def test_a_record_that_is_none_is_refused_by_file_and_sample(
+    tmp_path: Path, line: bytes, message: str
+) -> None:
+    write(tmp_path / "s")
+    table = tmp_path / "s" / "shard-00000.jsonl"
+    lines = table.read_bytes().splitlines()
+    table.write_bytes(b"\n".join([lines[0], line, lines[2]]) + b"\n")
+    sign(tmp_path / "s")
+    store = EmbeddingStore(tmp_path / "s")
+    assert refused(store.records).startswith(f"{table}: {message}")
+    assert refused(lambda: store.records([0])).startswith(f"{table}: {message}")
+
+
+def test_a_surrogate_in_a_key_splits_by_its_hash(tmp_path: Path) -> None:
+    eva, clip, _ = samples(2)
+    with StoreWriter(tmp_path / "s", **SIZES) as writer:
+        writer.append(eva, clip, [{"key": "file\udcff"}, {"key": "b"}])
+    split = split_samples(EmbeddingStore(tmp_path / "s"), eval_split=0.0, seed=0, split_by="key_hash")
+    assert split.train.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (set_field("num_tokens", value=2**46), "expected at least"),
+        (set_field("condition_dim", value=2**40), "expected at least"),
+        (set_field("dtype", value="float64"), "dtype: expected one of"),
+        (set_field("dtype", value=["float32"]), "dtype: expected a str"),
+        (set_field("encoders", value=[]), "encoders: expected an object for each side, found []"),
+        (set_field("encoders", value={"eva": 5}), "encoders: expected an object for each side"),
+        (set_field("shards", 0, "file", value="a\nb"), r"expected a plain file name, found 'a\nb'"),
+        (set_field("format_version", value="x" * 10_000), "expected format version 1, found 'xxx"),
+    ],
+)
+def test_a_manifest_that_asks_for_too_much_is_refused(
+    tmp_path: Path, edit: Callable[..., Any], message: str
+) -> None:
+    write(tmp_path / "s")
+    edit_manifest(tmp_path / "s", edit)
+    found = refused(lambda: EmbeddingStore(tmp_path / "s"))
+    assert found.startswith(f"{tmp_path / 's' / MANIFEST}: ") and message in found and len(found) < 600
+
+
+def test_a_name_given_twice_in_the_manifest_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "s")
+    file = tmp_path / "s" / MANIFEST
+    file.write_text(file.read_text().replace('"num_samples": 7,', '"num_samples": 7, "num_samples": 8,'))
+    assert "expected each name once, found 'num_samples'" in refused(lambda: EmbeddingStore(tmp_path / "s"))
+
+
+def test_a_shard_of_another_dtype_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "s")
+    file = tmp_path / "s" / "shard-00000.safetensors"
+    save_file({name: tensor.double() for name, tensor in load_file(file).items()}, file)
+    sign(tmp_path / "s")
+    store = EmbeddingStore(tmp_path / "s")
+    assert refused(lambda: store.fetch([0])) == f"{file}: eva: expected float32, found torch.float64"
+
+
+@pytest.mark.parametrize("writer", [write_atomically, dump_atomically])
+def test_a_link_left_aside_does_not_lead_outside(tmp_path: Path, writer: Callable[..., Any]) -> None:
+    (tmp_path / "outside").write_text("untouched")
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "x.partial").symlink_to(tmp_path / "outside")
+    writer(tmp_path / "s" / "x", b"new")
+    assert (tmp_path / "outside").read_text() == "untouched"
+    assert b"new" in (tmp_path / "s" / "x").read_bytes()

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from blip3o_dit import folders
 from blip3o_dit.cli import common
 from blip3o_dit.config import TrainingConfig
-from blip3o_dit.data import folders
-from blip3o_dit.data.folders import CHECKSUMS_FILE, seal
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.errors import StoppedEarly, WriteError
+from blip3o_dit.folders import CHECKSUMS_FILE, seal
 from blip3o_dit.model.blip3o_dit import EMA_FILE
 from blip3o_dit.training import health
 from blip3o_dit.training.callbacks import LOG_FILE, read_log

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from blip3o_dit.config import TrainingConfig
 from blip3o_dit.data.dataset import EmbeddingDataset, shuffled_passes, split_samples
-from blip3o_dit.data.folders import seal
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.flow.path import LinearPath, preconditioning
+from blip3o_dit.folders import seal
 from blip3o_dit.model.blip3o_dit import EMA_FILE, BLIP3oDiTModel
 from blip3o_dit.training.callbacks import read_log
 from blip3o_dit.training.checkpoint import Progress, check_checkpoint

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blip3o_dit.files import show
+
 Indices = Sequence[int] | np.ndarray
 AnyIndices = TypeVar("AnyIndices", bound=Indices)
 
@@ -57,13 +59,21 @@ def check_pair(
             first = int(bad[0])
             raise ValueError(
                 f"{where}: {name}: NaN or infinity in {len(bad)} samples, "
-                f"first in sample {offset + first} (key {records[first].get('key')!r})"
+                f"first in sample {offset + first} (key {show(records[first].get('key'))})"
             )
     for row, record in enumerate(records):
-        if not isinstance(record.get("key"), str):
-            raise ValueError(
-                f"{where}: sample {offset + row}: expected a string key, found {record.get('key')!r}"
-            )
+        check_record(where, offset + row, record)
+
+
+def check_record(where: Path, sample: int, record: Any) -> None:
+    """Refuse what is no record: an object with a string key, and a caption that is text if there is one."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: sample {sample}: expected an object, found {show(record)}")
+    key, caption = record.get("key"), record.get("caption")
+    if not isinstance(key, str):
+        raise ValueError(f"{where}: sample {sample}: expected a string key, found {show(key)}")
+    if caption is not None and not isinstance(caption, str):
+        raise ValueError(f"{where}: sample {sample}: expected text as caption, found {show(caption)}")
 
 
 def check_square(where: Path, num_tokens: int) -> None:

@@ -246,5 +246,6 @@ def _each_record(source: EmbeddingSource) -> Iterator[Record]:
 
 
 def _unit_hash(seed: int, key: str) -> float:
-    digest = blake2b(f"{seed}\0{key}".encode(), digest_size=8).digest()
+    # A file name that is no UTF-8 has half surrogate pairs, which plain UTF-8 cannot hold.
+    digest = blake2b(f"{seed}\0{key}".encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2**64

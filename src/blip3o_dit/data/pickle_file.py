@@ -11,8 +11,8 @@ Not `torch.load(weights_only=True)`: it refuses every `pickle.dump` file and Num
 compressed zip records without bound, and returns uninitialised memory for a stream whose list of
 storages is empty (torch 2.13).
 
-Memory stays proportional to the file; time need not (nested tuples as dict keys hash slowly, as in
-any unpickler).
+Memory and time stay proportional to the file: what the objects and the hashing of keys would take is
+added up from the opcodes before anything is built (`_Ledger`).
 """
 
 from __future__ import annotations
@@ -242,8 +242,10 @@ def _scan(file: BinaryIO, size: int, *, with_storages: bool) -> int:
     """Where the pickle that begins here ends, from its opcodes alone: nothing is built.
 
     The C unpickler allocates what a length or a memo index asks for before it looks at the file, so
-    both are bounded here: a length by the bytes that are left, an index by the opcodes so far.
+    both are bounded here: a length by the bytes that are left, an index by the opcodes so far. The
+    ledger bounds what opcodes that are there would take.
     """
+    ledger = _Ledger(size)
     for seen in count(1):
         code = file.read(1)
         op = _OPCODES.get(code)
@@ -259,7 +261,159 @@ def _scan(file: BinaryIO, size: int, *, with_storages: bool) -> int:
             raise ValueError(f"expected a memo index below {seen}, found {argument}")
         if op.name == "FRAME":
             _check_length(file, size, argument)
+        ledger.note(op.name, argument)
     raise AssertionError("unreachable")
+
+
+# Objects that hold others or are made by a call, and about how many bytes each takes.
+_HELD = {
+    **dict.fromkeys(("EMPTY_LIST", "LIST", "EMPTY_DICT", "DICT", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"), 80),
+    **dict.fromkeys(("EMPTY_SET", "FROZENSET"), 232),
+    **dict.fromkeys(("REDUCE", "OBJ", "INST", "NEWOBJ", "NEWOBJ_EX"), 100),
+    **dict.fromkeys(("NONE", "NEWTRUE", "NEWFALSE", "EMPTY_TUPLE", "BININT1", "DUP"), 16),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), 16),
+    **dict.fromkeys(("MARK", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), 8),
+}
+_HELD_BY_OTHERS = 30  # a number or a short text, and its place in a list
+_MEMORY_FACTOR, _MEMORY_FREE = 10, 1 << 26
+
+# Text hashes at random, numbers of 64 bits hardly collide. A tuple can hold one other tuple twice, that one
+# the next, and so take 2^50 steps to hash in 200 bytes; and tuples and long numbers can be chosen to collide.
+_MOST_HASHED = 20_000
+
+
+class _Ledger:
+    """What a pickle would take to build: a stack of prices instead of objects.
+
+    An object's price is how many steps its hash takes beyond that of a text or a number.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._stack: list[int] = []
+        self._marks: list[int] = []
+        self._memo: dict[int, int] = {}  # prices above 0 only
+        self._indices = bytearray()  # 1 for each index that the memo has
+        self._memoized = 0
+        self._memory = _MEMORY_FACTOR * size + _MEMORY_FREE
+        self._hashing = _MOST_HASHED
+
+    def note(self, name: str, argument: int) -> None:
+        """The next opcode. Raises ValueError when the sum is too high."""
+        held, handle = _ENTRIES[name]
+        self._memory -= held
+        if self._memory < 0:
+            raise ValueError("expected objects in proportion to the file, found many more")
+        if handle is None:  # most opcodes: one more text or number, or an empty container
+            self._stack.append(0)
+        else:
+            handle(self, name, argument)
+
+    def _exchange(self, name: str, argument: int) -> None:
+        """Takes objects off the stack, and puts what it makes of them there."""
+        to_mark, count, pushes = _EFFECTS[name]
+        if to_mark:
+            at = self._marks.pop() if self._marks else 0
+            items = self._stack[at:]
+            del self._stack[max(0, at - count) :]
+        else:
+            items = self._stack[-count:] if count else []
+            del self._stack[len(self._stack) - len(items) :]
+        self._stack += [self._price(name, argument, items)] * pushes
+
+    def _price(self, name: str, argument: int, items: list[int]) -> int:
+        """Of what this opcode makes; counts the keys that it hashes."""
+        if name.startswith("TUPLE"):
+            return min(1 + len(items) + sum(items), 2 * _MOST_HASHED)
+        if name in ("LONG", "INT") or (name in ("LONG1", "LONG4") and argument > 8):
+            return 1
+        if name in ("SETITEMS", "DICT"):
+            self._hash(sum(items[::2]))
+        elif name == "SETITEM":
+            self._hash(sum(items[1:2]))
+        elif name in ("ADDITEMS", "FROZENSET"):
+            self._hash(sum(items) + (len(items) if name == "FROZENSET" else 0))
+            return int(name == "FROZENSET")
+        return 0
+
+    def _hash(self, price: int) -> None:
+        self._hashing -= price
+        if self._hashing < 0:
+            raise ValueError(f"expected at most {_MOST_HASHED} steps to hash tuples and long numbers")
+
+    def _mark(self, _: str, __: int) -> None:
+        self._marks.append(len(self._stack))
+
+    def _pop(self, _: str, __: int) -> None:
+        if self._marks and self._marks[-1] == len(self._stack):
+            self._marks.pop()
+        elif self._stack:
+            self._stack.pop()
+
+    def _duplicate(self, _: str, __: int) -> None:
+        self._stack += self._stack[-1:]
+
+    def _get(self, _: str, index: int) -> None:
+        self._stack.append(self._memo.get(index, 0))
+
+    def _put(self, _: str, index: int) -> None:
+        if index >= len(self._indices):
+            self._indices += bytes(index + 1 - len(self._indices))
+        self._memoized += not self._indices[index]
+        self._indices[index] = 1
+        price = self._stack[-1] if self._stack else 0
+        if price:
+            self._memo[index] = price
+        elif self._memo:
+            self._memo.pop(index, None)
+
+    def _memoize(self, name: str, _: int) -> None:
+        self._put(name, self._memoized)
+
+
+_SPECIAL = {
+    "MARK": _Ledger._mark,
+    "POP": _Ledger._pop,
+    "DUP": _Ledger._duplicate,
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Ledger._get),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Ledger._put),
+    "MEMOIZE": _Ledger._memoize,
+}
+
+
+def _effect(op: pickletools.OpcodeInfo) -> tuple[bool, int, int]:
+    """(whether it takes all down to the mark, how many it takes below or without that, how many it adds)."""
+    before = op.stack_before
+    if pickletools.markobject in before:
+        return True, before.index(pickletools.markobject), len(op.stack_after)
+    return False, len(before), len(op.stack_after)
+
+
+_EFFECTS = {op.name: _effect(op) for op in pickletools.opcodes}
+
+
+def _entry(name: str) -> tuple[int, Callable[[_Ledger, str, int], None] | None]:
+    """(bytes held, what the ledger does; None: push an object of price 0)."""
+    pushes = _EFFECTS[name][2]
+    plain = _EFFECTS[name] == (False, 0, 1) and not name.startswith(("LONG", "INT"))
+    handle = _SPECIAL.get(name, None if plain else _Ledger._exchange)
+    return _HELD.get(name, _HELD_BY_OTHERS if pushes else 0), handle
+
+
+_ENTRIES = {name: _entry(name) for name in _EFFECTS}
+
+
+def _steps_to_hash(value: Any, done: dict[int, int]) -> int:
+    """The ledger's price of an object that is there already."""
+    if type(value) is int:
+        return int(value.bit_length() > 64)
+    if type(value) is frozenset:
+        return 1
+    if type(value) is not tuple:
+        return 0
+    if id(value) not in done:
+        inner = sum(_steps_to_hash(item, done) for item in value)
+        done[id(value)] = min(1 + len(value) + inner, 2 * _MOST_HASHED)
+    return done[id(value)]
 
 
 def _skip_argument(file: BinaryIO, size: int, op: pickletools.OpcodeInfo) -> int:
@@ -268,7 +422,7 @@ def _skip_argument(file: BinaryIO, size: int, op: pickletools.OpcodeInfo) -> int
         return 0
     if op.arg.n == pickletools.UP_TO_NEWLINE:
         lines = [file.readline() for _ in range(2 if op.name in ("GLOBAL", "INST") else 1)]
-        return int(lines[0]) if op.name == "PUT" else 0
+        return int(lines[0]) if op.name in ("PUT", "GET") else 0
     if op.arg.n >= 0:
         return int.from_bytes(file.read(op.arg.n), "little")
     length = int.from_bytes(file.read(_LENGTH_WIDTHS[op.arg.n]), "little")
@@ -379,6 +533,7 @@ class _Builder:
 
     def __init__(self, budget: int) -> None:
         self._left = budget
+        self._hashing = _MOST_HASHED
         self.names = self._names()
 
     def _names(self) -> Names:
@@ -420,11 +575,20 @@ class _Builder:
     def make_set(self, items: Any) -> set[object]:
         if type(items) is not list:
             raise ValueError(f"expected a set's list of items, found {type(items).__name__}")
-        self.spend(len(items))
+        self._hash(items)
         return set(items)
 
     def make_frozenset(self, items: Any) -> frozenset[object]:
-        return frozenset(self.make_set(items))
+        made = frozenset(self.make_set(items))
+        self._hashing -= 1 + len(made)
+        return made
+
+    def _hash(self, items: list[object]) -> None:
+        self.spend(len(items))
+        done: dict[int, int] = {}
+        self._hashing -= sum(_steps_to_hash(item, done) for item in items)
+        if self._hashing < 0:
+            raise ValueError(f"expected at most {_MOST_HASHED} steps to hash tuples and long numbers")
 
     def scalar(self, dtype: Any, data: Any) -> _Value:
         kind = _plain_dtype(dtype)

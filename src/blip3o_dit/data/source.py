@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import pickle
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +13,16 @@ import torch
 from torch import Tensor
 
 from blip3o_dit.data.checks import Indices, Record, check_indices, check_pair
-from blip3o_dit.data.folders import sha256
 from blip3o_dit.data.pickle_file import load_pickle
 from blip3o_dit.data.store import (
     EmbeddingSource,
     EmbeddingStore,
     StoreWriter,
     batches,
+    dump_atomically,
 )
+from blip3o_dit.files import show, show_names
+from blip3o_dit.folders import sha256
 
 EVA_KEY = "eva_blip3o_embeddings"
 CLIP_KEY = "clip_blip3o_embeddings"
@@ -138,7 +139,7 @@ def convert_pickle(
         target_dim=pickled.target_dim,
         dtype=dtype,
         shard_size=shard_size,
-        encoders={"converted_from": Path(source).name, "config": _plain(pickled.config)},
+        encoders={"converted_from": Path(source).name, "config": _plain_config(pickled)},
         overwrite=overwrite,
     )
     with writer:
@@ -167,15 +168,12 @@ def write_pickle(source: EmbeddingSource, path: str | Path) -> None:
         "total_samples": source.num_samples,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    with open(aside, "wb") as file:
-        pickle.dump(content, file, protocol=4)
-    os.replace(aside, path)
+    dump_atomically(path, content)
 
 
 def _tensor(path: Path, content: dict[Any, Any], key: str) -> Tensor:
     if key not in content:
-        raise ValueError(f"{path}: expected the key {key!r}, found {sorted(map(str, content))}")
+        raise ValueError(f"{path}: expected the key {key!r}, found {show_names(content)}")
     value = content[key]
     if isinstance(value, np.ndarray) and value.dtype.kind == "f":
         value = _shared(value.astype(value.dtype.newbyteorder("="), copy=False))
@@ -204,11 +202,19 @@ def _records(path: Path, content: dict[Any, Any], count: int) -> list[Record]:
     captions = _column(path, content, "captions", count)
     records: list[Record] = []
     for row in range(count):
-        record: Record = {"key": f"{row:08d}" if keys is None else str(keys[row])}
+        record: Record = {"key": f"{row:08d}" if keys is None else _text(path, "keys", row, keys[row])}
         if captions is not None and captions[row] is not None:
-            record["caption"] = str(captions[row])
+            record["caption"] = _text(path, "captions", row, captions[row])
         records.append(record)
     return records
+
+
+def _text(path: Path, name: str, row: int, value: Any) -> str:
+    """Text, or a number as text; of anything else `str` could be without end."""
+    number = isinstance(value, float | np.integer | np.floating)
+    if isinstance(value, str) or number or (isinstance(value, int) and abs(value) < 2**63):
+        return str(value)
+    raise ValueError(f"{path}: {name}: sample {row}: expected text, found {show(value)}")
 
 
 def _column(path: Path, content: dict[Any, Any], name: str, count: int) -> list[Any] | None:
@@ -225,10 +231,32 @@ def _column(path: Path, content: dict[Any, Any], name: str, count: int) -> list[
     return list(values)
 
 
-def _plain(value: Any) -> Any:
-    """What JSON can hold of a pickle's config; the rest as text."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
+MOST_CONFIG = 10_000
+"""Values in a pickle's config that a store takes over."""
+
+
+def _plain_config(pickled: PickledEmbeddings) -> Any:
+    """What JSON can hold of the config, the rest as short text.
+
+    Raises:
+        ValueError: for more than `MOST_CONFIG` values: containers that hold one another many times over
+            would have no end as text.
+    """
+    left = MOST_CONFIG
+
+    def plain(value: Any, depth: int) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0 or depth > 50:
+            raise ValueError(f"{pickled.path}: config: expected at most {MOST_CONFIG} values, 50 deep")
+        if isinstance(value, dict):
+            return {k if isinstance(k, str) else show(k): plain(v, depth + 1) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(v, depth + 1) for v in value]
+        if isinstance(value, np.generic | torch.dtype):
+            return str(value)[:200]
+        small = isinstance(value, int) and abs(value) < 2**63
+        finite = isinstance(value, float) and math.isfinite(value)
+        return value if value is None or small or finite or isinstance(value, str) else show(value)
+
+    return plain(pickled.config, 0)

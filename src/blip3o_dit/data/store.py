@@ -15,10 +15,12 @@ import copy
 import hashlib
 import json
 import os
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -26,7 +28,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blip3o_dit.data.checks import AnyIndices, Indices, Record, check_indices, check_pair, check_square
+from blip3o_dit.data.checks import (
+    AnyIndices,
+    Indices,
+    Record,
+    check_indices,
+    check_pair,
+    check_record,
+    check_square,
+)
+from blip3o_dit.files import read_json, reason, show
+from blip3o_dit.folders import sha256
 
 MANIFEST = "manifest.json"
 FORMAT = "blip3o-dit embedding store"
@@ -114,12 +126,12 @@ class EmbeddingStore:
     def records(self, indices: Indices | None = None) -> list[Record]:
         """See `EmbeddingSource.records`."""
         if indices is None:
-            return [record for shard in self.manifest["shards"] for record in self._table(shard)]
+            return [record for shard in range(len(self.shard_starts) - 1) for record in self._table(shard)]
         wanted = np.asarray(indices, dtype=np.int64)
         shards, inside = self._places(wanted)
         found: dict[int, Record] = {}
         for shard in np.unique(shards):
-            table = self._table(self.manifest["shards"][shard])
+            table = self._table(int(shard))
             for row in np.flatnonzero(shards == shard):
                 found[int(wanted[row])] = table[inside[row]]
         return [found[int(index)] for index in wanted]
@@ -149,9 +161,9 @@ class EmbeddingStore:
         """Check every shard's and table's checksum. Raises ValueError naming the first damaged file."""
         self._verified.clear()
         self._maps.clear()
-        for shard, entry in enumerate(self.manifest["shards"]):
+        for shard in range(len(self.manifest["shards"])):
             self._map(shard)
-            self._table(entry)
+            self._table(shard)
 
     def _map(self, shard: int) -> tuple[Tensor, Tensor]:
         if shard not in self._maps:
@@ -168,21 +180,25 @@ class EmbeddingStore:
             with safe_open(file, framework="pt") as tensors:
                 eva, clip = tensors.get_tensor("eva"), tensors.get_tensor("clip")
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: not a readable shard: {error}") from error
+            raise ValueError(f"{file}: not a readable shard: {reason(error)}") from error
         widths = {"eva": self.condition_dim, "clip": self.target_dim}
         for (name, width), tensor in zip(widths.items(), (eva, clip), strict=True):
             expected = [count, self.num_tokens, width]
             if list(tensor.shape) != expected:
                 raise ValueError(f"{file}: {name}: expected shape {expected}, found {list(tensor.shape)}")
+            if tensor.dtype != DTYPES[self.manifest["dtype"]]:
+                raise ValueError(f"{file}: {name}: expected {self.manifest['dtype']}, found {tensor.dtype}")
         return eva, clip
 
-    def _table(self, shard: Mapping[str, Any]) -> list[Record]:
-        file = self.path / shard["table"]
-        _check_digest(file, shard["table_sha256"])
-        lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        if len(lines) != shard["num_samples"]:
-            raise ValueError(f"{file}: expected {shard['num_samples']} records, found {len(lines)}")
-        return [json.loads(line) for line in lines]
+    def _table(self, shard: int) -> list[Record]:
+        entry = self.manifest["shards"][shard]
+        file = self.path / entry["table"]
+        _check_digest(file, entry["table_sha256"])
+        lines = file.read_bytes().removesuffix(b"\n").split(b"\n")
+        if len(lines) != entry["num_samples"]:
+            raise ValueError(f"{file}: expected {entry['num_samples']} records, found {len(lines)}")
+        first = int(self.shard_starts[shard])
+        return [_read_record(file, first + row, line) for row, line in enumerate(lines)]
 
 
 class StoreWriter:
@@ -306,9 +322,9 @@ def write_shard(folder: Path, number: int, eva: Tensor, clip: Tensor, lines: Seq
         "file": file.name,
         "num_samples": len(lines),
         "bytes": file.stat().st_size,
-        "sha256": _digest(file),
+        "sha256": sha256(file),
         "table": table.name,
-        "table_sha256": _digest(table),
+        "table_sha256": sha256(table),
     }
 
 
@@ -363,6 +379,15 @@ def json_line(where: Path, index: int, record: Record) -> str:
         raise ValueError(f"{where}: sample {index}: expected a record that JSON can hold: {error}") from error
 
 
+def _read_record(file: Path, sample: int, line: bytes) -> Record:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: sample {sample}: not readable JSON: {reason(error)}") from error
+    check_record(file, sample, record)
+    return record
+
+
 def batches(indices: AnyIndices, batch_size: int) -> Iterator[AnyIndices]:
     """Consecutive pieces of `indices`, the last one perhaps shorter."""
     for start in range(0, len(indices), batch_size):
@@ -371,10 +396,22 @@ def batches(indices: AnyIndices, batch_size: int) -> Iterator[AnyIndices]:
 
 def write_atomically(path: str | Path, content: bytes) -> None:
     """All of the content or the previous file, never a part: write aside, flush, rename."""
-    path = Path(path)
-    aside = path.with_name(path.name + ".partial")
-    with open(aside, "wb") as file:
+    with _atomic_file(Path(path)) as file:
         file.write(content)
+
+
+def dump_atomically(path: str | Path, content: object) -> None:
+    """The same with a pickle of the content."""
+    with _atomic_file(Path(path)) as file:
+        pickle.dump(content, file, protocol=4)
+
+
+@contextmanager
+def _atomic_file(path: Path) -> Iterator[BinaryIO]:
+    aside = path.with_name(path.name + ".partial")
+    aside.unlink(missing_ok=True)
+    with open(aside, "xb") as file:  # a link that somebody left there would lead out of the folder
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
@@ -388,10 +425,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: expected {MANIFEST}, found none: not an embedding store, or an unfinished one"
         )
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not readable JSON: {error}") from error
+    manifest = read_json(file)
     _check_manifest(file, manifest)
     for shard in manifest["shards"]:
         _check_file(path / shard["file"], shard["bytes"])
@@ -403,18 +437,42 @@ def _check_manifest(file: Path, manifest: Any) -> None:
         raise ValueError(f"{file}: expected format {FORMAT!r}, found another file")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise ValueError(
-            f"{file}: expected format version {FORMAT_VERSION}, found {manifest.get('format_version')!r}"
+            f"{file}: expected format version {FORMAT_VERSION}, found {show(manifest.get('format_version'))}"
         )
-    _check_fields(file, manifest, dict.fromkeys(_MANIFEST_COUNTS, int) | {"shards": list})
-    for shard in manifest["shards"]:
-        _check_fields(file, shard, _SHARD_FIELDS)
-        for name in (shard["file"], shard["table"]):
-            if Path(name).name != name:
-                raise ValueError(f"{file}: expected a plain file name, found {name!r}")
+    _check_fields(file, manifest, dict.fromkeys(_MANIFEST_COUNTS, int) | {"shards": list, "dtype": str})
+    if manifest["dtype"] not in DTYPES:
+        raise ValueError(f"{file}: dtype: expected one of {tuple(DTYPES)}, found {show(manifest['dtype'])}")
+    _check_encoders(file, manifest.get("encoders", {}))
     check_square(file, manifest["num_tokens"])
+    widths = manifest["condition_dim"] + manifest["target_dim"]
+    bytes_per_sample = manifest["num_tokens"] * widths * DTYPES[manifest["dtype"]].itemsize
+    for shard in manifest["shards"]:
+        check_shard_entry(file, shard)
+        # The sizes say how much memory a batch takes: no more than the shards have.
+        if shard["num_samples"] * bytes_per_sample > shard["bytes"]:
+            raise ValueError(
+                f"{file}: {show(shard['file'])}: expected at least {bytes_per_sample} bytes for each of "
+                f"{shard['num_samples']} samples, found {shard['bytes']}"
+            )
     total = sum(shard["num_samples"] for shard in manifest["shards"])
     if total != manifest["num_samples"] or total < 1:
         raise ValueError(f"{file}: num_samples is {manifest['num_samples']}, its shards hold {total}")
+
+
+def check_shard_entry(file: Path, shard: Any) -> None:
+    """Refuse (ValueError) what `write_shard` did not return; `file` is where it was read from."""
+    _check_fields(file, shard, _SHARD_FIELDS)
+    for name in (shard["file"], shard["table"]):
+        if Path(name).name != name or not name.isprintable():
+            raise ValueError(f"{file}: expected a plain file name, found {show(name)}")
+
+
+def _check_encoders(file: Path, encoders: Any) -> None:
+    """What is said of the towers is shown to people, side by side."""
+    if not isinstance(encoders, dict) or not all(
+        isinstance(encoders.get(side, {}), dict) for side in ("eva", "clip")
+    ):
+        raise ValueError(f"{file}: encoders: expected an object for each side, found {show(encoders)}")
 
 
 _MANIFEST_COUNTS = ("num_samples", "num_tokens", "condition_dim", "target_dim")
@@ -435,7 +493,7 @@ def _check_fields(file: Path, values: Any, kinds: Mapping[str, type]) -> None:
         if not isinstance(value, kind) or isinstance(value, bool) or not in_range:
             raise ValueError(
                 f"{file}: {name}: expected {'a positive ' if kind is int else 'a '}"
-                f"{kind.__name__}, found {value!r}"
+                f"{kind.__name__}, found {show(value)}"
             )
 
 
@@ -450,13 +508,5 @@ def _check_file(file: Path, size: int) -> None:
 def _check_digest(file: Path, expected: str) -> None:
     if not file.is_file():
         raise ValueError(f"{file}: expected a file of the store, found none")
-    if _digest(file) != expected:
+    if sha256(file) != expected:
         raise ValueError(f"{file}: its SHA-256 is not the manifest's: the file was altered")
-
-
-def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, CLIPVisionConfig, CLIPVisionMode
 
 from blip3o_dit.config import check_name
 from blip3o_dit.extraction.eva_clip import EvaClipConfig, EvaClipVision, load_eva_clip
+from blip3o_dit.files import read_json
 from blip3o_dit.quiet import quiet_transformers
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -352,10 +353,7 @@ def _load_timm(spec: str) -> TimmEncoder:
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{file.parent}: expected {file.name}, found none")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not readable JSON: {error}") from error
+    values = read_json(file)
     if not isinstance(values, dict):
         raise ValueError(f"{file}: expected a JSON object, found {type(values).__name__}")
     return values

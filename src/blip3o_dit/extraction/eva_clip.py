@@ -7,7 +7,6 @@ left alone. In the shape comments B is the batch, T = patches + 1, d the hidden 
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 from collections.abc import Iterable, Mapping
@@ -19,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from blip3o_dit.files import reason, weight_files_of
 
 TEXT_TOWER = ("text_model.", "text_projection.", "logit_scale", "text.")
 _UNSUPPORTED = ("use_rope", "use_swiglu_mlp", "use_sub_ln", "q_bias", "k_bias", "v_bias")
@@ -241,7 +242,7 @@ def read_tensors(folder: Path) -> Iterable[tuple[str, Tensor]]:
                     for name in tensors.keys():  # noqa: SIM118 - not a mapping
                         yield name, tensors.get_tensor(name)
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file}: not readable weights: {error}") from error
+                raise ValueError(f"{file}: not readable weights: {reason(error)}") from error
         else:
             yield from _read_bin(file)
 
@@ -250,7 +251,7 @@ def _read_bin(file: Path) -> Iterable[tuple[str, Tensor]]:
     try:
         state_dict = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise ValueError(f"{file}: not readable weights: {' '.join(str(error).split())[:200]}") from error
+        raise ValueError(f"{file}: not readable weights: {reason(error)}") from error
     except pickle.UnpicklingError as error:
         raise ValueError(f"{file}: refused: it holds more than weights") from error
     yield from state_dict.items()
@@ -260,8 +261,7 @@ def _weight_files(folder: Path) -> list[Path]:
     for pattern in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{pattern}.index.json"
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            return [folder / Path(name).name for name in names]
+            return weight_files_of(index)
         if (folder / pattern).is_file():
             return [folder / pattern]
     raise ValueError(

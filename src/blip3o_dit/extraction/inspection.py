@@ -15,6 +15,7 @@ from torch import Tensor
 
 from blip3o_dit.data.statistics import ChannelAccumulator
 from blip3o_dit.data.store import EmbeddingSource, batches
+from blip3o_dit.files import plain
 from blip3o_dit.token_colours import token_colours
 
 SHOWN = 3  # outliers named per kind
@@ -137,10 +138,10 @@ def format_inspection(inspection: Inspection) -> str:
     ]
     for name in ("dtype", "pooling", "skipped"):
         if inspection.about.get(name) is not None:
-            lines.append(f"  {name}: {inspection.about[name]}")
+            lines.append(f"  {name}: {plain(inspection.about[name])}")
     for name, side in inspection.sides.items():
         tower = inspection.about.get("encoders", {}).get(name, {})
-        lines += ["", f"{name}: {side.width} wide" + (f", {tower['name']}" if "name" in tower else "")]
+        lines += ["", f"{name}: {side.width} wide" + (f", {plain(tower['name'])}" if "name" in tower else "")]
         lines.append(
             f"  token norm {side.norm_mean:.4g} +- {side.norm_std:.3g}, "
             f"from {side.norm_min:.4g} to {side.norm_max:.4g}"
@@ -161,12 +162,12 @@ def warnings_of(inspection: Inspection) -> list[str]:
         if side.non_finite_samples:
             found.append(
                 f"warning: {name}: NaN or infinity in {side.non_finite_samples} samples, "
-                f"first {side.first_non_finite}"
+                f"first {plain(side.first_non_finite)}"
             )
         if inspection.about.get("encoders", {}).get(name, {}).get("meaningful") is False:
             found.append(f"warning: {name}: tower from scratch, these tokens mean nothing")
     if inspection.duplicate_keys:
-        examples = ", ".join(inspection.duplicate_examples)
+        examples = ", ".join(map(plain, inspection.duplicate_examples))
         found.append(f"warning: {inspection.duplicate_keys} keys are there more than once: {examples}")
     return found or ["no NaN, no infinity, no duplicate keys"]
 

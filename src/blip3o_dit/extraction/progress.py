@@ -17,7 +17,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from blip3o_dit.data.store import MANIFEST, EmbeddingStore, write_atomically, write_manifest
+from blip3o_dit.data.store import (
+    MANIFEST,
+    EmbeddingStore,
+    check_shard_entry,
+    write_atomically,
+    write_manifest,
+)
+from blip3o_dit.files import read_json, show
 
 SETTINGS_FILE = "extraction.json"
 SKIPPED_FILE = "skipped.jsonl"
@@ -59,12 +66,15 @@ def write_entry(output: Path, unit: int, shard: dict[str, Any] | None, skipped: 
 
 def read_entry(output: Path, unit: int) -> dict[str, Any] | None:
     """What a finished unit left, or None when it must be done (again)."""
-    entry = _read(_entry_file(output, unit))
+    file = _entry_file(output, unit)
+    entry = _read(file)
     if not isinstance(entry, dict) or not {"shard", "skipped"} <= entry.keys():
         return None
+    _check_skipped(file, entry["skipped"])
     shard = entry["shard"]
     if shard is None:
         return entry
+    check_shard_entry(file, shard)
     file, table = output / shard["file"], output / shard["table"]
     whole = file.is_file() and table.is_file() and file.stat().st_size == shard["bytes"]
     return entry if whole else None
@@ -132,7 +142,9 @@ def _difference(found: Any, wanted: dict[str, Any]) -> str:
         return "it was not written by this command"
     there, here = _flat(found), _flat(wanted)
     names = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
-    return "; ".join(f"{name} is {there.get(name)!r} there, {here.get(name)!r} here" for name in names[:4])
+    return "; ".join(
+        f"{name} is {show(there.get(name))} there, {show(here.get(name))} here" for name in names[:4]
+    )
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -148,9 +160,16 @@ def _entry_file(output: Path, unit: int) -> Path:
     return output / f"shard-{unit:05d}.entry.json"
 
 
+def _check_skipped(file: Path, skipped: Any) -> None:
+    expected = {"key", "location", "reason"}
+    for picture in skipped if isinstance(skipped, list) else [skipped]:
+        if not isinstance(picture, dict) or not all(isinstance(picture.get(name), str) for name in expected):
+            raise ValueError(f"{file}: expected skipped pictures with a reason each, found {show(picture)}")
+
+
 def _read(file: Path) -> Any:
     """JSON of a file, None when it is missing or damaged."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(file)
+    except (OSError, ValueError):
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +15,7 @@ from tqdm.auto import tqdm
 from blip3o_dit.config import TrainingConfig, check_name
 from blip3o_dit.data.dataset import split_samples
 from blip3o_dit.data.source import check_sizes, open_embeddings
-from blip3o_dit.data.store import EmbeddingSource, StoreWriter, batches
+from blip3o_dit.data.store import EmbeddingSource, StoreWriter, batches, dump_atomically
 from blip3o_dit.distributed import Processes, join_processes, pick_device
 from blip3o_dit.evaluation.metrics import FidelitySums
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
@@ -294,10 +293,7 @@ def write_results(results: dict[str, Any], records: list[dict[str, Any]], path: 
     """A pickle of plain arrays (.pkl, .pickle), or an embedding store with the generated tokens."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix in (".pkl", ".pickle"):
-        aside = path.with_name(path.name + ".partial")
-        with open(aside, "wb") as file:
-            pickle.dump(results, file, protocol=4)
-        os.replace(aside, path)
+        dump_atomically(path, results)
         return
     eva = torch.from_numpy(results["eva_embeddings"])
     generated = torch.from_numpy(results["generated_clip_embeddings"])

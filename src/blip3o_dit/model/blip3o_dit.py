@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from blip3o_dit.config import BLIP3oDiTConfig, check_name
+from blip3o_dit.config import BLIP3oDiTConfig, check_name, is_hub_id
+from blip3o_dit.files import plain, reason
 from blip3o_dit.flow.path import convert_prediction, path_of
 from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER, integrate, integrate_adaptive
+from blip3o_dit.folders import is_sealed, verify
 from blip3o_dit.model.graphs import GraphedPredict, Predict
 from blip3o_dit.model.linear import multiplies
 from blip3o_dit.model.nextdit import NextDiT
@@ -37,6 +40,8 @@ SOURCE_BUFFERS = ["source_weight", "source_bias", "source_std", "source_componen
 # Averaged weights lie beside the raw ones under Hugging Face's variant naming.
 EMA_VARIANT = "ema"
 EMA_FILE = f"model.{EMA_VARIANT}.safetensors"
+WEIGHTS_FILE = "model.safetensors"
+WEIGHT_DTYPES = {"F64", "F32", "F16", "BF16"}
 
 
 class BLIP3oDiTModel(PreTrainedModel):
@@ -433,10 +438,18 @@ class BLIP3oDiTModel(PreTrainedModel):
     ) -> Any:
         """As `PreTrainedModel.from_pretrained`, but weights that do not fit the config are refused.
 
+        Weights are read as safetensors. A folder is read without touching the network; what is no folder is
+        looked up on the hub only if it can be meant as an id there (`config.is_hub_id`).
+
         Raises:
+            FileNotFoundError: no such folder.
             ValueError: lists the missing, unexpected and misshapen tensors.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        kwargs["use_safetensors"] = True
+        if not is_hub_id(pretrained_model_name_or_path):
+            kwargs["local_files_only"] = True
+            _check_folder(Path(pretrained_model_name_or_path), kwargs)
         with quiet_transformers():  # its report of misfits is many lines; ours is one
             loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path,
@@ -484,7 +497,8 @@ def pick_weights(path: Path, weights: str) -> str:
     """ "auto", "ema" or "raw" -> which of the last two a model folder gives.
 
     Raises:
-        FileNotFoundError, ValueError: one line: no model there, or no averaged weights.
+        FileNotFoundError, ValueError: one line: no model there, no averaged weights, or files that were
+            altered since they were saved.
     """
     check_name("weights", weights, ("auto", "ema", "raw"))
     if not (path / "config.json").is_file():
@@ -492,7 +506,53 @@ def pick_weights(path: Path, weights: str) -> str:
     has_ema = (path / EMA_FILE).is_file()
     if weights == "ema" and not has_ema:
         raise ValueError(f"{path}: expected averaged weights ({EMA_FILE}), found none")
-    return "raw" if weights == "raw" or not has_ema else "ema"
+    chosen = "raw" if weights == "raw" or not has_ema else "ema"
+    if is_sealed(path):
+        verify(path, ["config.json", EMA_FILE if chosen == "ema" else "model.safetensors"])
+    return chosen
+
+
+def check_weights(file: Path, config: BLIP3oDiTConfig) -> None:
+    """Refuse weights that do not fit the configuration by the file's header, before anything is built.
+
+    Hugging Face makes room for what a configuration asks for and compares then.
+
+    Raises:
+        ValueError: not readable as safetensors, or names and shapes other than the configuration's.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: expected weights, found none")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            found = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+            kinds = {tensors.get_slice(name).get_dtype() for name in found}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not readable weights: {reason(error)}") from error
+    if not kinds <= WEIGHT_DTYPES:
+        raise ValueError(f"{file}: expected weights in {sorted(WEIGHT_DTYPES)}, found {sorted(kinds)}")
+    if config.num_layers > len(found):
+        raise ValueError(f"{file}: expected {config.num_layers} layers, found {len(found)} tensors in all")
+    with torch.device("meta"):
+        expected = {name: list(t.shape) for name, t in BLIP3oDiTModel(config).state_dict().items()}
+    refuse_misfits(
+        str(file),
+        {
+            "missing_keys": expected.keys() - found.keys(),
+            "unexpected_keys": found.keys() - expected.keys(),
+            "mismatched_keys": [
+                name for name in expected.keys() & found.keys() if expected[name] != found[name]
+            ],
+        },
+    )
+
+
+def _check_folder(folder: Path, kwargs: dict[str, Any]) -> None:
+    """A local model: its configuration, its weights, and that they fit."""
+    config = kwargs.get("config")
+    if not isinstance(config, BLIP3oDiTConfig):
+        config = BLIP3oDiTConfig.from_pretrained(folder)
+    variant = kwargs.get("variant")
+    check_weights(folder / (f"model.{variant}.safetensors" if variant else WEIGHTS_FILE), config)
 
 
 def refuse_misfits(where: str, loading_info: dict[str, Any]) -> None:
@@ -502,7 +562,7 @@ def refuse_misfits(where: str, loading_info: dict[str, Any]) -> None:
         keys = loading_info.get(kind) or ()
         names = sorted(key if isinstance(key, str) else str(key[0]) for key in keys)
         if names:
-            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            shown = ", ".join(map(plain, names[:3])) + (", ..." if len(names) > 3 else "")
             problems.append(f"{len(names)} {kind.replace('_keys', '')} ({shown})")
     if problems:
         raise ValueError(f"{where}: weights do not fit the configuration: " + "; ".join(problems))

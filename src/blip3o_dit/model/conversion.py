@@ -6,17 +6,17 @@ Both use the other time convention, so the sign of the output layer flips on the
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from blip3o_dit.config import BLIP3oDiTConfig, FlowMatchingConfig
+from blip3o_dit.files import reason, weight_files_of
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.official_convention import flip_velocity_sign
 
@@ -204,8 +204,7 @@ def _safetensors_files(path: Path) -> list[Path]:
         return [path]
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        return [path / Path(name).name for name in names]
+        return weight_files_of(index)
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{path}: expected a .safetensors file or a folder of them, found none")
@@ -213,5 +212,8 @@ def _safetensors_files(path: Path) -> list[Path]:
 
 
 def _tensor_names(file: Path) -> list[str]:
-    with safe_open(file, framework="pt") as tensors:
-        return list(tensors.keys())
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not readable weights: {reason(error)}") from error

@@ -20,14 +20,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 
 from blip3o_dit.config import BLIP3oDiTConfig, TrainingConfig
-from blip3o_dit.data.folders import ASIDE, REPLACED, restore_replaced, verify
 from blip3o_dit.data.store import EmbeddingSource
-from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.files import read_json, show, show_names
+from blip3o_dit.folders import ASIDE, REPLACED, restore_replaced, verify
+from blip3o_dit.model.blip3o_dit import check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -83,12 +82,9 @@ class Progress:
 
 def read_object(file: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ValueError, naming the file, for anything else."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not readable JSON: {error}") from error
+    values = read_json(file)
     if not isinstance(values, dict):
-        raise ValueError(f"{file}: expected an object, found a {type(values).__name__}")
+        raise ValueError(f"{file}: expected an object, found {show(values)}")
     return values
 
 
@@ -161,17 +157,17 @@ def check_checkpoint(checkpoint: Path, model_config: BLIP3oDiTConfig, run: Run) 
     wanted = model_config.to_dict()
     names = set(BLIP3oDiTConfig.own_fields()) - {"gradient_checkpointing"}
     different = [
-        f"{name} is {saved.get(name)!r} there, {wanted[name]!r} here"
+        f"{name} is {show(saved.get(name))} there, {wanted[name]!r} here"
         for name in sorted(names)
         if saved.get(name) != wanted[name]
     ]
     theirs = asdict(Progress.read(checkpoint).run)
     for name, mine in asdict(run).items():
         if theirs[name] != mine:
-            different.append(f"{_RUN_NAMES[name]} was {theirs[name]}, now {mine}")
+            different.append(f"{_RUN_NAMES[name]} was {show(theirs[name])}, now {show(mine)}")
     if different:
         raise ValueError(f"{checkpoint}: the checkpoint does not fit this run: " + "; ".join(different))
-    _check_tensors(checkpoint / "model.safetensors", model_config)
+    check_weights(checkpoint / "model.safetensors", model_config)
     _check_trainer_state(checkpoint / TRAINER_STATE_FILE)
 
 
@@ -193,32 +189,15 @@ def fingerprint(source: EmbeddingSource) -> str:
     return own() if callable(own) else f"{type(source).__name__} of {source.num_samples} samples"
 
 
-def _check_tensors(file: Path, model_config: BLIP3oDiTConfig) -> None:
-    with torch.device("meta"):
-        expected = {k: list(v.shape) for k, v in BLIP3oDiTModel(model_config).state_dict().items()}
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            found = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not readable weights: {error}") from error
-    different = sorted(name for name in expected | found if expected.get(name) != found.get(name))
-    if different:
-        name = different[0]
-        raise ValueError(
-            f"{file}: {len(different)} tensors do not fit, first {name}: "
-            f"expected {expected.get(name)}, found {found.get(name)}"
-        )
-
-
 def _check_trainer_state(file: Path) -> None:
     """The Trainer takes what it finds: refuse what it could not have written."""
     state = read_object(file)
     known = {field.name for field in fields(TrainerState)}
     unknown = sorted(set(state) - known)
     if unknown:
-        raise ValueError(f"{file}: unknown {unknown}")
+        raise ValueError(f"{file}: unknown {show_names(unknown)}")
     step, log = state.get("global_step"), state.get("log_history")
     if not isinstance(step, int) or isinstance(step, bool) or step < 1:
-        raise ValueError(f"{file}: global_step: expected a positive integer, found {step!r}")
+        raise ValueError(f"{file}: global_step: expected a positive integer, found {show(step)}")
     if not isinstance(log, list) or not all(isinstance(entry, dict) for entry in log):
         raise ValueError(f"{file}: log_history: expected a list of objects")

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from blip3o_dit.files import reason, show
 from blip3o_dit.training.checkpoint import OPTIMIZER_NUMBERS, OPTIMIZER_TENSORS, read_object
 
 EIGHT_BIT_PARTS = ("codes", "scale", "qmap")
@@ -84,7 +85,7 @@ def load_optimizer(
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not readable tensors: {error}") from error
+        raise ValueError(f"{file}: not readable tensors: {reason(error)}") from error
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = _state(file, tensors, numbers.get("eight_bit"), parameters)
     where = str(folder / OPTIMIZER_NUMBERS)
@@ -149,7 +150,7 @@ def _like(where: str, current: Any, found: Any) -> Any:
         return found
     if type(current) is type(found) and not isinstance(found, dict | list):
         return found
-    raise ValueError(f"{where}: expected a value like {_plain(current)!r}, found {found!r}")
+    raise ValueError(f"{where}: expected a value like {show(_plain(current))}, found {show(found)}")
 
 
 def _state(
@@ -157,13 +158,16 @@ def _state(
 ) -> dict[int, dict[str, Tensor]]:
     """{parameter number: {state name: tensor}}, each with its parameter's shape (or a single number)."""
     state: dict[int, dict[str, Tensor]] = {}
+    by_number = {str(number): parameter for number, parameter in enumerate(parameters)}
     for key, tensor in _joined(file, tensors, eight_bit).items():
         number, _, name = key.partition(".")
         if not number.isdecimal() or int(number) >= len(parameters):
-            raise ValueError(f"{file}: expected states of {len(parameters)} parameters, found one of {key!r}")
+            raise ValueError(
+                f"{file}: expected states of {len(parameters)} parameters, found one of {show(key)}"
+            )
         expected = list(parameters[int(number)].shape)
         if tensor.ndim and list(tensor.shape) != expected:
-            raise ValueError(f"{file}: {key}: expected shape {expected}, found {list(tensor.shape)}")
+            raise ValueError(f"{file}: {show(key)}: expected shape {expected}, found {list(tensor.shape)}")
         state.setdefault(int(number), {})[name] = tensor
     if state and len(state) != len(parameters):
         raise ValueError(f"{file}: expected states of {len(parameters)} parameters, found {len(state)}")
@@ -183,8 +187,8 @@ def _joined(file: Path, tensors: dict[str, Tensor], eight_bit: Any) -> dict[str,
         parts = [joined.pop(f"{key}.{part}", None) for part in EIGHT_BIT_PARTS]
         codes, scale, qmap = parts
         if codes is None or scale is None or qmap is None:
-            raise ValueError(f"{file}: {key}: expected {', '.join(EIGHT_BIT_PARTS)}")
+            raise ValueError(f"{file}: {show(key)}: expected {', '.join(EIGHT_BIT_PARTS)}")
         if codes.dtype != torch.uint8 or qmap.numel() != 256 or codes.numel() % max(1, scale.numel()):
-            raise ValueError(f"{file}: {key}: expected an 8-bit state, found other shapes or types")
+            raise ValueError(f"{file}: {show(key)}: expected an 8-bit state, found other shapes or types")
         joined[key] = OptimState8bit(codes, scale, qmap, bool(signed))
     return joined

@@ -21,13 +21,13 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from blip3o_dit.config import TRAINING_CONFIG_FILE, TrainingConfig
 from blip3o_dit.data.dataset import EmbeddingDataset, NamedDraws, ShuffledPasses, shuffled_passes, whole_batch
-from blip3o_dit.data.folders import written_aside
 from blip3o_dit.data.store import batches
 from blip3o_dit.distributed import Processes
 from blip3o_dit.evaluation.metrics import FidelitySums
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
 from blip3o_dit.flow.path import PathSample
 from blip3o_dit.flow.times import training_times
+from blip3o_dit.folders import written_aside
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.source import AffineSource
 from blip3o_dit.randomness import named_seed

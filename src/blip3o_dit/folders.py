@@ -18,6 +18,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from blip3o_dit.errors import WriteError
+from blip3o_dit.files import read_json, reason, show
 
 CHECKSUMS_FILE = "checksums.json"
 ASIDE, REPLACED = ".partial", ".replaced"
@@ -105,7 +106,7 @@ def verify(folder: Path, names: Iterable[str] | None = None) -> None:
     known = _read_checksums(folder)
     for name in known if names is None else names:
         if name not in known:
-            raise ValueError(f"{folder / CHECKSUMS_FILE}: expected the checksum of {name}, found none")
+            raise ValueError(f"{folder / CHECKSUMS_FILE}: expected the checksum of {show(name)}, found none")
         size, digest = known[name]
         file = folder / name
         if not file.is_file():
@@ -143,15 +144,16 @@ def _read_checksums(folder: Path) -> dict[str, tuple[int, str]]:
     file = folder / CHECKSUMS_FILE
     if not file.is_file():
         raise ValueError(f"{folder}: expected {CHECKSUMS_FILE}, found none: the folder was not finished")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        entries = {str(name): (int(e["bytes"]), str(e["sha256"])) for name, e in content["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file}: expected sizes and SHA-256 of files, found something else") from error
-    for name in entries:
+    content = read_json(file)
+    files = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(files, dict):
+        raise ValueError(f"{file}: expected sizes and checksums of files, found {show(content)}")
+    for name, entry in files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"{file}: expected names of files in the folder, found {name!r}")
-    return entries
+            raise ValueError(f"{file}: expected names of files in the folder, found {show(name)}")
+        if not isinstance(entry, dict) or {type(entry.get("bytes")), type(entry.get("sha256"))} != {int, str}:
+            raise ValueError(f"{file}: {show(name)}: expected bytes and sha256, found {show(entry)}")
+    return {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
 
 
 @contextmanager
@@ -162,7 +164,7 @@ def _write_errors(target: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         if isinstance(error, WriteError):
             raise
-        reason = getattr(error, "strerror", None) or str(error)
+        found = getattr(error, "strerror", None) or reason(error)
         raise WriteError(
-            f"{target}: expected to write it whole, found: {reason}; what was there before is untouched"
+            f"{target}: expected to write it whole, found: {found}; what was there before is untouched"
         ) from error

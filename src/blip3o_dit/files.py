@@ -1,0 +1,103 @@
+"""Files that anyone may have written: JSON read strictly, and their content shown on one short line."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from pathlib import Path
+from typing import Any, NoReturn
+
+MOST_JSON = 2**26
+"""Largest JSON file that is read whole, in bytes; a manifest of a hundred thousand shards has half of it."""
+
+# What an empty list or object takes in memory, and how much of that a file may ask for beyond its own size:
+# "[[],[]," holds twenty times its length.
+_CONTAINER = 72
+_GROWTH, _FREE = 8, 2**24
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        ValueError: one line naming the file: not UTF-8, not JSON (which has no NaN), too large or too deep,
+            or an object that gives a name twice.
+    """
+    size = file.stat().st_size
+    if size > MOST_JSON:
+        raise ValueError(f"{file}: expected at most {MOST_JSON} bytes of JSON, found {size}")
+    return parse_json(file, file.read_bytes())
+
+
+def parse_json(where: str | Path, content: bytes) -> Any:
+    """The same for bytes that were read; `where` names them in a message."""
+    containers = content.count(b"[") + content.count(b"{")
+    if _CONTAINER * containers > _GROWTH * len(content) + _FREE:
+        raise ValueError(f"{where}: expected fewer lists and objects, found {containers} in the file")
+    try:
+        return json.loads(content, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not readable JSON: {reason(error)}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in values if names.count(name) > 1)
+        raise ValueError(f"expected each name once, found {show(twice)} more than once")
+    return values
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"expected a number, found {name}")
+
+
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 100
+        self.maxlong = 60
+        self.maxlevel = 3
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write very long integers in decimal, with an error of its own
+        return super().repr_int(x, level) if x.bit_length() < 10_000 else f"<{x.bit_length()} bits>"
+
+
+_SHORT = _Short()
+
+
+def weight_files_of(index: Path) -> list[Path]:
+    """The files that a checkpoint's index names, beside it. Raises ValueError for any other index."""
+    values = read_json(index)
+    names = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{index}: expected a weight_map of file names, found {show(names)}")
+    for name in names.values():
+        if Path(name).name != name or not name.isprintable():
+            raise ValueError(f"{index}: expected plain file names, found {show(name)}")
+    return [index.parent / name for name in sorted(set(names.values()))]
+
+
+def reason(error: BaseException) -> str:
+    """Another library's message, which may repeat a file's content, short and on one line."""
+    text = " ".join(str(error).split())[:200] or type(error).__name__
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
+
+
+def show(value: Any) -> str:
+    """A value out of a file, as Python writes it, short enough for a message and on one line."""
+    return _SHORT.repr(value)
+
+
+def plain(value: Any) -> str:
+    """Text out of a file for a terminal, where control characters would act."""
+    text = str(value)[:200]
+    return text if text.isprintable() else show(text)
+
+
+def show_names(names: Any) -> str:
+    """The first of these names, sorted, as a list."""
+    listed = sorted(map(str, names))
+    return show(listed[:4])[:-1] + (f", ... {len(listed) - 4} more]" if len(listed) > 4 else "]")
