@@ -161,11 +161,9 @@ def _state(
     by_number = {str(number): parameter for number, parameter in enumerate(parameters)}
     for key, tensor in _joined(file, tensors, eight_bit).items():
         number, _, name = key.partition(".")
-        if not number.isdecimal() or int(number) >= len(parameters):
-            raise ValueError(
-                f"{file}: expected states of {len(parameters)} parameters, found one of {show(key)}"
-            )
-        expected = list(parameters[int(number)].shape)
+        if number not in by_number:
+            raise ValueError(f"{file}: expected states of {len(by_number)} parameters, found {show(key)}")
+        expected = list(by_number[number].shape)
         if tensor.ndim and list(tensor.shape) != expected:
             raise ValueError(f"{file}: {show(key)}: expected shape {expected}, found {list(tensor.shape)}")
         state.setdefault(int(number), {})[name] = tensor
