@@ -24,16 +24,18 @@ from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 Row = dict[str, Any]
 
 
-def alternate(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each function, called in turn `rounds` times after one round that does not count."""
+def alternate(
+    functions: Mapping[str, Callable[[], Any]], rounds: int, *, warm_up: int = 1
+) -> dict[str, float]:
+    """Median seconds of each function, called in turn `rounds` times after rounds that do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for round_ in range(rounds + 1):
+    for round_ in range(-warm_up, rounds):
         for name, function in functions.items():
             synchronize()
             started = time.perf_counter()
             function()
             synchronize()
-            if round_:
+            if round_ >= 0:
                 seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}
 

@@ -87,7 +87,8 @@ def compare(arguments: argparse.Namespace, size: str) -> Row:
     rows = batch * model.config.num_tokens
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     steps["products"] = products(matrices, rows, dtype)
-    seconds = alternate(steps, arguments.rounds)
+    # The C library's memory settles after about three steps; until then the system hands out fresh pages.
+    seconds = alternate(steps, arguments.rounds, warm_up=3)
     floor = 3 * seconds["products"]  # once forward, and for each of inputs and weights backward
     row = {
         "size": size,
