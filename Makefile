@@ -11,7 +11,7 @@ help:
 	@echo "make test    all tests"
 	@echo "make fuzz    hostile and broken input for MINUTES (10), from SEED (0)"
 	@echo "make lint    ruff and mypy"
-	@echo "make bench   trainings with a known best answer, for each prediction type"
+	@echo "make bench   speed, memory and known answers, on small sizes (python -m benchmarks --help)"
 
 setup: .venv/installed
 
@@ -37,7 +37,7 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 bench: .venv/installed
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks short
 
 clean:
 	rm -rf .venv outputs build fuzz-input .mypy_cache .ruff_cache .pytest_cache .hypothesis

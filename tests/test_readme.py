@@ -22,7 +22,7 @@ from blip3o_dit.cli.train import main as train_main
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, flags=re.DOTALL)
-SMALL = "--model_dim=32 --num_layers=1 --num_heads=2 --max_steps=2 --batch_size=4 --eval_samples=2"
+SMALL = "--model_dim=32 --num_layers=1 --num_heads=2 --max_steps=4 --batch_size=4 --eval_samples=2"
 SMALL += " --eval_inference_steps=2 --save_steps=2 --source=ridge"  # 3x3 at full width takes a minute
 
 
@@ -81,7 +81,7 @@ def run_bash(words: list[str]) -> None:
 
 def small(arguments: list[str]) -> list[str]:
     if "--resume_from_checkpoint" in arguments:
-        return [*arguments, "--max_steps", "4"]
+        return arguments  # sizes come from the checkpoint
     if "--debug" in arguments:
         return [*arguments, "--max_steps", "2", "--source", "ridge"]
     return [*arguments, *SMALL.split()]
@@ -114,7 +114,7 @@ def test_every_snippet_runs_in_order(folder: Path) -> None:
     made = ("checkpoints/run/model.safetensors", "results/generated.pkl", "my_store/manifest.json")
     for produced in (*made, "embeddings/pictures_inspection.png"):
         assert (folder / produced).is_file(), produced
-    assert (folder / "checkpoints/run/checkpoint-4").is_dir()  # the resumed run went on
+    assert (folder / "checkpoints/run/checkpoint-4").is_dir()
 
 
 def test_installed_versions_are_the_pinned_ones() -> None:
@@ -130,6 +130,10 @@ def test_files_the_readme_names_exist() -> None:
         "train_blip3o_dit.py",
         "docs/eva-clip-parity.md",
         "docs/evaluation.md",
+        "docs/reliability.md",
+        "docs/many-processes.md",
+        "docs/speed.md",
+        "SECURITY.md",
         "Makefile",
     ):
         assert (ROOT / name).is_file()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.fuzz import command_lines, formats
+from tests.fuzz import checkpoints, command_lines, formats
 
 MAKERS: dict[str, Callable[[Path, int], formats.Make]] = {
     "pickle": formats.pickle_maker,
@@ -15,6 +15,7 @@ MAKERS: dict[str, Callable[[Path, int], formats.Make]] = {
     "config": formats.config_maker,
     "training_config": formats.training_config_maker,
     "model": formats.model_maker,
+    "checkpoint": checkpoints.checkpoint_maker,
     "pictures": formats.pictures_maker,
     "cli": command_lines.command_line_maker,
 }

@@ -25,6 +25,7 @@ COUNTS = {
     "table": 1300,
     "config": 1500,
     "training_config": 1500,
+    "checkpoint": 900,
     "pictures": 500,
     "model": 300,
     "cli": 300,

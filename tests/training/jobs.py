@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from blip3o_dit.config import TrainingConfig
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.distributed import join_processes
+from blip3o_dit.errors import StoppedEarly
 from blip3o_dit.evaluation.truth import EvaluationSettings
 from blip3o_dit.inference.evaluate import EvaluationConfig, evaluate_models
 from blip3o_dit.inference.pipeline import BLIP3oInference
@@ -23,6 +26,7 @@ from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.run import build_trainer, train
 from blip3o_dit.training.sharding import check_sharding, let_generate
+from blip3o_dit.training.trainer import BLIP3oTrainer
 from tests.conftest import randomize, tiny_config
 
 torch.set_num_threads(1)
@@ -44,18 +48,38 @@ CONFIG: dict[str, Any] = dict(
 )
 
 
-def train_once(store: Path, output: Path, changes: dict[str, Any]) -> None:
-    train(TrainingConfig(embeddings_path=str(store), output_dir=str(output), **(CONFIG | changes)))
+def train_once(store: Path, output: Path, changes: dict[str, Any], resume: Path | None = None) -> None:
+    config = TrainingConfig(embeddings_path=str(store), output_dir=str(output), **(CONFIG | changes))
+    train(config, resume=resume)
 
 
-def train_sharded(store: Path, output: Path, changes: dict[str, Any]) -> list[str]:
+def train_stopped(store: Path, output: Path, changes: dict[str, Any]) -> str:
+    """`train_once`, where the second process alone gets a signal in its third step; how it ends."""
+    plain = BLIP3oTrainer.compute_loss
+
+    def compute_loss(self: BLIP3oTrainer, *args: Any, **kwargs: Any) -> Any:
+        if os.environ["RANK"] == "1" and self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, *args, **kwargs)
+
+    BLIP3oTrainer.compute_loss = compute_loss  # type: ignore[method-assign]
+    try:
+        train_once(store, output, changes)
+    except StoppedEarly as error:
+        return str(error)
+    return "not stopped"
+
+
+def train_sharded(
+    store: Path, output: Path, changes: dict[str, Any], resume: Path | None = None
+) -> list[str]:
     """`train_once` with weights sharded as accelerate does it for configs/accelerate/fsdp.yaml on GPUs.
 
     On a CPU accelerate ignores such a configuration, so its state is set by hand before training begins.
     Returns the kinds of the trained parameters.
     """
     config = TrainingConfig(embeddings_path=str(store), output_dir=str(output), **(CONFIG | changes))
-    trainer = build_trainer(EmbeddingStore(store), config)
+    trainer = build_trainer(EmbeddingStore(store), config, fitted=resume is not None)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
@@ -69,8 +93,8 @@ def train_sharded(store: Path, output: Path, changes: dict[str, Any]) -> list[st
     AcceleratorState._shared_state["fsdp_plugin"] = plugin
     check_sharding(trainer.accelerator.state)
     trainer.is_fsdp_enabled = True
-    trainer.train()
-    trainer.save_model()
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.save_final_model()
     return sorted({type(parameter).__name__ for parameter in trainer.model.parameters()})
 
 

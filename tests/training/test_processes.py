@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from blip3o_dit.model.blip3o_dit import EMA_FILE, BLIP3oDiTModel
 from blip3o_dit.training.callbacks import read_log
+from blip3o_dit.training.checkpoint import verify_checkpoint
 from tests.launched import launch
 from tests.stores import write_linear_store
 from tests.training import jobs
@@ -74,6 +75,14 @@ def test_training_does_not_depend_on_how_a_batch_is_shared_out(
         weights = load_file(other / file)
         for name, tensor in load_file(one / file).items():
             torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(store: Path, tmp_path: Path) -> None:
+    changes = dict(batch_size=16, max_steps=6, eval_steps=100, eval_samples=0)
+    first, second = launch(jobs.train_stopped, 2, store, tmp_path / "run", changes)
+    assert first.startswith("another process was asked to stop: stopped after step 3 of 6")
+    assert second.startswith("SIGTERM received: stopped after step 3 of 6")
+    verify_checkpoint(tmp_path / "run" / "checkpoint-3")
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -170,3 +179,22 @@ def test_the_trainer_shards_weights(store: Path, run: Callable[..., Path], tmp_p
     models = [BLIP3oDiTModel.from_pretrained(folder, variant="ema") for folder in (one, two)]
     tokens = [model.generate(eva, num_inference_steps=2) for model in models]
     torch.testing.assert_close(tokens[1], tokens[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_a_sharded_run_continues_sharded_or_on_one_process(
+    store: Path, tmp_path: Path, sharded: bool
+) -> None:
+    changes = dict(batch_size=16, max_steps=8, eval_split=1 / 6, eval_steps=100, eval_samples=0, save_steps=5)
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    launch(jobs.train_sharded, 2, store, whole, changes)
+    checkpoint = whole / "checkpoint-5"
+    verify_checkpoint(checkpoint)
+    if sharded:
+        launch(jobs.train_sharded, 2, store, again, changes, checkpoint)
+    else:
+        jobs.train_once(store, again, changes | dict(batch_size=32), checkpoint)
+    for name in ("model.safetensors", EMA_FILE, "checkpoint-8/optimizer.safetensors"):
+        found = load_file(again / name)
+        for key, tensor in load_file(whole / name).items():
+            torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-6, msg=f"{name}: {key}")
