@@ -23,6 +23,8 @@ from blip3o_dit.files import read_json, reason, show
 CHECKSUMS_FILE = "checksums.json"
 ASIDE, REPLACED = ".partial", ".replaced"
 
+LONGEST_NAME = 200
+
 _FORMAT = "blip3o-dit checksums"
 
 
@@ -149,7 +151,7 @@ def _read_checksums(folder: Path) -> dict[str, tuple[int, str]]:
     if not isinstance(files, dict):
         raise ValueError(f"{file}: expected sizes and checksums of files, found {show(content)}")
     for name, entry in files.items():
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if Path(name).is_absolute() or ".." in Path(name).parts or len(name) > LONGEST_NAME:
             raise ValueError(f"{file}: expected names of files in the folder, found {show(name)}")
         if not isinstance(entry, dict) or {type(entry.get("bytes")), type(entry.get("sha256"))} != {int, str}:
             raise ValueError(f"{file}: {show(name)}: expected bytes and sha256, found {show(entry)}")
