@@ -75,7 +75,7 @@ def weight_files_of(index: Path) -> list[Path]:
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{index}: expected a weight_map of file names, found {show(names)}")
     for name in names.values():
-        if Path(name).name != name or not name.isprintable():
+        if Path(name).name != name or not name.isprintable() or len(name) > 100:
             raise ValueError(f"{index}: expected plain file names, found {show(name)}")
     return [index.parent / name for name in sorted(set(names.values()))]
 

@@ -680,6 +680,7 @@ def test_a_surrogate_in_a_key_splits_by_its_hash(tmp_path: Path) -> None:
         (set_field("encoders", value=[]), "encoders: expected an object for each side, found []"),
         (set_field("encoders", value={"eva": 5}), "encoders: expected an object for each side"),
         (set_field("shards", 0, "file", value="a\nb"), r"expected a plain file name, found 'a\nb'"),
+        (set_field("shards", 0, "table", value="x" * 101), "expected a plain file name, found 'xxx"),
         (set_field("format_version", value="x" * 10_000), "expected format version 1, found 'xxx"),
     ],
 )
@@ -716,3 +717,13 @@ def test_a_link_left_aside_does_not_lead_outside(tmp_path: Path, writer: Callabl
     writer(tmp_path / "s" / "x", b"new")
     assert (tmp_path / "outside").read_text() == "untouched"
     assert b"new" in (tmp_path / "s" / "x").read_bytes()
+
+
+@pytest.mark.skipif(not Path("/dev/null").exists(), reason="needs a device")
+def test_a_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    (tmp_path / "null").symlink_to("/dev/null")
+    (tmp_path / "folder").mkdir()
+    for name in ("null", "folder"):
+        with pytest.raises(ValueError, match=f"{name}: expected a file to write, found a folder or a device"):
+            write_atomically(tmp_path / name, b"x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "null"]

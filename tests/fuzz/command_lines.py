@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import io
 import os
 import pickle
@@ -27,6 +28,9 @@ UNBOUNDED = frozenset(
 )
 WORDS = ("", "x", "auto", "cuda", "cpu", "--", "-", "--seed", "--frobnicate", "\ud800", "a\nb", "é" * 300)
 
+# The default towers are on the hub, and worker processes are processes: both by right.
+ALWAYS = {"extract": ("--towers-from-scratch", "--workers=0")}
+
 # How often each command is taken: the slow ones less.
 WEIGHTS = {
     "convert": 30,
@@ -48,7 +52,7 @@ def command_line_maker(folder: Path, seed: int) -> Make:
         places.clear()
         name = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
         words = _spoiled(places.valid(name), flags[name], places.hostile, rng)
-        act = _Run([name, *words])
+        act = _Run([name, *words, *ALWAYS.get(name, ())])
         outputs = (folder,)
         return Trial(act, 1 << 20, folder, outputs, names_file=False, canary=places.canary, slack=2 << 30)
 
@@ -91,6 +95,8 @@ class _Places:
         self.pictures = folder / "pictures"
         self.pictures.mkdir()
         Image.new("RGB", (9, 9), "red").save(self.pictures / "a.png")
+        os.environ["MPLCONFIGDIR"] = str(folder / "matplotlib")  # it lists the fonts once, by a program
+        importlib.import_module("matplotlib.font_manager")
         (folder / "loop").symlink_to("loop")
         (folder / "gone").symlink_to("nowhere")
         os.mkfifo(folder / "pipe")
@@ -118,7 +124,6 @@ class _Places:
             "",
             ".",
             "/dev/null",
-            "/proc/self/mem",
             "a\0b",
             "x" * 300,
             "no/such",
@@ -134,7 +139,6 @@ class _Places:
         shutil.rmtree(self.out, ignore_errors=True)
         self.out.mkdir()
         tempfile.tempdir = str(self.out)
-        os.environ["MPLCONFIGDIR"] = str(self.out)
         os.chdir(self.out)
 
     def valid(self, name: str) -> list[str]:
@@ -157,7 +161,7 @@ class _Places:
                 out,
             ],
             "evaluate": [model, data, "--output_dir", out, *few],
-            "extract": [str(self.pictures), "--output", out, "--towers-from-scratch", "--workers=0"],
+            "extract": [str(self.pictures), "--output", out],
         }[name]
 
 

@@ -120,7 +120,8 @@ class _Watch:
     def _check(self, what: str, path: Any) -> None:
         real = os.path.realpath(os.fsdecode(path))
         allowed = (*(self.outputs or ()), "/dev/null", "/dev/shm")
-        if not any(real == place or real.startswith(place + os.sep) for place in allowed):
+        there = what == "os.mkdir" and os.path.isdir(real)  # `exist_ok` asks for what is there
+        if not there and not any(real == place or real.startswith(place + os.sep) for place in allowed):
             self.seen.append(f"{what}: {real}")
 
 

@@ -22,7 +22,7 @@ COUNTS = {
     "pickle": 2600,
     "manifest": 1900,
     "shard": 900,
-    "table": 1300,
+    "table": 1100,
     "config": 1500,
     "training_config": 1500,
     "checkpoint": 900,

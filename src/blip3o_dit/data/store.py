@@ -408,6 +408,8 @@ def dump_atomically(path: str | Path, content: object) -> None:
 
 @contextmanager
 def _atomic_file(path: Path) -> Iterator[BinaryIO]:
+    if path.exists() and not path.is_file():  # a rename would put a file in the place of /dev/null
+        raise ValueError(f"{path}: expected a file to write, found a folder or a device")
     aside = path.with_name(path.name + ".partial")
     aside.unlink(missing_ok=True)
     with open(aside, "xb") as file:  # a link that somebody left there would lead out of the folder
@@ -463,7 +465,7 @@ def check_shard_entry(file: Path, shard: Any) -> None:
     """Refuse (ValueError) what `write_shard` did not return; `file` is where it was read from."""
     _check_fields(file, shard, _SHARD_FIELDS)
     for name in (shard["file"], shard["table"]):
-        if Path(name).name != name or not name.isprintable():
+        if Path(name).name != name or not name.isprintable() or len(name) > 100:
             raise ValueError(f"{file}: expected a plain file name, found {show(name)}")
 
 

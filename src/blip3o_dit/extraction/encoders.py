@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from blip3o_dit.config import check_name
+from blip3o_dit.config import check_name, is_hub_id
 from blip3o_dit.extraction.eva_clip import EvaClipConfig, EvaClipVision, load_eva_clip
 from blip3o_dit.files import read_json
 from blip3o_dit.quiet import quiet_transformers
@@ -314,7 +314,7 @@ def _preprocessing(folder: Path, image_size: int) -> Preprocessing:
 
 def _download(spec: str, revision: str | None) -> Path:
     """A hub repository's configuration and weights; a path that does not exist is said to be one."""
-    if spec.count("/") != 1 or spec.startswith((".", "/", "~")):
+    if spec.count("/") != 1 or not is_hub_id(spec):
         raise FileNotFoundError(f"{spec}: expected a model folder or a hub id (owner/name), found neither")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

@@ -12,6 +12,8 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from blip3o_dit.files import plain, reason, show
+
 IMAGE_SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"]
 )
@@ -155,7 +157,7 @@ def _list_file(path: Path) -> list[PictureRef]:
         if row.get("key"):
             key = str(row["key"])
             if key in given:
-                raise ValueError(f"{path}: line {number}: key {key!r} is on line {given[key]} already")
+                raise ValueError(f"{path}: line {number}: key {show(key)} is on line {given[key]} already")
             given[key] = number
         else:
             seen[name] = seen.get(name, 0) + 1
@@ -188,11 +190,13 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             reader = csv.DictReader(file)
             names = reader.fieldnames or []
             if not set(names) & set(PATH_NAMES):
-                raise ValueError(f"{path}: line 1: expected a header with one of {PATH_NAMES}, found {names}")
+                raise ValueError(
+                    f"{path}: line 1: expected a header with one of {PATH_NAMES}, found {show(names)}"
+                )
             for row in reader:
                 yield reader.line_num, dict(row)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not a readable CSV: {error}") from error
+        raise ValueError(f"{path}: not a readable CSV: {reason(error)}") from error
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -200,7 +204,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: line {number}: not readable JSON: {error}") from error
+            raise ValueError(f"{path}: line {number}: not readable JSON: {reason(error)}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}: line {number}: expected an object, found {type(row).__name__}")
         yield number, row
@@ -230,7 +234,7 @@ def _list_tar(path: Path) -> list[PictureRef]:
                     labels[stem] = file.read(2**10).decode("utf-8", errors="replace").strip() if file else ""
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header it has read
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: not a whole tar: {error}") from error
+        raise ValueError(f"{path}: not a whole tar: {reason(error)}") from error
     return [
         PictureRef(
             key=f"{path.stem}/{stem}",
@@ -365,5 +369,6 @@ def _check_unique(path: Path, refs: Sequence[PictureRef]) -> None:
     seen: dict[str, str] = {}
     for ref in refs:
         if ref.key in seen:
-            raise ValueError(f"{path}: key {ref.key!r} belongs to both {seen[ref.key]} and {ref.location}")
+            both = f"{plain(seen[ref.key])} and {plain(ref.location)}"
+            raise ValueError(f"{path}: key {show(ref.key)} belongs to both {both}")
         seen[ref.key] = ref.location

@@ -311,6 +311,8 @@ def write_results(results: dict[str, Any], records: list[dict[str, Any]], path: 
 
 def check_writable(path: Path) -> None:
     """Before hours of sampling, not after them."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path}: expected a file or folder to write, found a device")
     existing = path.parent
     while not existing.exists():
         existing = existing.parent
