@@ -7,12 +7,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from transformers.utils import logging as hf_logging
-
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Errors only, and no progress bars for reading and writing files, as long as it lasts."""
+    from transformers.utils import logging as hf_logging  # `quiet_torchao` comes before it is imported
+
     level = hf_logging.get_verbosity()
     bars = hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()

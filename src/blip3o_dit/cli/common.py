@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 
 from blip3o_dit.errors import StoppedEarly, WriteError
+from blip3o_dit.quiet import quiet_torchao
 
 TRACEBACK_VARIABLE = "BLIP3O_DIT_TRACEBACK"
 
@@ -55,6 +56,7 @@ def one_line(error: BaseException) -> str:
 
 def set_up_logging() -> None:
     """Our messages at INFO on the first process, warnings only on the others."""
+    quiet_torchao()  # which transformers imports when it is installed
     main_process = os.environ.get("RANK", "0") == "0"
     logger = logging.getLogger("blip3o_dit")
     logger.setLevel(logging.INFO if main_process else logging.WARNING)
