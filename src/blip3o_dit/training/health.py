@@ -41,7 +41,7 @@ class LossWatch:
         self._pending: list[tuple[Tensor, torch.cuda.Event | None, int, dict[str, Any]]] = []
         self._recent: deque[float] = deque(maxlen=WINDOW)
         self.inputs: list[dict[str, Any]] = []
-        """The micro-batches since the last `check`, for a diagnosis."""
+        """The micro-batches of the step under way, or the one at fault, for a diagnosis."""
 
     def add(self, loss: Tensor, step: int, inputs: dict[str, Any]) -> None:
         """Take in the loss of a micro-batch of optimizer step `step`."""
@@ -59,6 +59,9 @@ class LossWatch:
     def check(self) -> None:
         """Raises NonFiniteLossError, with step and samples, if a loss since the last call was not finite."""
         self._look()
+
+    def forget(self) -> None:
+        """The step was sound."""
         self.inputs = []
 
     def _look(self) -> None:
@@ -97,19 +100,19 @@ def check_gradient_norm(norm: Tensor, model: nn.Module, step: int) -> None:
 
 
 def write_diagnosis(
-    folder: Path,
+    file: Path,
     error: NonFiniteLossError,
     step: int,
     model: nn.Module,
     batches: list[dict[str, Any]],
-    forward: Callable[[dict[str, Any]], Tensor],
+    forward: Callable[[dict[str, Any]], Tensor] | None,
     keys: Callable[[list[int]], list[str]],
 ) -> Path:
-    """Write `diagnosis.json`: step, samples, the first layer whose output is not finite, gradients, dtypes.
+    """Write a diagnosis: step, samples, the first layer whose output is not finite, gradients, dtypes.
 
     Args:
         batches: the micro-batches of the step.
-        forward: the loss of one of them, computed once more without gradients.
+        forward: the loss of one of them, computed once more without gradients; None: do not.
         keys: sample indices -> their keys.
     """
     samples = [index for batch in batches for index in batch["index"]]
@@ -117,14 +120,13 @@ def write_diagnosis(
         "error": str(error),
         "step": step,
         "samples": [{"index": i, "key": key} for i, key in zip(samples, keys(samples), strict=True)],
-        "first_layer": _first_bad_layer(model, batches, forward),
+        "first_layer": _first_bad_layer(model, batches, forward) if forward else None,
         "inputs": {
             name: [_finite(batch[name]) for batch in batches] for name in ("eva", "clip", "noise", "time")
         },
         "weights": _bad_tensors((name, p.detach()) for name, p in model.named_parameters()),
         "gradients": _bad_tensors((name, p.grad) for name, p in model.named_parameters()),
     }
-    file = folder / DIAGNOSIS_FILE
     write_atomically(file, json.dumps(found, indent=1).encode())
     return file
 

@@ -48,6 +48,7 @@ from blip3o_dit.training.checkpoint import (
 )
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.health import (
+    DIAGNOSIS_FILE,
     SPIKES_FILE,
     LossWatch,
     NonFiniteLossError,
@@ -181,16 +182,19 @@ class BLIP3oTrainer(Trainer):
             raise self._diagnosed(error) from None
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        """The gradients' norm before clipping, which must be finite: clipping would spread a NaN to all."""
+        """Clips gradients; returns their norm before. Losses and gradients must be finite: clipping would
+        spread a NaN to all."""
         self.accelerator.unscale_gradients()
         parameters = [p for p in model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        if self.accelerator.scaler is None:  # float16's skips such steps itself, in search of its scale
-            try:
+        try:
+            self.losses.check()
+            if self.accelerator.scaler is None:  # float16's skips such steps itself, in search of its scale
                 check_gradient_norm(norm, self.dit, self.state.global_step + 1)
-            except NonFiniteLossError as error:
-                raise self._diagnosed(error) from None
+        except NonFiniteLossError as error:
+            raise self._diagnosed(error) from None
+        self.losses.forget()
         if self.args.max_grad_norm > 0:
             nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
         return norm
@@ -199,24 +203,22 @@ class BLIP3oTrainer(Trainer):
         return self._clip_grad_norm(model) if grad_norm is None else grad_norm
 
     def _before_optimizer_step(self) -> None:
-        try:
-            self.losses.check()
-        except NonFiniteLossError as error:
-            raise self._diagnosed(error) from None
-        # Stochastic rounding draws from torch's own generator: by name as well, so that a continued run and
-        # every process round alike.
+        """Stochastic rounding draws from torch's own generator: by name as well, so that a continued run and
+        every process round alike."""
         torch.manual_seed(named_seed(self.config.seed, "optimizer step", self.state.global_step))
 
     def _diagnosed(self, error: NonFiniteLossError) -> NonFiniteLossError:
         """The error, with where its diagnosis was written."""
-        folder = Path(self.args.output_dir or "")
+        process = self.args.process_index
+        name = f"diagnosis-{process}.json" if process else DIAGNOSIS_FILE
         file = write_diagnosis(
-            folder,
+            Path(self.args.output_dir or "") / name,
             error,
             self.state.global_step + 1,
             self.dit,
             self.losses.inputs,
-            forward=self._loss_once_more,
+            # With weights that are shared out, all processes would have to take part.
+            forward=None if self.is_fsdp_enabled else self._loss_once_more,
             keys=self._keys,
         )
         return NonFiniteLossError(f"{error}; what was found is in {file}")
