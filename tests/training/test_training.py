@@ -311,7 +311,8 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"model.safetensors: expected \d+ bytes, found \d+"):
             check_checkpoint(broken, model.config, run)
         seal(broken)
-        with pytest.raises(ValueError, match=r"weights do not fit the configuration: 1 missing \(dit.layers.0.gate\)"):
+        misfit = r"weights do not fit the configuration: 1 missing \(dit.layers.0.gate\)"
+        with pytest.raises(ValueError, match=misfit):
             check_checkpoint(broken, model.config, run)
 
     def test_changed_settings_show_the_difference(self, finished: Path) -> None:
