@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from blip3o_dit.files import reason
 from blip3o_dit.model.blip3o_dit import EMA_FILE, EMA_VARIANT, BLIP3oDiTModel
 from blip3o_dit.training.sharding import own_part, shard_like, sharded_parameters, whole_tensors
 
@@ -69,7 +71,10 @@ class ExponentialMovingAverage:
         file = Path(folder) / EMA_FILE
         if not file.is_file():
             raise ValueError(f"{file}: expected averaged weights to resume from, found none")
-        saved = load_file(file)
+        try:
+            saved = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: not readable weights: {reason(error)}") from error
         for name, average in self.weights.items():
             if name not in saved or saved[name].shape != average.shape:
                 raise ValueError(f"{file}: {name}: expected shape {list(average.shape)}")
