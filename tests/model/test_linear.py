@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -137,6 +139,23 @@ def test_loaded_weights_lie_where_made_ones_do(tmp_path: object) -> None:
     BLIP3oDiTModel(tiny_config()).save_pretrained(tmp_path)
     loaded = BLIP3oDiTModel.from_pretrained(tmp_path)
     assert all(tensor.data_ptr() % 64 == 0 for tensor in loaded.state_dict().values())
+
+
+def test_a_model_that_is_read_is_the_one_that_is_loaded(tmp_path: Path) -> None:
+    model = BLIP3oDiTModel(tiny_config(num_kv_heads=1, flow_matching={"source": "ridge"}))
+    randomize(model)
+    model.target_mean.normal_()
+    model.save_pretrained(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = BLIP3oDiTModel.from_pretrained(tmp_path, dtype=dtype)
+        found = BLIP3oDiTModel.read(tmp_path, dtype=dtype)
+        assert not found.training and lie_together(found)
+        expected = loaded.state_dict()
+        assert expected.keys() == found.state_dict().keys()
+        for name, tensor in found.state_dict().items():
+            assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
+            assert tensor.data_ptr() % 64 == 0
+        assert all(p.requires_grad for p in found.parameters())
 
 
 def test_saving_writes_every_weight_once_and_copies_none(

@@ -30,6 +30,7 @@ from blip3o_dit.randomness import named_normal
 
 logger = logging.getLogger(__name__)
 
+TENSORS_AT_ONCE = 16  # mapped while they are read: half a GiB at the default size
 ALIGNMENT = 64  # bytes; what torch's own allocator gives on a CPU
 
 GENERATION_STREAM = "generation noise"
@@ -464,6 +465,29 @@ class BLIP3oDiTModel(PreTrainedModel):
         model.dit.lay_weights_together()
         return (model, info) if wants_info else model
 
+    @classmethod
+    def read(cls, folder: str | Path, *, dtype: torch.dtype, variant: str | None = None) -> BLIP3oDiTModel:
+        """A model from a folder, for inference, with weights in `dtype` that are in memory once.
+
+        `from_pretrained` has the whole file mapped while it converts, which counts as memory too.
+
+        Raises:
+            FileNotFoundError, ValueError: as `from_pretrained`.
+        """
+        _check_folder(Path(folder), {"variant": variant})
+        with torch.device("meta"):
+            model = cls(BLIP3oDiTConfig.from_pretrained(folder))
+        weights = {name for name, _ in model.named_parameters()}
+        names, state = list(model.state_dict()), {}
+        for start in range(0, len(names), TENSORS_AT_ONCE):
+            with safe_open(_weights_file(Path(folder), variant), framework="pt") as file:
+                for name in names[start : start + TENSORS_AT_ONCE]:
+                    wanted = dtype if name in weights else torch.float32
+                    state[name] = file.get_tensor(name).to(wanted, copy=True)
+        model.load_state_dict(state, assign=True)
+        model.dit.lay_weights_together()
+        return model.eval()
+
 
 def check_compiler(wanted_by: str, device: torch.device) -> None:
     """Refuse (ValueError) what torch.compile cannot do here: it writes C++ for a CPU, Triton for a GPU."""
@@ -551,8 +575,11 @@ def _check_folder(folder: Path, kwargs: dict[str, Any]) -> None:
     config = kwargs.get("config")
     if not isinstance(config, BLIP3oDiTConfig):
         config = BLIP3oDiTConfig.from_pretrained(folder)
-    variant = kwargs.get("variant")
-    check_weights(folder / (f"model.{variant}.safetensors" if variant else WEIGHTS_FILE), config)
+    check_weights(_weights_file(folder, kwargs.get("variant")), config)
+
+
+def _weights_file(folder: Path, variant: str | None) -> Path:
+    return folder / (f"model.{variant}.safetensors" if variant else WEIGHTS_FILE)
 
 
 def refuse_misfits(where: str, loading_info: dict[str, Any]) -> None:
