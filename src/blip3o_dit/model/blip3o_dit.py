@@ -30,7 +30,7 @@ from blip3o_dit.randomness import named_normal
 
 logger = logging.getLogger(__name__)
 
-TENSORS_AT_ONCE = 16  # mapped while they are read: half a GiB at the default size
+TENSORS_AT_ONCE = 4  # mapped while they are read: 0.1 GiB at the default size
 ALIGNMENT = 64  # bytes; what torch's own allocator gives on a CPU
 
 GENERATION_STREAM = "generation noise"
