@@ -485,6 +485,7 @@ class BLIP3oDiTModel(PreTrainedModel):
                     wanted = dtype if name in weights else torch.float32
                     state[name] = file.get_tensor(name).to(wanted, copy=True)
         model.load_state_dict(state, assign=True)
+        del state  # or what moves now would be there twice
         model.dit.lay_weights_together()
         return model.eval()
 
