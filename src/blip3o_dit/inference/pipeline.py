@@ -66,10 +66,10 @@ class BLIP3oInference:
         self.weights = pick_weights(self.model_path, weights)
         if dtype is None:
             dtype = torch.bfloat16 if multiplies(torch.bfloat16, self.device) else torch.float32
-        self.model: BLIP3oDiTModel = BLIP3oDiTModel.read(
+        model: Any = BLIP3oDiTModel.read(
             self.model_path, dtype=dtype, variant=EMA_VARIANT if self.weights == "ema" else None
         )
-        self.model.to(self.device)
+        self.model: BLIP3oDiTModel = model.to(self.device)
         if compile:
             self.model.compile_for_generation()
 
