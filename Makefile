@@ -24,7 +24,7 @@ demo: .venv/installed
 	$(BIN)/python -m examples.digits.demo
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 MINUTES ?= 10
 SEED ?= 0

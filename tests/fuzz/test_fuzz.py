@@ -25,7 +25,7 @@ COUNTS = {
     "table": 1100,
     "config": 1500,
     "training_config": 1500,
-    "checkpoint": 900,
+    "checkpoint": 400,
     "pictures": 500,
     "model": 300,
     "cli": 300,
