@@ -16,6 +16,7 @@ from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.flow.distillation import trajectory_lessons
 from blip3o_dit.flow.path import convert_prediction, path_of
 from blip3o_dit.flow.solvers import integrate
+from blip3o_dit.folders import verify
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.training.distill import DistillationConfig, teach
@@ -89,6 +90,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(words) == 2
     assert "expected no model there, found one" in capsys.readouterr().err
     assert main([*words, "--overwrite_output_dir"]) == 0
+    verify(
+        next(file.parent for file in tmp_path.rglob(CHECKSUMS_FILE))
+    )  # of the second student, not the first
     assert main(["distill", str(tmp_path / "none"), str(store.path), "--steps", "1"]) == 2
     assert "expected a model folder" in capsys.readouterr().err
     narrow = write_linear_store(tmp_path / "narrow", condition=11)

@@ -19,9 +19,10 @@ from transformers import get_cosine_schedule_with_warmup
 from blip3o_dit.config import SOLVER_NAMES, TRAINING_CONFIG_FILE, TrainingConfig, check_name, check_range
 from blip3o_dit.data.dataset import split_samples
 from blip3o_dit.data.source import check_sizes, open_embeddings
-from blip3o_dit.data.store import EmbeddingSource, write_atomically
+from blip3o_dit.data.store import EmbeddingSource
 from blip3o_dit.flow.distillation import Lesson, trajectory_lessons
 from blip3o_dit.flow.path import convert_prediction, path_of
+from blip3o_dit.folders import written_aside
 from blip3o_dit.model.blip3o_dit import EMA_FILE, EMA_VARIANT, BLIP3oDiTModel, pick_weights
 from blip3o_dit.model.source import AffineSource
 from blip3o_dit.randomness import named_normal, named_permutation
@@ -92,10 +93,6 @@ def distill(
     check_sizes(source, teacher.config.data_sizes, model_path)
     train = split_samples(source, eval_split=run.eval_split, seed=run.seed, split_by=run.split_by).train
     student, average = teach(teacher.to(config.device).eval(), source, train, config, progress=progress)
-    student.save_pretrained(output)
-    (output / EMA_FILE).unlink(missing_ok=True)
-    if average is not None:
-        average.save(student, output)
     taught = replace(
         run,
         output_dir=str(output),
@@ -103,7 +100,13 @@ def distill(
         num_inference_steps=config.steps,
         ema_decay=config.ema_decay,
     )
-    write_atomically(output / TRAINING_CONFIG_FILE, taught.to_json())
+    with written_aside(output, files_only=True) as aside:
+        student.save_pretrained(aside)
+        if average is not None:
+            average.save(student, aside)
+        (aside / TRAINING_CONFIG_FILE).write_bytes(taught.to_json())
+    if average is None:
+        (output / EMA_FILE).unlink(missing_ok=True)
     logger.info("the student, %d network calls a sample, is in %s", config.steps, output)
     return output
 

@@ -9,10 +9,8 @@ import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
@@ -21,6 +19,7 @@ from blip3o_dit.data.dataset import EmbeddingDataset, Split, choose_samples, spl
 from blip3o_dit.data.source import open_embeddings
 from blip3o_dit.data.statistics import streamed_statistics
 from blip3o_dit.data.store import EmbeddingSource, EmbeddingStore
+from blip3o_dit.distributed import Processes
 from blip3o_dit.errors import StoppedEarly
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.quiet import quiet_transformers
@@ -155,16 +154,12 @@ def _set_statistics(
     model: BLIP3oDiTModel, source: EmbeddingSource, indices: np.ndarray, arguments: TrainingArguments
 ) -> None:
     """Stream these samples once on the first process; the others receive the result."""
-    found: list[Any] = [None]
-    if arguments.process_index == 0:
+    processes, found = Processes(arguments.process_index, arguments.world_size), None
+    if processes.is_first:
         track = partial(tqdm, desc="statistics of the training split", unit="batch", leave=False)
-        found = list(
-            streamed_statistics(source, indices, normalize=model.config.normalize_embeddings, track=track)
-        )
-    if arguments.world_size > 1:
-        found = found if arguments.process_index == 0 else [None, None]
-        torch.distributed.broadcast_object_list(found, src=0)
-    condition, target = found
+        normalize = model.config.normalize_embeddings
+        found = streamed_statistics(source, indices, normalize=normalize, track=track)
+    condition, target = processes.from_first(found)
     model.set_statistics(condition=(condition.mean, condition.std), target=(target.mean, target.std))
 
 
@@ -176,13 +171,11 @@ def _set_source(
     arguments: TrainingArguments,
 ) -> None:
     """Fit the ridge of an informed source on the first process; the others receive it."""
-    found: list[Any] = [None]
-    if arguments.process_index == 0:
+    processes, found = Processes(arguments.process_index, arguments.world_size), None
+    if processes.is_first:
         logger.info("fitting the %s source on at most %d samples", config.source, config.source_samples)
-        found = [fit_source(model, source, train, most=config.source_samples, seed=config.seed)]
-    if arguments.world_size > 1:
-        torch.distributed.broadcast_object_list(found, src=0)
-    model.set_source(**found[0])
+        found = fit_source(model, source, train, most=config.source_samples, seed=config.seed)
+    model.set_source(**processes.from_first(found))
 
 
 def _first_step(trainer: BLIP3oTrainer) -> None:
