@@ -40,7 +40,8 @@ def test_weights_laid_together_are_one_product_with_the_same_result(large_produc
     assert large_products == [4, 2, 3]
     lay_together(weights)
     large_products.clear()
-    together = products(x, weights)
+    with torch.no_grad():
+        together = products(x, weights)
     assert large_products == [9]
     for weight, old, a, b in zip(weights, before, apart, together, strict=True):
         assert torch.equal(weight, old)
@@ -60,6 +61,16 @@ def test_gradients_of_a_joint_product_are_those_of_plain_ones() -> None:
     lay_together(weights)
     for a, b in zip(apart, gradients(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_results_and_gradients_of_a_step_do_not_share_memory() -> None:
+    weights, x = three_weights(), torch.randn(2, 7, 5, requires_grad=True)
+    lay_together(weights)
+    outputs = products(x, weights)
+    torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
+    made = [*outputs, *(weight.grad for weight in weights if weight.grad is not None)]
+    assert len(made) == 6 and all(tensor.is_contiguous() for tensor in made)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in made}) == len(made)
 
 
 def test_a_weight_that_moved_is_multiplied_by_itself(large_products: list[int]) -> None:

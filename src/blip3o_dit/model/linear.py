@@ -1,8 +1,9 @@
 """Matrix products of this network: several weights in one product, and weights narrower than the arithmetic.
 
-* Products of the same input (queries, keys, values; the two halves of SwiGLU) become one when their weights
-  lie one behind another in memory. `lay_together` puts them there; names and state dict do not change, and a
-  weight that was moved since is simply multiplied by itself again.
+* Products of the same input (queries, keys, values; the two halves of SwiGLU) become one, without gradients,
+  when their weights lie one behind another in memory. `lay_together` puts them there; names and state dict do
+  not change, and a weight that was moved since is simply multiplied by itself again. With gradients one joint
+  product would have to be cut apart, and its gradients laid together again: they are taken one by one.
 * bfloat16 weights on a processor without bfloat16 arithmetic: the product is taken in float32, from a copy of
   the weight that is made for it and dropped, which is several times faster than emulating bfloat16 and
   keeps half the memory.
@@ -29,10 +30,12 @@ class Linear(nn.Linear):
 
 
 def products(x: Tensor, weights: Sequence[Tensor], *, any_layout: bool = False) -> tuple[Tensor, ...]:
-    """x [..., k] and weights [n_i, k] -> x w_i^T [..., n_i] for each; one product if they lie together.
+    """x [..., k] and weights [n_i, k] -> x w_i^T [..., n_i] for each.
 
     With `any_layout` the results may lie in memory column by column, for what follows element by element.
     """
+    if _learning(weights) and not torch.compiler.is_compiling():
+        return _Products.apply(x.to(_compute_dtype(x)), *weights)
     if torch.compiler.is_compiling() or not _lie_together(weights):
         parts = tuple(_product(x, [weight]) for weight in weights)
     else:
@@ -47,18 +50,22 @@ def _product(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None = None) -
     if torch.compiler.is_compiling():
         return F.linear(x, weights[0].to(x.dtype), None if bias is None else bias.to(x.dtype))
     dtype = _compute_dtype(x)
-    learning = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
     x = x.to(dtype)
+    learning = _learning(weights)
     if len(weights) == 1 and weights[0].dtype == dtype and (learning or not _from_the_left(x)):
         return F.linear(x, weights[0], bias)
     if learning:
-        out = _Product.apply(x, *weights)
+        (out,) = _Products.apply(x, *weights)
     elif _from_the_left(x):
         flat = x.reshape(-1, x.shape[-1])
         out = (_cast(_joined(weights), dtype) @ flat.t()).t().unflatten(0, x.shape[:-1])
     else:
         out = F.linear(x, _cast(_joined(weights), dtype))
     return out if bias is None else out + bias.to(dtype)
+
+
+def _learning(weights: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
 
 
 FEW_ROWS, MANY_COLUMNS = 256, 1024
@@ -103,30 +110,37 @@ _CPU_FEATURES = {
 }
 
 
-class _Product(torch.autograd.Function):
-    """x times weights that lie together, in x's dtype; the gradients of all weights in one product each way.
+class _Products(torch.autograd.Function):
+    """x times each weight, in x's dtype: results and gradients in memory of their own.
 
-    A copy of the weights in x's dtype is kept for the backward pass only if it is the narrower one.
+    The gradients to x are added up inside their products. A copy of a weight in x's dtype is kept for the
+    backward pass only if it is the narrower one.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
-        joined = _joined(weights)
-        narrow = joined.dtype != x.dtype and x.dtype.itemsize < joined.dtype.itemsize
-        used = joined.to(x.dtype) if narrow else _cast(joined, x.dtype)
-        ctx.save_for_backward(x, *([used] if narrow else weights))
-        ctx.sizes, ctx.dtype = [len(weight) for weight in weights], joined.dtype
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        out, kept = [], []
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x, used)
+            for weight in weights:
+                narrow = x.dtype.itemsize < weight.dtype.itemsize
+                used = weight.to(x.dtype) if narrow else _cast(weight, x.dtype)
+                out.append(F.linear(x, used))
+                kept.append(used if narrow else weight)
+        ctx.save_for_backward(x, *kept)
+        ctx.dtypes = [weight.dtype for weight in weights]
+        return tuple(out)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
-        x, *saved = ctx.saved_tensors
-        joined = saved[0] if len(saved) == 1 else _joined(saved)
-        to_x = gradient @ _cast(joined, gradient.dtype) if ctx.needs_input_grad[0] else None
-        to_weights = gradient.flatten(0, -2).t() @ x.flatten(0, -2)
-        return (to_x, *to_weights.to(ctx.dtype).split(ctx.sizes))
+        x, *weights = ctx.saved_tensors
+        rows, to_x, to_weights = x.flatten(0, -2), None, []
+        for gradient, weight, dtype in zip(gradients, weights, ctx.dtypes, strict=True):
+            gradient = gradient.flatten(0, -2)
+            to_weights.append((gradient.t() @ rows).to(dtype))
+            if ctx.needs_input_grad[0]:
+                used = _cast(weight, gradient.dtype)
+                to_x = gradient @ used if to_x is None else to_x.addmm_(gradient, used)
+        return (None if to_x is None else to_x.view(x.shape), *to_weights)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from blip3o_dit.config import BLIP3oDiTConfig, default_ffn_dim
 from blip3o_dit.model.linear import Linear, lay_together, products
+from blip3o_dit.model.norms import LayerNorm, RMSNorm
 from blip3o_dit.model.official_convention import official_timestep
 
 TIME_FREQUENCIES = 256
@@ -227,11 +228,11 @@ class NextDiTBlock(nn.Module):
         q, k, v, cross_q = products(h, self.weights_of_hidden_states())  # [B, N, d or G h]
         own = attend(self.attn1.queries(q, rope), self.attn1.keys(k, rope), self.attn1.values(v))
         cross = attend(self.attn2.queries(cross_q, rope), *encoded)  # [B, H, N, h]
-        mixed = own + cross * self.gate.tanh().to(cross.dtype).view(-1, 1, 1)
+        mixed = torch.addcmul(own, cross, self.gate.tanh().to(cross.dtype).view(-1, 1, 1))
         attention = self.attn2.to_out[0](mixed.transpose(1, 2).flatten(2))  # [B, N, d]
-        x = x + gate_msa.tanh() * self.norm2(attention)
-        mlp = self.feed_forward(self.ffn_norm1(x) * (1 + scale_mlp))  # [B, N, d]
-        return x + gate_mlp.tanh() * self.ffn_norm2(mlp)
+        x = x + self.norm2(attention, gate_msa.tanh())
+        mlp = self.feed_forward(self.ffn_norm1(x, 1 + scale_mlp))  # [B, N, d]
+        return x + self.ffn_norm2(mlp, gate_mlp.tanh())
 
 
 class Attention(nn.Module):
@@ -295,23 +296,7 @@ class AdaptiveNorm(nn.Module):
     def forward(self, x: Tensor, temb: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         modulation = self.linear(F.silu(temb)).unsqueeze(1)  # [B, 1, 4 d]
         scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.chunk(4, dim=-1)
-        return self.norm(x) * (1 + scale_msa), gate_msa, scale_mlp, gate_mlp
-
-
-class RMSNorm(nn.RMSNorm):
-    """RMSNorm whose weight follows the input's dtype: under autocast they differ, and torch's fused
-    kernel takes one dtype only."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm whose weight and bias follow the input's dtype."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        return self.norm(x, 1 + scale_msa), gate_msa, scale_mlp, gate_mlp
 
 
 class TimeCaptionEmbedding(nn.Module):
