@@ -88,6 +88,21 @@ def test_encoded_condition_gives_the_same_output_as_forward(tiny_model: BLIP3oDi
         torch.testing.assert_close(cached, tiny_model(x, t, condition), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("num_kv_heads", [2, 4])
+def test_guided_batches_share_the_null_condition(num_kv_heads: int) -> None:
+    """What is left out for it, queries and all but one key and value, changes nothing."""
+    model = BLIP3oDiTModel(tiny_config(model_dim=32, num_heads=4, num_kv_heads=num_kv_heads)).double()
+    randomize(model)
+    x, t, condition = torch.randn(3, 9, 8).double(), torch.rand(3).double(), torch.randn(3, 9, 12).double()
+    with torch.no_grad():
+        null = model.dit.encode_condition(torch.zeros_like(condition[:1]))
+        both = model.dit.encode_condition(condition).after_null(null)
+        found = model.dit.predict(x.repeat(2, 1, 1), t.repeat(2), both)
+        expected = model(x.repeat(2, 1, 1), t.repeat(2), torch.cat([torch.zeros_like(condition), condition]))
+    assert (expected[:3] - expected[3:]).abs().mean() > 0.01
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # rotation and time are float32
+
+
 def test_every_input_matters(tiny_model: BLIP3oDiTModel) -> None:
     x, t, condition = torch.randn(1, 9, 8), torch.tensor([0.4]), torch.randn(1, 9, 12)
     with torch.no_grad():

@@ -185,7 +185,9 @@ def test_compiled_blocks_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(NextDiTBlock, "compile", lambda self: nn.Module.compile(self, backend=backend))
     model.compile_for_generation()
     check_close(gradients(model), expected)
-    torch.testing.assert_close(model.generate(torch.ones(2, 9, 12), num_inference_steps=2), sample)
+    # Norms are rounded in another order, which a network of large random weights makes much of.
+    compiled = model.generate(torch.ones(2, 9, 12), num_inference_steps=2)
+    torch.testing.assert_close(compiled, sample, rtol=1e-3, atol=1e-3)
     assert 1 <= len(calls) <= 2  # all blocks share one compiled function, with and without gradients
 
 

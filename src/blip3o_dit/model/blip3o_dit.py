@@ -375,13 +375,11 @@ class BLIP3oDiTModel(PreTrainedModel):
 
         Guidance replaces the condition that the network attends to; the source stays, as in training.
         """
-        guided, count = guidance_scale != 1.0, len(condition)
+        guided, dtype = guidance_scale != 1.0, self.compute_dtype
+        encoded = self.dit.encode_condition(condition.to(dtype), source.mean)
         if guided:
-            condition = torch.cat([torch.zeros_like(condition), condition])
-        guess = source.repeat(2 if guided else 1).mean
-        dtype = self.compute_dtype
-        both = self.dit.encode_condition(condition.to(dtype), guess)
-        encoded = both.rows(slice(len(condition) - count, None))
+            null = self.dit.encode_condition(torch.zeros_like(condition[:1], dtype=dtype))
+            both = encoded.after_null(null)
         flow = self.config.flow
         path = path_of(flow)
 

@@ -32,7 +32,7 @@ class GraphedPredict:
         self._recordings: dict[tuple[Any, ...], _Recording] = {}
 
     def __call__(self, x: Tensor, t: Tensor, encoded: EncodedCondition) -> Tensor:
-        key = (x.shape, x.dtype, encoded.pooled.shape, encoded.keys_values[0][0].shape)
+        key = (x.shape, x.dtype, encoded.pooled.shape, *(tensor.shape for tensor in encoded.keys_values[0]))
         if key not in self._recordings:
             logger.info("recording a CUDA graph for a batch of %d: the first call takes longer", len(x))
             self._recordings[key] = self._record(x, t, encoded)

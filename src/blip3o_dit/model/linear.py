@@ -8,7 +8,8 @@
   the weight that is made for it and dropped, which is several times faster than emulating bfloat16 and
   keeps half the memory.
 * A few rows on a CPU: w x^T instead of x w^T, the same numbers in another order in memory. For 64 rows that
-  is up to 1.4 times as fast, for 256 up to 1.2 times, for 512 no longer (`python -m benchmarks products`).
+  is up to 1.4 times as fast, for 256 and 512 up to 1.2 times, for 2048 no longer (`python -m benchmarks
+  products`).
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def _learning(weights: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
 
 
-FEW_ROWS, MANY_COLUMNS = 256, 1024
+FEW_ROWS, MANY_COLUMNS = 512, 1024
 
 
 def _from_the_left(x: Tensor) -> bool:

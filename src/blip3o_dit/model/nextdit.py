@@ -36,21 +36,34 @@ EXPENSIVE = [
 ]
 
 
+KeysValues = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
+"""Cross-attention's keys and values, [B, G, L, h] each; with guidance also the null condition's value.
+
+The null condition's tokens are all the same, so attention to them gives their value, whatever the queries:
+[1, G, 1, h], for the B samples that come before the B of keys and values.
+"""
+
+
 @dataclass(frozen=True)
 class EncodedCondition:
     """All that depends on the condition alone: computed once per sample, reused at every solver step.
 
-    `pooled` [B, min(d, 1024)] enters the modulation; `keys_values` holds each layer's cross-attention
-    keys and values, [B, G, L, h] each. `guess` [B, N, d] is the embedded guess of an informed source.
+    `pooled` [B, min(d, 1024)] enters the modulation; `keys_values` holds what each layer attends to.
+    `guess` [B, N, d] is the embedded guess of an informed source.
     """
 
     pooled: Tensor
-    keys_values: list[tuple[Tensor, Tensor]]
+    keys_values: list[KeysValues]
     guess: Tensor | None = None
 
-    def rows(self, chosen: slice) -> EncodedCondition:
-        """The same of some samples of the batch."""
-        return self._each(lambda tensor: tensor[chosen])
+    def after_null(self, null: EncodedCondition) -> EncodedCondition:
+        """For a batch of the same samples twice, at first with the null condition, encoded as one sample."""
+        pooled = torch.cat([null.pooled.expand_as(self.pooled), self.pooled])
+        keys_values: list[KeysValues] = []
+        for (keys, values, *_), (_, of_null, *_) in zip(self.keys_values, null.keys_values, strict=True):
+            keys_values.append((keys, values, of_null[:, :, :1]))
+        guess = None if self.guess is None else self.guess.repeat(2, 1, 1)
+        return EncodedCondition(pooled, keys_values, guess)
 
     def clone(self) -> EncodedCondition:
         """The same in memory of its own."""
@@ -58,13 +71,13 @@ class EncodedCondition:
 
     def tensors(self) -> list[Tensor]:
         """Everything it holds, in a fixed order."""
-        held = [self.pooled, *(tensor for pair in self.keys_values for tensor in pair)]
+        held = [self.pooled, *(tensor for layer in self.keys_values for tensor in layer)]
         return held if self.guess is None else [*held, self.guess]
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> EncodedCondition:
         return EncodedCondition(
             function(self.pooled),
-            [(function(keys), function(values)) for keys, values in self.keys_values],
+            [cast("KeysValues", tuple(map(function, layer))) for layer in self.keys_values],
             None if self.guess is None else function(self.guess),
         )
 
@@ -186,12 +199,12 @@ class NextDiTBlock(nn.Module):
         self.ffn_norm1 = RMSNorm(d, eps=eps)
         self.ffn_norm2 = RMSNorm(d, eps=eps)
 
-    def condition_keys_values(self, condition: Tensor) -> tuple[Tensor, Tensor]:
+    def condition_keys_values(self, condition: Tensor) -> KeysValues:
         """Projected condition [B, L, d] -> keys and values [B, G, L, h]; no rotary embedding on them."""
         k, v = products(self.norm1_context(condition), self.weights_of_condition())  # [B, L, G h]
         return self.attn2.keys(k), self.attn2.values(v)
 
-    def encode(self, condition: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, condition: Tensor) -> KeysValues:
         """`condition_keys_values`, asked for from outside of the block: sharding (FSDP) hooks in here."""
         return self.condition_keys_values(condition)
 
@@ -215,7 +228,7 @@ class NextDiTBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        condition: Tensor | tuple[Tensor, Tensor],
+        condition: Tensor | KeysValues,
         temb: Tensor,
         rope: tuple[Tensor, Tensor],
     ) -> Tensor:
@@ -225,14 +238,28 @@ class NextDiTBlock(nn.Module):
         """
         encoded = self.condition_keys_values(condition) if isinstance(condition, Tensor) else condition
         h, gate_msa, scale_mlp, gate_mlp = self.norm1(x, temb)  # [B, N, d], [B, 1, d] three times
-        q, k, v, cross_q = products(h, self.weights_of_hidden_states())  # [B, N, d or G h]
-        own = attend(self.attn1.queries(q, rope), self.attn1.keys(k, rope), self.attn1.values(v))
-        cross = attend(self.attn2.queries(cross_q, rope), *encoded)  # [B, H, N, h]
-        mixed = torch.addcmul(own, cross, self.gate.tanh().to(cross.dtype).view(-1, 1, 1))
+        mixed = self._attend(h, encoded, rope)  # [B, H, N, h]
         attention = self.attn2.to_out[0](mixed.transpose(1, 2).flatten(2))  # [B, N, d]
         x = x + self.norm2(attention, gate_msa.tanh())
         mlp = self.feed_forward(self.ffn_norm1(x, 1 + scale_mlp))  # [B, N, d]
         return x + self.ffn_norm2(mlp, gate_mlp.tanh())
+
+    def _attend(self, h: Tensor, encoded: KeysValues, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """Self-attention plus gated cross-attention, [B, N, d] -> [B, H, N, h]."""
+        keys, values, *null = encoded
+        if null:  # its half needs no queries
+            q, k, v = products(h, self.weights_of_hidden_states()[:3])
+            (cross_q,) = products(h[len(h) // 2 :], [self.attn2.to_q.weight])
+        else:
+            q, k, v, cross_q = products(h, self.weights_of_hidden_states())  # [B, N, d or G h]
+        own = attend(self.attn1.queries(q, rope), self.attn1.keys(k, rope), self.attn1.values(v))
+        cross = attend(self.attn2.queries(cross_q, rope), keys, values)
+        gate = self.gate.tanh().to(cross.dtype).view(-1, 1, 1)
+        if not null:
+            return torch.addcmul(own, cross, gate)
+        of_null, of_condition = own.chunk(2)
+        value = null[0].repeat_interleave(own.shape[1] // null[0].shape[1], dim=1)  # [1, H, 1, h]
+        return torch.cat([of_null + value * gate, torch.addcmul(of_condition, cross, gate)])
 
 
 class Attention(nn.Module):
