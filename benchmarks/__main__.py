@@ -26,7 +26,7 @@ from benchmarks import (
     startup,
     training_step,
 )
-from benchmarks.measure import machine, markdown, record
+from benchmarks.measure import described, machine, markdown, record, tables
 from blip3o_dit.quiet import quiet_torchao
 
 PARTS: dict[str, ModuleType] = {
@@ -69,22 +69,23 @@ def main(words: list[str]) -> None:
     parts.add_parser("tables", help="print the tables of a JSON file").add_argument("file", type=Path)
     arguments = parser.parse_args(words)
     if arguments.part == "tables":
-        print_tables(arguments.file)
+        print(tables(arguments.file), end="")
         return
     rows = PARTS[arguments.part].run(arguments)
     if arguments.rows:
         print(json.dumps(rows))
         return
     print(markdown(rows))
-    print("\n" + ", ".join(f"{name} {value}" for name, value in machine().items()), flush=True)
+    print("\n" + described(machine()), flush=True)
     if arguments.json:
-        record(arguments.json, arguments.part, "python -m benchmarks " + shlex.join(words), rows)
+        record(arguments.json, _command(words), rows)
 
 
-def print_tables(file: Path) -> None:
-    for part, found in json.loads(file.read_text()).items():
-        print(f"## {part}\n\n`{found['command']}`\n\n{markdown(found['rows'])}\n")
-        print(", ".join(f"{name} {value}" for name, value in found["machine"].items()) + "\n")
+def _command(words: list[str]) -> str:
+    """What was asked for, without where to put it."""
+    to_files = [i for i, word in enumerate(words) if word in ("--json", "--figure")]
+    kept = [word for i, word in enumerate(words) if i not in to_files and i - 1 not in to_files]
+    return "python -m benchmarks " + shlex.join(kept)
 
 
 if __name__ == "__main__":

@@ -96,10 +96,11 @@ def untrained(config: BLIP3oDiTConfig, *, dtype: torch.dtype = torch.float32) ->
     return model.to(device())
 
 
-def exponent(points: Sequence[tuple[float, float]]) -> float:
-    """b of the least-squares fit y = a x^b through (x, y)."""
+def power_law(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """a and b of the least-squares fit of log y by log a + b log x, through (x, y)."""
     xs, ys = ([math.log(value) for value in column] for column in zip(*points, strict=True))
-    return statistics.linear_regression(xs, ys).slope
+    slope, intercept = statistics.linear_regression(xs, ys)
+    return math.exp(intercept), slope
 
 
 def machine() -> dict[str, Any]:
@@ -136,11 +137,31 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def record(file: Path, part: str, command: str, rows: Sequence[Row]) -> None:
-    """Put one part's rows, with its machine and command, into a JSON file beside the other parts'."""
+def record(file: Path, command: str, rows: Sequence[Row]) -> None:
+    """Put what a command found, with its machine, into a JSON file beside other commands' rows."""
     content = json.loads(file.read_text()) if file.is_file() else {}
-    content[part] = {"command": command, "machine": machine(), "rows": list(rows)}
+    rounded = [{name: _rounded(value) for name, value in row.items()} for row in rows]
+    content[command] = {"machine": machine(), "rows": rounded}
     file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def tables(file: Path) -> str:
+    """All that `record` put there, as Markdown; the machine only where it is another one than before."""
+    text, before = "", None
+    for command, found in json.loads(file.read_text()).items():
+        text += f"### {command.split()[3].capitalize()}\n\n`{command}`\n\n{markdown(found['rows'])}\n\n"
+        if found["machine"] != before:
+            text += described(found["machine"]) + "\n\n"
+        before = found["machine"]
+    return text
+
+
+def described(machine: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in machine.items())
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def _cell(value: Any) -> str:
