@@ -48,9 +48,12 @@ CONFIG: dict[str, Any] = dict(
 )
 
 
+def config_for(store: Path, output: Path, changes: dict[str, Any]) -> TrainingConfig:
+    return TrainingConfig(embeddings_path=str(store), output_dir=str(output), **(CONFIG | changes))
+
+
 def train_once(store: Path, output: Path, changes: dict[str, Any], resume: Path | None = None) -> None:
-    config = TrainingConfig(embeddings_path=str(store), output_dir=str(output), **(CONFIG | changes))
-    train(config, resume=resume)
+    train(config_for(store, output, changes), resume=resume)
 
 
 def train_stopped(store: Path, output: Path, changes: dict[str, Any]) -> str:
@@ -78,7 +81,7 @@ def train_sharded(
     On a CPU accelerate ignores such a configuration, so its state is set by hand before training begins.
     Returns the kinds of the trained parameters.
     """
-    config = TrainingConfig(embeddings_path=str(store), output_dir=str(output), **(CONFIG | changes))
+    config = config_for(store, output, changes)
     trainer = build_trainer(EmbeddingStore(store), config, fitted=resume is not None)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
