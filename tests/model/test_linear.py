@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from blip3o_dit.model import linear
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
-from blip3o_dit.model.linear import Linear, lay_together, multiplies, products
+from blip3o_dit.model.linear import Linear, lay_together, products
+from blip3o_dit.model.precision import multiplies
 from tests.conftest import randomize, tiny_config
 
 
@@ -119,11 +120,10 @@ def test_linear_with_bias_in_another_dtype() -> None:
         torch.testing.assert_close(layer(x), expected)
 
 
-def test_autocast_computes_in_its_own_dtype() -> None:
-    weights, x = three_weights(), torch.randn(3, 5)
+def test_products_follow_their_input_and_gradients_their_weights() -> None:
+    weights, x = three_weights(), torch.randn(3, 5).bfloat16()
     lay_together(weights)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        outputs = products(x, weights)
+    outputs = products(x, weights)
     assert all(out.dtype == torch.bfloat16 for out in outputs)
     sum(out.float().sum() for out in outputs).backward()
     assert all(weight.grad is not None and weight.grad.dtype == torch.float32 for weight in weights)

@@ -22,11 +22,13 @@ from blip3o_dit.errors import StoppedEarly
 from blip3o_dit.evaluation.truth import EvaluationSettings
 from blip3o_dit.inference.evaluate import EvaluationConfig, evaluate_models
 from blip3o_dit.inference.pipeline import BLIP3oInference
+from blip3o_dit.model import nextdit
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.precision import BFLOAT16_VARIABLE
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.run import build_trainer, train
-from blip3o_dit.training.sharding import check_sharding, let_generate
-from blip3o_dit.training.trainer import BLIP3oTrainer
+from blip3o_dit.training.sharding import check_sharding, keep_the_dtype_rule, let_generate
+from blip3o_dit.training.trainer import BLIP3oTrainer, Draw
 from tests.conftest import randomize, tiny_config
 
 torch.set_num_threads(1)
@@ -74,13 +76,15 @@ def train_stopped(store: Path, output: Path, changes: dict[str, Any]) -> str:
 
 
 def train_sharded(
-    store: Path, output: Path, changes: dict[str, Any], resume: Path | None = None
+    store: Path, output: Path, changes: dict[str, Any], resume: Path | None = None, bfloat16: str = "emulated"
 ) -> list[str]:
     """`train_once` with weights sharded as accelerate does it for configs/accelerate/fsdp.yaml on GPUs.
 
     On a CPU accelerate ignores such a configuration, so its state is set by hand before training begins.
-    Returns the kinds of the trained parameters.
+    Returns the kinds of the trained parameters and, with `bf16`, of gathered ones and of what the network
+    was given: times must be those that x_t was made with.
     """
+    os.environ[BFLOAT16_VARIABLE] = bfloat16
     config = config_for(store, output, changes)
     trainer = build_trainer(EmbeddingStore(store), config, fitted=resume is not None)
     plugin = FullyShardedDataParallelPlugin(
@@ -91,14 +95,46 @@ def train_sharded(
         reshard_after_forward=True,
         cpu_ram_efficient_loading=False,
     )
+    if config.bf16:
+        plugin.set_mixed_precision("bf16")  # as accelerate does it for `mixed_precision: bf16`
     for state in (PartialState, AcceleratorState):
         state._shared_state["distributed_type"] = DistributedType.FSDP
     AcceleratorState._shared_state["fsdp_plugin"] = plugin
     check_sharding(trainer.accelerator.state)
+    keep_the_dtype_rule(trainer.accelerator.state)
     trainer.is_fsdp_enabled = True
+    found = _watch_dtypes(trainer) if config.bf16 else set()
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.save_final_model()
-    return sorted({type(parameter).__name__ for parameter in trainer.model.parameters()})
+    return sorted(found | {type(parameter).__name__ for parameter in trainer.model.parameters()})
+
+
+def _watch_dtypes(trainer: BLIP3oTrainer) -> set[str]:
+    """Dtypes inside the network while it trains, filled in as it does."""
+    found: set[str] = set()
+    drawn: list[torch.Tensor] = []
+    plain_predict, plain_timestep = trainer._predict, nextdit.official_timestep
+
+    def predict(model: torch.nn.Module, draw: Draw) -> torch.Tensor:
+        drawn.append(draw.sample.t)
+        prediction = plain_predict(model, draw)
+        found.add(f"prediction {prediction.dtype}")
+        return prediction
+
+    def official_timestep(t: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            assert torch.equal(t, drawn[-1])
+        found.add(f"time {t.dtype}")
+        return plain_timestep(t)
+
+    def look(block: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        found.update({f"stream {output.dtype}", f"weight {block.attn1.to_q.weight.dtype}"})
+        found.add(f"rope {inputs[3][0].dtype}")
+
+    trainer._predict = predict  # type: ignore[method-assign]
+    nextdit.official_timestep = official_timestep
+    trainer.dit.dit.layers[0].register_forward_hook(look)
+    return found
 
 
 def ask(model: Path, store: Path, output: Path) -> tuple[dict[str, Any], dict[str, float], dict[str, Any]]:

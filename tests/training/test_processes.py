@@ -181,6 +181,22 @@ def test_the_trainer_shards_weights(store: Path, run: Callable[..., Path], tmp_p
     torch.testing.assert_close(tokens[1], tokens[0], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(("bfloat16", "checkpointing"), [("native", False), ("emulated", True)])
+def test_sharded_weights_in_mixed_precision_follow_the_dtype_rule(
+    store: Path, run: Callable[..., Path], tmp_path: Path, bfloat16: str, checkpointing: bool
+) -> None:
+    """configs/accelerate/fsdp.yaml: weights are gathered in bfloat16, times and tables stay float32."""
+    changes = dict(batch_size=16, max_steps=8, eval_steps=4, eval_samples=4, bf16=True)
+    changes["gradient_checkpointing"] = checkpointing
+    expected = {"stream torch.bfloat16", "weight torch.bfloat16", "rope torch.float32", "time torch.float32"}
+    if bfloat16 == "emulated":  # training, which FSDP does not autocast, then takes products in float32
+        expected.add("stream torch.float32")
+    found = launch(jobs.train_sharded, 2, store, tmp_path / "sharded", changes, None, bfloat16)
+    assert [set(kinds) for kinds in found] == [expected | {"prediction torch.float32", "DTensor"}] * 2
+    exact = logged(run(1, 32))["loss"][:8]
+    np.testing.assert_allclose(logged(tmp_path / "sharded")["loss"], exact, rtol=0.01)
+
+
 @pytest.mark.parametrize("sharded", [True, False])
 def test_a_sharded_run_continues_sharded_or_on_one_process(
     store: Path, tmp_path: Path, sharded: bool

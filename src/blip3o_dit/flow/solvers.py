@@ -41,12 +41,15 @@ def integrate(
     num_steps: int,
     solver: str = "euler",
     time_shift: float = 1.0,
+    velocity_of_step: Callable[[float], Velocity] | None = None,
     track: Callable[[Iterable[int]], Iterable[int]] | None = None,
 ) -> Tensor:
     """Carry x_0 [B, ...] from t = 0 to t = 1 along `time_grid`; the state is float32.
 
     Args:
         velocity: v(x, t [B]).
+        velocity_of_step: the time at which a step begins -> the velocity for all of that step's stages, in
+            place of `velocity`. The time is a number on the CPU: asking a GPU for it would stall every step.
         num_steps: number of intervals, >= 1. Costs `num_steps * CALLS_PER_STEP[solver]` calls.
         solver: one of `SOLVERS`.
         time_shift: alpha of the grid's shift; 1 gives equal steps.
@@ -61,11 +64,13 @@ def integrate(
         raise ValueError(f"number of inference steps: expected >= 1, found {num_steps}")
     step = SOLVERS[solver]
     x = x_0.float()
-    grid = time_grid(num_steps, time_shift).to(x.device)
+    grid = time_grid(num_steps, time_shift)
+    begins, grid = grid.tolist(), grid.to(x.device)
     times, lengths = grid[:, None].expand(-1, x.shape[0]), grid.diff()
     steps: Iterable[int] = range(num_steps)
     for k in track(steps) if track else steps:
-        x = step(velocity, x, times[k], lengths[k])
+        field = velocity_of_step(begins[k]) if velocity_of_step else velocity
+        x = step(field, x, times[k], lengths[k])
     return x
 
 

@@ -22,7 +22,7 @@ from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
 from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER
 from blip3o_dit.flow.times import training_times
 from blip3o_dit.model.blip3o_dit import EMA_VARIANT, BLIP3oDiTModel, pick_weights
-from blip3o_dit.model.linear import multiplies
+from blip3o_dit.model.precision import multiplies
 from blip3o_dit.randomness import named_normal, named_uniform
 
 SPLITS = ("all", "train", "eval")
@@ -256,9 +256,7 @@ class BLIP3oInference:
             named_uniform(indices, seed=seed, stream="evaluation time"), self.model.config.flow
         )
         sample = loss_fn.sample_path(x_1, noise.to(self.device), t.to(self.device))
-        dtype = self.model.compute_dtype
-        x_t = source.from_flow(sample.x_t)
-        prediction = self.model(x_t.to(dtype), sample.t, condition.to(dtype), source.mean)
+        prediction = self.model(source.from_flow(sample.x_t), sample.t, condition, source.mean)
         return float(loss_fn(prediction, sample).flow_matching_loss)
 
     def open(self, path: str | Path) -> EmbeddingSource:

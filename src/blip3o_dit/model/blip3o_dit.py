@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,9 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from blip3o_dit.config import BLIP3oDiTConfig, check_name, is_hub_id
 from blip3o_dit.files import plain, reason
 from blip3o_dit.flow.path import convert_prediction, path_of
-from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER, integrate, integrate_adaptive
+from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER, Velocity, integrate, integrate_adaptive
 from blip3o_dit.folders import is_sealed, verify
 from blip3o_dit.model.graphs import GraphedPredict, Predict
-from blip3o_dit.model.linear import multiplies
 from blip3o_dit.model.nextdit import NextDiT
 from blip3o_dit.model.source import AffineSource, neighbourhood_features
 from blip3o_dit.quiet import quiet_transformers
@@ -144,8 +144,8 @@ class BLIP3oDiTModel(PreTrainedModel):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What the network should be fed: its weights' dtype, or float32 where that would be emulated."""
-        return self.dtype if multiplies(self.dtype, self.device) else torch.float32
+        """What the network computes in, here and now (see `precision.py`); it takes and returns float32."""
+        return self.dit.compute_dtype
 
     def forward(
         self,
@@ -157,16 +157,16 @@ class BLIP3oDiTModel(PreTrainedModel):
         """One network call, in the network's units.
 
         Args:
-            hidden_states: x_t [B, N, in_channels], N = input_size^2, row-major.
-            timestep: t [B] in [0, 1]; 0 is noise, 1 is data.
+            hidden_states: x_t [B, N, in_channels], N = input_size^2, row-major, float32.
+            timestep: t [B] in [0, 1], float32; 0 is noise, 1 is data.
             encoder_hidden_states: normalised condition [B, L, eva_embedding_size].
             guess: where an informed source starts the path, `source_of(condition).mean` [B, N, in_channels];
                 None computes it, which is right unless the condition was dropped.
 
-        Returns: the prediction (`config.flow.prediction_type`), [B, N, in_channels].
+        Returns: the prediction (`config.flow.prediction_type`), [B, N, in_channels], float32.
 
         Raises:
-            ValueError: for other shapes; says the expected and the found one.
+            ValueError: for other shapes, or times in another dtype; says the expected and the found one.
         """
         self._check_forward(hidden_states, timestep, encoder_hidden_states)
         if guess is None:
@@ -182,7 +182,7 @@ class BLIP3oDiTModel(PreTrainedModel):
         return self._normalize(clip_embeddings, self.target_mean, self.target_std)
 
     def restore_target(self, x_1: Tensor) -> Tensor:
-        """Inverse of the standardisation in `normalize_target`; L2-normalised data stays normalised."""
+        """Inverse of the standardisation in `normalize_target`; its L2 normalisation cannot be undone."""
         return x_1.float() * self.target_std.float() + self.target_mean.float()
 
     def as_trained_on(self, tokens: Tensor) -> Tensor:
@@ -269,11 +269,12 @@ class BLIP3oDiTModel(PreTrainedModel):
                 no num_inference_steps (it needs torchdiffeq). Default: `config.default_solver`.
             guidance_scale: classifier-free guidance, v = v_null + s (v_cond - v_null); 1 turns it off.
                 Other values need a model trained with condition_dropout > 0, and double the batch.
-            guidance_interval: guidance acts at times low <= t < high only (arXiv 2404.07724).
+            guidance_interval: guidance acts in the steps that begin at low <= t < high (arXiv 2404.07724).
             seed, draw, sample_index: name the noise; sample_index defaults to 0..B-1.
             track: wraps the iterable of steps, for a progress bar.
 
-        Returns: [B, N, in_channels] float32, in the units of the training data.
+        Returns: [B, N, in_channels] float32, in the units of the training data: of length 1 each if training
+            L2-normalised the tokens.
 
         Raises:
             ValueError: for shapes, names or values that do not fit; says expected and found.
@@ -290,13 +291,17 @@ class BLIP3oDiTModel(PreTrainedModel):
         self._check_student(solver, num_inference_steps)
         x_0, condition = self._start(eva_embeddings, seed, sample_index, draw)
         source = self.source_of(condition)
-        velocity = self.velocity_of(condition, source, guidance_scale, guidance_interval)
+        velocity = self.velocity_of(condition, source, guidance_scale)
+
+        def velocity_at(t: float) -> Velocity:
+            return partial(velocity, guided=low <= t and (t < high or high == 1.0))
+
         if solver == ADAPTIVE_SOLVER:
             if num_inference_steps is not None:
                 raise ValueError(
                     f"num_inference_steps: expected none with solver {solver} (it has a tolerance)"
                 )
-            x_1, _ = integrate_adaptive(velocity, x_0, tolerance=tolerance)
+            x_1, _ = integrate_adaptive(lambda x, t: velocity_at(float(t[0]))(x, t), x_0, tolerance=tolerance)
         else:
             x_1 = integrate(
                 velocity,
@@ -304,9 +309,11 @@ class BLIP3oDiTModel(PreTrainedModel):
                 num_steps=self.config.default_steps if num_inference_steps is None else num_inference_steps,
                 solver=solver,
                 time_shift=self.config.flow.time_shift,
+                velocity_of_step=velocity_at,
                 track=track,
             )
-        return self.restore_target(source.from_flow(x_1))
+        tokens = self.restore_target(source.from_flow(x_1))
+        return F.normalize(tokens, dim=-1) if self.config.normalize_embeddings else tokens
 
     @torch.no_grad()
     def estimate(
@@ -319,7 +326,8 @@ class BLIP3oDiTModel(PreTrainedModel):
     ) -> Tensor:
         """The average answer E[x_1 | condition] by one network call at t = 0, where x_t tells nothing of x_1.
 
-        Returns: [B, N, in_channels] float32, in the units of the training data.
+        Returns: [B, N, in_channels] float32, in the units of the training data. An average of tokens of
+            length 1 is shorter than 1.
 
         Raises:
             ValueError: for a model that predicts the noise, which says nothing of x_1 at t = 0, and for a
@@ -365,33 +373,27 @@ class BLIP3oDiTModel(PreTrainedModel):
         return path.source(noise.to(self.device)), self.normalize_condition(eva_embeddings.to(self.device))
 
     def velocity_of(
-        self,
-        condition: Tensor,
-        source: AffineSource,
-        guidance_scale: float = 1.0,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-    ) -> Callable[[Tensor, Tensor], Tensor]:
+        self, condition: Tensor, source: AffineSource, guidance_scale: float = 1.0
+    ) -> Callable[..., Tensor]:
         """v(y, t) in the flow's units for one batch, whose conditions are encoded here.
 
-        Guidance replaces the condition that the network attends to; the source stays, as in training.
+        Guidance replaces the condition that the network attends to; the source stays, as in training. Called
+        as v(y, t, guided=False) it is left out.
         """
-        guided, dtype = guidance_scale != 1.0, self.compute_dtype
-        encoded = self.dit.encode_condition(condition.to(dtype), source.mean)
-        if guided:
-            null = self.dit.encode_condition(torch.zeros_like(condition[:1], dtype=dtype))
-            both = encoded.after_null(null)
+        encoded = self.dit.encode_condition(condition, source.mean)
+        if guidance_scale != 1.0:
+            both = encoded.after_null(self.dit.encode_condition(torch.zeros_like(condition[:1])))
         flow = self.config.flow
         path = path_of(flow)
 
-        def velocity(y: Tensor, t: Tensor) -> Tensor:
-            x = source.from_flow(y).to(dtype)
-            if not guided or not guidance_interval[0] <= float(t[0]) < guidance_interval[1]:
-                prediction = self._predict(x, t, encoded)
-            else:
-                doubled = self._predict(torch.cat([x, x]), torch.cat([t, t]), both)
-                null, prediction = doubled.float().chunk(2)
+        def velocity(y: Tensor, t: Tensor, *, guided: bool = True) -> Tensor:
+            x = source.from_flow(y)
+            if guided and guidance_scale != 1.0:
+                null, prediction = self._predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
                 # The conversion to a velocity is affine in the prediction: guiding either is the same.
                 prediction = null + guidance_scale * (prediction - null)
+            else:
+                prediction = self._predict(x, t, encoded)
             return convert_prediction(
                 prediction, y, t, path, source=flow.prediction_type, target="v_prediction"
             )
@@ -415,6 +417,8 @@ class BLIP3oDiTModel(PreTrainedModel):
             raise ValueError(f"hidden_states: expected shape {expected}, found {list(hidden_states.shape)}")
         if list(timestep.shape) != [batch]:
             raise ValueError(f"timestep: expected shape [{batch}], found {list(timestep.shape)}")
+        if timestep.dtype not in (torch.float32, torch.float64):  # bfloat16 keeps half of 1000 levels apart
+            raise ValueError(f"timestep: expected float32, found {timestep.dtype}")
         self._check_condition(condition)
         if condition.shape[0] != batch:
             raise ValueError(f"condition: expected a batch of {batch}, found {condition.shape[0]}")

@@ -36,7 +36,7 @@ def products(x: Tensor, weights: Sequence[Tensor], *, any_layout: bool = False) 
     With `any_layout` the results may lie in memory column by column, for what follows element by element.
     """
     if _learning(weights) and not torch.compiler.is_compiling():
-        return _Products.apply(x.to(_compute_dtype(x)), *weights)
+        return _Products.apply(x, *weights)
     if torch.compiler.is_compiling() or not _lie_together(weights):
         parts = tuple(_product(x, [weight]) for weight in weights)
     else:
@@ -50,9 +50,7 @@ def _product(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None = None) -
     """x [..., k] times weights [n_i, k] that lie together, plus `bias` -> [..., sum of n_i] in any layout."""
     if torch.compiler.is_compiling():
         return F.linear(x, weights[0].to(x.dtype), None if bias is None else bias.to(x.dtype))
-    dtype = _compute_dtype(x)
-    x = x.to(dtype)
-    learning = _learning(weights)
+    dtype, learning = x.dtype, _learning(weights)
     if len(weights) == 1 and weights[0].dtype == dtype and (learning or not _from_the_left(x)):
         return F.linear(x, weights[0], bias)
     if learning:
@@ -93,24 +91,6 @@ def lay_together(weights: Sequence[Tensor]) -> None:
         start += len(weight)
 
 
-def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the processor multiplies numbers of this type itself; otherwise torch emulates it, slowly."""
-    if dtype in (torch.float32, torch.float64):
-        return True
-    if device.type == "cuda":
-        return dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
-    names = _CPU_FEATURES.get(dtype, ()) if device.type == "cpu" else ()
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in names)
-
-
-# Names of x86 and of ARM processors' features.
-_CPU_FEATURES = {
-    torch.bfloat16: ("amx_bf16", "avx512_bf16", "bf16"),
-    torch.float16: ("amx_fp16", "avx512_fp16", "fp16_arith"),
-}
-
-
 class _Products(torch.autograd.Function):
     """x times each weight, in x's dtype: results and gradients in memory of their own.
 
@@ -121,12 +101,11 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         out, kept = [], []
-        with torch.autocast(x.device.type, enabled=False):
-            for weight in weights:
-                narrow = x.dtype.itemsize < weight.dtype.itemsize
-                used = weight.to(x.dtype) if narrow else _cast(weight, x.dtype)
-                out.append(F.linear(x, used))
-                kept.append(used if narrow else weight)
+        for weight in weights:
+            narrow = x.dtype.itemsize < weight.dtype.itemsize
+            used = weight.to(x.dtype) if narrow else _cast(weight, x.dtype)
+            out.append(F.linear(x, used))
+            kept.append(used if narrow else weight)
         ctx.save_for_backward(x, *kept)
         ctx.dtypes = [weight.dtype for weight in weights]
         return tuple(out)
@@ -142,11 +121,6 @@ class _Products(torch.autograd.Function):
                 used = _cast(weight, gradient.dtype)
                 to_x = gradient @ used if to_x is None else to_x.addmm_(gradient, used)
         return (None if to_x is None else to_x.view(x.shape), *to_weights)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _lie_together(weights: Sequence[Tensor]) -> bool:

@@ -22,6 +22,7 @@ from blip3o_dit.config import BLIP3oDiTConfig, default_ffn_dim
 from blip3o_dit.model.linear import Linear, lay_together, products
 from blip3o_dit.model.norms import LayerNorm, RMSNorm
 from blip3o_dit.model.official_convention import official_timestep
+from blip3o_dit.model.precision import compute_dtype, without_autocast
 
 TIME_FREQUENCIES = 256
 
@@ -49,12 +50,14 @@ class EncodedCondition:
     """All that depends on the condition alone: computed once per sample, reused at every solver step.
 
     `pooled` [B, min(d, 1024)] enters the modulation; `keys_values` holds what each layer attends to.
-    `guess` [B, N, d] is the embedded guess of an informed source.
+    With an informed source, `guess` [B, N, in_channels] is its guess in float32, `embedded_guess` [B, N, d]
+    what the first layers make of it.
     """
 
     pooled: Tensor
     keys_values: list[KeysValues]
     guess: Tensor | None = None
+    embedded_guess: Tensor | None = None
 
     def after_null(self, null: EncodedCondition) -> EncodedCondition:
         """For a batch of the same samples twice, at first with the null condition, encoded as one sample."""
@@ -62,8 +65,10 @@ class EncodedCondition:
         keys_values: list[KeysValues] = []
         for (keys, values, *_), (_, of_null, *_) in zip(self.keys_values, null.keys_values, strict=True):
             keys_values.append((keys, values, of_null[:, :, :1]))
-        guess = None if self.guess is None else self.guess.repeat(2, 1, 1)
-        return EncodedCondition(pooled, keys_values, guess)
+        guess, embedded = (
+            None if tensor is None else tensor.repeat(2, 1, 1) for tensor in (self.guess, self.embedded_guess)
+        )
+        return EncodedCondition(pooled, keys_values, guess, embedded)
 
     def clone(self) -> EncodedCondition:
         """The same in memory of its own."""
@@ -72,20 +77,22 @@ class EncodedCondition:
     def tensors(self) -> list[Tensor]:
         """Everything it holds, in a fixed order."""
         held = [self.pooled, *(tensor for layer in self.keys_values for tensor in layer)]
-        return held if self.guess is None else [*held, self.guess]
+        return [*held, *(tensor for tensor in (self.guess, self.embedded_guess) if tensor is not None)]
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> EncodedCondition:
         return EncodedCondition(
             function(self.pooled),
             [cast("KeysValues", tuple(map(function, layer))) for layer in self.keys_values],
             None if self.guess is None else function(self.guess),
+            None if self.embedded_guess is None else function(self.embedded_guess),
         )
 
 
 class NextDiT(nn.Module):
     """Velocity (or noise, or data) prediction for target tokens, given condition tokens.
 
-    Inputs and outputs are in the network's units, that is standardised; `BLIP3oDiTModel` converts.
+    Inputs and outputs are float32, in the network's units, that is standardised; `BLIP3oDiTModel` converts.
+    In between everything is in `compute_dtype` (see `precision.py`).
 
     With an informed source the network also sees the guess R(c) that the path starts from, through an
     embedding of its own that BLIP3-o does not have: what is left to find is x_t - R(c), which it can then
@@ -105,47 +112,59 @@ class NextDiT(nn.Module):
         self.layers = nn.ModuleList(NextDiTBlock(config) for _ in range(config.num_layers))
         self.norm_out = OutputHead(config.model_dim, config.time_embed_dim, config.in_channels)
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the blocks compute in, here and now."""
+        return compute_dtype(self.patch_embedder.proj.weight)
+
     def forward(
         self, hidden_states: Tensor, timestep: Tensor, condition: Tensor, guess: Tensor | None = None
     ) -> Tensor:
-        """[B, N, in_channels], t [B] in [0, 1], [B, L, eva_embedding_size] -> [B, N, in_channels].
+        """[B, N, in_channels], t [B] in [0, 1], [B, L, eva_embedding_size] -> [B, N, in_channels]; float32.
 
         `guess` [B, N, in_channels] goes with an informed source.
         """
-        condition = self.caption_projection(condition)  # [B, L, d]
-        temb = self._time_embedding(timestep, self.time_caption_embed.pool(condition))
-        rope = self._rope(hidden_states)  # [N, h / 2] twice
-        x = self._embed(hidden_states, self._embed_guess(guess))  # [B, N, d]
-        for layer in self.blocks:
-            if self.gradient_checkpointing and self.training:
-                x = self._checkpoint(layer, x, condition, temb, rope)
-            else:
-                x = layer(x, condition, temb, rope)
-        return self.norm_out(x, temb)
+        dtype = self.compute_dtype
+        with without_autocast(hidden_states.device):
+            condition = self.caption_projection(condition.to(dtype))  # [B, L, d]
+            temb = self._time_embedding(timestep, self.time_caption_embed.pool(condition))
+            rope = self._rope(hidden_states)  # [N, h / 2] twice
+            x = self._embed(hidden_states, guess, self._embed_guess(guess, dtype), dtype)  # [B, N, d]
+            for layer in self.blocks:
+                if self.gradient_checkpointing and self.training:
+                    x = self._checkpoint(layer, x, condition, temb, rope)
+                else:
+                    x = layer(x, condition, temb, rope)
+            return self.norm_out(x, temb).float()
 
     def encode_condition(self, condition: Tensor, guess: Tensor | None = None) -> EncodedCondition:
         """[B, L, eva_embedding_size], and the guess as in `forward` -> what `predict` needs of them."""
-        condition = self.caption_projection(condition)  # [B, L, d]
-        return EncodedCondition(
-            pooled=self.time_caption_embed.pool(condition),
-            keys_values=[layer.encode(condition) for layer in self.blocks],
-            guess=self._embed_guess(guess),
-        )
+        dtype = self.compute_dtype
+        with without_autocast(condition.device):
+            condition = self.caption_projection(condition.to(dtype))  # [B, L, d]
+            return EncodedCondition(
+                pooled=self.time_caption_embed.pool(condition),
+                keys_values=[layer.encode(condition) for layer in self.blocks],
+                guess=guess,
+                embedded_guess=self._embed_guess(guess, dtype),
+            )
 
     def predict(self, hidden_states: Tensor, timestep: Tensor, encoded: EncodedCondition) -> Tensor:
         """`forward` with the condition's part already done."""
-        temb = self._time_embedding(timestep, encoded.pooled)
-        rope = self._rope(hidden_states)  # [N, h / 2] twice
-        x = self._embed(hidden_states, encoded.guess)  # [B, N, d]
-        for layer, keys_values in zip(self.blocks, encoded.keys_values, strict=True):
-            x = layer(x, keys_values, temb, rope)
-        return self.norm_out(x, temb)
+        dtype = self.compute_dtype
+        with without_autocast(hidden_states.device):
+            temb = self._time_embedding(timestep, encoded.pooled)
+            rope = self._rope(hidden_states)  # [N, h / 2] twice
+            x = self._embed(hidden_states, encoded.guess, encoded.embedded_guess, dtype)  # [B, N, d]
+            for layer, keys_values in zip(self.blocks, encoded.keys_values, strict=True):
+                x = layer(x, keys_values, temb, rope)
+            return self.norm_out(x, temb).float()
 
     def _checkpoint(self, block: Callable[..., Tensor], *inputs: Any) -> Tensor:
-        if not self.selective_checkpointing:
-            return checkpoint(block, *inputs, use_reentrant=False)
-        kept = partial(create_selective_checkpoint_contexts, EXPENSIVE)
-        return checkpoint(block, *inputs, use_reentrant=False, context_fn=kept)
+        settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing draws
+        if self.selective_checkpointing:
+            settings["context_fn"] = partial(create_selective_checkpoint_contexts, EXPENSIVE)
+        return checkpoint(block, *inputs, **settings)
 
     def compile_blocks(self) -> None:
         """Compile the blocks in place: they share one compiled function, which their first call makes."""
@@ -163,15 +182,28 @@ class NextDiT(nn.Module):
         """`layers`, as what they are."""
         return cast("list[NextDiTBlock]", list(self.layers))
 
-    def _embed(self, hidden_states: Tensor, embedded_guess: Tensor | None) -> Tensor:
-        x = self.patch_embedder(hidden_states)
-        return x if embedded_guess is None else x + embedded_guess
+    def _embed(
+        self, x_t: Tensor, guess: Tensor | None, embedded_guess: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """x_t [B, N, in_channels] -> [B, N, d].
 
-    def _embed_guess(self, guess: Tensor | None) -> Tensor | None:
-        return None if guess is None else self.guess_embedder(guess)
+        Next to a guess, x_t is taken as guess + (x_t - guess): bfloat16 holds a small difference of its own
+        well, but not the difference of two large numbers.
+        """
+        if guess is None or embedded_guess is None:
+            return self.patch_embedder(x_t.to(dtype))
+        return self.patch_embedder((x_t - guess).to(dtype)) + embedded_guess
+
+    def _embed_guess(self, guess: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """[B, N, in_channels] -> [B, N, d]: the guess as itself, and as the part of x_t that it is."""
+        if guess is None:
+            return None
+        guess = guess.to(dtype)
+        within_x_t = self.patch_embedder(guess) - self.patch_embedder.proj.bias.to(dtype)  # added by _embed
+        return self.guess_embedder(guess) + within_x_t
 
     def _time_embedding(self, timestep: Tensor, pooled: Tensor) -> Tensor:
-        features = sinusoidal_features(official_timestep(timestep.float()))  # [B, 256]
+        features = sinusoidal_features(official_timestep(timestep))  # [B, 256]
         return self.time_caption_embed(features.to(pooled.dtype), pooled)  # [B, min(d, 1024)]
 
     def _rope(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -420,6 +452,7 @@ def rotary_tables(
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Turn each adjacent pair of channels of [B, H, N, h] by its position's angle, in float32."""
     cos, sin = rope
+    assert cos.dtype == sin.dtype == torch.float32
     if not torch.compiler.is_compiling():  # one complex product is one pass over memory
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # [B, H, N, h / 2]
         return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
@@ -34,6 +35,23 @@ def check_sharding(state: Any) -> None:
     for name, value in found.items():
         if value != expected[name]:
             raise ValueError(f"{name}: expected {expected[name]} as in {CONFIG_FILE}, found {value}")
+
+
+def keep_the_dtype_rule(state: Any) -> None:
+    """Have mixed precision narrow the weights and nothing else, in an `AcceleratorState` with FSDP.
+
+    accelerate would also round every input of every block, times and rotary tables among them, reduce
+    gradients in the narrow dtype, and round the output before the loss (see `model/precision.py`).
+    """
+    plugin = getattr(state, "fsdp_plugin", None)
+    if plugin is None or plugin.mixed_precision_policy is None:
+        return
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(
+        param_dtype=plugin.mixed_precision_policy.param_dtype,
+        reduce_dtype=torch.float32,
+        output_dtype=None,
+        cast_forward_inputs=False,
+    )
 
 
 def let_generate(model: BLIP3oDiTModel) -> None:

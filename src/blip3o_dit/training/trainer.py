@@ -57,7 +57,7 @@ from blip3o_dit.training.health import (
 )
 from blip3o_dit.training.monitor import TrainingMonitor
 from blip3o_dit.training.optimizer_file import gathered_state, load_optimizer, save_optimizer
-from blip3o_dit.training.sharding import check_sharding
+from blip3o_dit.training.sharding import check_sharding, keep_the_dtype_rule
 from blip3o_dit.training.stopping import StopRequest
 from blip3o_dit.training.throughput import PASSES_PER_STEP, Throughput, forward_flops, matmul_rate
 
@@ -115,6 +115,7 @@ class BLIP3oTrainer(Trainer):
         self.config = config
         self.processes = Processes(args.process_index, args.world_size, args.device)
         check_sharding(self.accelerator.state)
+        keep_the_dtype_rule(self.accelerator.state)
         self.loss_fn = BLIP3oFlowMatchingLoss.from_config(model.config.flow)
         self.monitor = TrainingMonitor()
         # Waiting for a loss would leave a GPU idle, and a process that stops at once leaves others waiting
@@ -241,9 +242,7 @@ class BLIP3oTrainer(Trainer):
         )
 
     def _predict(self, model: nn.Module, draw: Draw) -> Tensor:
-        dtype = self.dit.compute_dtype
-        condition = draw.condition.to(dtype)
-        return model(draw.network_input.to(dtype), draw.sample.t, condition, draw.source.mean)
+        return model(draw.network_input, draw.sample.t, draw.condition, draw.source.mean)
 
     def evaluation_loop(
         self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
@@ -404,12 +403,13 @@ class BLIP3oTrainer(Trainer):
         sums = FidelitySums(self.dit.target_mean)
         for piece, counted in self.processes.share(list(batches(wanted, self.config.eval_batch_size))):
             eva, clip = dataset.source.fetch(piece)
-            generated = self.dit.generate(
-                eva,
-                num_inference_steps=self.config.eval_inference_steps,
-                seed=self.config.seed,
-                sample_index=piece.tolist(),
-            )
+            with self.accelerator.autocast():
+                generated = self.dit.generate(
+                    eva,
+                    num_inference_steps=self.config.eval_inference_steps,
+                    seed=self.config.seed,
+                    sample_index=piece.tolist(),
+                )
             if counted:
                 sums.add(generated, self.dit.as_trained_on(clip))
         sums.state = self.processes.sum(sums.state)
