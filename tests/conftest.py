@@ -13,6 +13,7 @@ import torch
 
 from blip3o_dit.config import BLIP3oDiTConfig
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.precision import BFLOAT16_VARIABLE
 
 torch.set_num_threads(1)
 
@@ -41,6 +42,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["native", "emulated"])
+def bfloat16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The processor is said to multiply bfloat16 itself, or not: both regimes on any machine."""
+    monkeypatch.setenv(BFLOAT16_VARIABLE, request.param)
+    return str(request.param)
 
 
 @pytest.fixture

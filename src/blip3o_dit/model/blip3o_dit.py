@@ -24,6 +24,7 @@ from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER, Velocity, integrate, integr
 from blip3o_dit.folders import is_sealed, verify
 from blip3o_dit.model.graphs import GraphedPredict, Predict
 from blip3o_dit.model.nextdit import NextDiT
+from blip3o_dit.model.precision import without_autocast
 from blip3o_dit.model.source import AffineSource, neighbourhood_features
 from blip3o_dit.quiet import quiet_transformers
 from blip3o_dit.randomness import named_normal
@@ -219,13 +220,14 @@ class BLIP3oDiTModel(PreTrainedModel):
             buffer.copy_(value)
 
     def source_of(self, condition: Tensor) -> AffineSource:
-        """Where the path of these samples starts, given normalised conditions [B, L, C_eva]."""
+        """Where the path of these samples starts, given normalised conditions [B, L, C_eva]; float32."""
         if self.config.flow.source == "noise":
             return AffineSource()
-        features = condition.float()
-        if self.config.flow.source_components:
-            features = neighbourhood_features(features, self.source_components.float())
-        return AffineSource(features @ self.source_weight.float() + self.source_bias, self.source_std)
+        with without_autocast(condition.device):
+            features = condition.float()
+            if self.config.flow.source_components:
+                features = neighbourhood_features(features, self.source_components.float())
+            return AffineSource(features @ self.source_weight.float() + self.source_bias, self.source_std)
 
     def compile_for_generation(self) -> None:
         """Compile the blocks with torch.compile and, on a GPU, record each network call as a CUDA graph.

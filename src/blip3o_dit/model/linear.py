@@ -48,11 +48,12 @@ def products(x: Tensor, weights: Sequence[Tensor], *, any_layout: bool = False) 
 
 def _product(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
     """x [..., k] times weights [n_i, k] that lie together, plus `bias` -> [..., sum of n_i] in any layout."""
-    if torch.compiler.is_compiling():
-        return F.linear(x, weights[0].to(x.dtype), None if bias is None else bias.to(x.dtype))
     dtype, learning = x.dtype, _learning(weights)
-    if len(weights) == 1 and weights[0].dtype == dtype and (learning or not _from_the_left(x)):
-        return F.linear(x, weights[0], bias)
+    one = (
+        len(weights) == 1 and weights[0].dtype.itemsize >= dtype.itemsize
+    )  # not worth a copy that is dropped
+    if torch.compiler.is_compiling() or (one and (learning or not _from_the_left(x))):
+        return F.linear(x, weights[0].to(dtype), None if bias is None else bias.to(dtype))
     if learning:
         (out,) = _Products.apply(x, *weights)
     elif _from_the_left(x):

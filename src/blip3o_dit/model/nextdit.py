@@ -92,7 +92,7 @@ class NextDiT(nn.Module):
     """Velocity (or noise, or data) prediction for target tokens, given condition tokens.
 
     Inputs and outputs are float32, in the network's units, that is standardised; `BLIP3oDiTModel` converts.
-    In between everything is in `compute_dtype` (see `precision.py`).
+    In between, the blocks compute in `compute_dtype` (see `precision.py`).
 
     With an informed source the network also sees the guess R(c) that the path starts from, through an
     embedding of its own that BLIP3-o does not have: what is left to find is x_t - R(c), which it can then
@@ -135,7 +135,7 @@ class NextDiT(nn.Module):
                     x = self._checkpoint(layer, x, condition, temb, rope)
                 else:
                     x = layer(x, condition, temb, rope)
-            return self.norm_out(x, temb).float()
+            return self.norm_out(x, temb)
 
     def encode_condition(self, condition: Tensor, guess: Tensor | None = None) -> EncodedCondition:
         """[B, L, eva_embedding_size], and the guess as in `forward` -> what `predict` needs of them."""
@@ -158,7 +158,7 @@ class NextDiT(nn.Module):
             x = self._embed(hidden_states, encoded.guess, encoded.embedded_guess, dtype)  # [B, N, d]
             for layer, keys_values in zip(self.blocks, encoded.keys_values, strict=True):
                 x = layer(x, keys_values, temb, rope)
-            return self.norm_out(x, temb).float()
+            return self.norm_out(x, temb)
 
     def _checkpoint(self, block: Callable[..., Tensor], *inputs: Any) -> Tensor:
         settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing draws
@@ -185,14 +185,14 @@ class NextDiT(nn.Module):
     def _embed(
         self, x_t: Tensor, guess: Tensor | None, embedded_guess: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        """x_t [B, N, in_channels] -> [B, N, d].
+        """x_t [B, N, in_channels] -> the residual stream [B, N, d], float32.
 
         Next to a guess, x_t is taken as guess + (x_t - guess): bfloat16 holds a small difference of its own
         well, but not the difference of two large numbers.
         """
         if guess is None or embedded_guess is None:
-            return self.patch_embedder(x_t.to(dtype))
-        return self.patch_embedder((x_t - guess).to(dtype)) + embedded_guess
+            return self.patch_embedder(x_t.to(dtype)).float()
+        return self.patch_embedder((x_t - guess).to(dtype)).float() + embedded_guess
 
     def _embed_guess(self, guess: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """[B, N, in_channels] -> [B, N, d]: the guess as itself, and as the part of x_t that it is."""
@@ -264,7 +264,7 @@ class NextDiTBlock(nn.Module):
         temb: Tensor,
         rope: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """x [B, N, d] -> [B, N, d]; `condition` is the projected one [B, L, d], or its keys and values.
+        """x [B, N, d], float32 -> [B, N, d]; `condition` is projected [B, L, d], or its keys and values.
 
         All that a training step takes of the block's weights is in this call, as sharding (FSDP) wants it.
         """
@@ -404,7 +404,10 @@ class PatchEmbedder(nn.Module):
 
 
 class OutputHead(nn.Module):
-    """LayerNorm without affine, a scale from the time embedding, and the output projection."""
+    """LayerNorm without affine, a scale from the time embedding, and the output projection, in float32.
+
+    It is a thousandth of the default network's arithmetic, and what it rounds goes straight into the samples.
+    """
 
     def __init__(self, dim: int, time_embed_dim: int, out_channels: int) -> None:
         super().__init__()
@@ -413,7 +416,7 @@ class OutputHead(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        scale = self.linear_1(F.silu(temb)).unsqueeze(1)  # [B, 1, d]
+        scale = self.linear_1(F.silu(temb)).unsqueeze(1).float()  # [B, 1, d]
         return self.linear_2(self.norm(x) * (1 + scale))  # [B, N, in_channels]
 
 

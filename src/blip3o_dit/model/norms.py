@@ -18,11 +18,13 @@ class RMSNorm(nn.RMSNorm):
     eps: float
 
     def forward(self, x: Tensor, modulation: Tensor | None = None) -> Tensor:
-        """x [B, N, d], modulation [B, 1, d] -> [B, N, d]."""
-        factor = (self.weight if modulation is None else self.weight * modulation).to(x.dtype)
+        """x [B, N, d], modulation [B, 1, d] -> [B, N, d] in the modulation's dtype, or x's without one."""
+        dtype = x.dtype if modulation is None else modulation.dtype
+        factor = self.weight.to(dtype)
+        factor = (factor if modulation is None else factor * modulation).to(x.dtype)
         if x.device.type == "cpu" and x.dtype.itemsize >= 4 and not torch.compiler.is_compiling():
-            return _ScaledRMSNorm.apply(x, factor, self.eps)
-        return F.rms_norm(x, self.normalized_shape, None, self.eps) * factor
+            return _ScaledRMSNorm.apply(x, factor, self.eps).to(dtype)
+        return (F.rms_norm(x, self.normalized_shape, None, self.eps) * factor).to(dtype)
 
 
 class LayerNorm(nn.LayerNorm):

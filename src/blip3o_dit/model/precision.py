@@ -1,14 +1,17 @@
-"""The dtype rule: what is float32 always, and what the network computes in.
+"""The dtype rule: what is float32 always, and what follows the compute dtype.
 
-* float32 always: times, rotary tables, data statistics, the source R(c) + s eps, x_t, the solver's state, the
-  prediction that leaves the network, the loss. Averaged weights and the optimizer's master weights too.
-* the compute dtype: everything between the network's first and last layer, residual stream and norms
-  included. Norms, softmax and rotation accumulate in float32 inside, and round their result.
+* float32 always: times, rotary tables, data statistics, the source R(c) + s eps, x_t and the solver's state;
+  the network's residual stream, its last layer and its output; the loss. So are averaged weights.
+* the compute dtype: what the blocks compute between reading the residual stream and adding to it, the
+  projected condition and the modulations. Norms, softmax and rotation accumulate in float32 inside.
 
-Tensors cross in `NextDiT` and nowhere else: on the way in `forward`, `encode_condition` and `predict` cast
-what the first layers multiply, on the way out they return float32. Inside, autocast is off and every layer
-follows its input's dtype, so training and inference, CPU and GPU, autocast, bfloat16 weights and FSDP's mixed
-precision run the same operations in the same dtypes.
+Tensors cross in `NextDiT` and nowhere else: it takes and returns float32, and casts what its first layers
+multiply. Inside, autocast is off and every layer follows its input's dtype, so training and inference, CPU
+and GPU, autocast, bfloat16 weights and FSDP's mixed precision run the same operations in the same dtypes.
+
+The residual stream is float32 because rounding it after each of 48 additions, and rounding the output, about
+double the error of a bfloat16 sample, which guidance multiplies: 2.8 instead of 1.4 % in the worst case of
+tests/test_precision.py. It costs some 5 % of a block's activations.
 """
 
 from __future__ import annotations

@@ -1,0 +1,422 @@
+"""The dtype rule (`model/precision.py`), and every path in bfloat16 against float32.
+
+Each test runs where bfloat16 is multiplied natively and where it is emulated, on any machine (fixture
+`bfloat16`): torch takes such products everywhere, only more slowly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from blip3o_dit.config import PAPER_RECIPE, TrainingConfig
+from blip3o_dit.data.store import EmbeddingStore
+from blip3o_dit.evaluation.truth import EvaluationSettings
+from blip3o_dit.inference.evaluate import EvaluationConfig, evaluate_models
+from blip3o_dit.inference.pipeline import BLIP3oInference
+from blip3o_dit.model import nextdit
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.conversion import from_official_state_dict, to_official_state_dict
+from blip3o_dit.model.nextdit import NextDiTBlock
+from blip3o_dit.model.precision import BFLOAT16_VARIABLE, multiplies
+from blip3o_dit.training.callbacks import read_log
+from blip3o_dit.training.distill import DistillationConfig, distill
+from blip3o_dit.training.run import train
+from tests.conftest import randomize, tiny_config
+from tests.stores import write_linear_store
+
+pytestmark = pytest.mark.slow
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": PAPER_RECIPE,
+    "velocity from ridge": {"prediction_type": "v_prediction", "source": "ridge"},
+    "noise": {"prediction_type": "epsilon", "source": "noise"},
+    "sample": {"prediction_type": "sample", "source": "noise"},
+    "preconditioned from noise": {"source": "noise", "schedule_type": "cosine"},
+    "normalised": {"normalize_embeddings": True},
+}
+SETTINGS: dict[str, Any] = dict(
+    model_dim=48,
+    num_layers=2,
+    num_heads=3,
+    max_steps=40,
+    batch_size=16,
+    learning_rate=2e-3,
+    eval_split=1 / 6,
+    eval_samples=0,
+    eval_steps=1000,
+    save_steps=1000,
+    logging_steps=5,
+    ema_decay=0.0,
+    cfg_dropout=0.2,
+    device="cpu",
+)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
+    return write_linear_store(tmp_path_factory.mktemp("data") / "store", samples=96)
+
+
+@pytest.fixture(scope="module")
+def trained(store: EmbeddingStore, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A model folder for a recipe, trained once: rounding means something only next to what was learned."""
+    made: dict[str, Path] = {}
+
+    def find(recipe: str) -> Path:
+        if recipe not in made:
+            made[recipe] = train_once(store, tmp_path_factory.mktemp("trained") / "run", **RECIPES[recipe])
+        return made[recipe]
+
+    return find
+
+
+def train_once(store: EmbeddingStore, output: Path, **changes: Any) -> Path:
+    paths = dict(embeddings_path=str(store.path), output_dir=str(output))
+    return train(TrainingConfig(**(paths | SETTINGS | changes)))
+
+
+def inference(folder: Path, dtype: torch.dtype) -> BLIP3oInference:
+    return BLIP3oInference(folder, device="cpu", dtype=dtype)
+
+
+def relative_error(found: Tensor, exact: Tensor, model: BLIP3oDiTModel) -> float:
+    """Root mean square of the difference over that of the tokens' deviation from their training mean."""
+    scale = exact - model.target_mean
+    return float((found - exact).norm() / scale.norm())
+
+
+# Generation
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_bfloat16_generates_what_float32_does(
+    trained: Callable[..., Path], store: EmbeddingStore, recipe: str, guidance: float, bfloat16: str
+) -> None:
+    eva = store.fetch(range(80, 96))[0]
+    exact, narrow = (inference(trained(recipe), dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert narrow.model.compute_dtype == (torch.bfloat16 if bfloat16 == "native" else torch.float32)
+    expected = exact.generate(eva, guidance_scale=guidance)
+    found = narrow.generate(eva, guidance_scale=guidance)
+    assert found.dtype == torch.float32
+    assert 0 < relative_error(found, expected, exact.model) < 0.02
+    if recipe != "noise":
+        guess = narrow.model.estimate(eva)
+        assert relative_error(guess, exact.model.estimate(eva), exact.model) < 0.02
+
+
+@pytest.mark.parametrize("solver", ["euler", "midpoint", "heun", "dopri5"])
+def test_every_solver_keeps_its_state_in_float32(
+    trained: Callable[..., Path], store: EmbeddingStore, solver: str, bfloat16: str
+) -> None:
+    eva = store.fetch(range(4))[0]
+    exact, narrow = (inference(trained("default"), dtype) for dtype in (torch.float32, torch.bfloat16))
+    expected, found = (model.generate(eva, solver=solver) for model in (exact, narrow))
+    assert relative_error(found, expected, exact.model) < 0.02
+
+
+def test_a_default_inference_takes_bfloat16_where_it_is_native(
+    trained: Callable[..., Path], bfloat16: str
+) -> None:
+    found = BLIP3oInference(trained("default"), device="cpu")
+    assert found.model.dtype == (torch.bfloat16 if bfloat16 == "native" else torch.float32)
+
+
+def test_a_small_residual_beside_a_large_guess_survives_bfloat16(bfloat16: str) -> None:
+    """x_t = R(c) + s y with s = 0.01: rounding x_t and R(c) would leave an error of 0.24 in y."""
+    model = BLIP3oDiTModel(tiny_config(in_channels=48, flow_matching={"source": "ridge"})).bfloat16()
+    with torch.no_grad():  # the network's first layers hand on x_t - R(c)
+        model.dit.patch_embedder.proj.weight.copy_(torch.eye(48))
+        model.dit.guess_embedder.weight.copy_(-torch.eye(48))
+    guess, y, dtype = 1.0 + torch.randn(2, 9, 48), torch.randn(2, 9, 48), model.dit.compute_dtype
+    embedded = model.dit._embed_guess(guess, dtype)
+    shown = model.dit._embed(guess + 0.01 * y, guess, embedded, dtype)
+    torch.testing.assert_close(shown / 0.01, y, rtol=0.01, atol=0.01)
+
+
+# Evaluation, distillation, conversion, saving
+
+
+def test_bfloat16_is_evaluated_as_float32(
+    trained: Callable[..., Path], store: EmbeddingStore, tmp_path: Path, bfloat16: str
+) -> None:
+    found = [
+        inference(trained("default"), dtype).evaluate_model(store.path, progress=False)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    assert found[1] == pytest.approx(found[0], rel=0.01, abs=1e-3)
+    scores = []
+    for dtype in (torch.float32, torch.bfloat16):
+        measure = EvaluationSettings(bootstrap=10, half_samples=2)
+        config = EvaluationConfig(curve_calls=(), shown=0, device="cpu", dtype=dtype, measure=measure)
+        report = evaluate_models([trained("default")], store.path, tmp_path, config, progress=False)
+        model = next(method for method in report["methods"] if method["is_model"])
+        scores.append(model["metrics"]["conditional"]["energy_score"]["value"])
+    assert scores[1] == pytest.approx(scores[0], rel=0.01)
+
+
+@pytest.mark.parametrize("recipe", ["default", "paper"])
+def test_a_student_generates_in_bfloat16(
+    trained: Callable[..., Path], store: EmbeddingStore, tmp_path: Path, recipe: str, bfloat16: str
+) -> None:
+    config = DistillationConfig(steps=2, train_steps=10, batch_size=8, teacher_steps=4, ema_decay=0.5)
+    student = distill(trained(recipe), store.path, tmp_path / "student", config, progress=False)
+    eva = store.fetch(range(80, 96))[0]
+    exact, narrow = (inference(student, dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert relative_error(narrow.generate(eva), exact.generate(eva), exact.model) < 0.02
+
+
+def test_a_narrow_model_is_saved_loaded_and_converted_whole(
+    trained: Callable[..., Path], store: EmbeddingStore, tmp_path: Path, bfloat16: str
+) -> None:
+    eva = store.fetch(range(3))[0]
+    model = inference(trained("paper"), torch.bfloat16).model
+    expected = model.generate(eva)
+    model.save_pretrained(tmp_path)
+    for loaded in (
+        BLIP3oDiTModel.from_pretrained(tmp_path, dtype="auto").eval(),
+        inference(tmp_path, torch.bfloat16).model,
+    ):
+        assert loaded.dtype == torch.bfloat16
+        assert torch.equal(loaded.generate(eva), expected)  # bit for bit: the same process and regime
+    released = to_official_state_dict(model)
+    assert {tensor.dtype for tensor in released.values()} == {torch.bfloat16}
+    converted = from_official_state_dict(released, config=model.config).bfloat16().eval()  # no statistics
+    assert torch.equal(converted.generate(eva), expected)  # which this recipe does not use
+
+
+# Training
+
+
+@pytest.mark.parametrize("recipe", ["default", "paper"])
+def test_training_with_bf16_follows_float32(
+    trained: Callable[..., Path], store: EmbeddingStore, tmp_path: Path, recipe: str, bfloat16: str
+) -> None:
+    changes = RECIPES[recipe] | {"max_steps": 20, "lr_scheduler_type": "constant_with_warmup"}
+    folders = [
+        train_once(store, tmp_path / name, **changes, bf16=name == "narrow") for name in ("exact", "narrow")
+    ]
+    losses = [
+        [entry["loss"] for entry in read_log(f / "training_log.jsonl") if "loss" in entry] for f in folders
+    ]
+    assert losses[0] != losses[1]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.01)
+
+
+@pytest.mark.parametrize("memory", ["bf16", "low"])
+def test_a_narrow_run_continues_bit_for_bit(
+    store: EmbeddingStore, tmp_path: Path, memory: str, bfloat16: str
+) -> None:
+    """In one process, on one machine, in one regime."""
+    changes: dict[str, Any] = dict(max_steps=8, save_steps=4, num_layers=1)
+    changes |= {"bf16": True, "ema_decay": 0.9} if memory == "bf16" else {"memory": "low", "model_dim": 96}
+    torch.compiler.set_stance("force_eager")  # torchao compiles its optimizer, which takes half a minute
+    try:
+        whole = train_once(store, tmp_path / "whole", **changes)
+        config = TrainingConfig.from_folder(whole)
+        again = train(
+            TrainingConfig(**(vars(config) | {"output_dir": str(tmp_path / "again")})),
+            resume=whole / "checkpoint-4",
+        )
+    finally:
+        torch.compiler.set_stance("default")
+    first, second = (BLIP3oDiTModel.from_pretrained(f, dtype="auto").state_dict() for f in (whole, again))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# The rule itself
+
+
+class Seen:
+    """Dtypes inside a network."""
+
+    def __init__(self, model: BLIP3oDiTModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.dtypes: dict[str, set[torch.dtype]] = {}
+        self.times: list[Tensor] = []
+        plain_time, plain_rotate, plain_attend = (
+            nextdit.official_timestep,
+            nextdit.rotate,
+            nextdit.attend,
+        )
+
+        def official_timestep(t: Tensor) -> Tensor:
+            self.times.append(t)
+            return plain_time(t)
+
+        def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+            self.note("rope", rope[0], rope[1])
+            return plain_rotate(x, rope)
+
+        def attend(*inputs: Tensor) -> Tensor:
+            self.note("attention", *inputs)
+            return plain_attend(*inputs)
+
+        monkeypatch.setattr(nextdit, "official_timestep", official_timestep)
+        monkeypatch.setattr(nextdit, "rotate", rotate)
+        monkeypatch.setattr(nextdit, "attend", attend)
+        last = (model.dit.norm_out.norm, model.dit.norm_out.linear_2)
+        for module in model.modules():
+            kind = "norm" if isinstance(module, nn.LayerNorm | nn.RMSNorm) else type(module).__name__
+            if kind in ("norm", "Linear", "NextDiTBlock"):
+                kind = "last layer" if module in last else kind
+                module.register_forward_hook(lambda _, inputs, output, kind=kind: self.note(kind, output))
+
+    def note(self, kind: str, *tensors: Tensor) -> None:
+        self.dtypes.setdefault(kind, set()).update(tensor.dtype for tensor in tensors)
+
+
+class CudaAutocast(TorchFunctionMode):
+    """What autocast does to norms on CUDA and not on a CPU: they run in float32 and return it."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.layer_norm, torch.rms_norm) and torch.is_autocast_enabled("cpu"):
+            args = tuple(arg.float() if isinstance(arg, Tensor) else arg for arg in args)
+        return func(*args, **(kwargs or {}))
+
+
+TIMES = torch.tensor([0.9001, 0.9011, 0.9021, 0.5013])  # bfloat16 would make two of them one
+
+
+def informed(dtype: torch.dtype = torch.float32) -> BLIP3oDiTModel:
+    model = BLIP3oDiTModel(
+        tiny_config(flow_matching={"source": "ridge", "prediction_type": "preconditioned"})
+    )
+    randomize(model, scale=0.1)
+    model.source_weight.copy_(torch.linspace(-0.1, 0.1, 12 * 8).view(12, 8))
+    with torch.no_grad():  # numbers that bfloat16 holds, so that narrower weights are the same ones
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    return model.to(dtype)
+
+
+def check_dtypes(seen: Seen, narrow: torch.dtype, times: Tensor = TIMES) -> None:
+    expected = {kind: {narrow} for kind in ("norm", "Linear", "attention")}
+    expected |= {kind: {torch.float32} for kind in ("NextDiTBlock", "last layer", "rope")}
+    assert seen.dtypes == expected
+    assert all(t.dtype == torch.float32 and torch.equal(t, times) for t in seen.times) and seen.times
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_autocast_narrows_what_blocks_compute_and_nothing_else_on_cuda_too(
+    monkeypatch: pytest.MonkeyPatch, training: bool, checkpointing: bool
+) -> None:
+    model = informed().train(training)
+    model.dit.gradient_checkpointing = checkpointing
+    seen = Seen(model, monkeypatch)
+    x, condition = torch.randn(4, 9, 8), torch.randn(4, 9, 12)
+    with CudaAutocast(), torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(x, TIMES, condition)
+    assert output.dtype == torch.float32
+    if training:
+        output.square().sum().backward()
+        assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+    check_dtypes(seen, torch.bfloat16)
+
+
+def test_training_under_autocast_is_inference_with_narrow_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(BFLOAT16_VARIABLE, "native")
+    x, condition = torch.randn(4, 9, 8), torch.randn(4, 9, 12)
+    with CudaAutocast(), torch.autocast("cpu", dtype=torch.bfloat16):
+        trained = informed().train()(x, TIMES, condition).detach()
+    model = informed(torch.bfloat16).eval()
+    seen = Seen(model, monkeypatch)
+    with torch.no_grad():
+        guess = model.source_of(condition).mean
+        inferred = model.dit.predict(x, TIMES, model.dit.encode_condition(condition, guess))
+    check_dtypes(seen, torch.bfloat16)
+    assert torch.equal(inferred, trained)  # bit for bit: the weights are numbers that bfloat16 holds
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_emulated_products_are_taken_in_float32(
+    monkeypatch: pytest.MonkeyPatch, weights: torch.dtype
+) -> None:
+    monkeypatch.setenv(BFLOAT16_VARIABLE, "emulated")
+    model = informed(weights).eval()
+    seen = Seen(model, monkeypatch)
+    with torch.no_grad():
+        model(torch.randn(4, 9, 8), TIMES, torch.randn(4, 9, 12))
+    assert set().union(*seen.dtypes.values()) == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_and_source_stay_float32_beside_any_weights(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = informed()
+    model.target_mean.fill_(1.001)  # 1.0 in bfloat16
+    model.save_pretrained(tmp_path)
+    cast = [
+        BLIP3oDiTModel.from_pretrained(tmp_path, dtype=dtype),
+        BLIP3oDiTModel.read(tmp_path, dtype=dtype),
+        model.to(dtype),
+    ]
+    for narrow in cast:
+        assert narrow.dtype == dtype
+        assert {buffer.dtype for buffer in narrow.buffers()} == {torch.float32}
+        assert torch.equal(narrow.target_mean, torch.full((8,), 1.001))
+        for tokens in (
+            narrow.normalize_target(torch.randn(1, 9, 8, dtype=dtype)),
+            narrow.source_of(narrow.normalize_condition(torch.randn(1, 9, 12, dtype=dtype))).mean,
+        ):
+            assert tokens is not None and tokens.dtype == torch.float32
+
+
+@pytest.mark.parametrize("source", ["ridge", "ridge_3x3"])
+def test_the_source_is_float32_under_autocast(source: str) -> None:
+    components = 3 if source == "ridge_3x3" else 0
+    flow = {"source": source, "source_components": components}
+    model = BLIP3oDiTModel(tiny_config(flow_matching=flow))
+    model.source_weight.normal_()
+    if components:
+        model.source_components.normal_()
+    condition = torch.randn(2, 9, 12)
+    expected = model.source_of(condition).mean
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model.source_of(condition).mean, expected)
+
+
+def test_float16_weights_follow_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU float16 is native; here autocast asks for it."""
+    model = informed(torch.float16).eval()
+    seen = Seen(model, monkeypatch)
+    with torch.no_grad(), CudaAutocast(), torch.autocast("cpu", dtype=torch.float16):
+        output = model(torch.randn(4, 9, 8), TIMES, torch.randn(4, 9, 12))
+    assert output.dtype == torch.float32 and torch.isfinite(output).all()
+    check_dtypes(seen, torch.float16)
+
+
+def test_times_in_another_dtype_are_refused() -> None:
+    with pytest.raises(ValueError, match="timestep: expected float32, found torch"):
+        informed()(torch.randn(4, 9, 8), TIMES.bfloat16(), torch.randn(4, 9, 12))
+
+
+def test_compiled_blocks_compute_in_bfloat16(
+    trained: Callable[..., Path], store: EmbeddingStore, monkeypatch: pytest.MonkeyPatch, bfloat16: str
+) -> None:
+    """Traced by torch.compile and run without its code generation, which takes half a minute."""
+    eva = store.fetch(range(80, 84))[0]
+    exact = inference(trained("default"), torch.float32)
+    monkeypatch.setattr(
+        NextDiTBlock, "compile", lambda self: nn.Module.compile(self, backend=lambda graph, _: graph.forward)
+    )
+    compiled = BLIP3oInference(trained("default"), device="cpu", dtype=torch.bfloat16, compile=True)
+    for guidance in (1.0, 3.0):
+        expected = exact.generate(eva, guidance_scale=guidance)
+        assert relative_error(compiled.generate(eva, guidance_scale=guidance), expected, exact.model) < 0.02
+
+
+def test_the_declaration_is_one_of_two_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(BFLOAT16_VARIABLE, "yes")
+    with pytest.raises(ValueError, match="BLIP3O_DIT_BFLOAT16: expected native or emulated, found 'yes'"):
+        multiplies(torch.bfloat16, torch.device("cpu"))
