@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,10 +47,24 @@ def test_released_velocity_points_the_other_way(tiny_model: BLIP3oDiTModel) -> N
     assert torch.equal(released["layers.0.gate"], tiny_model.dit.layers[0].gate)
 
 
-def test_a_model_that_predicts_something_else_is_not_given_to_diffusers() -> None:
-    flow = {"source": "ridge", "prediction_type": "preconditioned"}
-    with pytest.raises(ValueError, match=r"expected a model with source noise.*found ridge, pre"):
-        to_diffusers_state_dict(BLIP3oDiTModel(tiny_config(flow_matching=flow)))
+@pytest.mark.parametrize("export", [to_official_state_dict, to_diffusers_state_dict])
+@pytest.mark.parametrize(
+    ("flow", "found"),
+    [
+        ({"source": "ridge"}, "source ridge"),
+        ({"prediction_type": "epsilon"}, "prediction_type epsilon"),
+        ({"prediction_type": "preconditioned"}, "prediction_type preconditioned"),
+        ({"schedule_type": "cosine"}, "schedule_type cosine"),
+        ({"sigma_max": 3.0}, r"sigma_max 3.0 \(expected 1.0\)"),
+        ({"sigma_min": 0.1}, r"sigma_min 0.1 \(expected at most 0.001\)"),
+        ({"student_steps": 2}, "student_steps 2"),
+    ],
+)
+def test_a_model_that_was_trained_otherwise_is_not_exported(
+    export: Callable[[BLIP3oDiTModel], object], flow: dict[str, object], found: str
+) -> None:
+    with pytest.raises(ValueError, match=f"expected a model of --recipe paper, found {found}"):
+        export(BLIP3oDiTModel(tiny_config(flow_matching=flow)))
 
 
 def test_diffusers_round_trip(tiny_model: BLIP3oDiTModel) -> None:

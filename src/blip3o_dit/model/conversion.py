@@ -33,8 +33,17 @@ OTHER_GROUPS = (
 _OFFICIAL_FLOW = FlowMatchingConfig(sigma_min=0.0, sigma_max=1.0, condition_dropout=0.1)
 
 
+# Noise left at t = 1 that changes nothing next to bfloat16 weights; the released model's is 0.
+MOST_SIGMA_MIN = 1e-3
+
+
 def to_official_state_dict(model: BLIP3oDiTModel, prefix: str = OFFICIAL_PREFIXES[0]) -> dict[str, Tensor]:
-    """The network in the released layout (noise minus data), under `prefix`. Statistics do not travel."""
+    """The network in the released layout (noise minus data), under `prefix`. Statistics do not travel.
+
+    Raises:
+        ValueError: for a model that was trained otherwise than the released one.
+    """
+    _check_exportable("to_official_state_dict", model.config)
     weights = flip_velocity_sign(model.dit.state_dict())
     return {prefix + name: tensor for name, tensor in weights.items()}
 
@@ -109,13 +118,7 @@ def to_diffusers_state_dict(model: BLIP3oDiTModel) -> dict[str, Tensor]:
     Raises:
         ValueError: for a model that does not predict the velocity of a linear path from noise.
     """
-    flow = model.config.flow
-    found = (flow.source, flow.prediction_type, flow.schedule_type)
-    if found != ("noise", "v_prediction", "linear"):
-        raise ValueError(
-            "to_diffusers_state_dict: expected a model with source noise, v_prediction and the linear path "
-            f"(--recipe paper), found {', '.join(found)}"
-        )
+    _check_exportable("to_diffusers_state_dict", model.config)
     weights = flip_velocity_sign(model.dit.state_dict())
     weights = {k: v for k, v in weights.items() if not k.startswith(CONDITION_PREFIX)}
     weights["pad_token"] = torch.zeros(model.config.model_dim, dtype=model.dtype)
@@ -134,6 +137,28 @@ def from_diffusers_state_dict(
     model = BLIP3oDiTModel(config)
     _load(model.dit, flip_velocity_sign(weights))
     return model
+
+
+def _check_exportable(what: str, config: BLIP3oDiTConfig) -> None:
+    """Refuse (ValueError) what neither layout can say: both mean the velocity of BLIP3-o's own path."""
+    flow = config.flow
+    expected = {
+        "source": "noise",
+        "prediction_type": "v_prediction",
+        "schedule_type": "linear",
+        "sigma_max": 1.0,
+        "student_steps": 0,
+    }
+    found = {name: getattr(flow, name) for name in expected}
+    if flow.sigma_min > MOST_SIGMA_MIN:
+        expected["sigma_min"], found["sigma_min"] = f"at most {MOST_SIGMA_MIN}", flow.sigma_min
+    wrong = [
+        f"{name} {found[name]} (expected {expected[name]})"
+        for name in expected
+        if found[name] != expected[name]
+    ]
+    if wrong:
+        raise ValueError(f"{what}: expected a model of --recipe paper, found {', '.join(wrong)}")
 
 
 def _dit_names(names: Iterable[str]) -> dict[str, str]:
