@@ -67,6 +67,6 @@ class NetworkRegression:
 
 
 def _output(model: BLIP3oDiTModel, eva: Tensor) -> Tensor:
-    condition = model.normalize_condition(eva.to(model.device)).to(model.compute_dtype)
+    condition = model.normalize_condition(eva.to(model.device))
     x_t = condition.new_zeros(len(eva), model.config.num_tokens, model.config.in_channels)
     return model(x_t, x_t.new_zeros(len(eva)), condition)
