@@ -14,8 +14,6 @@ from blip3o_dit.inference import generated_store
 from blip3o_dit.inference.generated_store import GeneratedStore
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
-from tests.inference import jobs
-from tests.launched import launch
 from tests.stores import write_linear_store
 
 SAMPLE = 9 * (12 + 8) * 4  # bytes
@@ -126,17 +124,3 @@ def test_shards_are_whole_batches_and_as_many_for_each_process(
     shards, batches = -(-count // size), -(-count // 4)
     if batches >= processes * 5:
         assert shards > 0.7 * processes * -(-shards // processes)  # few processes idle in the last round
-
-
-@pytest.mark.slow
-def test_several_processes_write_the_store_of_one(model: Path, tmp_path: Path) -> None:
-    data = write_linear_store(tmp_path / "data", samples=30)
-    expected, _ = jobs.generate_store(model, data.path, tmp_path / "one")
-    (first, mine), (nothing, others) = launch(jobs.generate_store, 2, model, data.path, tmp_path / "two")
-    assert first["generation_metrics"] == expected["generation_metrics"]
-    assert nothing == {} and mine + others == 21 and min(mine, others) >= 8
-    one, two = (EmbeddingStore(tmp_path / name) for name in ("one", "two"))
-    assert len(two.manifest["shards"]) == 2
-    for a, b in zip(one.fetch(range(21)), two.fetch(range(21)), strict=True):
-        assert torch.equal(a, b)
-    assert one.records() == two.records()
