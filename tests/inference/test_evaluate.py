@@ -20,11 +20,10 @@ import yaml
 from PIL import Image
 
 from blip3o_dit.cli.main import main
-from blip3o_dit.config import TrainingConfig
 from blip3o_dit.cli.tf32 import use_tf32
+from blip3o_dit.config import TrainingConfig
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
 from blip3o_dit.evaluation import engine
-from blip3o_dit.evaluation.fitting import fit_baselines
 from blip3o_dit.evaluation.methods import ModelMethod
 from blip3o_dit.evaluation.metrics import retrieval_ranks
 from blip3o_dit.evaluation.summary import compare, summarize
@@ -49,6 +48,17 @@ def labelled_store(path: Path) -> EmbeddingStore:
     with StoreWriter(path, num_tokens=9, condition_dim=12, target_dim=8, dtype="float32") as writer:
         writer.append(eva, clip, records)
     return EmbeddingStore(path)
+
+
+def small(models: list[Path], store: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    """An evaluation that takes little: two draws, few resamples, no curve, no pictures."""
+    measure = EvaluationSettings(
+        draws=2, draw_samples=8, distribution_samples=32, bootstrap=4, half_samples=2, gallery_samples=16
+    )
+    options: dict[str, Any] = dict(
+        num_inference_steps=2, curve_calls=(), shown=0, device="cpu", measure=measure
+    )
+    return evaluate_models(models, store, output, EvaluationConfig(**(options | changes)), progress=False)
 
 
 def train_model(store: EmbeddingStore, output: Path, **changes: Any) -> Path:
@@ -302,23 +312,25 @@ def test_baselines_are_not_measured_on_what_they_were_fitted_on(
 
     def fit(source: Any, train: np.ndarray, **options: Any) -> Any:
         fitted.append(train)
-        return fit_baselines(source, train, **options)
+        return []
 
     monkeypatch.setattr(evaluate, "gather_truth", gather)
     monkeypatch.setattr(evaluate, "fit_baselines", fit)
-    store, out = str(folder / "store"), tmp_path / "out"
-    words = ["evaluate", str(folder / "a"), store, "--split", "train", "--output_dir", str(out)]
-    assert main([*words, *QUICK]) == 0
+    store = folder / "store"
+    found = small([folder / "a"], store, tmp_path / "out", split="train")
     assert len(measured[0]) == 48 and len(fitted[0]) == 32 and not set(measured[0]) & set(fitted[0])
-    content = json.loads((out / "metrics.json").read_text())
-    assert content["data"]["fitted_samples"] == content["floor"]["samples"] == 32
-    assert content["floor"]["tokens"]["frechet"]["value"] > 0
-    whole = train_model(EmbeddingStore(folder / "store"), tmp_path / "whole", eval_split=0.0, eval_samples=0)
-    refused = error_of(capsys, ["evaluate", str(whole), store, "--split", "train", *QUICK])
+    assert found["data"]["fitted_samples"] == found["floor"]["samples"] == 32
+    assert found["floor"]["tokens"]["frechet"]["value"] > 0
+    whole = tmp_path / "whole"
+    shutil.copytree(folder / "a", whole)
+    run = json.loads((whole / "training_config.json").read_text())
+    (whole / "training_config.json").write_text(json.dumps(run | {"eval_split": 0.0}))
+    seal(whole)
+    refused = error_of(capsys, ["evaluate", str(whole), str(store), "--split", "train", *QUICK])
     assert "nothing was held out (eval_split 0); expected other embeddings in --fit_on" in refused
     other = str(write_linear_store(tmp_path / "other", samples=30).path)
-    words = ["evaluate", str(whole), store, "--split", "train", "--fit_on", other, "--num_samples", "20"]
-    assert main([*words, "--output_dir", str(out), *QUICK]) == 0
+    found = small([whole], store, tmp_path / "out", split="train", fit_on=other)
+    assert found["data"]["fitted_on"] == other and len(fitted[-1]) == 30
 
 
 def test_baselines_see_as_many_samples_as_the_models_own_source(
@@ -331,19 +343,10 @@ def test_baselines_see_as_many_samples_as_the_models_own_source(
     seal(tmp_path / "a")
     monkeypatch.setattr(evaluate, "fit_baselines", lambda *_, most, **__: asked.append(most) or [])
     asked: list[int] = []
-    found = {}
-    for wanted in (None, 12):
-        config = EvaluationConfig(
-            num_inference_steps=2,
-            curve_calls=(),
-            shown=0,
-            device="cpu",
-            fit_samples=wanted,
-            measure=EvaluationSettings(draws=2, draw_samples=4, bootstrap=4, half_samples=2),
-        )
-        found[wanted] = evaluate_models(
-            [tmp_path / "a"], folder / "store", tmp_path / "out", config, progress=False
-        )
+    found = {
+        wanted: small([tmp_path / "a"], folder / "store", tmp_path / "out", fit_samples=wanted)
+        for wanted in (None, 12)
+    }
     assert asked == [24, 12]
     unfair = "The baselines were fitted on 12 samples, the model's own ridge source on 24"
     assert not any("own ridge source" in line for line in found[None]["summary"])
@@ -360,11 +363,9 @@ def test_what_is_measured_is_bounded_and_said(
         return retrieval_ranks(queries, gallery)
 
     monkeypatch.setattr(engine, "retrieval_ranks", ranks)
-    words = ["evaluate", str(folder / "a"), str(folder / "store"), "--output_dir", str(tmp_path)]
-    bounds = ["--num_samples", "25", "--gallery_samples", "16"]
-    assert main([*words, *bounds, *QUICK]) == 0
+    monkeypatch.setattr(evaluate, "fit_baselines", lambda *_, **__: [])
+    data = small([folder / "a"], folder / "store", tmp_path, num_samples=25)["data"]
     assert set(sizes) == {(16, 16)}
-    data = json.loads((tmp_path / "metrics.json").read_text())["data"]
     assert (data["num_samples"], data["available_samples"], data["gallery_samples"]) == (25, 32, 16)
     page, card = ((tmp_path / name).read_text() for name in ("report.html", "README.md"))
     assert "25 of 32 samples" in page and "25 of 32 samples" in card
@@ -382,20 +383,22 @@ def test_the_number_of_samples_has_a_default(folder: Path, monkeypatch: pytest.M
     assert {config.measure.gallery_samples for config in asked} == {5000}
 
 
-@pytest.mark.parametrize("regime", ["native", "emulated"])
 def test_bfloat16_gives_nearly_the_figures_of_float32(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, result: dict[str, Any], regime: str
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether or not the processor multiplies bfloat16 itself."""
-    monkeypatch.setenv("BLIP3O_DIT_BFLOAT16", regime)
-    words = ["evaluate", str(folder / "b"), str(folder / "store"), "--output_dir", str(tmp_path)]
-    assert main([*words, "--dtype", "bfloat16", "--regression_steps", "2", *QUICK]) == 0
-    content = json.loads((tmp_path / "metrics.json").read_text())
-    assert content["models"][0]["dtype"] == "bfloat16"
-    found, expected = content["methods"][0]["metrics"], result["methods"][1]["metrics"]
-    for group, name in (("sample", "r2"), ("best_guess", "r2"), ("conditional", "energy_score")):
-        assert found[group][name]["value"] == pytest.approx(expected[group][name]["value"], abs=0.02), name
-    assert np.isfinite(content["curve"]["DiT"][0]["r2"])
+    monkeypatch.setattr(evaluate, "fit_baselines", lambda *_, **__: [])
+    (expected,) = small([folder / "b"], folder / "store", tmp_path)["methods"]
+    for regime in ("native", "emulated"):
+        monkeypatch.setenv("BLIP3O_DIT_BFLOAT16", regime)
+        options: dict[str, Any] = dict(dtype=torch.bfloat16, curve_calls=(2,))
+        content = small([folder / "b"], folder / "store", tmp_path, **options)
+        assert content["models"][0]["dtype"] == "bfloat16"
+        found = content["methods"][0]["metrics"]
+        for group, name in (("sample", "r2"), ("best_guess", "r2"), ("conditional", "energy_score")):
+            wanted = expected["metrics"][group][name]["value"]
+            assert found[group][name]["value"] == pytest.approx(wanted, abs=0.02), (regime, name)
+        assert np.isfinite(content["curve"]["DiT"][0]["r2"])
 
 
 def test_a_floor_of_zero_is_no_divisor(result: dict[str, Any]) -> None:
