@@ -70,7 +70,7 @@ def as_before(folder: Path, to: Path) -> Path:
     shutil.copytree(folder, to)
     for part in (to, *to.glob("checkpoint-*")):
         values = json.loads((part / "config.json").read_text())
-        del values["standardize"]
+        values.pop("standardize", None)
         model = BLIP3oDiTModel.from_pretrained(part)
         if not TrainingConfig.from_folder(part).standardize:
             model.set_statistics(
