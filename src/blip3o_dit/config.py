@@ -161,6 +161,8 @@ class BLIP3oDiTConfig(PreTrainedConfig):
         norm_eps: of the RMS norms. rope_theta: base of the rotary embedding.
         gradient_checkpointing: recompute each block in the backward pass to save memory.
         normalize_embeddings: tokens were L2-normalised before training, and conditions must be again.
+        standardize: the network sees tokens standardised with the training split's statistics. Without it the
+            statistics are there too, but only for measuring.
         flow_matching: the fields of `FlowMatchingConfig`, as a dict (JSON) or as that class.
         default_solver, default_steps: what `generate` does when it is not told; a distilled model says
             here how few steps it was made for.
@@ -183,6 +185,7 @@ class BLIP3oDiTConfig(PreTrainedConfig):
     rope_theta: float = 10000.0
     gradient_checkpointing: bool = False
     normalize_embeddings: bool = False
+    standardize: bool = True
     flow_matching: dict[str, Any] | None = None
     default_solver: str = "euler"
     default_steps: int = 50
@@ -275,7 +278,7 @@ class BLIP3oDiTConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not _is_number(value) or not 0 < value < math.inf:
                 raise ValueError(f"{name}: expected a positive number, found {show(value)}")
-        for name in ("gradient_checkpointing", "normalize_embeddings"):
+        for name in ("gradient_checkpointing", "normalize_embeddings", "standardize"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected true or false, found {show(getattr(self, name))}")
 
@@ -593,6 +596,7 @@ class TrainingConfig:
             input_size=math.isqrt(num_tokens),
             gradient_checkpointing=self.gradient_checkpointing or self.selective_checkpointing,
             normalize_embeddings=self.normalize_embeddings,
+            standardize=self.standardize,
             flow_matching=asdict(
                 self.flow_matching(num_tokens=num_tokens, condition_dim=condition_dim, target_dim=target_dim)
             ),

@@ -20,11 +20,19 @@ import yaml
 from PIL import Image
 
 from blip3o_dit.cli.main import main
+from blip3o_dit.cli.tf32 import use_tf32
 from blip3o_dit.config import TrainingConfig
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
+from blip3o_dit.evaluation import engine
 from blip3o_dit.evaluation.methods import ModelMethod
+from blip3o_dit.evaluation.metrics import retrieval_ranks
 from blip3o_dit.evaluation.summary import compare, summarize
+from blip3o_dit.evaluation.truth import EvaluationSettings, gather_truth
+from blip3o_dit.folders import seal
+from blip3o_dit.inference import evaluate
+from blip3o_dit.inference.evaluate import EvaluationConfig, evaluate_models
 from blip3o_dit.inference.pipeline import BLIP3oInference
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.training.run import train
 from tests.stores import write_linear_store
 
@@ -40,6 +48,17 @@ def labelled_store(path: Path) -> EmbeddingStore:
     with StoreWriter(path, num_tokens=9, condition_dim=12, target_dim=8, dtype="float32") as writer:
         writer.append(eva, clip, records)
     return EmbeddingStore(path)
+
+
+def small(models: list[Path], store: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    """An evaluation that takes little: two draws, few resamples, no curve, no pictures."""
+    measure = EvaluationSettings(
+        draws=2, draw_samples=8, distribution_samples=32, bootstrap=4, half_samples=2, gallery_samples=16
+    )
+    options: dict[str, Any] = dict(
+        num_inference_steps=2, curve_calls=(), shown=0, device="cpu", measure=measure
+    )
+    return evaluate_models(models, store, output, EvaluationConfig(**(options | changes)), progress=False)
 
 
 def train_model(store: EmbeddingStore, output: Path, **changes: Any) -> Path:
@@ -279,6 +298,159 @@ def test_differences_are_read_by_their_interval() -> None:
     assert compare({"value": 1.0, "low": 0.5, "high": 2.0}, lower=False) == "better"
     assert compare({"value": 1.0, "low": -0.5, "high": 2.0}) == "equal"
     assert compare({"value": 1.0, "low": None, "high": None}) == "equal"
+
+
+def test_baselines_are_not_measured_on_what_they_were_fitted_on(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--split train: they are fitted on the held-out side, and refused where there is none."""
+    measured, fitted = [], []
+
+    def gather(source: Any, indices: np.ndarray, **options: Any) -> Any:
+        measured.append(indices)
+        return gather_truth(source, indices, **options)
+
+    def fit(source: Any, train: np.ndarray, **options: Any) -> Any:
+        fitted.append(train)
+        return []
+
+    monkeypatch.setattr(evaluate, "gather_truth", gather)
+    monkeypatch.setattr(evaluate, "fit_baselines", fit)
+    store = folder / "store"
+    found = small([folder / "a"], store, tmp_path / "out", split="train")
+    assert len(measured[0]) == 48 and len(fitted[0]) == 32 and not set(measured[0]) & set(fitted[0])
+    assert found["data"]["fitted_samples"] == found["floor"]["samples"] == 32
+    assert found["floor"]["tokens"]["frechet"]["value"] > 0
+    whole = tmp_path / "whole"
+    shutil.copytree(folder / "a", whole)
+    run = json.loads((whole / "training_config.json").read_text())
+    (whole / "training_config.json").write_text(json.dumps(run | {"eval_split": 0.0}))
+    seal(whole)
+    refused = error_of(capsys, ["evaluate", str(whole), str(store), "--split", "train", *QUICK])
+    assert "nothing was held out (eval_split 0); expected other embeddings in --fit_on" in refused
+    other = str(write_linear_store(tmp_path / "other", samples=30).path)
+    found = small([whole], store, tmp_path / "out", split="train", fit_on=other)
+    assert found["data"]["fitted_on"] == other and len(fitted[-1]) == 30
+
+
+def test_baselines_see_as_many_samples_as_the_models_own_source(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "FEWEST_FIT_SAMPLES", 10)
+    run = json.loads((folder / "a" / "training_config.json").read_text())
+    shutil.copytree(folder / "a", tmp_path / "a")
+    (tmp_path / "a" / "training_config.json").write_text(json.dumps(run | {"source_samples": 24}))
+    seal(tmp_path / "a")
+    monkeypatch.setattr(evaluate, "fit_baselines", lambda *_, most, **__: asked.append(most) or [])
+    asked: list[int] = []
+    found = {
+        wanted: small([tmp_path / "a"], folder / "store", tmp_path / "out", fit_samples=wanted)
+        for wanted in (None, 12)
+    }
+    assert asked == [24, 12]
+    unfair = "The baselines were fitted on 12 samples, the model's own ridge source on 24"
+    assert not any("own ridge source" in line for line in found[None]["summary"])
+    assert any(line.startswith(unfair) for line in found[12]["summary"])
+
+
+def test_what_is_measured_is_bounded_and_said(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def ranks(queries: Any, gallery: Any) -> Any:
+        sizes.append((len(queries), len(gallery)))
+        return retrieval_ranks(queries, gallery)
+
+    monkeypatch.setattr(engine, "retrieval_ranks", ranks)
+    monkeypatch.setattr(evaluate, "fit_baselines", lambda *_, **__: [])
+    data = small([folder / "a"], folder / "store", tmp_path, num_samples=25)["data"]
+    assert set(sizes) == {(16, 16)}
+    assert (data["num_samples"], data["available_samples"], data["gallery_samples"]) == (25, 32, 16)
+    page, card = ((tmp_path / name).read_text() for name in ("report.html", "README.md"))
+    assert "25 of 32 samples" in page and "25 of 32 samples" in card
+    assert "among those of 16 held-out samples" in page
+    assert "finds its own picture first among 16 " in page
+
+
+def test_the_number_of_samples_has_a_default(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(evaluate, "evaluate_models", lambda *arguments, **_: asked.append(arguments[3]) or {})
+    words = ["evaluate", str(folder / "a"), str(folder / "store")]
+    for more in ([], ["--num_samples", "all"], ["--num_samples", "7"]):
+        assert main([*words, *more]) == 0
+    assert [config.num_samples for config in asked] == [20_000, None, 7]
+    assert {config.measure.gallery_samples for config in asked} == {5000}
+
+
+def test_bfloat16_gives_nearly_the_figures_of_float32(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether or not the processor multiplies bfloat16 itself."""
+    monkeypatch.setattr(evaluate, "fit_baselines", lambda *_, **__: [])
+    (expected,) = small([folder / "b"], folder / "store", tmp_path)["methods"]
+    for regime in ("native", "emulated"):
+        monkeypatch.setenv("BLIP3O_DIT_BFLOAT16", regime)
+        options: dict[str, Any] = dict(dtype=torch.bfloat16, curve_calls=(2,))
+        content = small([folder / "b"], folder / "store", tmp_path, **options)
+        assert content["models"][0]["dtype"] == "bfloat16"
+        found = content["methods"][0]["metrics"]
+        for group, name in (("sample", "r2"), ("best_guess", "r2"), ("conditional", "energy_score")):
+            wanted = expected["metrics"][group][name]["value"]
+            assert found[group][name]["value"] == pytest.approx(wanted, abs=0.02), (regime, name)
+        assert np.isfinite(content["curve"]["DiT"][0]["r2"])
+
+
+def test_a_floor_of_zero_is_no_divisor(result: dict[str, Any]) -> None:
+    turned = json.loads(json.dumps(result))
+    turned["floor"]["tokens"]["frechet"]["value"] = 0.0
+    assert any("where other true ones are at 0" in line for line in summarize(turned))
+
+
+def test_models_of_other_embeddings_need_fit_on(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else the baselines would be those of whichever model is named first."""
+    shutil.copytree(folder / "b", tmp_path / "b")
+    run = json.loads((tmp_path / "b" / "training_config.json").read_text())
+    (tmp_path / "b" / "training_config.json").write_text(json.dumps(run | {"embeddings_path": "elsewhere"}))
+    seal(tmp_path / "b")
+    other = str(write_linear_store(tmp_path / "other", samples=30).path)
+    words = ["evaluate", str(folder / "a"), other, "--compare", str(tmp_path / "b"), "--split", "all"]
+    assert "(--fit_on), found none; the models were trained on" in error_of(capsys, [*words, *QUICK])
+
+
+def test_tf32_is_refused_where_there_is_none(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [str(folder / "a"), str(folder / "store")]
+    for command in (["evaluate", *words], ["generate", *words, str(folder / "g.pkl")]):
+        assert "--tf32: expected a GPU" in error_of(capsys, [*command, "--device", "cpu", "--tf32"])
+    assert torch.get_float32_matmul_precision() == "highest"
+    asked: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    for capability, expected in (((7, 5), []), ((9, 0), ["high"])):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
+        if expected:
+            use_tf32("auto")
+        else:
+            with pytest.raises(ValueError, match=r"expected compute capability 8.0 or newer, found 7.5"):
+                use_tf32("auto")
+        assert asked == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_generate_computes_in_the_dtype_asked_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    models = []
+    read = BLIP3oDiTModel.read
+    monkeypatch.setattr(BLIP3oDiTModel, "read", lambda *a, **k: models.append(read(*a, **k)) or models[-1])
+    words = ["generate", str(folder / "a"), str(folder / "store"), str(tmp_path / "out")]
+    assert main([*words, "--num_samples", "3", "--dtype", dtype, "--device", "cpu"]) == 0
+    assert [str(model.dtype) for model in models] == [f"torch.{dtype}"]
+    assert EmbeddingStore(tmp_path / "out").num_samples == 3
 
 
 def test_the_summary_follows_the_numbers(result: dict[str, Any]) -> None:

@@ -234,11 +234,12 @@ def test_generate_from_dataset_writes_plain_arrays(folder: Path, store: Embeddin
     assert isinstance(read, dict)
     for name in ("generated_clip_embeddings", "eva_embeddings", "target_clip_embeddings"):
         assert np.array_equal(read[name], results[name]) and np.array_equal(plain[name], results[name])
-    assert read["keys"] == [f"sample-{i}" for i in range(7)]
-    assert read["captions"][6] == "caption 6"
-    eva, clip = store.fetch(range(7))
+    chosen = inference.choose(store, "all", 7)
+    assert read["keys"] == [f"sample-{i}" for i in chosen]
+    assert read["captions"][6] == f"caption {chosen[6]}"
+    eva, clip = store.fetch(chosen)
     assert np.array_equal(results["target_clip_embeddings"], clip.numpy())
-    whole = inference.generate(eva, 2)
+    whole = inference.generate(eva, 2, sample_index=chosen)
     np.testing.assert_allclose(results["generated_clip_embeddings"], whole.numpy(), rtol=1e-4, atol=1e-5)
     metrics = results["generation_metrics"]
     cosine = torch.cosine_similarity(whole, clip, dim=-1).mean()
@@ -253,6 +254,7 @@ def test_generate_from_dataset_writes_a_store(folder: Path, store: EmbeddingStor
         output_path=folder / "generated",
         split="eval",
         compute_metrics=False,
+        return_arrays=True,
         progress=False,
     )
     written = EmbeddingStore(folder / "generated")
@@ -271,6 +273,23 @@ def test_evaluate_model_uses_the_split_of_the_run(folder: Path, store: Embedding
     assert metrics == pytest.approx(again, rel=1e-4)
     assert {"flow_matching_loss", "cosine_similarity_mean", "r2"} <= set(metrics)
     assert inference.evaluate_model(store.path, split="train", num_samples=2, num_inference_steps=1)
+
+
+def test_some_samples_are_chosen_by_name_and_not_the_first(folder: Path, store: EmbeddingStore) -> None:
+    """Neighbours in a store are often of one class."""
+    inference = BLIP3oInference(folder, device="cpu")
+    chosen = inference.choose(store, "all", 8)
+    assert chosen == sorted(set(chosen)) and len(chosen) == 8
+    assert chosen != list(range(8)) and max(chosen) >= 10
+    assert set(inference.choose(store, "all", 5)) < set(chosen)
+    assert inference.choose(store, "all", 100) == list(range(20))
+    side = inference.choose(store, "train", None)
+    some = inference.choose(store, "train", 4)
+    assert set(some) < set(side) and some != side[:4]
+    results = inference.generate_from_dataset(
+        store.path, num_samples=8, num_inference_steps=1, seed=3, progress=False
+    )
+    assert results["keys"] == [f"sample-{i}" for i in chosen]
 
 
 class TestRefusals:

@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.model.blip3o_dit import EMA_FILE, BLIP3oDiTModel
 from blip3o_dit.training.callbacks import read_log
 from blip3o_dit.training.checkpoint import verify_checkpoint
+from tests.inference.jobs import generate_store
 from tests.launched import launch
 from tests.stores import write_linear_store
 from tests.training import jobs
@@ -130,6 +132,22 @@ def test_generation_and_reports_are_those_of_one_process(
     reports = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
     assert _without_clock(reports[0]) == _without_clock(reports[1])
     assert (folders[1] / "report.html").is_file()
+
+
+def test_several_processes_write_the_store_that_one_would(
+    run: Callable[..., Path], store: Path, tmp_path: Path
+) -> None:
+    """21 samples in 6 batches; each process writes a shard of its own."""
+    model = run(1, 32)
+    expected, _ = generate_store(model, store, tmp_path / "one")
+    (first, mine), (nothing, others) = launch(generate_store, 2, model, store, tmp_path / "two")
+    assert first["generation_metrics"] == expected["generation_metrics"]
+    assert nothing == {} and mine + others == 21 and min(mine, others) >= 8
+    one, two = (EmbeddingStore(tmp_path / name) for name in ("one", "two"))
+    assert len(two.manifest["shards"]) == 2
+    for a, b in zip(one.fetch(range(21)), two.fetch(range(21)), strict=True):
+        assert torch.equal(a, b)
+    assert one.records() == two.records()
 
 
 def _without_clock(report: dict[str, Any]) -> dict[str, Any]:

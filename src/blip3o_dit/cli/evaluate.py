@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from blip3o_dit.cli.tf32 import add_tf32, use_tf32
 from blip3o_dit.config import SOLVER_NAMES
 
 DESCRIPTION = "Measure trained models beside baselines on held-out samples, and write a report."
@@ -24,8 +25,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output_dir", type=Path, help="for metrics.json, report.html, README.md (default: the model's)"
     )
-    parser.add_argument("--split", choices=("eval", "train", "all"), default="eval")
-    parser.add_argument("--num_samples", type=int, help="only so many, chosen by the seed (default: all)")
+    parser.add_argument(
+        "--split",
+        choices=("eval", "train", "all"),
+        default="eval",
+        help="side of the training split to measure; baselines are fitted on the other, with all on --fit_on",
+    )
+    parser.add_argument(
+        "--num_samples",
+        type=_number_or_all,
+        default=20_000,
+        help="most samples, chosen by the seed, or all (default: %(default)s)",
+    )
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--num_inference_steps", type=int, help="default: what the model was saved with")
     parser.add_argument("--solver", choices=SOLVER_NAMES, help="default: the model's")
@@ -35,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draw_samples", type=int, default=1000, help="conditions that get them")
     parser.add_argument(
         "--distribution_samples", type=int, default=2048, help="most vectors in a distribution distance"
+    )
+    parser.add_argument(
+        "--gallery_samples", type=int, default=5000, help="most samples that retrieval is among"
     )
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples for intervals")
     parser.add_argument(
@@ -47,7 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--curve_samples", type=int, default=256)
     parser.add_argument("--fit_on", help="embeddings the baselines are fitted on (default: the same)")
-    parser.add_argument("--fit_samples", type=int, default=5000, help="most samples a baseline is fitted on")
+    parser.add_argument(
+        "--fit_samples",
+        type=int,
+        help="most samples a baseline is fitted on (default: 5000, or as many as the model's source)",
+    )
     parser.add_argument(
         "--regression_steps", type=int, default=0, help="also train the same network by plain regression"
     )
@@ -55,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shown", type=int, default=6, help="samples on the page")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    add_tf32(parser)
     parser.add_argument("--weights", choices=("auto", "ema", "raw"), default="auto")
 
 
@@ -66,6 +85,8 @@ def run(arguments: argparse.Namespace) -> None:
     from blip3o_dit.evaluation.truth import EvaluationSettings
     from blip3o_dit.inference.evaluate import EvaluationConfig, command_line, evaluate_models
 
+    if arguments.tf32:
+        use_tf32(arguments.device)
     config = EvaluationConfig(
         split=arguments.split,
         num_samples=arguments.num_samples,
@@ -87,6 +108,7 @@ def run(arguments: argparse.Namespace) -> None:
             draws=arguments.draws,
             draw_samples=arguments.draw_samples,
             distribution_samples=arguments.distribution_samples,
+            gallery_samples=arguments.gallery_samples,
             bootstrap=arguments.bootstrap,
             seed=arguments.seed,
         ),
@@ -104,6 +126,10 @@ def run(arguments: argparse.Namespace) -> None:
     sys.stdout.write("\n".join(result["summary"]) + "\n")
     folder = arguments.output_dir or arguments.model
     logger.info("the report: %s", folder / "report.html")
+
+
+def _number_or_all(text: str) -> int | None:
+    return None if text == "all" else int(text)
 
 
 def _where(arguments: argparse.Namespace) -> str | None:

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from blip3o_dit.cli.tf32 import add_tf32, use_tf32
 from blip3o_dit.config import SOLVER_NAMES
 
 DESCRIPTION = "Generate CLIP tokens for the samples of an embedding store or pickle."
@@ -17,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("embeddings", type=Path, help="embedding store or documented pickle")
     parser.add_argument("output", type=Path, help="results: a .pkl file, or a folder for a store")
     parser.add_argument("--split", choices=("all", "train", "eval"), default="all")
-    parser.add_argument("--num_samples", type=int, help="only the first so many (default: all)")
+    parser.add_argument("--num_samples", type=int, help="only so many, chosen at random (default: all)")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--num_inference_steps", type=int, help="default: what the model was saved with")
     parser.add_argument("--solver", choices=(*SOLVER_NAMES, "dopri5"), help="default: the model's")
@@ -35,15 +36,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile", action="store_true", help="torch.compile (and CUDA graphs), for long runs"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights (default: bfloat16 where the processor multiplies it, else float32)",
+    )
+    add_tf32(parser)
     parser.add_argument("--weights", choices=("auto", "ema", "raw"), default="auto")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Generate, write, and print the metrics as JSON."""
+    import torch
+
     from blip3o_dit.inference.pipeline import BLIP3oInference
 
+    if arguments.tf32:
+        use_tf32(arguments.device)
     inference = BLIP3oInference(
-        arguments.model, device=arguments.device, weights=arguments.weights, compile=arguments.compile
+        arguments.model,
+        device=arguments.device,
+        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+        weights=arguments.weights,
+        compile=arguments.compile,
     )
     results = inference.generate_from_dataset(
         arguments.embeddings,

@@ -17,6 +17,8 @@ class Metric:
 
 @dataclass(frozen=True)
 class MetricTable:
+    """`note` is for people, with fields for the "data" of metrics.json."""
+
     title: str
     note: str
     metrics: tuple[Metric, ...]
@@ -72,9 +74,10 @@ TABLES = (
     ),
     MetricTable(
         "Use",
-        "Does a sample do the true tokens' work? Retrieval ranks the true pooled vector among all held-out "
-        "ones by cosine, reverse the other way round; neighbours in common compares the ten nearest true "
-        "vectors; the probe is a linear classifier fitted on true training tokens.",
+        "Does a sample do the true tokens' work? Retrieval ranks the true pooled vector among those of "
+        "{gallery_samples} held-out samples by cosine, reverse the other way round; neighbours in common "
+        "compares the ten nearest true vectors there; the probe is a linear classifier fitted on true "
+        "training tokens.",
         _rows(
             "use",
             ("recall_at_1", "recall@1", "up"),

@@ -204,15 +204,15 @@ def _fidelity(answers: Answers, variant: str, bootstrap: Bootstrap) -> dict[str,
 
 def _use(answers: Answers, truth: Truth, bootstrap: Bootstrap) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    directions = (("", answers.pooled, truth.pooled), ("reverse_", truth.pooled, answers.pooled))
-    for prefix, queries, gallery in directions:
+    among = Bootstrap(len(truth.gallery), replicates=bootstrap.replicates, seed=bootstrap.seed)
+    generated, true = answers.pooled[truth.gallery], truth.pooled[truth.gallery]
+    for prefix, queries, gallery in (("", generated, true), ("reverse_", true, generated)):
         ranks = retrieval_ranks(queries, gallery).numpy()
         for most in (1, 5, 10):
-            found[f"{prefix}recall_at_{most}"] = bootstrap.mean((ranks <= most).astype(float)).to_json()
-        found[f"{prefix}median_rank"] = bootstrap.median(ranks).to_json()
-    k = min(NEIGHBOURS, len(truth.indices) - 1)
-    agreement = neighbour_agreement(answers.pooled, truth.pooled, k=k).numpy()
-    found["neighbour_agreement"] = bootstrap.mean(agreement).to_json()
+            found[f"{prefix}recall_at_{most}"] = among.mean((ranks <= most).astype(float)).to_json()
+        found[f"{prefix}median_rank"] = among.median(ranks).to_json()
+    agreement = neighbour_agreement(generated, true, k=min(NEIGHBOURS, len(true) - 1)).numpy()
+    found["neighbour_agreement"] = among.mean(agreement).to_json()
     if "correct" in answers.columns:
         found["probe_accuracy"] = bootstrap.mean(answers.columns["correct"]).to_json()
     return found

@@ -50,7 +50,7 @@ def measure_tokens(generated: Tensor, target: Tensor) -> TokenMeasures:
             f"expected generated and target of one shape [n, N, C], "
             f"found {list(generated.shape)} and {list(target.shape)}"
         )
-    x_hat, x = generated.double().cpu(), target.double().cpu()
+    x_hat, x = generated.cpu().double(), target.cpu().double()
     squares = (x_hat - x).square_()
     generated_norm, norm = x_hat.norm(dim=-1), x.norm(dim=-1)
     dot = torch.einsum("nkc,nkc->nk", x_hat, x)
@@ -86,12 +86,20 @@ class FidelitySums:
     )
 
     def __init__(self, target_mean: Tensor) -> None:
-        self._mean = target_mean.double().cpu()
+        self._mean = target_mean.cpu().double()
         self.state = torch.zeros(len(self._scalars) + 2 * len(self._mean), dtype=torch.float64)
 
     def add(self, generated: Tensor, target: Tensor) -> TokenMeasures:
         """Take in n samples; returns their tokens' measures. Raises ValueError when the shapes differ."""
         tokens = measure_tokens(generated, target)
+        self.state += self._sums(tokens, target)
+        return tokens
+
+    def of(self, generated: Tensor, target: Tensor) -> Tensor:
+        """What these samples would add to `state`, for another process to add."""
+        return self._sums(measure_tokens(generated, target), target)
+
+    def _sums(self, tokens: TokenMeasures, target: Tensor) -> Tensor:
         scalars = torch.stack(
             [
                 torch.tensor(float(len(target)), dtype=torch.float64),
@@ -105,9 +113,8 @@ class FidelitySums:
             ]
         )
         residual = tokens.squares.sum(dim=(0, 1))
-        spread = (target.double().cpu() - self._mean).square_().sum(dim=(0, 1))
-        self.state += torch.cat([scalars, residual, spread])
-        return tokens
+        spread = (target.cpu().double() - self._mean).square_().sum(dim=(0, 1))
+        return torch.cat([scalars, residual, spread])
 
     def result(self) -> dict[str, float]:
         """The metrics. Raises ValueError when no sample was added."""

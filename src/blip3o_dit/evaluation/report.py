@@ -122,7 +122,7 @@ def _content(result: Mapping[str, Any], samples: ShownSamples | None) -> dict[st
     return {
         "title": f"Evaluation of {names}",
         "subtitle": (
-            f"{data['num_samples']} samples of {data['path']} ({data['split']} split), "
+            f"{_measured(data)} of {data['path']} ({data['split']} split), "
             f"{data['num_tokens']} tokens of {data['target_dim']} numbers given {data['num_tokens']} "
             f"of {data['condition_dim']}"
         ),
@@ -140,6 +140,11 @@ def _content(result: Mapping[str, Any], samples: ShownSamples | None) -> dict[st
     }
 
 
+def _measured(data: Mapping[str, Any]) -> str:
+    chosen = data["num_samples"] < data["available_samples"]
+    return f"{data['num_samples']}" + (f" of {data['available_samples']}" if chosen else "") + " samples"
+
+
 def _table(table: MetricTable, result: Mapping[str, Any]) -> Table:
     rows = [(m["name"], m["is_model"], m["metrics"]) for m in result["methods"]]
     group = table.metrics[0].group
@@ -155,7 +160,7 @@ def _table(table: MetricTable, result: Mapping[str, Any]) -> Table:
     best = {metric.name: _best(metric, [f for n, _, f in rows if f is not reference]) for metric in shown}
     return Table(
         table.title,
-        table.note,
+        table.note.format_map(result["data"]),
         [metric.label for metric in shown],
         [
             Row(
@@ -240,6 +245,8 @@ def _settings(result: Mapping[str, Any]) -> list[tuple[str, str]]:
                 f"{model['path']}, {model['weights']} weights, {model['parameters']:,} parameters",
             )
         )
+    data = result["data"]
+    rows.append(("baselines", f"fitted on {data['fitted_samples']} samples of {data['fitted_on']}"))
     rows += [(name, str(value)) for name, value in result["settings"].items()]
     rows += [(name, str(value)) for name, value in result["versions"].items()]
     return rows
@@ -261,7 +268,7 @@ def _card_text(result: Mapping[str, Any]) -> str:
         "",
         *(f"* {line}" for line in result["summary"]),
         "",
-        f"Measured on {result['data']['num_samples']} samples ({result['data']['split']} split). "
+        f"Measured on {_measured(result['data'])} ({result['data']['split']} split). "
         f"All figures: `{METRICS_FILE}`, `{REPORT_FILE}`.",
         "",
     ]

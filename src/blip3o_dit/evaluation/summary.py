@@ -94,6 +94,8 @@ def _distribution(result: Mapping[str, Any], model: Mapping[str, Any]) -> str:
             f"As a set, its tokens are as close to the true ones as other true ones are "
             f"(Frechet distance {found:.3g}, true against true {floor:.3g})."
         )
+    if floor <= 0.0:  # true tokens that do not vary
+        return f"As a set, its tokens are at Frechet distance {found:.3g}, where other true ones are at 0."
     return (
         f"As a set, its tokens are {found / floor:.1f} times as far from the true ones as other true "
         f"ones are (Frechet distance {found:.3g} against {floor:.3g})."
@@ -101,7 +103,7 @@ def _distribution(result: Mapping[str, Any], model: Mapping[str, Any]) -> str:
 
 
 def _use(result: Mapping[str, Any], model: Mapping[str, Any]) -> str:
-    recall, samples = _value(model, "use", "recall_at_1"), result["data"]["num_samples"]
+    recall, samples = _value(model, "use", "recall_at_1"), result["data"]["gallery_samples"]
     parts = [f"A sample finds its own picture first among {samples} for {recall:.0%} of them"]
     accuracy, truth = _value(model, "use", "probe_accuracy"), result["data"].get("probe_accuracy_of_truth")
     if accuracy is not None and truth:
@@ -158,6 +160,12 @@ def _warnings(result: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"Cosine flatters: a constant answer, the mean of each position, already scores {cosine:.2f} per "
             f"token and {pooled:.2f} pooled."
+        )
+    fitted, source = (result["data"][name] for name in ("fitted_samples", "source_samples"))
+    if fitted < source:
+        lines.append(
+            f"The baselines were fitted on {fitted} samples, the model's own ridge source on {source}: a "
+            "difference between them may be no more than that (--fit_samples)."
         )
     if result["data"]["num_samples"] < 100:
         lines.append(

@@ -34,6 +34,8 @@ class EvaluationSettings:
         draws: samples per condition for energy score, spread and diversity.
         draw_samples: held-out samples that get them; all others get one.
         distribution_samples: most vectors on each side of a distribution distance.
+        gallery_samples: most samples that look for each other in retrieval and neighbour agreement, whose
+            cost is their square. 5,000 is usual (the test split of COCO, arXiv 1504.00325).
         probe_samples: most training samples that the linear probe is fitted on.
         bootstrap, half_samples: resamples for intervals, of means and of distribution distances.
         seed: names every choice.
@@ -43,6 +45,7 @@ class EvaluationSettings:
     draws: int = 4
     draw_samples: int = 1000
     distribution_samples: int = 2048
+    gallery_samples: int = 5000
     probe_samples: int = 5000
     bootstrap: int = 1000
     half_samples: int = 30
@@ -50,7 +53,7 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         least = {"batch_size": 1, "draws": 2, "draw_samples": 2, "distribution_samples": 2}
-        least |= {"probe_samples": 2, "bootstrap": 2, "half_samples": 2}
+        least |= {"gallery_samples": 2, "probe_samples": 2, "bootstrap": 2, "half_samples": 2}
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name}: expected at least {lowest}, found {getattr(self, name)}")
@@ -63,7 +66,8 @@ class Truth:
     `indices` [n] in the source. `mean`, `std` [C] of the training tokens. `pooled` [n, C] mean tokens.
     `token_rows`, `token_positions` [m] say which tokens are kept, `tokens` [m, C] are these.
     `position_squares` [N, C]: sums of (x - mean)^2; `spread` [n]: each sample's, as a share of its channel's
-    sum, summed over the channels. `drawn` [n] marks the samples that get several draws.
+    sum, summed over the channels. `drawn` [n] marks the samples that get several draws. `gallery` [g] are
+    the rows that retrieval is among.
     """
 
     source: EmbeddingSource
@@ -78,6 +82,7 @@ class Truth:
     position_squares: Tensor
     spread: Tensor
     drawn: np.ndarray
+    gallery: np.ndarray
     labels: list[str] | None = None
     probe: LinearProbe | None = None
     probe_accuracy: Estimate | None = None
@@ -128,6 +133,7 @@ def gather_truth(
         position_squares=torch.zeros(tokens, width, dtype=torch.float64),
         spread=torch.empty(0),
         drawn=_choose_drawn(count, settings),
+        gallery=_choose_gallery(count, settings),
     )
     squares = torch.empty(count, width)
     for piece in track(list(batches(range(count), settings.batch_size)), "true tokens"):
@@ -213,3 +219,8 @@ def _choose_drawn(count: int, settings: EvaluationSettings) -> np.ndarray:
         True
     )
     return drawn
+
+
+def _choose_gallery(count: int, settings: EvaluationSettings) -> np.ndarray:
+    order = named_permutation(count, seed=settings.seed, stream="gallery samples")
+    return np.sort(order[: settings.gallery_samples])

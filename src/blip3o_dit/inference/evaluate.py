@@ -27,11 +27,15 @@ from blip3o_dit.evaluation.fitting import fit_baselines
 from blip3o_dit.evaluation.methods import Method, ModelMethod
 from blip3o_dit.evaluation.summary import summarize
 from blip3o_dit.evaluation.truth import EvaluationSettings, Track, Truth, fit_probe, gather_truth
-from blip3o_dit.inference.pipeline import BLIP3oInference, check_writable
+from blip3o_dit.inference.pipeline import BLIP3oInference, check_writable, target_statistics
 from blip3o_dit.randomness import named_permutation
 
 FORMAT = "blip3o-dit evaluation"
 FORMAT_VERSION = 1
+
+MOST_SAMPLES = 20_000
+"""Held-out samples that are measured unless more are asked for: intervals are narrow by then."""
+FEWEST_FIT_SAMPLES = 5000
 
 logger = logging.getLogger(__name__)
 
@@ -42,18 +46,20 @@ class EvaluationConfig:
 
     Args:
         split: "eval", "train" or "all"; the first two are the sides of the first model's training split.
-        num_samples: only so many of them, chosen by the seed; None means all.
+            Baselines are fitted on the other side, and measured on this one.
+        num_samples: most of them, chosen by the seed; None means all.
         num_inference_steps, solver, guidance_scale, seed: how the models sample; None: as they were saved.
         curve_calls, curve_samples: network calls and samples of the cost curve; no calls means no curve.
         fit_on: embeddings whose training side the baselines are fitted on; None means the evaluated ones.
-        fit_samples: most training samples a baseline is fitted on.
+        fit_samples: most samples a baseline is fitted on. None: as many as the models' own ridge sources were
+            fitted on, at least `FEWEST_FIT_SAMPLES`.
         regression_steps: train the same network by plain regression for so many steps, as a baseline.
         shown: samples drawn on the page.
         weights, device, dtype: as `BLIP3oInference`.
     """
 
     split: str = "eval"
-    num_samples: int | None = None
+    num_samples: int | None = MOST_SAMPLES
     num_inference_steps: int | None = None
     solver: str | None = None
     guidance_scale: float = 1.0
@@ -61,7 +67,7 @@ class EvaluationConfig:
     curve_calls: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 50)
     curve_samples: int = 256
     fit_on: str | None = None
-    fit_samples: int = 5000
+    fit_samples: int | None = None
     regression_steps: int = 0
     shown: int = 6
     weights: str = "auto"
@@ -70,9 +76,9 @@ class EvaluationConfig:
     measure: EvaluationSettings = field(default_factory=EvaluationSettings)
 
     def __post_init__(self) -> None:
-        least = {"curve_samples": 2, "fit_samples": 2, "regression_steps": 0}
-        if self.num_inference_steps is not None:
-            least["num_inference_steps"] = 1
+        least = {"curve_samples": 2, "regression_steps": 0}
+        optional = {"num_inference_steps": 1, "fit_samples": 2, "num_samples": 2}
+        least |= {name: low for name, low in optional.items() if getattr(self, name) is not None}
         for name, lowest in (least | {"shown": 0}).items():
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name}: expected at least {lowest}, found {getattr(self, name)}")
@@ -119,20 +125,25 @@ def evaluate_models(
         for path in models
     ]
     _check_comparable(loaded, config)
-    source, indices = _held_out(loaded[0], embeddings, config)
+    source, indices, available = _held_out(loaded[0], embeddings, config)
     for other in loaded[1:]:
         other.open(embeddings)
     methods = _model_methods(loaded, config)
     if not processes.is_first:
         _help_sampling(methods, source, indices, config, processes)
         return {}
+    fit_on, train = _fit_source(loaded, source, embeddings, config)
+    # Of the data, not of a model: figures must not depend on which model is named first.
+    statistics = target_statistics(fit_on, train, seed=config.seed)
     result, samples = evaluate_methods(
         methods,
         source,
         indices,
-        fit_source=_fit_source(loaded[0], source, embeddings, config),
+        fit_source=(fit_on, train),
         config=config,
-        statistics=(loaded[0].model.target_mean, loaded[0].model.target_std),
+        statistics=(statistics.mean, statistics.std),
+        source_samples=_source_samples(loaded),
+        available=available,
         regression_like=loaded[0],
         pictures=pictures,
         progress=progress,
@@ -155,6 +166,8 @@ def evaluate_methods(
     fit_source: tuple[EmbeddingSource, np.ndarray],
     config: EvaluationConfig,
     statistics: tuple[torch.Tensor, torch.Tensor],
+    source_samples: int = 0,
+    available: int | None = None,
     regression_like: BLIP3oInference | None = None,
     pictures: Callable[[list[str]], list[Any]] | None = None,
     progress: bool = True,
@@ -164,6 +177,8 @@ def evaluate_methods(
 
     Args:
         statistics: mean and standard deviation of the training tokens per channel, [C] each.
+        source_samples: training samples that a method's own ridge was fitted on, if it has one.
+        available: samples that `indices` were chosen from; None means no others.
         processes: the others of which are in `_help_sampling` meanwhile.
 
     Returns: the content of metrics.json, and the samples for the page.
@@ -175,13 +190,14 @@ def evaluate_methods(
     if fit_on is source:
         fit_probe(truth, train, track)
     floor = engine.true_floor(truth, fit_on, train) if len(train) >= 2 else None
+    most = min(len(train), config.fit_samples or max(FEWEST_FIT_SAMPLES, source_samples))
     everything = [*methods]
     if len(train):
         everything += fit_baselines(
             fit_on,
             train,
             std=std,
-            most=config.fit_samples,
+            most=most,
             seed=config.seed,
             track=track,
             network=regression_like.model if regression_like else None,
@@ -198,7 +214,13 @@ def evaluate_methods(
         "version": FORMAT_VERSION,
         "summary": [],
         "models": [],
-        "data": _data(source, truth, config),
+        "data": {
+            **_data(source, truth, config),
+            "available_samples": available or len(truth.indices),
+            "fitted_on": str(fit_on.path),
+            "fitted_samples": most,
+            "source_samples": min(len(train), source_samples),
+        },
         "settings": _settings(config),
         "versions": _versions(),
         "methods": described,
@@ -312,47 +334,74 @@ def _check_comparable(loaded: Sequence[BLIP3oInference], config: EvaluationConfi
 
 def _held_out(
     model: BLIP3oInference, embeddings: str | Path, config: EvaluationConfig
-) -> tuple[EmbeddingSource, np.ndarray]:
+) -> tuple[EmbeddingSource, np.ndarray, int]:
+    """The embeddings, the samples to measure, and how many there were to choose from."""
     source = model.open(embeddings)
     indices = np.asarray(model.choose(source, config.split, None))
+    available = len(indices)
     if config.num_samples is not None:
-        if config.num_samples < 2:
-            raise ValueError(f"num_samples: expected at least 2, found {config.num_samples}")
-        order = named_permutation(len(indices), seed=config.seed, stream="evaluated samples")
+        order = named_permutation(available, seed=config.seed, stream="evaluated samples")
         indices = np.sort(indices[order[: config.num_samples]])
-    return _as_trained_on(model, source), indices
+    return _as_trained_on(model, source), indices, available
 
 
 def _fit_source(
-    model: BLIP3oInference, source: EmbeddingSource, embeddings: str | Path, config: EvaluationConfig
+    loaded: Sequence[BLIP3oInference],
+    source: EmbeddingSource,
+    embeddings: str | Path,
+    config: EvaluationConfig,
 ) -> tuple[EmbeddingSource, np.ndarray]:
-    """(embeddings, training indices) for baselines, probe and floor."""
-    settings = None
-    if (model.model_path / TRAINING_CONFIG_FILE).is_file():
-        settings = TrainingConfig.from_folder(model.model_path)
+    """(embeddings, indices) for baselines, statistics, probe and floor: nothing that is measured."""
+    runs = [
+        TrainingConfig.from_folder(model.model_path)
+        for model in loaded
+        if (model.model_path / TRAINING_CONFIG_FILE).is_file()
+    ]
     path = config.fit_on
     if path is None and config.split == "all":
-        path = settings.embeddings_path if settings else None
-        if path is None or not Path(path).exists():
-            raise ValueError(
-                f"{embeddings}: with --split all the baselines need embeddings to be fitted on (--fit_on), "
-                f"found none at {path}"
-            )
+        path = _training_embeddings(runs, embeddings)
+    fitted, side = source, "eval" if config.split == "train" else "train"
     if path is not None and Path(path).resolve() != Path(embeddings).resolve():
-        fitted: EmbeddingSource = _as_trained_on(model, model.open(path))
+        fitted, side = _as_trained_on(loaded[0], loaded[0].open(path)), "train"
     elif config.split == "all":
         raise ValueError(
             f"{embeddings}: --split all would measure baselines on samples they were fitted on; "
             "expected other embeddings in --fit_on"
         )
-    else:
-        fitted = source
-    if settings is None:
+    splits = {(run.eval_split, run.seed, run.split_by) for run in runs}
+    if len(splits) != 1:  # models of several splits, or of none: no side is theirs
         return fitted, np.arange(fitted.num_samples)
-    sides = split_samples(
-        fitted, eval_split=settings.eval_split, seed=settings.seed, split_by=settings.split_by
-    )
-    return fitted, sides.train
+    eval_split, seed, split_by = splits.pop()
+    if side == "eval" and not eval_split:
+        raise ValueError(
+            f"{embeddings}: --split train would measure baselines on samples they were fitted on, as nothing "
+            "was held out (eval_split 0); expected other embeddings in --fit_on"
+        )
+    sides = split_samples(fitted, eval_split=eval_split, seed=seed, split_by=split_by)
+    return fitted, getattr(sides, side)
+
+
+def _training_embeddings(runs: Sequence[TrainingConfig], embeddings: str | Path) -> str:
+    """What all the models were trained on."""
+    paths = sorted({run.embeddings_path for run in runs})
+    if len(paths) != 1 or not Path(paths[0]).exists():
+        raise ValueError(
+            f"{embeddings}: with --split all the baselines need embeddings to be fitted on (--fit_on), "
+            f"found {'none' if len(paths) != 1 else 'none at ' + paths[0]}"
+            + (f"; the models were trained on {', '.join(paths)}" if len(paths) > 1 else "")
+        )
+    return paths[0]
+
+
+def _source_samples(loaded: Sequence[BLIP3oInference]) -> int:
+    """Most training samples that the ridge source of any of these models was fitted on; 0 without sources."""
+    counts = [0]
+    for found in loaded:
+        if found.model.config.flow.source != "noise":
+            known = (found.model_path / TRAINING_CONFIG_FILE).is_file()
+            run = TrainingConfig.from_folder(found.model_path) if known else TrainingConfig()
+            counts.append(run.source_samples)
+    return max(counts)
 
 
 def _as_trained_on(model: BLIP3oInference, source: EmbeddingSource) -> EmbeddingSource:
@@ -402,6 +451,7 @@ def _data(source: EmbeddingSource, truth: Truth, config: EvaluationConfig) -> di
         "path": str(source.path),
         "split": config.split,
         "num_samples": len(truth.indices),
+        "gallery_samples": len(truth.gallery),
         "num_tokens": source.num_tokens,
         "condition_dim": source.condition_dim,
         "target_dim": source.target_dim,
@@ -415,6 +465,7 @@ def _settings(config: EvaluationConfig) -> dict[str, Any]:
     measure = settings.pop("measure")
     settings["dtype"] = str(config.dtype).removeprefix("torch.")
     settings["curve_calls"] = list(config.curve_calls)
+    settings["float32_products"] = torch.get_float32_matmul_precision()
     return settings | {f"measure_{name}": value for name, value in measure.items()}
 
 

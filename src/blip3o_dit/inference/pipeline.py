@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,21 +13,24 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from blip3o_dit.config import TrainingConfig, check_name
-from blip3o_dit.data.dataset import split_samples
+from blip3o_dit.data.dataset import choose_samples, split_samples
 from blip3o_dit.data.source import check_sizes, open_embeddings
-from blip3o_dit.data.store import EmbeddingSource, StoreWriter, batches, dump_atomically
+from blip3o_dit.data.statistics import ChannelStatistics, streamed_statistics
+from blip3o_dit.data.store import EmbeddingSource, batches, dump_atomically
 from blip3o_dit.distributed import Processes, join_processes, pick_device
 from blip3o_dit.evaluation.metrics import FidelitySums
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
 from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER
 from blip3o_dit.flow.times import training_times
+from blip3o_dit.inference.generated_store import GeneratedStore, PieceWork
 from blip3o_dit.model.blip3o_dit import EMA_VARIANT, BLIP3oDiTModel, pick_weights
 from blip3o_dit.model.precision import multiplies
-from blip3o_dit.randomness import named_normal, named_uniform
+from blip3o_dit.randomness import named_normal, named_permutation, named_uniform
 
 SPLITS = ("all", "train", "eval")
 
-Found = TypeVar("Found")
+STATISTICS_SAMPLES = TrainingConfig.statistics_samples
+"""Most samples that the targets' mean and deviation are measured on, as in training by default."""
 
 
 class BLIP3oInference:
@@ -113,70 +116,87 @@ class BLIP3oInference:
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         seed: int = 0,
+        return_arrays: bool | None = None,
         progress: bool = True,
     ) -> dict[str, Any]:
         """Generate for the samples of a store or pickle.
 
         Args:
-            num_samples: only the first so many of the split; None means all.
+            num_samples: only so many of the split; see `choose`. None means all.
             output_path: a name ending in .pkl or .pickle is written as a pickle of plain arrays, anything
-                else as an embedding store whose `clip` tokens are the generated ones.
+                else as an embedding store whose `clip` tokens are the generated ones. A store is written
+                shard by shard, in memory that does not grow with the number of samples; each of several
+                processes writes shards of its own.
             compute_metrics: compare with the true tokens (`evaluation.metrics.FidelitySums`).
             split: "all", or the side of the training run's own split.
             num_inference_steps, solver: None means what the model was saved with; for these and the rest
                 see `BLIP3oDiTModel.generate`.
+            return_arrays: return tokens, keys and captions; None does unless a store is written, and for a
+                pickle they are returned in any case.
 
-        Returns: `generated_clip_embeddings` [n, N, C] and `eva_embeddings`, `target_clip_embeddings`
-            (float32 arrays), `keys`, `captions`, `config`, and `generation_metrics` (a dict or None). Of
-            several processes the first returns this and writes; the others return an empty dict.
+        Returns: `config` and `generation_metrics` (a dict or None), and with arrays
+            `generated_clip_embeddings` [n, N, C], `eva_embeddings` and `target_clip_embeddings`, float32,
+            `keys` and `captions`. Of several processes the first returns this; the others return an empty
+            dict.
 
         Raises:
             FileNotFoundError, ValueError: one line naming what was expected and found.
         """
+        _check_batch_size(batch_size)
         source = self.open(dataset_path)
         indices = self.choose(source, split, num_samples)
-        if output_path is not None and self.processes.is_first:
-            check_writable(Path(output_path))
-        sums = FidelitySums(self.model.target_mean)
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        output = None if output_path is None else Path(output_path)
+        store = self._store_to_write(output)
         sampling: dict[str, Any] = {
             "solver": solver,
             "guidance_scale": guidance_scale,
             "guidance_interval": guidance_interval,
             "seed": seed,
         }
+        sums = FidelitySums(self._target_mean(source, split)) if compute_metrics else None
+        size, to_pickle = batch_size, output is not None and store is None
+        if store is not None:
+            size = store.shard_size(len(indices), batch_size=batch_size, processes=self.processes.count)
 
-        def work(piece: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-            eva, clip = source.fetch(piece)
-            return self.generate(eva, num_inference_steps, sample_index=piece, **sampling), eva, clip
+        def generate(eva: Tensor, batch: Sequence[int]) -> Tensor:
+            return self.generate(eva, num_inference_steps, sample_index=batch, **sampling)
 
-        for _, found in self._in_batches(indices, batch_size, work, progress):
-            generated, _, clip = found
-            if compute_metrics:
-                sums.add(generated, self.model.as_trained_on(clip))
-            parts.append(found)
+        def measure(generated: Tensor, clip: Tensor) -> Tensor | None:
+            return None if sums is None else sums.of(generated, self.model.as_trained_on(clip))
+
+        with self._bar(len(indices), progress) as bar:
+            work = PieceWork(
+                source,
+                indices,
+                batch_size=batch_size,
+                size=size,
+                generate=generate,
+                measure=measure,
+                store=store,
+                keep=to_pickle or (store is None if return_arrays is None else return_arrays),
+                advance=bar.update,
+            )
+            tokens, entries = self._collect(work, sums, bar)
         if not self.processes.is_first:
             return {}
-        arrays = [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
-        records = source.records(indices)
-        results = {
-            "generated_clip_embeddings": arrays[0],
-            "eva_embeddings": arrays[1],
-            "target_clip_embeddings": arrays[2],
-            "keys": [record["key"] for record in records],
-            "captions": [record.get("caption") for record in records],
-            "config": {
-                "model_path": str(self.model_path),
-                "weights": self.weights,
-                **sampling,
-                **self._steps(solver, num_inference_steps),
-                "split": split,
-                "normalize_embeddings": self.model.config.normalize_embeddings,
-            },
-            "generation_metrics": sums.result() if compute_metrics else None,
+        results: dict[str, Any] = {}
+        if work.keep:
+            results = {"generated_clip_embeddings": tokens, **_everything_of(source, indices)}
+        results["config"] = {
+            "model_path": str(self.model_path),
+            "weights": self.weights,
+            **sampling,
+            **self._steps(solver, num_inference_steps),
+            "split": split,
+            "num_samples": len(indices),
+            "normalize_embeddings": self.model.config.normalize_embeddings,
         }
-        if output_path is not None:
-            write_results(results, records, Path(output_path))
+        results["generation_metrics"] = None if sums is None else sums.result()
+        if store is not None:
+            store.finish(entries, results["config"])
+        elif output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            dump_atomically(output, results)
         return results
 
     @torch.no_grad()
@@ -195,31 +215,87 @@ class BLIP3oInference:
     ) -> dict[str, float]:
         """The flow matching loss and the fidelity of generated tokens, on one side of the split.
 
+        Args:
+            num_samples: only so many of the split; see `choose`. None means all.
+
         Returns: `flow_matching_loss`, `num_samples` and the metrics of `FidelitySums`.
 
         Raises:
             FileNotFoundError, ValueError: one line naming what was expected and found.
         """
+        _check_batch_size(batch_size)
         source = self.open(dataset_path)
         indices = self.choose(source, split, num_samples)
         loss_fn = BLIP3oFlowMatchingLoss.from_config(self.model.config.flow)
-        sums, total = FidelitySums(self.model.target_mean), 0.0
+        sums, total = FidelitySums(self._target_mean(source, split)), 0.0
         sampling: dict[str, Any] = {"solver": solver, "guidance_scale": guidance_scale, "seed": seed}
 
-        def work(piece: Sequence[int]) -> tuple[float, Tensor, Tensor]:
+        def work(piece: Sequence[int]) -> tuple[float, Tensor]:
             eva, clip = source.fetch(piece)
             loss = self._loss(loss_fn, eva, clip, piece, seed)
-            return loss, self.generate(eva, num_inference_steps, sample_index=piece, **sampling), clip
+            generated = self.generate(eva, num_inference_steps, sample_index=piece, **sampling)
+            return loss, sums.of(generated, self.model.as_trained_on(clip))
 
-        for piece, (loss, generated, clip) in self._in_batches(indices, batch_size, work, progress):
-            total += len(piece) * loss
-            sums.add(generated, self.model.as_trained_on(clip))
+        with self._bar(len(indices), progress) as bar:
+            for piece, (loss, added) in self.processes.in_order(batches(indices, batch_size), work):
+                total += len(piece) * loss
+                sums.state += added
+                bar.update(len(piece))
         total, sums.state = self.processes.from_first((total, sums.state))
         return {
             "flow_matching_loss": total / len(indices),
             "num_samples": float(len(indices)),
             **sums.result(),
         }
+
+    def _collect(
+        self, work: PieceWork, sums: FidelitySums | None, bar: tqdm
+    ) -> tuple[np.ndarray, list[dict[str, Any]]]:
+        """The tokens that are kept, [n, N, C], and the entries of the shards; on the first process."""
+        source, count = work.source, len(work.indices)
+        kept = work.keep and self.processes.is_first
+        tokens = np.empty((count if kept else 0, source.num_tokens, source.target_dim), dtype=np.float32)
+        entries = []
+        pieces = batches(range(count), work.size)
+        for number, (piece, found) in enumerate(self.processes.in_order(pieces, work)):
+            if found.entry is not None:
+                entries.append(found.entry)
+            for added in found.added:
+                assert sums is not None
+                sums.state += added
+            if found.tokens is not None:
+                tokens[piece.start : piece.stop] = found.tokens.numpy()
+            if number % self.processes.count:  # another process's, which does not show on this one's bar
+                bar.update(len(piece))
+        return tokens, entries
+
+    def _store_to_write(self, output: Path | None) -> GeneratedStore | None:
+        """The store that `output` names, claimed by the first process; None for a pickle or no output."""
+        if output is None:
+            return None
+        is_pickle = output.suffix in (".pkl", ".pickle")
+        store = None if is_pickle else GeneratedStore(output, self.model.config.data_sizes)
+        if self.processes.is_first:
+            check_writable(output)
+            if store is not None:
+                store.claim()
+        self.processes.wait()
+        return store
+
+    def _target_mean(self, source: EmbeddingSource, split: str) -> Tensor:
+        """Mean of the training targets per channel, [C]: R2 is about it.
+
+        The model's own; for a model without statistics that of `source`, of its training side if `split` is
+        one of the sides.
+        """
+        if self.model.has_statistics:
+            return self.model.target_mean
+        found = None
+        if self.processes.is_first:
+            train = np.asarray(self.choose(source, "all" if split == "all" else "train", None))
+            normalize = self.model.config.normalize_embeddings
+            found = target_statistics(source, train, normalize=normalize).mean
+        return self.processes.from_first(found)
 
     def _steps(self, solver: str | None, num_inference_steps: int | None) -> dict[str, Any]:
         """Solver and steps as they were taken, for the record."""
@@ -228,17 +304,9 @@ class BLIP3oInference:
             num_inference_steps = self.model.config.default_steps
         return {"solver": solver, "num_inference_steps": num_inference_steps}
 
-    def _in_batches(
-        self, indices: list[int], batch_size: int, work: Callable[[Sequence[int]], Found], progress: bool
-    ) -> Iterator[tuple[Sequence[int], Found]]:
-        """(indices, work(indices)) of one batch after the other, on the first process."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
+    def _bar(self, total: int, progress: bool) -> tqdm:
         hidden = not progress or not self.processes.is_first
-        with tqdm(total=len(indices), desc="generating", unit="sample", disable=hidden) as bar:
-            for piece, found in self.processes.in_order(batches(indices, batch_size), work):
-                yield piece, found
-                bar.update(len(piece))
+        return tqdm(total=total, desc="generating", unit="sample", disable=hidden)
 
     def _loss(
         self,
@@ -266,7 +334,11 @@ class BLIP3oInference:
         return source
 
     def choose(self, source: EmbeddingSource, split: str, num_samples: int | None) -> list[int]:
-        """Indices of one side of the split that the training run made, the first `num_samples`."""
+        """Indices, ascending, of one side of the split that the training run made.
+
+        `num_samples` of them are those that a named permutation puts first: neighbours in a store are often
+        alike. The seed of the noise has no part in it: other seeds are other draws for the same samples.
+        """
         check_name("split", split, SPLITS)
         if num_samples is not None and num_samples < 1:
             raise ValueError(f"num_samples: expected at least 1, found {num_samples}")
@@ -284,27 +356,43 @@ class BLIP3oInference:
                 f"{source.path}: expected samples in the {split} split, found none "
                 "(the model was trained with eval_split 0)"
             )
-        return chosen[:num_samples].tolist()
+        if num_samples is not None:
+            order = named_permutation(len(chosen), seed=0, stream="chosen samples")
+            chosen = np.sort(chosen[order[:num_samples]])
+        return chosen.tolist()
 
 
-def write_results(results: dict[str, Any], records: list[dict[str, Any]], path: Path) -> None:
-    """A pickle of plain arrays (.pkl, .pickle), or an embedding store with the generated tokens."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix in (".pkl", ".pickle"):
-        dump_atomically(path, results)
-        return
-    eva = torch.from_numpy(results["eva_embeddings"])
-    generated = torch.from_numpy(results["generated_clip_embeddings"])
-    writer = StoreWriter(
-        path,
-        num_tokens=generated.shape[1],
-        condition_dim=eva.shape[2],
-        target_dim=generated.shape[2],
-        dtype="float32",
-        encoders={"clip": {"generated_by": results["config"]}},
-    )
-    with writer:
-        writer.append(eva, generated, records)
+def target_statistics(
+    source: EmbeddingSource, train: np.ndarray, *, normalize: bool = False, seed: int = 0
+) -> ChannelStatistics:
+    """Mean and deviation of the targets over these samples, at most `STATISTICS_SAMPLES`, named by the seed.
+
+    With `normalize`, of L2-normalised tokens.
+    """
+    chosen = choose_samples(train, most=STATISTICS_SAMPLES, seed=seed)
+    return streamed_statistics(source, chosen, normalize=normalize)[1]
+
+
+def _everything_of(source: EmbeddingSource, indices: Sequence[int]) -> dict[str, Any]:
+    """Tokens, keys and captions of these samples, in memory once."""
+    shape = (len(indices), source.num_tokens)
+    eva = np.empty((*shape, source.condition_dim), dtype=np.float32)
+    clip = np.empty((*shape, source.target_dim), dtype=np.float32)
+    for rows in batches(range(len(indices)), 256):
+        fetched = source.fetch(indices[rows.start : rows.stop])
+        eva[rows.start : rows.stop], clip[rows.start : rows.stop] = (side.numpy() for side in fetched)
+    records = source.records(indices)
+    return {
+        "eva_embeddings": eva,
+        "target_clip_embeddings": clip,
+        "keys": [record["key"] for record in records],
+        "captions": [record.get("caption") for record in records],
+    }
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
 
 
 def check_writable(path: Path) -> None:

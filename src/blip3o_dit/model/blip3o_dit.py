@@ -50,9 +50,11 @@ class BLIP3oDiTModel(PreTrainedModel):
     """Diffusion transformer from EVA-CLIP tokens to CLIP tokens, with everything inference needs.
 
     `forward` works in the network's units; `normalize_condition`, `normalize_target` and
-    `restore_target` lead there and back with the statistics of the training split, which are buffers of
-    the model and travel in its safetensors file. `generate` takes and returns tokens in the units of the
-    data.
+    `restore_target` lead there and back. `generate` takes and returns tokens in the units of the data.
+
+    The statistics of the training split (of its L2-normalised tokens with `config.normalize_embeddings`) are
+    buffers of the model and travel in its safetensors file. Figures such as R2 are measured with them; with
+    `config.standardize` they also lead to the network's units.
 
     Three kinds of units: those of the data; the network's, standardised (`normalize_target`,
     `restore_target`); and the flow's, which an informed source centres on its guess (`source_of`).
@@ -184,6 +186,8 @@ class BLIP3oDiTModel(PreTrainedModel):
 
     def restore_target(self, x_1: Tensor) -> Tensor:
         """Inverse of the standardisation in `normalize_target`; its L2 normalisation cannot be undone."""
+        if not self.config.standardize:
+            return x_1.float()
         return x_1.float() * self.target_std.float() + self.target_mean.float()
 
     def as_trained_on(self, tokens: Tensor) -> Tensor:
@@ -191,8 +195,16 @@ class BLIP3oDiTModel(PreTrainedModel):
         tokens = tokens.float()
         return F.normalize(tokens, dim=-1) if self.config.normalize_embeddings else tokens
 
+    @property
+    def has_statistics(self) -> bool:
+        """Whether the targets' statistics were set. A mean of 0 and a deviation of 1 throughout are none.
+
+        Weights from elsewhere come without; so do models trained on raw features before `config.standardize`.
+        """
+        return bool((self.target_mean != 0).any() or (self.target_std != 1).any())
+
     def set_statistics(self, *, condition: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> None:
-        """Store (mean, standard deviation) per channel, [C] each, of the training split."""
+        """Store (mean, standard deviation) per channel, [C] each, of the training split as trained on."""
         pairs = {"condition": condition, "target": target}
         for side, (mean, std) in pairs.items():
             for name, value in ((f"{side}_mean", mean), (f"{side}_std", std)):
@@ -403,7 +415,8 @@ class BLIP3oDiTModel(PreTrainedModel):
         return velocity
 
     def _normalize(self, tokens: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        return (self.as_trained_on(tokens) - mean.float()) / std.float()
+        tokens = self.as_trained_on(tokens)
+        return (tokens - mean.float()) / std.float() if self.config.standardize else tokens
 
     def _check_condition(self, condition: Tensor) -> None:
         width = self.config.eva_embedding_size

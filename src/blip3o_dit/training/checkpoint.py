@@ -155,6 +155,8 @@ def check_checkpoint(checkpoint: Path, model_config: BLIP3oDiTConfig, run: Run) 
     verify_checkpoint(checkpoint)
     saved = read_object(checkpoint / "config.json")
     wanted = model_config.to_dict()
+    if "standardize" not in saved:  # older than this field of config.json
+        saved["standardize"] = TrainingConfig.from_folder(checkpoint).standardize
     names = set(BLIP3oDiTConfig.own_fields()) - {"gradient_checkpointing"}
     different = [
         f"{name} is {show(saved.get(name))} there, {wanted[name]!r} here"

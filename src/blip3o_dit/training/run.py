@@ -119,7 +119,7 @@ def build_trainer(
     _describe(config, model, source, len(split.train), len(split.eval), arguments)
     # Few samples of perhaps all shards: training itself verifies every shard that it reads.
     glance = source.unverified() if isinstance(source, EmbeddingStore) else source
-    if config.standardize and not fitted:
+    if not fitted:  # also without standardising: held-out figures are measured with them
         fitted_on = choose_samples(split.train, most=config.statistics_samples, seed=config.seed)
         _set_statistics(model, glance, fitted_on, arguments)
     if config.source != "noise" and not fitted:
