@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from blip3o_dit.cli.train import main as train_main
 from blip3o_dit.config import TrainingConfig
 from blip3o_dit.data.dataset import EmbeddingDataset, shuffled_passes, split_samples
 from blip3o_dit.data.store import EmbeddingStore
@@ -329,6 +330,12 @@ class TestRefusals:
         with pytest.raises(ValueError, match="expected no run there, found one"):
             train(config_for(store, finished))
         assert (finished / "model.safetensors").read_bytes() == before
+
+    def test_a_folder_that_holds_a_run_with_debug_too(self, finished: Path, store: EmbeddingStore) -> None:
+        before = sorted(file.relative_to(finished) for file in finished.rglob("*"))
+        words = ["--embeddings_path", str(store.path), "--output_dir", str(finished), "--debug"]
+        assert train_main([*words, "--source", "noise", "--max_steps", "1", "--device", "cpu"]) == 2
+        assert sorted(file.relative_to(finished) for file in finished.rglob("*")) == before
 
     def test_an_output_path_that_cannot_be_a_folder(self, store: EmbeddingStore, tmp_path: Path) -> None:
         file = tmp_path / "file"
