@@ -18,6 +18,7 @@ from blip3o_dit.cli import common
 from blip3o_dit.config import TrainingConfig
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.errors import StoppedEarly, WriteError
+from blip3o_dit.files import read_json
 from blip3o_dit.folders import CHECKSUMS_FILE, seal
 from blip3o_dit.model.blip3o_dit import EMA_FILE
 from blip3o_dit.training import health
@@ -115,6 +116,33 @@ def test_samples_seen_before_the_checkpoint_are_not_read(
     train(config, resume=continued(whole, 9, tmp_path / "again"))
     trained, held_out = 8, 8  # one step; the evaluation at the end
     assert len(read) == trained + held_out
+
+
+def test_a_logged_norm_that_is_not_finite_leaves_json_and_runs_that_continue(
+    store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """float16 overflows in search of its loss scale, in a step that may be logged."""
+    plain = BLIP3oTrainer._clip_grad_norm
+
+    def overflow(self: BLIP3oTrainer, model: Any) -> torch.Tensor:
+        norm = plain(self, model)
+        return torch.full_like(norm, torch.inf) if self.state.global_step == 3 else norm
+
+    monkeypatch.setattr(BLIP3oTrainer, "_clip_grad_norm", overflow)
+    settings = dict(max_steps=6, logging_steps=4, save_steps=5, eval_split=0.0, ema_decay=0.0, source="noise")
+    first = train(config_for(store, tmp_path / "first", **settings))
+    read_json(first / "trainer_state.json")  # refuses what JSON does not have
+    assert [entry["grad_norm"] for entry in logged(first) if "grad_norm" in entry] == [None]
+
+    checkpoint = continued(first, 5, tmp_path / "again")
+    state = (checkpoint / "trainer_state.json").read_text()
+    assert state.count('"grad_norm": null') == 1
+    old = state.replace('"grad_norm": null', '"grad_norm": Infinity')  # as the Trainer itself writes it
+    (checkpoint / "trainer_state.json").write_text(old)
+    seal(checkpoint)
+    again = train(config_for(store, tmp_path / "again", **settings), resume=checkpoint)
+    assert same(load_file(first / "model.safetensors"), load_file(again / "model.safetensors"))
+    assert read_json(again / "trainer_state.json")["log_history"][0]["grad_norm"] is None
 
 
 # Stopping

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from blip3o_dit.data.store import write_atomically
+from blip3o_dit.files import finite_or_none
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.sharding import let_generate
 
@@ -105,7 +106,7 @@ class JSONLogCallback(TrainerCallback):
         file = Path(args.output_dir or "") / LOG_FILE
         # What an interrupted run logged after the checkpoint it resumes from happens again; so does the end.
         kept = [e for e in read_log(file) if e["step"] <= state.global_step and "train_runtime" not in e]
-        write_atomically(file, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
+        write_atomically(file, "".join(json.dumps(finite_or_none(entry)) + "\n" for entry in kept).encode())
 
     def on_log(
         self,
@@ -117,7 +118,7 @@ class JSONLogCallback(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero and logs:
             with open(Path(args.output_dir or "") / LOG_FILE, "a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                file.write(json.dumps(finite_or_none({"step": state.global_step, **logs})) + "\n")
 
 
 class CurvesCallback(TrainerCallback):
@@ -169,7 +170,7 @@ def draw_curves(log: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(2, 2).flat, _PANELS.items(), strict=True):
         for name, color in zip(names, ("#0072b2", "#d55e00"), strict=False):
-            points = [(entry["step"], entry[name]) for entry in log if name in entry]
+            points = [(entry["step"], entry[name]) for entry in log if entry.get(name) is not None]
             if points:
                 steps, values = zip(*points, strict=True)
                 label = "held out" if name.startswith("eval_") else "training"

@@ -24,7 +24,7 @@ from transformers import TrainerState
 
 from blip3o_dit.config import BLIP3oDiTConfig, TrainingConfig
 from blip3o_dit.data.store import EmbeddingSource
-from blip3o_dit.files import read_json, show, show_names
+from blip3o_dit.files import finite_or_none, read_json, show, show_names
 from blip3o_dit.folders import ASIDE, REPLACED, restore_replaced, verify
 from blip3o_dit.model.blip3o_dit import check_weights
 
@@ -80,9 +80,9 @@ class Progress:
             raise ValueError(f"{file}: expected the progress of a run, found something else") from error
 
 
-def read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Path, *, non_finite: bool = False) -> dict[str, Any]:
     """The object in a JSON file. Raises ValueError, naming the file, for anything else."""
-    values = read_json(file)
+    values = read_json(file, non_finite=non_finite)
     if not isinstance(values, dict):
         raise ValueError(f"{file}: expected an object, found {show(values)}")
     return values
@@ -189,9 +189,15 @@ def fingerprint(source: EmbeddingSource) -> str:
     return own() if callable(own) else f"{type(source).__name__} of {source.num_samples} samples"
 
 
+def save_trainer_state(state: TrainerState, file: Path) -> None:
+    """Write the Trainer's counters and log as JSON: numbers in it that are not finite become null."""
+    values = finite_or_none(asdict(state))
+    file.write_text(json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
 def _check_trainer_state(file: Path) -> None:
-    """The Trainer takes what it finds: refuse what it could not have written."""
-    state = read_object(file)
+    """The Trainer takes what it finds: refuse what it could not have written, which a NaN is not."""
+    state = read_object(file, non_finite=True)
     known = {field.name for field in fields(TrainerState)}
     unknown = sorted(set(state) - known)
     if unknown:

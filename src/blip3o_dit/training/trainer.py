@@ -24,6 +24,7 @@ from blip3o_dit.data.dataset import EmbeddingDataset, NamedDraws, ShuffledPasses
 from blip3o_dit.data.store import batches
 from blip3o_dit.distributed import Processes
 from blip3o_dit.evaluation.metrics import FidelitySums
+from blip3o_dit.files import finite_or_none
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
 from blip3o_dit.flow.path import PathSample
 from blip3o_dit.flow.times import training_times
@@ -45,6 +46,7 @@ from blip3o_dit.training.checkpoint import (
     fingerprint,
     global_batch,
     keep_newest,
+    save_trainer_state,
 )
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.health import (
@@ -264,7 +266,7 @@ class BLIP3oTrainer(Trainer):
         return EvalLoopOutput(None, None, named, len(dataset))  # type: ignore[arg-type]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the monitor's means to a training log line."""
+        """Adds the monitor's means to a training log line; what is not finite is logged as None."""
         if "loss" in logs:
             means = self.monitor.pop()
             if means is not None:
@@ -276,7 +278,7 @@ class BLIP3oTrainer(Trainer):
             if self.stop_request.cut_short(self.state):
                 return
             logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
-        super().log(logs, start_time)
+        super().log(finite_or_none(logs), start_time)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The batches of the next optimizer step, and how long they were waited for."""
@@ -314,7 +316,7 @@ class BLIP3oTrainer(Trainer):
         with self._written_aside(output, files_only=True) as aside:
             self.save_model(str(aside), _internal_call=True)
             if self.args.should_save:
-                self.state.save_to_json(str(aside / TRAINER_STATE_FILE))
+                save_trainer_state(self.state, aside / TRAINER_STATE_FILE)
 
     @contextmanager
     def _written_aside(self, final: Path, *, files_only: bool = False) -> Iterator[Path]:
@@ -336,7 +338,7 @@ class BLIP3oTrainer(Trainer):
         assert self.lr_scheduler is not None
         save_optimizer(folder, optimizer, self.lr_scheduler, scaler.state_dict() if scaler else None)
         progress.write(folder)
-        self.state.save_to_json(str(folder / TRAINER_STATE_FILE))
+        save_trainer_state(self.state, folder / TRAINER_STATE_FILE)
 
     def run_identity(self) -> Run:
         """What a checkpoint of this run says of it."""
