@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,39 @@ def test_evaluation_repeats_its_draws(store: EmbeddingStore, tmp_path: Path) -> 
     first, second = trainer.evaluate(), trainer.evaluate()
     assert first["eval_loss"] == second["eval_loss"]
     assert first["eval_r2"] == second["eval_r2"]
+
+
+def test_held_out_figures_are_of_a_named_choice_of_bounded_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of all held-out samples, and not of the first ones: stores may be sorted by class."""
+    store = write_linear_store(tmp_path / "store", samples=60)
+    trainer = make_trainer(store, tmp_path, eval_split=40, eval_loss_samples=12, eval_samples=6)
+    seen: dict[str, list[int]] = {"loss": [], "generated": []}
+    draw, generate = trainer.draw, trainer.dit.generate
+
+    def drawing(batch: dict[str, Any], *, training: bool) -> Any:
+        seen["loss"] += batch["index"]
+        return draw(batch, training=training)
+
+    def generating(*args: Any, sample_index: list[int], **kwargs: Any) -> torch.Tensor:
+        seen["generated"] += sample_index
+        return generate(*args, sample_index=sample_index, **kwargs)
+
+    monkeypatch.setattr(trainer, "draw", drawing)
+    monkeypatch.setattr(trainer.dit, "generate", generating)
+    held_out = trainer.eval_dataset.indices.tolist()
+    figures = [trainer.evaluate()["eval_loss"] for _ in range(2)]
+    assert len(held_out) == 40 and figures[0] == figures[1]
+    for name, count in (("loss", 12), ("generated", 6)):
+        first, second = seen[name][:count], seen[name][count:]
+        assert first == second, name
+        assert len(set(first)) == count and set(first) <= set(held_out), name
+        assert max(first) > held_out[25], name
+    trainer.config = replace(trainer.config, eval_loss_samples=40)
+    seen["loss"].clear()
+    trainer.evaluate()
+    assert seen["loss"] == held_out
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample"])

@@ -43,6 +43,7 @@ _HARMLESS = frozenset(
         "save_steps",
         "save_total_limit",
         "eval_steps",
+        "eval_loss_samples",
         "eval_samples",
         "eval_inference_steps",
         "eval_batch_size",

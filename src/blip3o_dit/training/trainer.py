@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from blip3o_dit.flow.times import training_times
 from blip3o_dit.folders import written_aside
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.source import AffineSource
-from blip3o_dit.randomness import named_seed
+from blip3o_dit.randomness import named_permutation, named_seed
 from blip3o_dit.training.callbacks import (
     ConsoleCallback,
     EMACallback,
@@ -263,7 +264,8 @@ class BLIP3oTrainer(Trainer):
             if self.config.eval_samples:
                 metrics |= self._generation_metrics(dataset)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(None, None, named, len(dataset))  # type: ignore[arg-type]
+        measured = len(self._held_out(dataset, self.config.eval_loss_samples))
+        return EvalLoopOutput(None, None, named, measured)  # type: ignore[arg-type]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the monitor's means to a training log line; what is not finite is logged as None."""
@@ -377,9 +379,18 @@ class BLIP3oTrainer(Trainer):
         rate = matmul_rate(config, self.config.batch_size, device, dtype)
         return Throughput(PASSES_PER_STEP * forward_flops(config), rate)
 
+    def _held_out(self, dataset: EmbeddingDataset, most: int) -> np.ndarray:
+        """Positions of at most so many held-out samples, ascending, the same at every evaluation.
+
+        Not the first ones, which in a store that was made from a folder tree are pictures of one class.
+        """
+        order = named_permutation(len(dataset), seed=self.config.seed, stream="held-out figures")
+        return np.sort(order[:most])
+
     def _held_out_loss(self, dataset: EmbeddingDataset) -> float:
-        """Mean over all samples, on draws that are the same at every evaluation."""
-        pieces = list(batches(range(len(dataset)), self.config.eval_batch_size))
+        """Mean over at most `eval_loss_samples`, on draws that are the same at every evaluation."""
+        chosen = self._held_out(dataset, self.config.eval_loss_samples).tolist()
+        pieces = list(batches(chosen, self.config.eval_batch_size))
         mine, counts = zip(*self.processes.share(pieces), strict=True)
         loader = DataLoader(
             dataset,
@@ -401,8 +412,8 @@ class BLIP3oTrainer(Trainer):
         return loss_sum / samples
 
     def _generation_metrics(self, dataset: EmbeddingDataset) -> dict[str, float]:
-        """Fidelity of generated tokens for the first held-out samples."""
-        wanted = dataset.indices[: self.config.eval_samples]
+        """Fidelity of generated tokens for at most `eval_samples` held-out samples."""
+        wanted = dataset.indices[self._held_out(dataset, self.config.eval_samples)]
         sums = FidelitySums(self.dit.target_mean)
         for piece, counted in self.processes.share(list(batches(wanted, self.config.eval_batch_size))):
             eva, clip = dataset.source.fetch(piece)
