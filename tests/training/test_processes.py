@@ -85,6 +85,16 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(store: Path, tmp_
     verify_checkpoint(tmp_path / "run" / "checkpoint-3")
 
 
+def test_a_loss_that_is_not_finite_in_one_process_stops_all_before_its_step(
+    store: Path, tmp_path: Path
+) -> None:
+    changes = dict(batch_size=16, max_steps=6, logging_steps=100, eval_steps=100, eval_samples=0)
+    first, second = launch(jobs.train_with_a_fault, 2, store, tmp_path / "run", changes)
+    assert first[0].startswith("step 3: expected finite gradients, found NaN or infinity in ")
+    assert second[0].startswith("step 3: expected a finite loss, found nan for samples [")
+    assert first[1] and second[1]
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 def test_held_out_figures_do_not_depend_on_the_number_of_processes(
     run: Callable[..., Path], processes: int

@@ -28,10 +28,15 @@ logger = logging.getLogger(__name__)
 
 
 class EMACallback(TrainerCallback):
-    """Updates the averaged weights after each optimizer step."""
+    """Updates the averaged weights after each optimizer step.
 
-    def __init__(self, ema: ExponentialMovingAverage) -> None:
+    Args:
+        skip: whether the step was none, and the average is not to move.
+    """
+
+    def __init__(self, ema: ExponentialMovingAverage, skip: Callable[[], bool]) -> None:
         self.ema = ema
+        self._skip = skip
 
     def on_step_end(
         self,
@@ -41,7 +46,8 @@ class EMACallback(TrainerCallback):
         model: Any = None,
         **kwargs: Any,
     ) -> None:
-        self.ema.update(getattr(model, "module", model), state.global_step)
+        if not self._skip():
+            self.ema.update(getattr(model, "module", model), state.global_step)
 
 
 class ShardingCallback(TrainerCallback):
@@ -64,10 +70,13 @@ class ShardingCallback(TrainerCallback):
 
 
 class StepHooks(TrainerCallback):
-    """Calls functions when training begins and between each backward pass and its optimizer step."""
+    """Calls functions when training begins and before and after each optimizer step (the schedule's comes
+    later)."""
 
-    def __init__(self, *, begin: Callable[[], None], before_step: Callable[[], None]) -> None:
-        self._begin, self._before_step = begin, before_step
+    def __init__(
+        self, *, begin: Callable[[], None], before_step: Callable[[], None], after_step: Callable[[], None]
+    ) -> None:
+        self._begin, self._before_step, self._after_step = begin, before_step, after_step
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -78,6 +87,11 @@ class StepHooks(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._before_step()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._after_step()
 
 
 class ConsoleCallback(ProgressCallback):

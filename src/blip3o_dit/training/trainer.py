@@ -53,9 +53,9 @@ from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.health import (
     DIAGNOSIS_FILE,
     SPIKES_FILE,
+    GradientNorms,
     LossWatch,
     NonFiniteLossError,
-    check_gradient_norm,
     write_diagnosis,
 )
 from blip3o_dit.training.monitor import TrainingMonitor
@@ -120,15 +120,26 @@ class BLIP3oTrainer(Trainer):
         check_sharding(self.accelerator.state)
         self.loss_fn = BLIP3oFlowMatchingLoss.from_config(model.config.flow)
         self.monitor = TrainingMonitor()
-        # Waiting for a loss would leave a GPU idle, and a process that stops at once leaves others waiting
-        # for its gradients: there it is looked at when its step is about to be taken.
+        # Waiting for a loss or a gradient would leave a GPU idle, and a process that stops at once leaves
+        # others waiting for its gradients: there a step is looked at before the next one is taken, and fused
+        # AdamW takes none that is not sound. float16 steps are waited for: the schedule must know whether
+        # the loss scaler skipped one; so are those of --memory low, whose optimizer cannot skip.
         deferred = args.device.type == "cuda" or args.world_size > 1
         self.losses = LossWatch(deferred=deferred, on_spike=self._on_spike)
+        self._gated = deferred and not config.fp16 and config.memory != "low"
+        self._gradients: GradientNorms | None = None  # of the last step, not looked at yet
+        self._overflowed = False  # the loss scaler skips the step under way
         self.stop_request = StopRequest(config.max_hours)
         self.add_callback(self.stop_request)
         self._progress: Progress | None = None  # of the checkpoint that the run continues
         self._passes: ShuffledPasses | None = None
-        self.add_callback(StepHooks(begin=self._restore_progress, before_step=self._before_optimizer_step))
+        self.add_callback(
+            StepHooks(
+                begin=self._restore_progress,
+                before_step=self._before_optimizer_step,
+                after_step=self._after_optimizer_step,
+            )
+        )
         self._throughput: Throughput | None = None
         self.dit.dit.selective_checkpointing = config.selective_checkpointing
         if config.compile:
@@ -136,7 +147,7 @@ class BLIP3oTrainer(Trainer):
         self.ema: ExponentialMovingAverage | None = None
         if config.ema_decay > 0:
             self.ema = ExponentialMovingAverage(self.dit, config.ema_decay)
-            self.add_callback(EMACallback(self.ema))
+            self.add_callback(EMACallback(self.ema, skip=lambda: self._overflowed))
         self.add_callback(ShardingCallback(self.ema))
         self.add_callback(JSONLogCallback())
         if not args.disable_tqdm:
@@ -168,7 +179,7 @@ class BLIP3oTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Mean loss of a micro-batch. A NonFiniteLossError comes before anything is updated."""
+        """Mean loss of a micro-batch. The step of one that is not finite changes no weight."""
         draw = self.draw(inputs, training=True)
         prediction = self._predict(model, draw)
         output = self.loss_fn(prediction, draw.sample)
@@ -182,25 +193,44 @@ class BLIP3oTrainer(Trainer):
         try:
             return super().training_step(*args, **kwargs)
         except NonFiniteLossError as error:
-            raise self._diagnosed(error) from None
+            raise self._diagnosed(error, self.state.global_step + 1) from None
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clips gradients; returns their norm before. Losses and gradients must be finite: clipping would
         spread a NaN to all."""
+        self._check_step()
         self.accelerator.unscale_gradients()
-        parameters = [p for p in model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        try:
-            self.losses.check()
-            if self.accelerator.scaler is None:  # float16's skips such steps itself, in search of its scale
-                check_gradient_norm(norm, self.dit, self.state.global_step + 1)
-        except NonFiniteLossError as error:
-            raise self._diagnosed(error) from None
-        self.losses.forget()
+        self._gradients = GradientNorms(self.dit, self.state.global_step + 1)
+        norm = self._gradients.total
+        if self._gated:
+            self._gate(norm)
+        else:
+            self._check_step()
         if self.args.max_grad_norm > 0:
-            nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
+            nn.utils.clip_grads_with_norm_(self.dit.parameters(), self.args.max_grad_norm, norm)
         return norm
+
+    def _gate(self, norm: Tensor) -> None:
+        """Have fused AdamW change nothing in this step if a loss or gradient is not finite."""
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # torch's, in accelerate's
+        assert all(group["fused"] for group in optimizer.param_groups)
+        optimizer.found_inf = 1.0 - (torch.isfinite(norm) & self.losses.all_finite()).float()
+
+    def _check_step(self) -> None:
+        """Look at the last step whose gradients are there: raises NonFiniteLossError unless it was sound."""
+        gradients = self._gradients
+        if gradients is None:
+            return
+        try:
+            self.losses.check(gradients.step)
+            if self.accelerator.scaler is None:
+                gradients.check()
+            else:  # it skips the step itself, in search of its scale
+                self._overflowed = bool(gradients.bad())
+        except NonFiniteLossError as error:
+            raise self._diagnosed(error, gradients.step) from None
+        self.losses.forget(gradients.step)
+        self._gradients = None
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         return self._clip_grad_norm(model) if grad_norm is None else grad_norm
@@ -210,16 +240,24 @@ class BLIP3oTrainer(Trainer):
         every process round alike."""
         torch.manual_seed(named_seed(self.config.seed, "optimizer step", self.state.global_step))
 
-    def _diagnosed(self, error: NonFiniteLossError) -> NonFiniteLossError:
+    def _after_optimizer_step(self) -> None:
+        """accelerate does not see that the scaler skipped a step of a fused optimizer, and the schedule would
+        go on without it."""
+        optimizer: Any = self.optimizer
+        if self.accelerator.scaler is not None:
+            optimizer._is_overflow = self._overflowed
+
+    def _diagnosed(self, error: NonFiniteLossError, step: int) -> NonFiniteLossError:
         """The error, with where its diagnosis was written."""
         process = self.args.process_index
         name = f"diagnosis-{process}.json" if process else DIAGNOSIS_FILE
         file = write_diagnosis(
             Path(self.args.output_dir or "") / name,
             error,
-            self.state.global_step + 1,
+            step,
             self.dit,
-            self.losses.inputs,
+            self.losses.inputs_of(step),
+            self._gradients,
             # With weights that are shared out, all processes would have to take part.
             forward=None if self.is_fsdp_enabled else self._loss_once_more,
             keys=self._keys,
@@ -281,6 +319,18 @@ class BLIP3oTrainer(Trainer):
                 return
             logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
         super().log(finite_or_none(logs), start_time)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """What is logged, measured or saved, or ends the run, is looked at first."""
+        control = self.control
+        if (
+            control.should_log
+            or control.should_evaluate
+            or control.should_save
+            or control.should_training_stop
+        ):
+            self._check_step()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The batches of the next optimizer step, and how long they were waited for."""
