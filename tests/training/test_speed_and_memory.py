@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from transformers import TrainerCallback
 
 from blip3o_dit.config import TrainingConfig
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.blip3o_dit import EMA_FILE, BLIP3oDiTModel
 from blip3o_dit.model.nextdit import NextDiTBlock
 from blip3o_dit.training import settings
 from blip3o_dit.training.callbacks import read_log
+from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.health import HostCopy, LossWatch, NonFiniteLossError
 from blip3o_dit.training.run import train
 from blip3o_dit.training.settings import resolve_config
@@ -73,11 +75,58 @@ def test_low_memory_learns_what_float32_learns(store: EmbeddingStore, tmp_path: 
 
 @pytest.mark.usefixtures("uncompiled")
 def test_a_low_memory_run_continues_where_it_stopped(store: EmbeddingStore, tmp_path: Path) -> None:
-    common = dict(model_dim=64, max_steps=10, memory="low", ema_decay=0.0, eval_split=1 / 6)
+    common = dict(model_dim=64, max_steps=10, memory="low", ema_decay=0.99, eval_split=1 / 6)
     whole = train(config_for(store, tmp_path / "whole", **common))
     resumed = train(config_for(store, tmp_path / "resumed", **common), resume=whole / "checkpoint-5")
-    first, second = (BLIP3oDiTModel.from_pretrained(folder).state_dict() for folder in (whole, resumed))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    for file in ("model.safetensors", EMA_FILE, f"checkpoint-10/{EMA_FILE}"):
+        assert same(load_file(whole / file), load_file(resumed / file)), file
+    name = "dit.norm_out.linear_2.weight"
+    exact, rounded = (load_file(folder / EMA_FILE)[name] for folder in (whole / "checkpoint-10", whole))
+    assert exact.dtype == torch.float32 and rounded.dtype == torch.bfloat16
+    assert torch.equal(exact.bfloat16(), rounded) and not torch.equal(exact, rounded.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_averages_take_the_place_of_weights_without_a_second_copy(dtype: torch.dtype) -> None:
+    model = BLIP3oDiTModel(tiny_config()).to(dtype)
+    average = ExponentialMovingAverage(model, 0.5)
+    randomize(model)
+    average.update(model, 1)
+    own = {name: p.detach().clone() for name, p in model.named_parameters()}
+    averages = {name: value.clone() for name, value in average.weights.items()}
+    name = "dit.layers.0.feed_forward.linear_1.weight"
+    with Copies() as copies, average.applied(model):
+        kept = copies.bytes()
+        assert all(torch.equal(p, averages[n].to(dtype)) for n, p in model.named_parameters())
+        assert not torch.equal(model.get_parameter(name), own[name])
+    assert all(torch.equal(p, own[n]) for n, p in model.named_parameters())
+    assert same(average.weights, averages)
+    sizes = [p.numel() for p in model.parameters()]
+    largest, weights = 4 * max(sizes), sum(sizes)
+    assert kept <= (largest if dtype == torch.float32 else 2 * weights)
+    with Copies() as copies:
+        average.update(model, 2)
+        assert copies.most <= 2 * largest
+
+
+class Copies(TorchDispatchMode):
+    """Bytes of the tensors that were copied since and are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self._alive: list[weakref.ref[torch.Tensor]] = []
+
+    def bytes(self) -> int:
+        tensors = [tensor for reference in self._alive if (tensor := reference()) is not None]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default):
+            self._alive.append(weakref.ref(result))
+            self.most = max(self.most, self.bytes())
+        return result
 
 
 def test_small_updates_survive_stochastic_rounding() -> None:

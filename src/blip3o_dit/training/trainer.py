@@ -30,7 +30,7 @@ from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
 from blip3o_dit.flow.path import PathSample
 from blip3o_dit.flow.times import training_times
 from blip3o_dit.folders import written_aside
-from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.blip3o_dit import EMA_FILE, BLIP3oDiTModel
 from blip3o_dit.model.source import AffineSource
 from blip3o_dit.randomness import named_permutation, named_seed
 from blip3o_dit.training.callbacks import (
@@ -367,6 +367,8 @@ class BLIP3oTrainer(Trainer):
         output = Path(self.args.output_dir or "")
         with self._written_aside(output, files_only=True) as aside:
             self.save_model(str(aside), _internal_call=True)
+            if self.ema is not None:
+                self.ema.save(self.dit, aside, write=self.args.should_save, dtype=self.dit.dtype)
             if self.args.should_save:
                 save_trainer_state(self.state, aside / TRAINER_STATE_FILE)
 
@@ -374,7 +376,7 @@ class BLIP3oTrainer(Trainer):
     def _written_aside(self, final: Path, *, files_only: bool = False) -> Iterator[Path]:
         """`written_aside` on the process that saves; all take part: weights may be shared out over them."""
         if self.args.should_save:
-            with written_aside(final, files_only=files_only) as aside:
+            with written_aside(final, files_only=files_only, replaces=[EMA_FILE]) as aside:
                 yield aside
         else:
             yield final
@@ -382,6 +384,8 @@ class BLIP3oTrainer(Trainer):
 
     def _write_checkpoint(self, folder: Path) -> None:
         self.save_model(str(folder), _internal_call=True)
+        if self.ema is not None:
+            self.ema.save(self.dit, folder, write=self.args.should_save)
         optimizer = gathered_state(self.dit, self.optimizer)
         progress = self._current_progress()
         if not self.args.should_save:
@@ -494,8 +498,6 @@ class BLIP3oTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = output_dir or self.args.output_dir or ""
         super()._save(folder, state_dict)
-        if self.ema is not None:
-            self.ema.save(self.dit, folder, write=self.args.should_save)
         if self.args.should_save:
             Path(folder, TRAINING_CONFIG_FILE).write_bytes(self.config.to_json())
             # A pickle that nothing reads; training_config.json says the same in plain text.
