@@ -20,6 +20,7 @@ from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.errors import StoppedEarly, WriteError
 from blip3o_dit.files import read_json
 from blip3o_dit.folders import CHECKSUMS_FILE, seal
+from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model.blip3o_dit import EMA_FILE
 from blip3o_dit.training import health
 from blip3o_dit.training.callbacks import LOG_FILE, read_log
@@ -288,6 +289,34 @@ def test_starting_over_leaves_no_checkpoint_of_the_earlier_run(store: EmbeddingS
     (tmp_path / "run" / "checkpoint-99").mkdir(parents=True)
     train(config, overwrite=True)
     assert "checkpoint-99" not in {path.name for path in checkpoints(tmp_path / "run")}
+
+
+def test_starting_over_without_averages_leaves_none_of_the_earlier_run(
+    store: EmbeddingStore, tmp_path: Path
+) -> None:
+    quick = dict(max_steps=1, eval_split=0.0, source="noise")
+    run = train(config_for(store, tmp_path / "run", **quick))
+    (run / "notes.txt").write_text("mine")
+    (run / "loss_spikes.jsonl").write_text("{}")
+    assert (run / EMA_FILE).is_file()
+    train(config_for(store, run, **quick, ema_decay=0.0), overwrite=True)
+    assert not (run / EMA_FILE).exists() and not (run / "loss_spikes.jsonl").exists()
+    assert (run / "notes.txt").read_text() == "mine"
+    folders.verify(run)
+    assert BLIP3oInference(run, device="cpu").weights == "raw"
+
+
+def test_files_under_old_checksums_go_and_others_stay(tmp_path: Path) -> None:
+    for names in (("a", "b"), ("b", "c")):
+        with folders.written_aside(tmp_path / "final", files_only=True, replaces=["d"]) as aside:
+            for name in names:
+                (aside / name).write_text(name)
+        (tmp_path / "final" / "d").write_text("of a run that was killed here")
+        (tmp_path / "final" / "e").write_text("of somebody else")
+    assert {file.name for file in (tmp_path / "final").iterdir()} == {"b", "c", "d", "e", CHECKSUMS_FILE}
+    with folders.written_aside(tmp_path / "final", files_only=True, replaces=["d"]) as aside:
+        (aside / "b").write_text("b")
+    assert {file.name for file in (tmp_path / "final").iterdir()} == {"b", "e", CHECKSUMS_FILE}
 
 
 # What a continued run must share

@@ -27,6 +27,7 @@ from blip3o_dit.data.store import EmbeddingSource
 from blip3o_dit.files import finite_or_none, read_json, show, show_names
 from blip3o_dit.folders import ASIDE, REPLACED, restore_replaced, verify
 from blip3o_dit.model.blip3o_dit import check_weights
+from blip3o_dit.training.health import SPIKES_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -110,14 +111,18 @@ def newest_whole(output_dir: Path) -> Path | None:
 
 
 def clean_up(output_dir: Path, *, all_checkpoints: bool = False) -> None:
-    """Remove what a killed run left half-written, and with `all_checkpoints` those of an earlier run."""
+    """Remove what a killed run left half-written, and with `all_checkpoints` those of an earlier run, and
+    what it said of its health."""
     for left in (*output_dir.glob(f"*{ASIDE}"), *output_dir.glob(f"checkpoint-*{REPLACED}")):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
-    for path in checkpoints(output_dir) if all_checkpoints else []:
-        shutil.rmtree(path)
+    if all_checkpoints:
+        for path in checkpoints(output_dir):
+            shutil.rmtree(path)
+        for file in (output_dir / SPIKES_FILE, *output_dir.glob("diagnosis*.json")):
+            file.unlink(missing_ok=True)
 
 
 def keep_newest(output_dir: Path, limit: int | None, *, best_step: int | None) -> None:
