@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
 from blip3o_dit import folders
 from blip3o_dit.cli import common
@@ -28,6 +32,7 @@ from blip3o_dit.training.checkpoint import checkpoints, keep_newest, newest_whol
 from blip3o_dit.training.health import NonFiniteLossError
 from blip3o_dit.training.run import train
 from blip3o_dit.training.settings import resolve_config
+from blip3o_dit.training.stopping import outlive_stops
 from blip3o_dit.training.trainer import BLIP3oTrainer
 from tests.stores import write_linear_store
 from tests.training.test_training import config_for, make_trainer, same
@@ -176,6 +181,44 @@ def test_a_signal_saves_and_the_continued_run_is_the_same(
     assert newest_whole(tmp_path / "run") == tmp_path / "run" / "checkpoint-7"
     train(config, resume=tmp_path / "run" / "checkpoint-7")
     assert_same_run(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("moment", ["a step", "the final model"])
+def test_a_signal_to_every_process_of_a_job_costs_no_step(
+    store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """As Slurm and `timeout` send it: to the loader's workers too, and not by their parent."""
+
+    def signal_all() -> None:
+        workers = [str(process.pid) for process in multiprocessing.active_children()]
+        assert workers
+        subprocess.run(["kill", "-TERM", *workers], check=True)
+        time.sleep(0.1)  # for a worker to die in
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    config = config_for(store, tmp_path / "run", max_steps=3, num_workers=1, source="noise", eval_split=0.0)
+    if moment == "a step":
+        stop_at(monkeypatch, 2, signal_all)
+        with pytest.raises(StoppedEarly, match="SIGTERM received: stopped after step 2 of 3"):
+            train(config)
+        assert newest_whole(tmp_path / "run") == tmp_path / "run" / "checkpoint-2"
+    else:
+        plain = folders.publish_files
+        monkeypatch.setattr(folders, "publish_files", lambda *args: (signal_all(), plain(*args)))
+        folders.verify(train(config))
+
+
+def test_a_worker_ends_when_its_own_process_asks_it_to() -> None:
+    loader = DataLoader(range(8), num_workers=1, persistent_workers=True, worker_init_fn=outlive_stops)
+    batches = iter(loader)
+    next(batches)
+    (worker,) = batches._workers
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    subprocess.run(["kill", "-INT", str(worker.pid)], check=True)
+    assert [int(batch) for batch in batches] == list(range(1, 8))
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 def test_a_time_limit_stops_as_a_signal_does(store: EmbeddingStore, tmp_path: Path) -> None:

@@ -84,3 +84,21 @@ class StopRequest(TrainerCallback):
         os.write(
             2, f"{self.reason}: saving after this step, then stopping; once more stops at once\n".encode()
         )
+
+
+def outlive_stops(worker_id: int) -> None:
+    """What a data-loader worker does first: leave SIGTERM and SIGINT to the training process.
+
+    Launchers send them to every process of a job, and a run that loses a worker cannot finish its step. The
+    training process's own SIGTERM, with which torch ends workers, still ends this one.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS has none
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_asked_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_asked_by(sender: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != sender:
+        pass
+    os._exit(0)

@@ -61,7 +61,7 @@ from blip3o_dit.training.health import (
 from blip3o_dit.training.monitor import TrainingMonitor
 from blip3o_dit.training.optimizer_file import gathered_state, load_optimizer, save_optimizer
 from blip3o_dit.training.sharding import check_sharding
-from blip3o_dit.training.stopping import StopRequest
+from blip3o_dit.training.stopping import StopRequest, outlive_stops
 from blip3o_dit.training.throughput import PASSES_PER_STEP, Throughput, forward_flops, matmul_rate
 
 logger = logging.getLogger(__name__)
@@ -451,6 +451,7 @@ class BLIP3oTrainer(Trainer):
             batch_sampler=mine,
             num_workers=self.config.num_workers,
             collate_fn=whole_batch,  # type: ignore[arg-type]
+            worker_init_fn=outlive_stops,
         )
         self.callback_handler.eval_dataloader = loader
         total = torch.zeros(2, dtype=torch.float64)  # of the losses, and of the samples
@@ -481,6 +482,12 @@ class BLIP3oTrainer(Trainer):
                 sums.add(generated, self.dit.as_trained_on(clip))
         sums.state = self.processes.sum(sums.state)
         return sums.result()
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        inner: Any = getattr(loader, "base_dataloader", loader)  # in accelerate's
+        inner.worker_init_fn = outlive_stops  # the Trainer's seeds generators, and nothing draws from them
+        return loader
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         dataset = train_dataset or self.train_dataset
