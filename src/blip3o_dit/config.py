@@ -489,11 +489,16 @@ class TrainingConfig:
     fp16: bool = _option(False, "float16 mixed precision (needs a GPU)")
     bf16: bool = _option(False, "bfloat16 mixed precision")
     device: str = _option("auto", "where to train", choices=("auto", "cpu", "cuda"))
+    deterministic: bool = _option(
+        False, "on a GPU, only kernels that give the same bits in every run; slower (the CPU has no others)"
+    )
     seed: int = _option(42, "names every random draw: weights, split, order, noise, times")
 
     logging_steps: int = _option(100, "optimizer steps between log lines")
     save_steps: int = _option(1000, "optimizer steps between checkpoints")
-    save_total_limit: int | None = _option(None, "newest checkpoints kept, and the best one (default: all)")
+    save_total_limit: int | None = _option(
+        None, "newest checkpoints kept, and the best one of those that were evaluated (default: all)"
+    )
     best_metric: str = _option("loss", "held-out figure that names the best checkpoint", choices=BEST_METRICS)
     max_hours: float | None = _option(None, "save and stop after so many hours (default: no limit)")
     eval_steps: int = _option(1000, "optimizer steps between evaluations")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import shutil
 from dataclasses import asdict, dataclass, fields
@@ -130,6 +131,19 @@ def keep_newest(output_dir: Path, limit: int | None, *, best_step: int | None) -
     for path in checkpoints(output_dir)[limit:] if limit else []:
         if path.name != f"checkpoint-{best_step}":
             shutil.rmtree(path)
+
+
+def best_saved(output_dir: Path, log: list[dict[str, Any]], metric: str) -> int | None:
+    """The step of the best checkpoint that is there, by a held-out figure; None when none was evaluated.
+
+    Not the best evaluation: after that there may have been no checkpoint. A loss is better when lower.
+    """
+    steps = {int(path.name.removeprefix("checkpoint-")) for path in checkpoints(output_dir)}
+    sign = 1 if metric == "eval_loss" else -1
+    found = [(entry.get(metric), entry["step"]) for entry in log if entry.get("step") in steps]
+    numbers = [(sign * value, step) for value, step in found if isinstance(value, int | float)]
+    finite = [(value, step) for value, step in numbers if math.isfinite(value)]
+    return min(finite)[1] if finite else None
 
 
 _verified: set[tuple[Any, ...]] = set()

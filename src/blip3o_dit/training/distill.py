@@ -23,6 +23,7 @@ from blip3o_dit.data.store import EmbeddingSource
 from blip3o_dit.flow.distillation import Lesson, trajectory_lessons
 from blip3o_dit.flow.path import convert_prediction, path_of
 from blip3o_dit.folders import written_aside
+from blip3o_dit.launch import check_alone
 from blip3o_dit.model.blip3o_dit import EMA_FILE, EMA_VARIANT, BLIP3oDiTModel, pick_weights
 from blip3o_dit.model.source import AffineSource
 from blip3o_dit.randomness import named_normal, named_permutation
@@ -83,6 +84,7 @@ def distill(
     Raises:
         FileNotFoundError, ValueError: one line naming what was expected and found.
     """
+    check_alone("distill")
     output = Path(output_dir)
     if (output / "config.json").exists() and not overwrite:
         raise ValueError(f"{output}: expected no model there, found one (overwrite it?)")

@@ -44,6 +44,7 @@ from blip3o_dit.training.checkpoint import (
     TRAINER_STATE_FILE,
     Progress,
     Run,
+    best_saved,
     fingerprint,
     global_batch,
     keep_newest,
@@ -360,7 +361,8 @@ class BLIP3oTrainer(Trainer):
             with self._written_aside(output / f"checkpoint-{self.state.global_step}") as aside:
                 self._write_checkpoint(aside)
             if self.args.should_save:
-                keep_newest(output, self.config.save_total_limit, best_step=self.state.best_global_step)
+                best = best_saved(output, self.state.log_history, f"eval_{self.config.best_metric}")
+                keep_newest(output, self.config.save_total_limit, best_step=best)
 
     def save_final_model(self) -> None:
         """The model files of the output folder, moved there when all of them are whole."""
@@ -482,6 +484,16 @@ class BLIP3oTrainer(Trainer):
                 sums.add(generated, self.dit.as_trained_on(clip))
         sums.state = self.processes.sum(sums.state)
         return sums.result()
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Matrices; no biases, gains of norms or gates of attention heads.
+
+        Without weight decay the Trainer's own choice, which then means nothing but the order in which
+        checkpoints number parameters.
+        """
+        if not self.config.weight_decay:
+            return super().get_decay_parameter_names(model)
+        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
