@@ -74,6 +74,22 @@ def check_range(field_name: str, value: Any, low: float, high: float) -> None:
         raise ValueError(f"{field_name}: expected a number in [{low}, {high}), found {show(value)}")
 
 
+def check_split(eval_split: Any, split_by: str) -> None:
+    """Raises ValueError unless `eval_split` is a share below 1 or a count of samples.
+
+    Hashes take shares only: with a count, a sample would change its side when data is appended.
+    """
+    known = _is_number(eval_split) and 0 <= eval_split <= 2**53
+    if not known or (eval_split >= 1 and eval_split != int(eval_split)):
+        raise ValueError(
+            f"eval_split: expected a share in [0, 1) or a whole number of samples, found {show(eval_split)}"
+        )
+    if split_by == "key_hash" and eval_split >= 1:
+        raise ValueError(
+            f"eval_split: expected a share in [0, 1) with split_by key_hash, found {show(eval_split)}"
+        )
+
+
 def check_sigmas(sigma_min: float, sigma_max: float) -> None:
     """Raises ValueError unless 0 <= sigma_min < sigma_max < infinity."""
     check_range("sigma_max", sigma_max, 0.0, math.inf)
@@ -456,7 +472,9 @@ class TrainingConfig:
     standardize: bool = _option(True, "standardise each channel with the training split's statistics")
     statistics_samples: int = _option(10000, "most training samples that these statistics are taken from")
 
-    eval_split: float = _option(0.1, "share of the samples held out; 0 trains on all of them")
+    eval_split: float = _option(
+        0.1, "share of the samples held out, or from 1 up their number; 0 trains on all of them"
+    )
     split_by: str = _option(
         "permutation",
         "how samples are held out; key_hash does not change when data is appended, but reads every key first",
@@ -474,14 +492,20 @@ class TrainingConfig:
     fp16: bool = _option(False, "float16 mixed precision (needs a GPU)")
     bf16: bool = _option(False, "bfloat16 mixed precision")
     device: str = _option("auto", "where to train", choices=("auto", "cpu", "cuda"))
+    deterministic: bool = _option(
+        False, "on a GPU, only kernels that give the same bits in every run; slower (the CPU has no others)"
+    )
     seed: int = _option(42, "names every random draw: weights, split, order, noise, times")
 
     logging_steps: int = _option(100, "optimizer steps between log lines")
     save_steps: int = _option(1000, "optimizer steps between checkpoints")
-    save_total_limit: int | None = _option(None, "newest checkpoints kept, and the best one (default: all)")
+    save_total_limit: int | None = _option(
+        None, "newest checkpoints kept, and the best one of those that were evaluated (default: all)"
+    )
     best_metric: str = _option("loss", "held-out figure that names the best checkpoint", choices=BEST_METRICS)
     max_hours: float | None = _option(None, "save and stop after so many hours (default: no limit)")
     eval_steps: int = _option(1000, "optimizer steps between evaluations")
+    eval_loss_samples: int = _option(4096, "most held-out samples that each evaluation takes the loss of")
     eval_samples: int = _option(64, "held-out samples that each evaluation generates")
     eval_inference_steps: int = _option(8, "solver steps of these generations")
 
@@ -512,14 +536,14 @@ class TrainingConfig:
                 raise ValueError(f"{name}: expected a number above 0, found {show(value)}")
         for name in ("learning_rate", "weight_decay", "max_grad_norm"):
             check_range(name, getattr(self, name), 0.0, math.inf)
-        for name in ("ema_decay", "eval_split"):
-            check_range(name, getattr(self, name), 0.0, 1.0)
+        check_range("ema_decay", self.ema_decay, 0.0, 1.0)
         if self.best_metric != "loss" and not self.eval_samples:
             raise ValueError(f"best_metric: {self.best_metric} expects eval_samples above 0, found 0")
         self._check_plain_types()
         for option in fields(self):
             if option.metadata["choices"]:
                 check_name(option.name, getattr(self, option.name), option.metadata["choices"])
+        check_split(self.eval_split, self.split_by)
         self.flow_matching()
 
     def _check_plain_types(self) -> None:
@@ -627,7 +651,7 @@ LOW_MEMORY_DEFAULTS: dict[str, Any] = {"gradient_checkpointing": True, "ema_deca
 
 _COUNTS_FROM_ONE = (
     *("batch_size", "eval_batch_size", "gradient_accumulation_steps"),
-    *("logging_steps", "save_steps", "eval_steps", "eval_inference_steps"),
+    *("logging_steps", "save_steps", "eval_steps", "eval_inference_steps", "eval_loss_samples"),
     *("source_samples", "statistics_samples", "shuffle_window", "num_inference_steps"),
 )
 

@@ -100,13 +100,14 @@ ALONE = Processes()
 
 
 def join_processes(device: str = "auto") -> Processes:
-    """The processes that a launcher (torchrun, accelerate launch, srun) started, each with its own device.
+    """The processes that a launcher (torchrun, accelerate launch) started, each with its own device.
 
     Raises:
         ValueError: for a device that is not there, or processes that do not see each other.
     """
     wanted = pick_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        check_launch(1)
         return Processes(device=wanted)
     state = PartialState(cpu=wanted.type == "cpu", timeout=LONGEST_WAIT)
     check_launch(state.num_processes)

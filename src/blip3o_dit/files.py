@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import reprlib
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,28 +17,41 @@ _CONTAINER = 72
 _GROWTH, _FREE = 8, 2**24
 
 
-def read_json(file: Path) -> Any:
+def read_json(file: Path, *, non_finite: bool = False) -> Any:
     """The content of a JSON file.
 
+    Args:
+        non_finite: also take NaN, Infinity and -Infinity, which Python writes and JSON does not have.
+
     Raises:
-        ValueError: one line naming the file: not UTF-8, not JSON (which has no NaN), too large or too deep,
-            or an object that gives a name twice.
+        ValueError: one line naming the file: not UTF-8, not JSON, too large or too deep, or an object that
+            gives a name twice.
     """
     size = file.stat().st_size
     if size > MOST_JSON:
         raise ValueError(f"{file}: expected at most {MOST_JSON} bytes of JSON, found {size}")
-    return parse_json(file, file.read_bytes())
+    return parse_json(file, file.read_bytes(), non_finite=non_finite)
 
 
-def parse_json(where: str | Path, content: bytes) -> Any:
+def parse_json(where: str | Path, content: bytes, *, non_finite: bool = False) -> Any:
     """The same for bytes that were read; `where` names them in a message."""
     containers = content.count(b"[") + content.count(b"{")
     if _CONTAINER * containers > _GROWTH * len(content) + _FREE:
         raise ValueError(f"{where}: expected fewer lists and objects, found {containers} in the file")
     try:
-        return json.loads(content, object_pairs_hook=_unique, parse_constant=_no_constant)
+        constant = float if non_finite else _no_constant
+        return json.loads(content, object_pairs_hook=_unique, parse_constant=constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not readable JSON: {reason(error)}") from error
+
+
+def finite_or_none(value: Any) -> Any:
+    """The value with None for every number in it that is NaN or infinite: JSON has no such numbers."""
+    if isinstance(value, dict):
+        return {name: finite_or_none(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -29,10 +29,10 @@ _FORMAT = "blip3o-dit checksums"
 
 
 @contextmanager
-def written_aside(final: Path, *, files_only: bool = False) -> Iterator[Path]:
+def written_aside(final: Path, *, files_only: bool = False, replaces: Iterable[str] = ()) -> Iterator[Path]:
     """A new folder to fill, which takes the name `final` when it is whole; after an error it is removed.
 
-    With `files_only` its files move into `final`, which may hold others.
+    With `files_only` its files move into `final`, which may hold others, see `publish_files`.
 
     Raises:
         WriteError: when the disk is full or the folder cannot be written.
@@ -44,7 +44,10 @@ def written_aside(final: Path, *, files_only: bool = False) -> Iterator[Path]:
             aside.mkdir(parents=True)
             yield aside
             seal(aside)
-            (publish_files if files_only else publish)(aside, final)
+            if files_only:
+                publish_files(aside, final, replaces)
+            else:
+                publish(aside, final)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -69,13 +72,16 @@ def restore_replaced(final: Path) -> None:
             os.rename(old, final)
 
 
-def publish_files(aside: Path, folder: Path) -> None:
+def publish_files(aside: Path, folder: Path, replaces: Iterable[str] = ()) -> None:
     """Move the files of a sealed folder into another one, each by one rename, the checksums last.
 
-    While they move, the checksums of `folder` are away: it does not pass for whole.
+    What `folder` held before goes: the files under its checksums, and those named by `replaces`. Others stay.
+    While files move, the checksums are away: `folder` does not pass for whole.
     """
-    (folder / CHECKSUMS_FILE).unlink(missing_ok=True)
     names = [file.name for file in aside.iterdir() if file.name != CHECKSUMS_FILE]
+    for name in {*_sealed_names(folder), *replaces} - set(names):
+        (folder / name).unlink(missing_ok=True)
+    (folder / CHECKSUMS_FILE).unlink(missing_ok=True)
     for name in (*names, CHECKSUMS_FILE):
         os.replace(aside / name, folder / name)
     flush(folder)
@@ -140,6 +146,15 @@ def flush(path: Path) -> None:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS_FILE)
+
+
+def _sealed_names(folder: Path) -> set[str]:
+    """The files in a folder that are under its checksums; none where these are missing or unreadable."""
+    try:
+        known = _read_checksums(folder)
+    except ValueError:
+        return set()
+    return {name for name in known if Path(name).name == name and (folder / name).is_file()}
 
 
 def _read_checksums(folder: Path) -> dict[str, tuple[int, str]]:

@@ -100,7 +100,7 @@ def test_train_generate_convert(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--embeddings_path", "nowhere.pkl", "--output_dir", "x"], "nowhere.pkl"),
         (["--embeddings_path", "{store}"], "--output_dir: expected a path, found none"),
         (["--embeddings_path", "{store}", "--output_dir", "x", "--num_heads", "3"], "num_heads=3"),
-        (["--embeddings_path", "{store}", "--output_dir", "x", "--eval_split", "2"], "eval_split"),
+        (["--embeddings_path", "{store}", "--output_dir", "x", "--eval_split", "2.5"], "eval_split"),
         (["--embeddings_path", "{store}", "--output_dir", "x", "--resume_from_checkpoint", "no"], "no: "),
     ],
 )

@@ -150,9 +150,10 @@ def test_a_larger_share_keeps_what_the_smaller_one_held_out(tmp_path: Path) -> N
     ("count", "share", "rule", "sides"),
     [
         (1, 0.1, "permutation", "0 for training and 1 for evaluation"),
-        (3, 1.0, "permutation", "0 for training and 3 for evaluation"),
+        (3, 3.0, "permutation", "0 for training and 3 for evaluation"),
+        (3, 4, "permutation", "0 for training and 3 for evaluation"),
         (3, 0.9, "permutation", "0 for training and 3 for evaluation"),
-        (3, 1.0, "key_hash", "0 for training and 3 for evaluation"),
+        (3, 1 - 1e-9, "key_hash", "0 for training and 3 for evaluation"),
         (3, 1e-9, "key_hash", "3 for training and 0 for evaluation"),
     ],
 )
@@ -177,7 +178,17 @@ def test_an_unknown_rule_is_refused_with_the_known_ones(store: EmbeddingStore) -
         split_samples(store, eval_split=0.3, seed=0, split_by="random")
 
 
-@pytest.mark.parametrize("share", [-0.1, float("nan")])
+@pytest.mark.parametrize("count", [1, 4.0])
+def test_from_one_up_it_is_the_number_of_held_out_samples(tmp_path: Path, count: float) -> None:
+    source = write(tmp_path / "s", names(20))
+    split = split_samples(source, eval_split=count, seed=42)
+    assert (len(split.eval), len(split.train)) == (count, 20 - count)
+    assert set(split.eval) <= set(split_samples(source, eval_split=0.2, seed=42).eval)
+    with pytest.raises(ValueError, match=r"expected a share in \[0, 1\) with split_by key_hash, found"):
+        split_samples(source, eval_split=count, seed=42, split_by="key_hash")
+
+
+@pytest.mark.parametrize("share", [-0.1, float("nan"), float("inf"), 1.5])
 def test_a_share_that_is_none_is_refused(store: EmbeddingStore, share: float) -> None:
     with pytest.raises(ValueError, match="eval_split"):
         split_samples(store, eval_split=share, seed=0)

@@ -26,6 +26,7 @@ from blip3o_dit.model import nextdit
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.precision import BFLOAT16_VARIABLE
 from blip3o_dit.training.ema import ExponentialMovingAverage
+from blip3o_dit.training.health import NonFiniteLossError
 from blip3o_dit.training.run import build_trainer, train
 from blip3o_dit.training.sharding import check_sharding, keep_the_dtype_rule, let_generate
 from blip3o_dit.training.trainer import BLIP3oTrainer, Draw
@@ -73,6 +74,28 @@ def train_stopped(store: Path, output: Path, changes: dict[str, Any]) -> str:
     except StoppedEarly as error:
         return str(error)
     return "not stopped"
+
+
+def train_with_a_fault(store: Path, output: Path, changes: dict[str, Any]) -> tuple[str, bool]:
+    """`train_once`, where the loss of the second process alone is NaN in the third step; the error, and
+    whether the weights are those before that step."""
+    trainer = build_trainer(EmbeddingStore(store), config_for(store, output, changes))
+    plain, before = trainer.compute_loss, {}
+
+    def compute_loss(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if trainer.state.global_step == 2:
+            before.update({name: p.detach().clone() for name, p in trainer.dit.named_parameters()})
+            if os.environ["RANK"] == "1":
+                inputs["noise"][0, 0, 0] = torch.nan
+        return plain(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = compute_loss  # type: ignore[method-assign]
+    try:
+        trainer.train()
+    except NonFiniteLossError as error:
+        same = [torch.equal(before[name], p) for name, p in trainer.dit.named_parameters()]
+        return str(error), len(same) > 10 and all(same)
+    return "trained", False
 
 
 def train_sharded(

@@ -9,16 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from blip3o_dit.cli.main import main
-from blip3o_dit.config import FlowMatchingConfig
+from blip3o_dit.config import FlowMatchingConfig, TrainingConfig
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.flow.distillation import trajectory_lessons
 from blip3o_dit.flow.path import convert_prediction, path_of
 from blip3o_dit.flow.solvers import integrate
 from blip3o_dit.folders import verify
 from blip3o_dit.inference.pipeline import BLIP3oInference
-from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.blip3o_dit import EMA_FILE, BLIP3oDiTModel
 from blip3o_dit.training.distill import DistillationConfig, teach
 from tests.conftest import randomize, tiny_config
 from tests.inference.test_evaluate import train_model
@@ -69,6 +70,28 @@ def test_a_student_learns_to_do_in_one_call_what_its_teacher_does_in_many(tmp_pa
     assert teacher.config.default_steps == 50
     again, _ = teach(teacher, store, np.arange(48), config, progress=False)
     assert torch.equal(again.generate(eva), student.generate(eva))
+
+
+def test_the_student_of_a_bfloat16_teacher_learns_in_float32(tmp_path: Path) -> None:
+    """Where --memory low saves bfloat16: most updates are smaller than half a step of such a weight."""
+    store = write_linear_store(tmp_path / "store")
+    teacher = BLIP3oDiTModel(tiny_config()).bfloat16().eval()
+    randomize(teacher)
+    config = DistillationConfig(steps=1, train_steps=3, batch_size=8, learning_rate=1e-5)
+    student, average = teach(teacher, store, np.arange(8), config, progress=False)
+    assert teacher.dtype == torch.bfloat16 and student.dtype == torch.float32 and average is not None
+    name = "dit.layers.0.feed_forward.linear_2.weight"
+    start = teacher.get_parameter(name).float()
+    assert (student.get_parameter(name) != start).float().mean() > 0.9
+    assert (average.weights[name] != start).float().mean() > 0.9
+    model = tmp_path / "teacher"
+    teacher.save_pretrained(model)
+    (model / "training_config.json").write_bytes(TrainingConfig(eval_split=0.25).to_json())
+    words = ["distill", str(model), str(store.path), "--steps", "1", "--train_steps", "1", "--device", "cpu"]
+    assert main(words) == 0
+    for file in ("model.safetensors", EMA_FILE):
+        weights = load_file(tmp_path / "teacher-1-steps" / file)
+        assert weights[name].dtype == torch.bfloat16 and weights["target_mean"].dtype == torch.float32
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,9 +82,20 @@ def test_training_does_not_depend_on_how_a_batch_is_shared_out(
 def test_a_signal_to_one_process_stops_all_after_the_same_step(store: Path, tmp_path: Path) -> None:
     changes = dict(batch_size=16, max_steps=6, eval_steps=100, eval_samples=0)
     first, second = launch(jobs.train_stopped, 2, store, tmp_path / "run", changes)
-    assert first.startswith("another process was asked to stop: stopped after step 3 of 6")
-    assert second.startswith("SIGTERM received: stopped after step 3 of 6")
-    verify_checkpoint(tmp_path / "run" / "checkpoint-3")
+    # The signal comes in step 3; at its end the processes tell each other, and at the next one's they listen.
+    assert first.startswith("another process was asked to stop: stopped after step 4 of 6")
+    assert second.startswith("SIGTERM received: stopped after step 4 of 6")
+    verify_checkpoint(tmp_path / "run" / "checkpoint-4")
+
+
+def test_a_loss_that_is_not_finite_in_one_process_stops_all_before_its_step(
+    store: Path, tmp_path: Path
+) -> None:
+    changes = dict(batch_size=16, max_steps=6, logging_steps=100, eval_steps=100, eval_samples=0)
+    first, second = launch(jobs.train_with_a_fault, 2, store, tmp_path / "run", changes)
+    assert first[0].startswith("step 3: expected finite gradients, found NaN or infinity in ")
+    assert second[0].startswith("step 3: expected a finite loss, found nan for samples [")
+    assert first[1] and second[1]
 
 
 @pytest.mark.parametrize("processes", [2, 4])

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
 from blip3o_dit import folders
 from blip3o_dit.cli import common
 from blip3o_dit.config import TrainingConfig
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.errors import StoppedEarly, WriteError
+from blip3o_dit.files import read_json
 from blip3o_dit.folders import CHECKSUMS_FILE, seal
+from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model.blip3o_dit import EMA_FILE
 from blip3o_dit.training import health
 from blip3o_dit.training.callbacks import LOG_FILE, read_log
@@ -26,6 +32,7 @@ from blip3o_dit.training.checkpoint import checkpoints, keep_newest, newest_whol
 from blip3o_dit.training.health import NonFiniteLossError
 from blip3o_dit.training.run import train
 from blip3o_dit.training.settings import resolve_config
+from blip3o_dit.training.stopping import outlive_stops
 from blip3o_dit.training.trainer import BLIP3oTrainer
 from tests.stores import write_linear_store
 from tests.training.test_training import config_for, make_trainer, same
@@ -117,6 +124,33 @@ def test_samples_seen_before_the_checkpoint_are_not_read(
     assert len(read) == trained + held_out
 
 
+def test_a_logged_norm_that_is_not_finite_leaves_json_and_runs_that_continue(
+    store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """float16 overflows in search of its loss scale, in a step that may be logged."""
+    plain = BLIP3oTrainer._clip_grad_norm
+
+    def overflow(self: BLIP3oTrainer, model: Any) -> torch.Tensor:
+        norm = plain(self, model)
+        return torch.full_like(norm, torch.inf) if self.state.global_step == 3 else norm
+
+    monkeypatch.setattr(BLIP3oTrainer, "_clip_grad_norm", overflow)
+    settings = dict(max_steps=6, logging_steps=4, save_steps=5, eval_split=0.0, ema_decay=0.0, source="noise")
+    first = train(config_for(store, tmp_path / "first", **settings))
+    read_json(first / "trainer_state.json")  # refuses what JSON does not have
+    assert [entry["grad_norm"] for entry in logged(first) if "grad_norm" in entry] == [None]
+
+    checkpoint = continued(first, 5, tmp_path / "again")
+    state = (checkpoint / "trainer_state.json").read_text()
+    assert state.count('"grad_norm": null') == 1
+    old = state.replace('"grad_norm": null', '"grad_norm": Infinity')  # as the Trainer itself writes it
+    (checkpoint / "trainer_state.json").write_text(old)
+    seal(checkpoint)
+    again = train(config_for(store, tmp_path / "again", **settings), resume=checkpoint)
+    assert same(load_file(first / "model.safetensors"), load_file(again / "model.safetensors"))
+    assert read_json(again / "trainer_state.json")["log_history"][0]["grad_norm"] is None
+
+
 # Stopping
 
 
@@ -147,6 +181,44 @@ def test_a_signal_saves_and_the_continued_run_is_the_same(
     assert newest_whole(tmp_path / "run") == tmp_path / "run" / "checkpoint-7"
     train(config, resume=tmp_path / "run" / "checkpoint-7")
     assert_same_run(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("moment", ["a step", "the final model"])
+def test_a_signal_to_every_process_of_a_job_costs_no_step(
+    store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """As Slurm and `timeout` send it: to the loader's workers too, and not by their parent."""
+
+    def signal_all() -> None:
+        workers = [str(process.pid) for process in multiprocessing.active_children()]
+        assert workers
+        subprocess.run(["kill", "-TERM", *workers], check=True)
+        time.sleep(0.1)  # for a worker to die in
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    config = config_for(store, tmp_path / "run", max_steps=3, num_workers=1, source="noise", eval_split=0.0)
+    if moment == "a step":
+        stop_at(monkeypatch, 2, signal_all)
+        with pytest.raises(StoppedEarly, match="SIGTERM received: stopped after step 2 of 3"):
+            train(config)
+        assert newest_whole(tmp_path / "run") == tmp_path / "run" / "checkpoint-2"
+    else:
+        plain = folders.publish_files
+        monkeypatch.setattr(folders, "publish_files", lambda *args: (signal_all(), plain(*args)))
+        folders.verify(train(config))
+
+
+def test_a_worker_ends_when_its_own_process_asks_it_to() -> None:
+    loader = DataLoader(range(8), num_workers=1, persistent_workers=True, worker_init_fn=outlive_stops)
+    batches = iter(loader)
+    next(batches)
+    (worker,) = batches._workers
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    subprocess.run(["kill", "-INT", str(worker.pid)], check=True)
+    assert [int(batch) for batch in batches] == list(range(1, 8))
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 def test_a_time_limit_stops_as_a_signal_does(store: EmbeddingStore, tmp_path: Path) -> None:
@@ -260,6 +332,34 @@ def test_starting_over_leaves_no_checkpoint_of_the_earlier_run(store: EmbeddingS
     (tmp_path / "run" / "checkpoint-99").mkdir(parents=True)
     train(config, overwrite=True)
     assert "checkpoint-99" not in {path.name for path in checkpoints(tmp_path / "run")}
+
+
+def test_starting_over_without_averages_leaves_none_of_the_earlier_run(
+    store: EmbeddingStore, tmp_path: Path
+) -> None:
+    quick = dict(max_steps=1, eval_split=0.0, source="noise")
+    run = train(config_for(store, tmp_path / "run", **quick))
+    (run / "notes.txt").write_text("mine")
+    (run / "loss_spikes.jsonl").write_text("{}")
+    assert (run / EMA_FILE).is_file()
+    train(config_for(store, run, **quick, ema_decay=0.0), overwrite=True)
+    assert not (run / EMA_FILE).exists() and not (run / "loss_spikes.jsonl").exists()
+    assert (run / "notes.txt").read_text() == "mine"
+    folders.verify(run)
+    assert BLIP3oInference(run, device="cpu").weights == "raw"
+
+
+def test_files_under_old_checksums_go_and_others_stay(tmp_path: Path) -> None:
+    for names in (("a", "b"), ("b", "c")):
+        with folders.written_aside(tmp_path / "final", files_only=True, replaces=["d"]) as aside:
+            for name in names:
+                (aside / name).write_text(name)
+        (tmp_path / "final" / "d").write_text("of a run that was killed here")
+        (tmp_path / "final" / "e").write_text("of somebody else")
+    assert {file.name for file in (tmp_path / "final").iterdir()} == {"b", "c", "d", "e", CHECKSUMS_FILE}
+    with folders.written_aside(tmp_path / "final", files_only=True, replaces=["d"]) as aside:
+        (aside / "b").write_text("b")
+    assert {file.name for file in (tmp_path / "final").iterdir()} == {"b", "e", CHECKSUMS_FILE}
 
 
 # What a continued run must share

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import TrainerCallback
 
 from blip3o_dit.config import TrainingConfig
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.blip3o_dit import EMA_FILE, BLIP3oDiTModel
 from blip3o_dit.model.nextdit import NextDiTBlock
 from blip3o_dit.training import settings
 from blip3o_dit.training.callbacks import read_log
-from blip3o_dit.training.health import LossWatch, NonFiniteLossError
+from blip3o_dit.training.ema import ExponentialMovingAverage
+from blip3o_dit.training.health import HostCopy, LossWatch, NonFiniteLossError
 from blip3o_dit.training.run import train
 from blip3o_dit.training.settings import resolve_config
 from blip3o_dit.training.throughput import Throughput, forward_flops, matmul_rate
+from blip3o_dit.training.trainer import BLIP3oTrainer
 from tests.conftest import randomize, tiny_config
 from tests.stores import write_linear_store
-from tests.training.test_training import config_for, make_trainer
+from tests.training.test_training import config_for, make_trainer, same
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +75,58 @@ def test_low_memory_learns_what_float32_learns(store: EmbeddingStore, tmp_path: 
 
 @pytest.mark.usefixtures("uncompiled")
 def test_a_low_memory_run_continues_where_it_stopped(store: EmbeddingStore, tmp_path: Path) -> None:
-    common = dict(model_dim=64, max_steps=10, memory="low", ema_decay=0.0, eval_split=1 / 6)
+    common = dict(model_dim=64, max_steps=10, memory="low", ema_decay=0.99, eval_split=1 / 6)
     whole = train(config_for(store, tmp_path / "whole", **common))
     resumed = train(config_for(store, tmp_path / "resumed", **common), resume=whole / "checkpoint-5")
-    first, second = (BLIP3oDiTModel.from_pretrained(folder).state_dict() for folder in (whole, resumed))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    for file in ("model.safetensors", EMA_FILE, f"checkpoint-10/{EMA_FILE}"):
+        assert same(load_file(whole / file), load_file(resumed / file)), file
+    name = "dit.norm_out.linear_2.weight"
+    exact, rounded = (load_file(folder / EMA_FILE)[name] for folder in (whole / "checkpoint-10", whole))
+    assert exact.dtype == torch.float32 and rounded.dtype == torch.bfloat16
+    assert torch.equal(exact.bfloat16(), rounded) and not torch.equal(exact, rounded.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_averages_take_the_place_of_weights_without_a_second_copy(dtype: torch.dtype) -> None:
+    model = BLIP3oDiTModel(tiny_config()).to(dtype)
+    average = ExponentialMovingAverage(model, 0.5)
+    randomize(model)
+    average.update(model, 1)
+    own = {name: p.detach().clone() for name, p in model.named_parameters()}
+    averages = {name: value.clone() for name, value in average.weights.items()}
+    name = "dit.layers.0.feed_forward.linear_1.weight"
+    with Copies() as copies, average.applied(model):
+        kept = copies.bytes()
+        assert all(torch.equal(p, averages[n].to(dtype)) for n, p in model.named_parameters())
+        assert not torch.equal(model.get_parameter(name), own[name])
+    assert all(torch.equal(p, own[n]) for n, p in model.named_parameters())
+    assert same(average.weights, averages)
+    sizes = [p.numel() for p in model.parameters()]
+    largest, weights = 4 * max(sizes), sum(sizes)
+    assert kept <= (largest if dtype == torch.float32 else 2 * weights)
+    with Copies() as copies:
+        average.update(model, 2)
+        assert copies.most <= 2 * largest
+
+
+class Copies(TorchDispatchMode):
+    """Bytes of the tensors that were copied since and are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self._alive: list[weakref.ref[torch.Tensor]] = []
+
+    def bytes(self) -> int:
+        tensors = [tensor for reference in self._alive if (tensor := reference()) is not None]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default):
+            self._alive.append(weakref.ref(result))
+            self.most = max(self.most, self.bytes())
+        return result
 
 
 def test_small_updates_survive_stochastic_rounding() -> None:
@@ -217,6 +271,138 @@ def test_a_deferred_check_stops_a_run_before_its_weights_change(
         trainer.train()
     after = dict(trainer.dit.named_parameters())
     assert all(torch.equal(before[n], after[n]) for n in before if "linear_2.bias" not in n)
+
+
+def late(trainer: BLIP3oTrainer) -> BLIP3oTrainer:
+    """The trainer looking at steps as it does on a GPU and in several processes."""
+    trainer.losses._deferred = trainer._gated = True
+    return trainer
+
+
+class Reads(TorchDispatchMode):
+    """Notes the optimizer step under way whenever a tensor other than a `HostCopy` is read, which a GPU
+    would be waited for."""
+
+    def __init__(self, trainer: BLIP3oTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.steps: list[int] = []
+        self._trainer = trainer
+        copies: list[torch.Tensor] = []  # kept, so that no other tensor gets their place in memory
+        plain = HostCopy.read
+
+        def read(copy: HostCopy) -> torch.Tensor:
+            copies.append(plain(copy).clone())
+            return copies[-1]
+
+        monkeypatch.setattr(HostCopy, "read", read)
+        self._copies = copies
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        reading = func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        if reading and args[0].data_ptr() not in {copy.data_ptr() for copy in self._copies}:
+            self.steps.append(self._trainer.state.global_step + 1)
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_step_waits_for_the_device(
+    store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = late(make_trainer(store, tmp_path, max_steps=6, logging_steps=6, eval_samples=0))
+    trainer.train_dataset.source.fetch(range(48))  # shards are checked when they are opened
+    with Reads(trainer, monkeypatch) as reads:
+        trainer.train()
+    assert trainer.state.global_step == 6
+    assert not set(range(2, 6)) & set(reads.steps)
+    assert set(reads.steps) & {6, 7}  # the log line, the evaluation and the checkpoint at the end
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_looked_at_later_changes_no_weight(
+    store: EmbeddingStore, tmp_path: Path, fault: str, accumulation: int
+) -> None:
+    changes = dict(batch_size=8 // accumulation, gradient_accumulation_steps=accumulation, logging_steps=100)
+    trainer = late(make_trainer(store, tmp_path, max_steps=6, **changes))
+    before: dict[str, torch.Tensor] = {}
+    faulty: list[dict[str, Any]] = []
+    compute_loss = trainer.compute_loss
+
+    def with_a_fault(model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if trainer.state.global_step == 2:
+            before.update({name: p.detach().clone() for name, p in trainer.dit.named_parameters()})
+            faulty.append(inputs)
+            if fault == "loss" and len(faulty) == accumulation:
+                inputs["noise"][0, 0, 0] = torch.nan
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    def with_a_bad_gradient(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * (torch.nan if fault == "gradient" and trainer.state.global_step == 2 else 1.0)
+
+    trainer.compute_loss = with_a_fault  # type: ignore[method-assign]
+    trainer.dit.dit.norm_out.linear_2.bias.register_hook(with_a_bad_gradient)
+    with pytest.raises(NonFiniteLossError, match=rf"step 3: expected (a )?finite {fault}"):
+        trainer.train()
+    assert trainer.state.global_step == 3  # in the next step
+    assert len(before) > 10
+    for name, parameter in trainer.dit.named_parameters():
+        assert torch.equal(before[name], parameter), name
+    found = json.loads((tmp_path / "diagnosis.json").read_text())
+    assert found["step"] == 3 and not found["weights"]
+    samples = [index for inputs in faulty for index in inputs["index"]]
+    if fault == "loss":  # of one micro-batch, the last one
+        samples = samples[-len(faulty[-1]["index"]) :]
+    assert [sample["index"] for sample in found["samples"]] == samples
+    bad = [entry["name"] for entry in found["gradients"]]
+    assert "dit.norm_out.linear_2.bias" in bad and (len(bad) == 1) == (fault == "gradient")
+
+
+@pytest.mark.parametrize("moment", [dict(logging_steps=3), dict(save_steps=3), dict(eval_steps=3), {}])
+def test_a_step_is_looked_at_before_it_is_logged_measured_or_saved(
+    store: EmbeddingStore, tmp_path: Path, moment: dict[str, int]
+) -> None:
+    intervals = dict(logging_steps=100, save_steps=100, eval_steps=100, eval_samples=0) | moment
+    trainer = late(make_trainer(store, tmp_path, max_steps=6 if moment else 3, **intervals))
+    trainer.dit.dit.norm_out.linear_2.bias.register_hook(
+        lambda gradient: gradient * (torch.nan if trainer.state.global_step == 2 else 1.0)
+    )
+    with pytest.raises(NonFiniteLossError, match="step 3"):
+        trainer.train()
+    assert trainer.state.global_step == 3
+    assert not trainer.state.log_history and not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_step_that_the_loss_scaler_skips_moves_neither_schedule_nor_averages(
+    store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """float16's scaler, which needs no GPU itself."""
+    changes = dict(max_steps=4, logging_steps=1, lr_scheduler_type="linear", eval_samples=0)
+    trainer = make_trainer(store, tmp_path, **changes)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    trainer.accelerator.scaler = scaler
+    monkeypatch.setattr(
+        trainer.accelerator, "unscale_gradients", lambda: scaler.unscale_(trainer.optimizer.optimizer)
+    )
+    trainer.dit.dit.norm_out.linear_2.bias.register_hook(
+        lambda gradient: gradient * (torch.inf if trainer.state.global_step == 1 else 1.0)
+    )
+    states: list[tuple[float, dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
+
+    class Note(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            assert trainer.ema is not None
+            weights = {name: p.detach().clone() for name, p in trainer.dit.named_parameters()}
+            averages = {name: value.clone() for name, value in trainer.ema.weights.items()}
+            states.append((trainer.optimizer.param_groups[0]["lr"], weights, averages))
+
+    trainer.add_callback(Note())
+    trainer.train()
+    (first, *kept), (second, *skipped), (third, *moved), _ = states
+    assert all(same(a, b) for a, b in zip(kept, skipped, strict=True))
+    assert not any(same(a, b) for a, b in zip(kept, moved, strict=True))
+    assert first == second == pytest.approx(0.75e-3) and third == pytest.approx(0.5e-3)
+    norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert norms[1] is None and all(norms[i] > 0 for i in (0, 2, 3))
+    assert scaler.get_scale() == 4.0
 
 
 # Speed in the log

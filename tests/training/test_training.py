@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from blip3o_dit.cli.train import main as train_main
 from blip3o_dit.config import TrainingConfig
 from blip3o_dit.data.dataset import EmbeddingDataset, shuffled_passes, split_samples
 from blip3o_dit.data.store import EmbeddingStore
+from blip3o_dit.distributed import join_processes
 from blip3o_dit.flow.path import LinearPath, preconditioning
 from blip3o_dit.folders import seal
 from blip3o_dit.model.blip3o_dit import EMA_FILE, BLIP3oDiTModel
 from blip3o_dit.training.callbacks import read_log
-from blip3o_dit.training.checkpoint import Progress, check_checkpoint
+from blip3o_dit.training.checkpoint import Progress, best_saved, check_checkpoint
+from blip3o_dit.training.distill import DistillationConfig, distill
 from blip3o_dit.training.health import NonFiniteLossError
 from blip3o_dit.training.run import build_trainer, train
 from blip3o_dit.training.settings import resolve_config, training_arguments
+from blip3o_dit.training.tracking import prepare_wandb
 from blip3o_dit.training.trainer import BLIP3oTrainer
 from tests.stores import write_linear_store
 
@@ -275,6 +281,39 @@ def test_evaluation_repeats_its_draws(store: EmbeddingStore, tmp_path: Path) -> 
     assert first["eval_r2"] == second["eval_r2"]
 
 
+def test_held_out_figures_are_of_a_named_choice_of_bounded_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of all held-out samples, and not of the first ones: stores may be sorted by class."""
+    store = write_linear_store(tmp_path / "store", samples=60)
+    trainer = make_trainer(store, tmp_path, eval_split=40, eval_loss_samples=12, eval_samples=6)
+    seen: dict[str, list[int]] = {"loss": [], "generated": []}
+    draw, generate = trainer.draw, trainer.dit.generate
+
+    def drawing(batch: dict[str, Any], *, training: bool) -> Any:
+        seen["loss"] += batch["index"]
+        return draw(batch, training=training)
+
+    def generating(*args: Any, sample_index: list[int], **kwargs: Any) -> torch.Tensor:
+        seen["generated"] += sample_index
+        return generate(*args, sample_index=sample_index, **kwargs)
+
+    monkeypatch.setattr(trainer, "draw", drawing)
+    monkeypatch.setattr(trainer.dit, "generate", generating)
+    held_out = trainer.eval_dataset.indices.tolist()
+    figures = [trainer.evaluate()["eval_loss"] for _ in range(2)]
+    assert len(held_out) == 40 and figures[0] == figures[1]
+    for name, count in (("loss", 12), ("generated", 6)):
+        first, second = seen[name][:count], seen[name][count:]
+        assert first == second, name
+        assert len(set(first)) == count and set(first) <= set(held_out), name
+        assert max(first) > held_out[25], name
+    trainer.config = replace(trainer.config, eval_loss_samples=40)
+    seen["loss"].clear()
+    trainer.evaluate()
+    assert seen["loss"] == held_out
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample"])
 def test_other_predictions_and_paths_train(
     store: EmbeddingStore, tmp_path: Path, prediction_type: str
@@ -330,6 +369,12 @@ class TestRefusals:
             train(config_for(store, finished))
         assert (finished / "model.safetensors").read_bytes() == before
 
+    def test_a_folder_that_holds_a_run_with_debug_too(self, finished: Path, store: EmbeddingStore) -> None:
+        before = sorted(file.relative_to(finished) for file in finished.rglob("*"))
+        words = ["--embeddings_path", str(store.path), "--output_dir", str(finished), "--debug"]
+        assert train_main([*words, "--source", "noise", "--max_steps", "1", "--device", "cpu"]) == 2
+        assert sorted(file.relative_to(finished) for file in finished.rglob("*")) == before
+
     def test_an_output_path_that_cannot_be_a_folder(self, store: EmbeddingStore, tmp_path: Path) -> None:
         file = tmp_path / "file"
         file.write_text("")
@@ -354,6 +399,88 @@ class TestRefusals:
         monkeypatch.setenv("WORLD_SIZE", "2")
         with pytest.raises(ValueError, match="started 2 processes, this program sees 1"):
             check_launch(1)
+
+    @pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+    def test_a_launch_without_torchrun(
+        self, store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+    ) -> None:
+        """`srun -n 2 python ...`: two programs that do not know of each other."""
+        monkeypatch.setenv(variable, "2")
+        if variable.startswith("SLURM"):  # MPI's accelerate takes up itself when it trains
+            with pytest.raises(ValueError, match=rf"{variable}: the launcher started 2 .* sees 1"):
+                train(config_for(store, tmp_path / "run"))
+        with pytest.raises(ValueError, match=rf"{variable}: the launcher started 2 .* sees 1"):
+            join_processes("cpu")
+        with pytest.raises(ValueError, match=rf"{variable}: distill works in one process, .* started 2"):
+            distill(tmp_path / "m", store.path, tmp_path / "out", DistillationConfig(steps=1))
+        assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+        monkeypatch.setenv("WORLD_SIZE", "1")  # each is to work alone
+        assert join_processes("cpu").count == 1
+
+
+def test_only_matrices_decay(store: EmbeddingStore, tmp_path: Path) -> None:
+    trainer = make_trainer(store, tmp_path, weight_decay=0.1)
+    trainer.create_optimizer()
+    decayed, others = (group["params"] for group in trainer.optimizer.param_groups)
+    assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.1
+    assert {p.ndim for p in decayed} == {2} and {p.ndim for p in others} == {1}
+    gate = trainer.dit.dit.layers[0].gate
+    assert any(p is gate for p in others)
+
+
+def test_the_best_of_the_saved_checkpoints_is_found(tmp_path: Path) -> None:
+    """The best evaluation of all was at step 15, where nothing was saved."""
+    losses = {5: 3.0, 10: 2.0, 15: 1.0, 20: 2.5, 30: None, 40: float("nan")}
+    log: list[dict[str, Any]] = [{"step": step, "loss": 0.1} for step in losses]
+    log += [{"step": step, "eval_loss": value, "eval_r2": value} for step, value in losses.items()]
+    assert best_saved(tmp_path, log, "eval_loss") is None
+    for step in (10, 20, 30, 40, 50):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert best_saved(tmp_path, log, "eval_loss") == 10
+    assert best_saved(tmp_path, log, "eval_r2") == 20
+
+
+def test_the_arguments_allow_for_a_long_fit_and_send_no_buffers_around(
+    store: EmbeddingStore, tmp_path: Path
+) -> None:
+    arguments = training_arguments(config_for(store, tmp_path), evaluate=False)
+    assert arguments.ddp_timeout >= 3600 and arguments.ddp_broadcast_buffers is False
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_deterministic_asks_torch_and_cublas(
+    store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        trainer = build_trainer(
+            store, config_for(store, tmp_path, source="noise", deterministic=deterministic)
+        )
+        loss = trainer.compute_loss(trainer.dit, trainer.train_dataset.__getitems__([(0, 1), (0, 2)]))
+        loss.backward()  # every operation has a deterministic form
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if deterministic else None)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_continued_run_is_the_same_one_at_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_PROJECT", "WANDB_DIR", "WANDB_RUN_ID", "WANDB_RESUME"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+    def run_id(folder: str, *, continued: bool) -> str:
+        prepare_wandb("project", str(tmp_path / folder), continued=continued)
+        assert os.environ["WANDB_RESUME"] == "allow"
+        return os.environ["WANDB_RUN_ID"]
+
+    first = run_id("a", continued=False)
+    other = run_id("b", continued=False)
+    assert first != other and run_id("a", continued=True) == first
+    assert run_id("a", continued=False) != first  # started over
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    assert run_id("b", continued=True) == "mine"
 
 
 def test_dry_run_writes_nothing(store: EmbeddingStore, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
         config,
         resume=resume,
         dry_run=arguments.dry_run,
-        overwrite=arguments.overwrite_output_dir or arguments.debug,
+        overwrite=arguments.overwrite_output_dir,
     )
 
 

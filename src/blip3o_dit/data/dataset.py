@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from blip3o_dit.config import SHUFFLES, SPLIT_RULES, check_name
+from blip3o_dit.config import SHUFFLES, SPLIT_RULES, check_name, check_split
 from blip3o_dit.data.checks import Record
 from blip3o_dit.data.source import open_embeddings
 from blip3o_dit.data.statistics import streamed_statistics
@@ -33,7 +33,7 @@ class Split:
 def split_samples(
     source: EmbeddingSource, *, eval_split: float, seed: int, split_by: str = "permutation"
 ) -> Split:
-    """Hold out a share of the samples.
+    """Hold out a share of the samples, or as many as `eval_split` says from 1 up.
 
     `permutation` holds out round(n eval_split), but at least one, of a seeded permutation of n samples.
     `key_hash` holds a sample out when the hash of (seed, key) falls under the share: the count is only
@@ -41,11 +41,10 @@ def split_samples(
     every sample, one shard's at a time, which the permutation does not.
 
     Raises:
-        ValueError: when one side would be empty, with both counts.
+        ValueError: when one side would be empty, with both counts; for a count with `key_hash`.
     """
     check_name("split_by", split_by, SPLIT_RULES)
-    if not 0.0 <= eval_split <= 1.0:
-        raise ValueError(f"eval_split: expected a share in [0, 1], found {eval_split}")
+    check_split(eval_split, split_by)
     if split_by == "permutation":
         split = split_permutation(source.num_samples, eval_split=eval_split, seed=seed)
     else:
@@ -63,7 +62,8 @@ def split_samples(
 
 def split_permutation(num_samples: int, *, eval_split: float, seed: int) -> Split:
     """The `permutation` split, which the number of samples decides alone; a side may be empty."""
-    count = max(1, round(num_samples * eval_split)) if eval_split > 0 else 0
+    wanted = round(eval_split if eval_split >= 1 else num_samples * eval_split)
+    count = max(1, wanted) if eval_split > 0 else 0
     order = named_permutation(num_samples, seed=seed, stream="split")
     return Split(train=np.sort(order[count:]), eval=np.sort(order[:count]))
 

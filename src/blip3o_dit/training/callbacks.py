@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from blip3o_dit.data.store import write_atomically
+from blip3o_dit.files import finite_or_none
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.sharding import let_generate
 
@@ -27,10 +28,15 @@ logger = logging.getLogger(__name__)
 
 
 class EMACallback(TrainerCallback):
-    """Updates the averaged weights after each optimizer step."""
+    """Updates the averaged weights after each optimizer step.
 
-    def __init__(self, ema: ExponentialMovingAverage) -> None:
+    Args:
+        skip: whether the step was none, and the average is not to move.
+    """
+
+    def __init__(self, ema: ExponentialMovingAverage, skip: Callable[[], bool]) -> None:
         self.ema = ema
+        self._skip = skip
 
     def on_step_end(
         self,
@@ -40,7 +46,8 @@ class EMACallback(TrainerCallback):
         model: Any = None,
         **kwargs: Any,
     ) -> None:
-        self.ema.update(getattr(model, "module", model), state.global_step)
+        if not self._skip():
+            self.ema.update(getattr(model, "module", model), state.global_step)
 
 
 class ShardingCallback(TrainerCallback):
@@ -63,10 +70,13 @@ class ShardingCallback(TrainerCallback):
 
 
 class StepHooks(TrainerCallback):
-    """Calls functions when training begins and between each backward pass and its optimizer step."""
+    """Calls functions when training begins and before and after each optimizer step (the schedule's comes
+    later)."""
 
-    def __init__(self, *, begin: Callable[[], None], before_step: Callable[[], None]) -> None:
-        self._begin, self._before_step = begin, before_step
+    def __init__(
+        self, *, begin: Callable[[], None], before_step: Callable[[], None], after_step: Callable[[], None]
+    ) -> None:
+        self._begin, self._before_step, self._after_step = begin, before_step, after_step
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -77,6 +87,11 @@ class StepHooks(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._before_step()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._after_step()
 
 
 class ConsoleCallback(ProgressCallback):
@@ -105,7 +120,7 @@ class JSONLogCallback(TrainerCallback):
         file = Path(args.output_dir or "") / LOG_FILE
         # What an interrupted run logged after the checkpoint it resumes from happens again; so does the end.
         kept = [e for e in read_log(file) if e["step"] <= state.global_step and "train_runtime" not in e]
-        write_atomically(file, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
+        write_atomically(file, "".join(json.dumps(finite_or_none(entry)) + "\n" for entry in kept).encode())
 
     def on_log(
         self,
@@ -117,7 +132,7 @@ class JSONLogCallback(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero and logs:
             with open(Path(args.output_dir or "") / LOG_FILE, "a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                file.write(json.dumps(finite_or_none({"step": state.global_step, **logs})) + "\n")
 
 
 class CurvesCallback(TrainerCallback):
@@ -169,7 +184,7 @@ def draw_curves(log: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(2, 2).flat, _PANELS.items(), strict=True):
         for name, color in zip(names, ("#0072b2", "#d55e00"), strict=False):
-            points = [(entry["step"], entry[name]) for entry in log if name in entry]
+            points = [(entry["step"], entry[name]) for entry in log if entry.get(name) is not None]
             if points:
                 steps, values = zip(*points, strict=True)
                 label = "held out" if name.startswith("eval_") else "training"

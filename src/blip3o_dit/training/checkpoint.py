@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import shutil
 from dataclasses import asdict, dataclass, fields
@@ -24,9 +25,10 @@ from transformers import TrainerState
 
 from blip3o_dit.config import BLIP3oDiTConfig, TrainingConfig
 from blip3o_dit.data.store import EmbeddingSource
-from blip3o_dit.files import read_json, show, show_names
+from blip3o_dit.files import finite_or_none, read_json, show, show_names
 from blip3o_dit.folders import ASIDE, REPLACED, restore_replaced, verify
 from blip3o_dit.model.blip3o_dit import check_weights
+from blip3o_dit.training.health import SPIKES_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -80,9 +82,9 @@ class Progress:
             raise ValueError(f"{file}: expected the progress of a run, found something else") from error
 
 
-def read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Path, *, non_finite: bool = False) -> dict[str, Any]:
     """The object in a JSON file. Raises ValueError, naming the file, for anything else."""
-    values = read_json(file)
+    values = read_json(file, non_finite=non_finite)
     if not isinstance(values, dict):
         raise ValueError(f"{file}: expected an object, found {show(values)}")
     return values
@@ -110,14 +112,18 @@ def newest_whole(output_dir: Path) -> Path | None:
 
 
 def clean_up(output_dir: Path, *, all_checkpoints: bool = False) -> None:
-    """Remove what a killed run left half-written, and with `all_checkpoints` those of an earlier run."""
+    """Remove what a killed run left half-written, and with `all_checkpoints` those of an earlier run, and
+    what it said of its health."""
     for left in (*output_dir.glob(f"*{ASIDE}"), *output_dir.glob(f"checkpoint-*{REPLACED}")):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
-    for path in checkpoints(output_dir) if all_checkpoints else []:
-        shutil.rmtree(path)
+    if all_checkpoints:
+        for path in checkpoints(output_dir):
+            shutil.rmtree(path)
+        for file in (output_dir / SPIKES_FILE, *output_dir.glob("diagnosis*.json")):
+            file.unlink(missing_ok=True)
 
 
 def keep_newest(output_dir: Path, limit: int | None, *, best_step: int | None) -> None:
@@ -125,6 +131,19 @@ def keep_newest(output_dir: Path, limit: int | None, *, best_step: int | None) -
     for path in checkpoints(output_dir)[limit:] if limit else []:
         if path.name != f"checkpoint-{best_step}":
             shutil.rmtree(path)
+
+
+def best_saved(output_dir: Path, log: list[dict[str, Any]], metric: str) -> int | None:
+    """The step of the best checkpoint that is there, by a held-out figure; None when none was evaluated.
+
+    Not the best evaluation: after that there may have been no checkpoint. A loss is better when lower.
+    """
+    steps = {int(path.name.removeprefix("checkpoint-")) for path in checkpoints(output_dir)}
+    sign = 1 if metric == "eval_loss" else -1
+    found = [(entry.get(metric), entry["step"]) for entry in log if entry.get("step") in steps]
+    numbers = [(sign * value, step) for value, step in found if isinstance(value, int | float)]
+    finite = [(value, step) for value, step in numbers if math.isfinite(value)]
+    return min(finite)[1] if finite else None
 
 
 _verified: set[tuple[Any, ...]] = set()
@@ -191,9 +210,15 @@ def fingerprint(source: EmbeddingSource) -> str:
     return own() if callable(own) else f"{type(source).__name__} of {source.num_samples} samples"
 
 
+def save_trainer_state(state: TrainerState, file: Path) -> None:
+    """Write the Trainer's counters and log as JSON: numbers in it that are not finite become null."""
+    values = finite_or_none(asdict(state))
+    file.write_text(json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
 def _check_trainer_state(file: Path) -> None:
-    """The Trainer takes what it finds: refuse what it could not have written."""
-    state = read_object(file)
+    """The Trainer takes what it finds: refuse what it could not have written, which a NaN is not."""
+    state = read_object(file, non_finite=True)
     known = {field.name for field in fields(TrainerState)}
     unknown = sorted(set(state) - known)
     if unknown:

@@ -23,6 +23,7 @@ from blip3o_dit.data.store import EmbeddingSource
 from blip3o_dit.flow.distillation import Lesson, trajectory_lessons
 from blip3o_dit.flow.path import convert_prediction, path_of
 from blip3o_dit.folders import written_aside
+from blip3o_dit.launch import check_alone
 from blip3o_dit.model.blip3o_dit import EMA_FILE, EMA_VARIANT, BLIP3oDiTModel, pick_weights
 from blip3o_dit.model.source import AffineSource
 from blip3o_dit.randomness import named_normal, named_permutation
@@ -83,6 +84,7 @@ def distill(
     Raises:
         FileNotFoundError, ValueError: one line naming what was expected and found.
     """
+    check_alone("distill")
     output = Path(output_dir)
     if (output / "config.json").exists() and not overwrite:
         raise ValueError(f"{output}: expected no model there, found one (overwrite it?)")
@@ -100,13 +102,12 @@ def distill(
         num_inference_steps=config.steps,
         ema_decay=config.ema_decay,
     )
-    with written_aside(output, files_only=True) as aside:
+    student.to(teacher.dtype)  # it learned in float32
+    with written_aside(output, files_only=True, replaces=[EMA_FILE]) as aside:
         student.save_pretrained(aside)
         if average is not None:
-            average.save(student, aside)
+            average.save(student, aside, dtype=teacher.dtype)
         (aside / TRAINING_CONFIG_FILE).write_bytes(taught.to_json())
-    if average is None:
-        (output / EMA_FILE).unlink(missing_ok=True)
     logger.info("the student, %d network calls a sample, is in %s", config.steps, output)
     return output
 
@@ -119,7 +120,9 @@ def teach(
     *,
     progress: bool = True,
 ) -> tuple[BLIP3oDiTModel, ExponentialMovingAverage | None]:
-    """The student in memory, and its averaged weights.
+    """The student in memory, and its averaged weights, in float32 whatever the teacher's weights are.
+
+    Bfloat16 weights would lose most updates of AdamW, which are smaller than half a step of theirs.
 
     Raises:
         ValueError: for a teacher that predicts the noise, which has no velocity at t = 0, for a student asked
@@ -133,7 +136,7 @@ def teach(
         )
     if teacher.config.flow.prediction_type == "epsilon":
         raise ValueError("distill: expected a teacher that does not predict the noise, found epsilon")
-    student = copy.deepcopy(teacher).train()
+    student = copy.deepcopy(teacher).float().train()
     student.dit.lay_weights_together()  # a copy's weights lie apart
     student.config.default_solver, student.config.default_steps = "euler", config.steps
     flow = replace(teacher.config.flow, student_steps=config.steps, condition_dropout=0.0)

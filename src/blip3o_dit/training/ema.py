@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,35 +35,65 @@ class ExponentialMovingAverage:
     @torch.no_grad()
     def update(self, model: BLIP3oDiTModel, num_updates: int) -> None:
         """Fold in the weights after optimizer step number `num_updates`, counted from 1."""
-        decay = min(self.decay, (1 + num_updates) / (10 + num_updates))
+        share = 1.0 - min(self.decay, (1 + num_updates) / (10 + num_updates))
         current = sharded_parameters(model)
         averages = [own_part(self.weights[name]) for name in current]
-        values = [own_part(parameter.detach()).float() for parameter in current.values()]
-        torch._foreach_lerp_(averages, values, 1.0 - decay)
+        values = [own_part(parameter.detach()) for parameter in current.values()]
+        if all(value.dtype == torch.float32 for value in values):
+            torch._foreach_lerp_(averages, values, share)
+            return
+        for average, value in zip(averages, values, strict=True):  # one float32 copy at a time
+            average.lerp_(value.float(), share)
 
+    @torch.no_grad()
     def copy_into(self, model: BLIP3oDiTModel) -> None:
         """Give the model the averaged weights."""
-        _copy_into(model, self.weights)
+        for name, parameter in sharded_parameters(model).items():
+            parameter.copy_(self.weights[name])
 
     @contextmanager
     def applied(self, model: BLIP3oDiTModel) -> Iterator[None]:
-        """Inside, the model has the averaged weights; afterwards its own again, bit for bit."""
-        own = {name: p.detach().clone() for name, p in sharded_parameters(model).items()}
-        self.copy_into(model)
+        """Inside, the model has the averaged weights; afterwards its own again, bit for bit.
+
+        Float32 weights change places with their averages, one at a time; of others, which cannot hold an
+        average, a copy is kept.
+        """
+        own = {n: p.detach().clone() for n, p in sharded_parameters(model).items() if not _holds_average(p)}
+        self._exchange(model)
         try:
             yield
         finally:
-            _copy_into(model, own)
+            self._exchange(model, own)
 
-    def save(self, model: BLIP3oDiTModel, folder: str | Path, *, write: bool = True) -> None:
+    @torch.no_grad()
+    def _exchange(self, model: BLIP3oDiTModel, own: Mapping[str, Tensor] | None = None) -> None:
+        """Float32 weights and averages change places; other weights become their averages, or `own`."""
+        for name, parameter in sharded_parameters(model).items():
+            average = self.weights[name]
+            if _holds_average(parameter):
+                kept = parameter.detach().clone()
+                parameter.copy_(average)
+                average.copy_(kept)
+            else:
+                parameter.copy_(average if own is None else own[name])
+
+    def save(
+        self,
+        model: BLIP3oDiTModel,
+        folder: str | Path,
+        *,
+        write: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         """Write `model.ema.safetensors`: averaged weights, and the model's statistics.
 
-        All processes must call it, and one of them with `write`: parts of weights are put together.
+        All processes must call it, and one of them with `write`: parts of weights are put together. An
+        average in another dtype than float32 cannot be continued from exactly.
         """
         averaged = whole_tensors(self.weights, keep=write)
         if not write:
             return
-        state = model.state_dict() | {name: value.to(model.dtype) for name, value in averaged.items()}
+        state = model.state_dict() | {name: value.to(dtype) for name, value in averaged.items()}
         model.save_pretrained(folder, state_dict=state, variant=EMA_VARIANT)
 
     def load(self, folder: str | Path) -> None:
@@ -81,7 +111,5 @@ class ExponentialMovingAverage:
             average.copy_(saved[name])
 
 
-@torch.no_grad()
-def _copy_into(model: BLIP3oDiTModel, weights: dict[str, Tensor]) -> None:
-    for name, parameter in sharded_parameters(model).items():
-        parameter.copy_(weights[name])
+def _holds_average(parameter: Tensor) -> bool:
+    return parameter.dtype == torch.float32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from blip3o_dit.data.store import write_atomically
 
@@ -24,11 +26,30 @@ WINDOW, FEWEST, DEVIATIONS, FACTOR = 200, 20, 8.0, 2.0
 
 
 class NonFiniteLossError(ValueError):
-    """A loss or gradient became NaN or infinite; raised before the optimizer step: the weights are intact."""
+    """A loss or gradient became NaN or infinite; its optimizer step changed no weight."""
+
+
+class HostCopy:
+    """A small tensor on its way to the CPU."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.on_device = tensor.detach()
+        self._value, self._event = self.on_device, None
+        if tensor.is_cuda:
+            pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._value = pinned.copy_(self._value, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> Tensor:
+        """The tensor on the CPU; waits for what was queued on the device before the copy, not for more."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._value
 
 
 class LossWatch:
-    """Takes in the loss of every micro-batch and looks at it before the optimizer step at the latest.
+    """Takes in the loss of every micro-batch and looks at it.
 
     Args:
         deferred: look at losses in `check` only, and wait there for no more than the forward pass.
@@ -38,45 +59,43 @@ class LossWatch:
     def __init__(self, *, deferred: bool, on_spike: Callable[[int, float, float, list[int]], None]) -> None:
         self._deferred = deferred
         self._on_spike = on_spike
-        self._pending: list[tuple[Tensor, torch.cuda.Event | None, int, dict[str, Any]]] = []
+        self._pending: list[tuple[HostCopy, int, dict[str, Any]]] = []
         self._recent: deque[float] = deque(maxlen=WINDOW)
-        self.inputs: list[dict[str, Any]] = []
-        """The micro-batches of the step under way, or the one at fault, for a diagnosis."""
+        self._inputs: list[tuple[int, dict[str, Any]]] = []
 
     def add(self, loss: Tensor, step: int, inputs: dict[str, Any]) -> None:
         """Take in the loss of a micro-batch of optimizer step `step`."""
-        event = None
-        value = loss.detach()
-        if value.is_cuda:
-            value = torch.empty((), dtype=loss.dtype, pin_memory=True).copy_(value, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self._pending.append((value, event, step, inputs))
-        self.inputs.append(inputs)
+        self._pending.append((HostCopy(loss), step, inputs))
+        self._inputs.append((step, inputs))
         if not self._deferred:
-            self._look()
+            self.check()
 
-    def check(self) -> None:
-        """Raises NonFiniteLossError, with step and samples, if a loss since the last call was not finite."""
-        self._look()
-
-    def forget(self) -> None:
-        """The step was sound."""
-        self.inputs = []
-
-    def _look(self) -> None:
-        pending, self._pending = self._pending, []
-        for value, event, step, inputs in pending:
-            if event is not None:
-                event.synchronize()
-            if not torch.isfinite(value):
-                self.inputs = [inputs]
+    def check(self, step: int | None = None) -> None:
+        """Raises NonFiniteLossError, with step and samples, if a loss up to this step (by default any) that
+        was not looked at yet is not finite."""
+        due = [entry for entry in self._pending if step is None or entry[1] <= step]
+        self._pending = self._pending[len(due) :]
+        for copy, number, inputs in due:
+            value = float(copy.read())
+            if not math.isfinite(value):
+                self._inputs = [(number, inputs)]
                 raise NonFiniteLossError(
-                    f"step {step}: expected a finite loss, found {value.item()} for samples "
-                    f"{inputs['index']}; stopped before the optimizer step "
-                    "(lower --learning_rate, or train without --fp16)"
+                    f"step {number}: expected a finite loss, found {value} for samples {inputs['index']}; "
+                    "stopped before the optimizer step (lower --learning_rate, or train without --fp16)"
                 )
-            self._compare(float(value), step, inputs["index"])
+            self._compare(value, number, inputs["index"])
+
+    def all_finite(self) -> Tensor:
+        """Whether the losses that were not looked at yet are finite: a boolean on their device."""
+        return torch.isfinite(torch.stack([copy.on_device for copy, _, _ in self._pending])).all()
+
+    def inputs_of(self, step: int) -> list[dict[str, Any]]:
+        """The micro-batches of a step that was not forgotten, or the one at fault, for a diagnosis."""
+        return [inputs for number, inputs in self._inputs if number == step]
+
+    def forget(self, step: int) -> None:
+        """The steps up to this one were sound."""
+        self._inputs = [entry for entry in self._inputs if entry[0] > step]
 
     def _compare(self, loss: float, step: int, samples: list[int]) -> None:
         if len(self._recent) >= FEWEST:
@@ -87,16 +106,35 @@ class LossWatch:
         self._recent.append(loss)
 
 
-def check_gradient_norm(norm: Tensor, model: nn.Module, step: int) -> None:
-    """Raises NonFiniteLossError, naming the parameters, unless the norm of all gradients is finite."""
-    if torch.isfinite(norm):
-        return
-    names = [name for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    raise NonFiniteLossError(
-        f"step {step}: expected finite gradients, found NaN or infinity in {shown or 'their norm'}; "
-        "stopped before the optimizer step"
-    )
+class GradientNorms:
+    """The norms of all gradients of optimizer step `step`, without waiting for them.
+
+    `total` is the norm of all together, a scalar on their device.
+    """
+
+    def __init__(self, model: nn.Module, step: int) -> None:
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        norms = torch.stack(torch._foreach_norm(list(found.values())))  # [gradients]
+        norms = norms.full_tensor() if isinstance(norms, DTensor) else norms
+        self.step = step
+        self.total = torch.linalg.vector_norm(norms)
+        self._names, self._found = list(found), HostCopy(torch.cat([norms, self.total[None]]))
+
+    def bad(self) -> list[str]:
+        """The parameters whose gradients are not finite."""
+        *norms, _ = self._found.read().tolist()
+        return [name for name, norm in zip(self._names, norms, strict=True) if not math.isfinite(norm)]
+
+    def check(self) -> None:
+        """Raises NonFiniteLossError, naming the parameters, unless gradients and norm are finite."""
+        *_, total = self._found.read().tolist()
+        if not math.isfinite(total):
+            names = self.bad()
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise NonFiniteLossError(
+                f"step {self.step}: expected finite gradients, found NaN or infinity in "
+                f"{shown or 'their norm'}; stopped before the optimizer step"
+            )
 
 
 def write_diagnosis(
@@ -105,6 +143,7 @@ def write_diagnosis(
     step: int,
     model: nn.Module,
     batches: list[dict[str, Any]],
+    gradients: GradientNorms | None,
     forward: Callable[[dict[str, Any]], Tensor] | None,
     keys: Callable[[list[int]], list[str]],
 ) -> Path:
@@ -112,6 +151,7 @@ def write_diagnosis(
 
     Args:
         batches: the micro-batches of the step.
+        gradients: of the step, if it came that far.
         forward: the loss of one of them, computed once more without gradients; None: do not.
         keys: sample indices -> their keys.
     """
@@ -125,7 +165,10 @@ def write_diagnosis(
             name: [_finite(batch[name]) for batch in batches] for name in ("eva", "clip", "noise", "time")
         },
         "weights": _bad_tensors((name, p.detach()) for name, p in model.named_parameters()),
-        "gradients": _bad_tensors((name, p.grad) for name, p in model.named_parameters()),
+        "gradients": [
+            {"name": name, "dtype": str(model.get_parameter(name).dtype)}
+            for name in (gradients.bad() if gradients else [])
+        ],
     }
     write_atomically(file, json.dumps(found, indent=1).encode())
     return file
@@ -161,11 +204,7 @@ def _after_each_layer(model: nn.Module, found: list[dict[str, str]]) -> Iterator
 
 
 def _bad_tensors(named: Any) -> list[dict[str, str]]:
-    return [
-        {"name": name, "dtype": str(tensor.dtype)}
-        for name, tensor in named
-        if tensor is not None and not _finite(tensor)
-    ]
+    return [{"name": name, "dtype": str(tensor.dtype)} for name, tensor in named if not _finite(tensor)]
 
 
 def _finite(tensor: Tensor) -> bool:

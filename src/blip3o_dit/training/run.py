@@ -33,7 +33,7 @@ from blip3o_dit.training.checkpoint import (
     global_batch,
 )
 from blip3o_dit.training.memory import return_freed_memory
-from blip3o_dit.training.settings import training_arguments, use_cpu
+from blip3o_dit.training.settings import make_deterministic, training_arguments, use_cpu
 from blip3o_dit.training.source import fit_source
 from blip3o_dit.training.tracking import prepare_wandb, require_wandb
 from blip3o_dit.training.trainer import BLIP3oTrainer
@@ -87,7 +87,7 @@ def train_on(source: EmbeddingSource, config: TrainingConfig, *, resume: Path | 
         StoppedEarly, WriteError: as `train`.
     """
     if config.wandb_project and os.environ.get("RANK", "0") == "0":
-        prepare_wandb(config.wandb_project, config.output_dir)
+        prepare_wandb(config.wandb_project, config.output_dir, continued=resume is not None)
     trainer = build_trainer(source, config, fitted=resume is not None)
     with quiet_transformers(), trainer.stop_request.watching():
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -109,6 +109,8 @@ def build_trainer(
     """
     if config.wandb_project:
         require_wandb()
+    if config.deterministic:
+        make_deterministic()
     arguments = training_arguments(config, evaluate=config.eval_split > 0)
     if split is None:
         split = split_samples(

@@ -12,6 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from blip3o_dit.config import LOW_MEMORY_DEFAULTS, PAPER_RECIPE, TrainingConfig
+from blip3o_dit.distributed import LONGEST_WAIT
 from blip3o_dit.launch import check_launch
 from blip3o_dit.model.blip3o_dit import check_compiler
 from blip3o_dit.quiet import quiet_torchao
@@ -39,10 +40,12 @@ _HARMLESS = frozenset(
         "output_dir",
         "num_workers",
         "device",
+        "deterministic",
         "logging_steps",
         "save_steps",
         "save_total_limit",
         "eval_steps",
+        "eval_loss_samples",
         "eval_samples",
         "eval_inference_steps",
         "eval_batch_size",
@@ -138,6 +141,9 @@ def training_arguments(config: TrainingConfig, *, evaluate: bool) -> TrainingArg
         dataloader_persistent_workers=config.num_workers > 0,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # statistics and source, which all processes have and nothing changes
+        # The others wait while the first process fits statistics and source.
+        ddp_timeout=int(LONGEST_WAIT.total_seconds()),
         report_to="wandb" if config.wandb_project else "none",
         run_name=config.wandb_run_name,
         disable_tqdm=False,
@@ -163,6 +169,16 @@ def _optimizer(config: TrainingConfig) -> tuple[str, str | None]:
     quiet_torchao()
     # Rounding to the nearest bfloat16 would lose most of the updates: they are smaller than half a step.
     return "adamw_torch_8bit", "bf16_stochastic_round=True"
+
+
+def make_deterministic() -> None:
+    """From here on only kernels that give the same bits in every run; one that has no such form raises.
+
+    cuBLAS reads its variable when its first handle is made: call this before anything runs on a GPU.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
 
 
 def use_cpu(config: TrainingConfig) -> bool:

@@ -22,7 +22,8 @@ class StopRequest(TrainerCallback):
     """Watches for SIGTERM, SIGINT and the time limit; a second signal ends the process at once.
 
     All processes stop after the same step: once a step they tell each other, by way of the CPU, whether one
-    of them was asked to.
+    of them was asked to. They read the answers a step later, so that none waits for another; the run then
+    ends a step after the one in which the signal came.
 
     Args:
         max_hours: of this process, from when it is built; None: no limit.
@@ -33,6 +34,7 @@ class StopRequest(TrainerCallback):
         self._until = None if max_hours is None else time.monotonic() + 3600.0 * max_hours
         self._max_hours = max_hours
         self._group: Any = None
+        self._asked: tuple[Any, torch.Tensor] | None = None  # on its way since the last step
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -65,6 +67,12 @@ class StopRequest(TrainerCallback):
             self.reason = self.reason or "another process was asked to stop"
             control.should_save = control.should_training_stop = True
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._asked is not None:
+            self._asked[0].wait()
+
     def cut_short(self, state: TrainerState) -> bool:
         """Whether the run ended before its last step because it was asked to."""
         return self.reason is not None and state.global_step < state.max_steps
@@ -73,8 +81,12 @@ class StopRequest(TrainerCallback):
         if self._group is None:
             return self.reason is not None
         asked = torch.tensor([self.reason is not None], dtype=torch.int32)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self._group)
-        return bool(asked.item())
+        work = dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        before, self._asked = self._asked, (work, asked)
+        if before is None:
+            return False
+        before[0].wait()
+        return bool(before[1].item())
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.reason is not None:
@@ -84,3 +96,21 @@ class StopRequest(TrainerCallback):
         os.write(
             2, f"{self.reason}: saving after this step, then stopping; once more stops at once\n".encode()
         )
+
+
+def outlive_stops(worker_id: int) -> None:
+    """What a data-loader worker does first: leave SIGTERM and SIGINT to the training process.
+
+    Launchers send them to every process of a job, and a run that loses a worker cannot finish its step. The
+    training process's own SIGTERM, with which torch ends workers, still ends this one.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS has none
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_asked_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_asked_by(sender: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != sender:
+        pass
+    os._exit(0)

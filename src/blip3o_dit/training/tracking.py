@@ -6,11 +6,16 @@ import importlib.util
 import logging
 import netrc
 import os
+import re
 import socket
+import uuid
 from pathlib import Path
 from urllib.parse import urlparse
 
 DEFAULT_URL = "https://api.wandb.ai"
+
+# Which run at Weights & Biases an output folder belongs to.
+RUN_ID_FILE = "wandb_run_id.txt"
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +29,11 @@ def require_wandb() -> None:
         )
 
 
-def prepare_wandb(project: str, output_dir: str) -> None:
-    """Point wandb at the project; without a key or a network, record offline and say so in one line."""
+def prepare_wandb(project: str, output_dir: str, *, continued: bool = False) -> None:
+    """Point wandb at the project, and at the run there that this one continues; without a key or a network,
+    record offline and say so in one line."""
     os.environ["WANDB_PROJECT"] = project
+    _name_run(Path(output_dir) / RUN_ID_FILE, continued)
     os.environ.setdefault("WANDB_DIR", output_dir)
     if "WANDB_MODE" in os.environ:
         return
@@ -40,6 +47,24 @@ def prepare_wandb(project: str, output_dir: str) -> None:
             "Weights & Biases: %s; recording offline under %s/wandb (wandb sync uploads it later)",
             *(reason, output_dir),
         )
+
+
+def _name_run(file: Path, continued: bool) -> None:
+    """Take the run's id from the output folder, or make one and leave it there; an id that was given wins."""
+    found = file.read_text().strip() if continued and file.is_file() else ""
+    if os.environ.get("WANDB_RUN_ID") and os.environ["WANDB_RUN_ID"] not in _made_here:
+        found = os.environ["WANDB_RUN_ID"]
+    if not re.fullmatch(r"[\w-]{1,64}", found):
+        found = uuid.uuid4().hex[:16]
+    _made_here.add(found)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(found + "\n")
+    os.environ["WANDB_RUN_ID"] = found
+    os.environ.setdefault("WANDB_RESUME", "allow")
+
+
+# So that a second run of this process does not take the first one's for given.
+_made_here: set[str] = set()
 
 
 def _has_key(host: str) -> bool:

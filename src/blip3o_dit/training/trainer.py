@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -24,13 +25,14 @@ from blip3o_dit.data.dataset import EmbeddingDataset, NamedDraws, ShuffledPasses
 from blip3o_dit.data.store import batches
 from blip3o_dit.distributed import Processes
 from blip3o_dit.evaluation.metrics import FidelitySums
+from blip3o_dit.files import finite_or_none
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
 from blip3o_dit.flow.path import PathSample
 from blip3o_dit.flow.times import training_times
 from blip3o_dit.folders import written_aside
-from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.blip3o_dit import EMA_FILE, BLIP3oDiTModel
 from blip3o_dit.model.source import AffineSource
-from blip3o_dit.randomness import named_seed
+from blip3o_dit.randomness import named_permutation, named_seed
 from blip3o_dit.training.callbacks import (
     ConsoleCallback,
     EMACallback,
@@ -42,23 +44,25 @@ from blip3o_dit.training.checkpoint import (
     TRAINER_STATE_FILE,
     Progress,
     Run,
+    best_saved,
     fingerprint,
     global_batch,
     keep_newest,
+    save_trainer_state,
 )
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.health import (
     DIAGNOSIS_FILE,
     SPIKES_FILE,
+    GradientNorms,
     LossWatch,
     NonFiniteLossError,
-    check_gradient_norm,
     write_diagnosis,
 )
 from blip3o_dit.training.monitor import TrainingMonitor
 from blip3o_dit.training.optimizer_file import gathered_state, load_optimizer, save_optimizer
 from blip3o_dit.training.sharding import check_sharding, keep_the_dtype_rule
-from blip3o_dit.training.stopping import StopRequest
+from blip3o_dit.training.stopping import StopRequest, outlive_stops
 from blip3o_dit.training.throughput import PASSES_PER_STEP, Throughput, forward_flops, matmul_rate
 
 logger = logging.getLogger(__name__)
@@ -118,15 +122,26 @@ class BLIP3oTrainer(Trainer):
         keep_the_dtype_rule(self.accelerator.state)
         self.loss_fn = BLIP3oFlowMatchingLoss.from_config(model.config.flow)
         self.monitor = TrainingMonitor()
-        # Waiting for a loss would leave a GPU idle, and a process that stops at once leaves others waiting
-        # for its gradients: there it is looked at when its step is about to be taken.
+        # Waiting for a loss or a gradient would leave a GPU idle, and a process that stops at once leaves
+        # others waiting for its gradients: there a step is looked at before the next one is taken, and fused
+        # AdamW takes none that is not sound. float16 steps are waited for: the schedule must know whether
+        # the loss scaler skipped one; so are those of --memory low, whose optimizer cannot skip.
         deferred = args.device.type == "cuda" or args.world_size > 1
         self.losses = LossWatch(deferred=deferred, on_spike=self._on_spike)
+        self._gated = deferred and not config.fp16 and config.memory != "low"
+        self._gradients: GradientNorms | None = None  # of the last step, not looked at yet
+        self._overflowed = False  # the loss scaler skips the step under way
         self.stop_request = StopRequest(config.max_hours)
         self.add_callback(self.stop_request)
         self._progress: Progress | None = None  # of the checkpoint that the run continues
         self._passes: ShuffledPasses | None = None
-        self.add_callback(StepHooks(begin=self._restore_progress, before_step=self._before_optimizer_step))
+        self.add_callback(
+            StepHooks(
+                begin=self._restore_progress,
+                before_step=self._before_optimizer_step,
+                after_step=self._after_optimizer_step,
+            )
+        )
         self._throughput: Throughput | None = None
         self.dit.dit.selective_checkpointing = config.selective_checkpointing
         if config.compile:
@@ -134,7 +149,7 @@ class BLIP3oTrainer(Trainer):
         self.ema: ExponentialMovingAverage | None = None
         if config.ema_decay > 0:
             self.ema = ExponentialMovingAverage(self.dit, config.ema_decay)
-            self.add_callback(EMACallback(self.ema))
+            self.add_callback(EMACallback(self.ema, skip=lambda: self._overflowed))
         self.add_callback(ShardingCallback(self.ema))
         self.add_callback(JSONLogCallback())
         if not args.disable_tqdm:
@@ -166,7 +181,7 @@ class BLIP3oTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Mean loss of a micro-batch. A NonFiniteLossError comes before anything is updated."""
+        """Mean loss of a micro-batch. The step of one that is not finite changes no weight."""
         draw = self.draw(inputs, training=True)
         prediction = self._predict(model, draw)
         output = self.loss_fn(prediction, draw.sample)
@@ -180,25 +195,44 @@ class BLIP3oTrainer(Trainer):
         try:
             return super().training_step(*args, **kwargs)
         except NonFiniteLossError as error:
-            raise self._diagnosed(error) from None
+            raise self._diagnosed(error, self.state.global_step + 1) from None
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clips gradients; returns their norm before. Losses and gradients must be finite: clipping would
         spread a NaN to all."""
+        self._check_step()
         self.accelerator.unscale_gradients()
-        parameters = [p for p in model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        try:
-            self.losses.check()
-            if self.accelerator.scaler is None:  # float16's skips such steps itself, in search of its scale
-                check_gradient_norm(norm, self.dit, self.state.global_step + 1)
-        except NonFiniteLossError as error:
-            raise self._diagnosed(error) from None
-        self.losses.forget()
+        self._gradients = GradientNorms(self.dit, self.state.global_step + 1)
+        norm = self._gradients.total
+        if self._gated:
+            self._gate(norm)
+        else:
+            self._check_step()
         if self.args.max_grad_norm > 0:
-            nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
+            nn.utils.clip_grads_with_norm_(self.dit.parameters(), self.args.max_grad_norm, norm)
         return norm
+
+    def _gate(self, norm: Tensor) -> None:
+        """Have fused AdamW change nothing in this step if a loss or gradient is not finite."""
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # torch's, in accelerate's
+        assert all(group["fused"] for group in optimizer.param_groups)
+        optimizer.found_inf = 1.0 - (torch.isfinite(norm) & self.losses.all_finite()).float()
+
+    def _check_step(self) -> None:
+        """Look at the last step whose gradients are there: raises NonFiniteLossError unless it was sound."""
+        gradients = self._gradients
+        if gradients is None:
+            return
+        try:
+            self.losses.check(gradients.step)
+            if self.accelerator.scaler is None:
+                gradients.check()
+            else:  # it skips the step itself, in search of its scale
+                self._overflowed = bool(gradients.bad())
+        except NonFiniteLossError as error:
+            raise self._diagnosed(error, gradients.step) from None
+        self.losses.forget(gradients.step)
+        self._gradients = None
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         return self._clip_grad_norm(model) if grad_norm is None else grad_norm
@@ -208,16 +242,24 @@ class BLIP3oTrainer(Trainer):
         every process round alike."""
         torch.manual_seed(named_seed(self.config.seed, "optimizer step", self.state.global_step))
 
-    def _diagnosed(self, error: NonFiniteLossError) -> NonFiniteLossError:
+    def _after_optimizer_step(self) -> None:
+        """accelerate does not see that the scaler skipped a step of a fused optimizer, and the schedule would
+        go on without it."""
+        optimizer: Any = self.optimizer
+        if self.accelerator.scaler is not None:
+            optimizer._is_overflow = self._overflowed
+
+    def _diagnosed(self, error: NonFiniteLossError, step: int) -> NonFiniteLossError:
         """The error, with where its diagnosis was written."""
         process = self.args.process_index
         name = f"diagnosis-{process}.json" if process else DIAGNOSIS_FILE
         file = write_diagnosis(
             Path(self.args.output_dir or "") / name,
             error,
-            self.state.global_step + 1,
+            step,
             self.dit,
-            self.losses.inputs,
+            self.losses.inputs_of(step),
+            self._gradients,
             # With weights that are shared out, all processes would have to take part.
             forward=None if self.is_fsdp_enabled else self._loss_once_more,
             keys=self._keys,
@@ -260,10 +302,11 @@ class BLIP3oTrainer(Trainer):
             if self.config.eval_samples:
                 metrics |= self._generation_metrics(dataset)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(None, None, named, len(dataset))  # type: ignore[arg-type]
+        measured = len(self._held_out(dataset, self.config.eval_loss_samples))
+        return EvalLoopOutput(None, None, named, measured)  # type: ignore[arg-type]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the monitor's means to a training log line."""
+        """Adds the monitor's means to a training log line; what is not finite is logged as None."""
         if "loss" in logs:
             means = self.monitor.pop()
             if means is not None:
@@ -275,7 +318,19 @@ class BLIP3oTrainer(Trainer):
             if self.stop_request.cut_short(self.state):
                 return
             logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
-        super().log(logs, start_time)
+        super().log(finite_or_none(logs), start_time)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """What is logged, measured or saved, or ends the run, is looked at first."""
+        control = self.control
+        if (
+            control.should_log
+            or control.should_evaluate
+            or control.should_save
+            or control.should_training_stop
+        ):
+            self._check_step()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The batches of the next optimizer step, and how long they were waited for."""
@@ -305,21 +360,24 @@ class BLIP3oTrainer(Trainer):
             with self._written_aside(output / f"checkpoint-{self.state.global_step}") as aside:
                 self._write_checkpoint(aside)
             if self.args.should_save:
-                keep_newest(output, self.config.save_total_limit, best_step=self.state.best_global_step)
+                best = best_saved(output, self.state.log_history, f"eval_{self.config.best_metric}")
+                keep_newest(output, self.config.save_total_limit, best_step=best)
 
     def save_final_model(self) -> None:
         """The model files of the output folder, moved there when all of them are whole."""
         output = Path(self.args.output_dir or "")
         with self._written_aside(output, files_only=True) as aside:
             self.save_model(str(aside), _internal_call=True)
+            if self.ema is not None:
+                self.ema.save(self.dit, aside, write=self.args.should_save, dtype=self.dit.dtype)
             if self.args.should_save:
-                self.state.save_to_json(str(aside / TRAINER_STATE_FILE))
+                save_trainer_state(self.state, aside / TRAINER_STATE_FILE)
 
     @contextmanager
     def _written_aside(self, final: Path, *, files_only: bool = False) -> Iterator[Path]:
         """`written_aside` on the process that saves; all take part: weights may be shared out over them."""
         if self.args.should_save:
-            with written_aside(final, files_only=files_only) as aside:
+            with written_aside(final, files_only=files_only, replaces=[EMA_FILE]) as aside:
                 yield aside
         else:
             yield final
@@ -327,6 +385,8 @@ class BLIP3oTrainer(Trainer):
 
     def _write_checkpoint(self, folder: Path) -> None:
         self.save_model(str(folder), _internal_call=True)
+        if self.ema is not None:
+            self.ema.save(self.dit, folder, write=self.args.should_save)
         optimizer = gathered_state(self.dit, self.optimizer)
         progress = self._current_progress()
         if not self.args.should_save:
@@ -335,7 +395,7 @@ class BLIP3oTrainer(Trainer):
         assert self.lr_scheduler is not None
         save_optimizer(folder, optimizer, self.lr_scheduler, scaler.state_dict() if scaler else None)
         progress.write(folder)
-        self.state.save_to_json(str(folder / TRAINER_STATE_FILE))
+        save_trainer_state(self.state, folder / TRAINER_STATE_FILE)
 
     def run_identity(self) -> Run:
         """What a checkpoint of this run says of it."""
@@ -374,15 +434,25 @@ class BLIP3oTrainer(Trainer):
         rate = matmul_rate(config, self.config.batch_size, device, dtype)
         return Throughput(PASSES_PER_STEP * forward_flops(config), rate)
 
+    def _held_out(self, dataset: EmbeddingDataset, most: int) -> np.ndarray:
+        """Positions of at most so many held-out samples, ascending, the same at every evaluation.
+
+        Not the first ones, which in a store that was made from a folder tree are pictures of one class.
+        """
+        order = named_permutation(len(dataset), seed=self.config.seed, stream="held-out figures")
+        return np.sort(order[:most])
+
     def _held_out_loss(self, dataset: EmbeddingDataset) -> float:
-        """Mean over all samples, on draws that are the same at every evaluation."""
-        pieces = list(batches(range(len(dataset)), self.config.eval_batch_size))
+        """Mean over at most `eval_loss_samples`, on draws that are the same at every evaluation."""
+        chosen = self._held_out(dataset, self.config.eval_loss_samples).tolist()
+        pieces = list(batches(chosen, self.config.eval_batch_size))
         mine, counts = zip(*self.processes.share(pieces), strict=True)
         loader = DataLoader(
             dataset,
             batch_sampler=mine,
             num_workers=self.config.num_workers,
             collate_fn=whole_batch,  # type: ignore[arg-type]
+            worker_init_fn=outlive_stops,
         )
         self.callback_handler.eval_dataloader = loader
         total = torch.zeros(2, dtype=torch.float64)  # of the losses, and of the samples
@@ -398,8 +468,8 @@ class BLIP3oTrainer(Trainer):
         return loss_sum / samples
 
     def _generation_metrics(self, dataset: EmbeddingDataset) -> dict[str, float]:
-        """Fidelity of generated tokens for the first held-out samples."""
-        wanted = dataset.indices[: self.config.eval_samples]
+        """Fidelity of generated tokens for at most `eval_samples` held-out samples."""
+        wanted = dataset.indices[self._held_out(dataset, self.config.eval_samples)]
         sums = FidelitySums(self.dit.target_mean)
         for piece, counted in self.processes.share(list(batches(wanted, self.config.eval_batch_size))):
             eva, clip = dataset.source.fetch(piece)
@@ -414,6 +484,22 @@ class BLIP3oTrainer(Trainer):
                 sums.add(generated, self.dit.as_trained_on(clip))
         sums.state = self.processes.sum(sums.state)
         return sums.result()
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Matrices; no biases, gains of norms or gates of attention heads.
+
+        Without weight decay the Trainer's own choice, which then means nothing but the order in which
+        checkpoints number parameters.
+        """
+        if not self.config.weight_decay:
+            return super().get_decay_parameter_names(model)
+        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        inner: Any = getattr(loader, "base_dataloader", loader)  # in accelerate's
+        inner.worker_init_fn = outlive_stops  # the Trainer's seeds generators, and nothing draws from them
+        return loader
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         dataset = train_dataset or self.train_dataset
@@ -431,8 +517,6 @@ class BLIP3oTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = output_dir or self.args.output_dir or ""
         super()._save(folder, state_dict)
-        if self.ema is not None:
-            self.ema.save(self.dit, folder, write=self.args.should_save)
         if self.args.should_save:
             Path(folder, TRAINING_CONFIG_FILE).write_bytes(self.config.to_json())
             # A pickle that nothing reads; training_config.json says the same in plain text.
