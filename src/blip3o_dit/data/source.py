@@ -28,15 +28,15 @@ EVA_KEY = "eva_blip3o_embeddings"
 CLIP_KEY = "clip_blip3o_embeddings"
 
 
-def open_embeddings(path: str | Path) -> EmbeddingSource:
-    """A store folder or a documented pickle file, checked.
+def open_embeddings(path: str | Path, *, verify: str = "first") -> EmbeddingSource:
+    """A store folder or a documented pickle file, checked; `verify` as for `EmbeddingStore`.
 
     Raises:
         FileNotFoundError, ValueError: one line naming the file, what was expected and what was found.
     """
     path = Path(path)
     if path.is_dir():
-        return EmbeddingStore(path)
+        return EmbeddingStore(path, verify=verify)
     return PickledEmbeddings(path)
 
 

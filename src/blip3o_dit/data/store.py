@@ -4,9 +4,8 @@
     shard-00000.safetensors   eva [n, L, C_eva] and clip [n, N, C_clip]
     shard-00000.jsonl         one object per sample: "key", and "caption" or anything else known
 
-Memory does not grow with the data set. A shard's checksum is verified when a process first maps it, which
-reads the whole file. Every process verifies for itself, except that a data-loader worker starts with what
-the process that started it had verified.
+Memory does not grow with the data set. A shard's checksum is verified when it is first read on a machine,
+which reads the whole file: see `verified.py`.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from blip3o_dit.config import VERIFY_CHOICES, check_name
 from blip3o_dit.data.checks import (
     AnyIndices,
     Indices,
@@ -37,6 +37,7 @@ from blip3o_dit.data.checks import (
     check_record,
     check_square,
 )
+from blip3o_dit.data.verified import Identity, check_once, identity
 from blip3o_dit.files import read_json, reason, show
 from blip3o_dit.folders import sha256
 
@@ -78,13 +79,17 @@ class EmbeddingStore:
 
     Args:
         path: the store's folder.
+        verify: "first" checks a shard's SHA-256 when it is first read on this machine, and again when it
+            changed; "never" relies on sizes and shapes.
 
     Raises:
         FileNotFoundError, ValueError: one line naming the file, what was expected and what was found.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, verify: str = "first") -> None:
+        check_name("verify", verify, VERIFY_CHOICES)
         self.path = Path(path)
+        self.verified_first = verify == "first"
         self.manifest = _read_manifest(self.path)
         self.num_samples: int = self.manifest["num_samples"]
         self.num_tokens: int = self.manifest["num_tokens"]
@@ -92,7 +97,7 @@ class EmbeddingStore:
         self.target_dim: int = self.manifest["target_dim"]
         counts = [shard["num_samples"] for shard in self.manifest["shards"]]
         self.shard_starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        self._verified: set[int] = set()
+        self._verified: dict[int, Identity] = {}  # by this process, or the one that started it
         self._maps: dict[int, tuple[Tensor, Tensor]] = {}
         self._bytes_read = 0
 
@@ -154,14 +159,19 @@ class EmbeddingStore:
         For what is read again later, by way of the store itself: a damaged shard is found then.
         """
         other = copy.copy(self)
-        other._maps, other._verified = {}, set(range(len(self.manifest["shards"])))
+        other._maps, other._verified, other.verified_first = {}, {}, False
         return other
 
     def verify(self) -> None:
-        """Check every shard's and table's checksum. Raises ValueError naming the first damaged file."""
-        self._verified.clear()
+        """Read all of it and check every checksum, those too that were verified before, and every record.
+
+        Raises ValueError naming the first damaged file.
+        """
         self._maps.clear()
-        for shard in range(len(self.manifest["shards"])):
+        for shard, entry in enumerate(self.manifest["shards"]):
+            before = _identity(self.path / entry["file"])
+            _check_digest(self.path / entry["file"], entry["sha256"])
+            self._verified[shard] = before
             self._map(shard)
             self._table(shard)
 
@@ -169,9 +179,8 @@ class EmbeddingStore:
         if shard not in self._maps:
             entry = self.manifest["shards"][shard]
             file = self.path / entry["file"]
-            if shard not in self._verified:
-                _check_digest(file, entry["sha256"])
-                self._verified.add(shard)
+            if self.verified_first and self._verified.get(shard) != _identity(file):
+                self._verified[shard] = check_once(file, shard, entry["sha256"])
             self._maps[shard] = self._open_shard(file, entry["num_samples"])
         return self._maps[shard]
 
@@ -505,6 +514,12 @@ def _check_file(file: Path, size: int) -> None:
     found = file.stat().st_size
     if found != size:
         raise ValueError(f"{file}: expected {size} bytes, found {found}: truncated or altered")
+
+
+def _identity(file: Path) -> Identity:
+    if not file.is_file():
+        raise ValueError(f"{file}: expected a file of the store, found none")
+    return identity(file)
 
 
 def _check_digest(file: Path, expected: str) -> None:

@@ -61,7 +61,7 @@ def train(
         StoppedEarly: on SIGTERM, SIGINT or at `max_hours`; a checkpoint was saved.
     """
     use_cpu(config)  # what cannot run on this machine is refused before anything is read or written
-    source = open_embeddings(_required(config.embeddings_path, "--embeddings_path"))
+    source = open_embeddings(_required(config.embeddings_path, "--embeddings_path"), verify=config.verify)
     model_config = _model_config(source, config)
     _check_output(Path(_required(config.output_dir, "--output_dir")), resume, overwrite, dry_run)
     if resume is not None:

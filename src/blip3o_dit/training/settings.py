@@ -38,6 +38,7 @@ _HARMLESS = frozenset(
         "embeddings_path",
         "output_dir",
         "num_workers",
+        "verify",
         "device",
         "logging_steps",
         "save_steps",
