@@ -196,6 +196,7 @@ def test_checkpoints_hold_no_pickle_and_are_sealed(whole: Path) -> None:
     assert names == {
         *("model.safetensors", EMA_FILE, "config.json", "training_config.json"),
         *("optimizer.safetensors", "optimizer.json", "trainer_state.json", "progress.json", CHECKSUMS_FILE),
+        "source_folds.safetensors",
     }
     for folder in (whole, *checkpoints(whole)):
         folders.verify(folder)
