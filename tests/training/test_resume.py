@@ -104,13 +104,13 @@ def test_samples_seen_before_the_checkpoint_are_not_read(
     whole: Path, store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
-    plain = EmbeddingStore.fetch
+    plain = EmbeddingStore._fetch
 
-    def fetch(self: EmbeddingStore, indices: Any) -> Any:
+    def fetch(self: EmbeddingStore, indices: Any, dtype: torch.dtype) -> Any:
         read.extend(int(index) for index in indices)
-        return plain(self, indices)
+        return plain(self, indices, dtype)
 
-    monkeypatch.setattr(EmbeddingStore, "fetch", fetch)
+    monkeypatch.setattr(EmbeddingStore, "_fetch", fetch)
     config = config_for(store, tmp_path / "again", **(EVERY | dict(eval_steps=100, eval_samples=0)))
     train(config, resume=continued(whole, 9, tmp_path / "again"))
     trained, held_out = 8, 8  # one step; the evaluation at the end

@@ -111,9 +111,14 @@ class PickledEmbeddings:
 
     def fetch(self, indices: Indices) -> tuple[Tensor, Tensor]:
         """See `EmbeddingSource.fetch`."""
+        eva, clip = self.fetch_stored(indices)
+        return eva.float(), clip.float()
+
+    def fetch_stored(self, indices: Indices) -> tuple[Tensor, Tensor]:
+        """The same in the dtypes of the pickle."""
         check_indices(self.path, indices, self.num_samples)
         rows = torch.as_tensor(np.asarray(indices, dtype=np.int64))
-        return self._eva[rows].float(), self._clip[rows].float()
+        return self._eva[rows], self._clip[rows]
 
     def records(self, indices: Indices | None = None) -> list[Record]:
         """See `EmbeddingSource.records`."""

@@ -65,6 +65,12 @@ class EmbeddingSource(Protocol):
         """The records of these samples, or of all."""
 
 
+def fetch_stored(source: EmbeddingSource, indices: Indices) -> tuple[Tensor, Tensor]:
+    """As `EmbeddingSource.fetch`, but in the dtype the tokens are stored in, if the source can give them so."""
+    own = getattr(source, "fetch_stored", None)
+    return own(indices) if callable(own) else source.fetch(indices)
+
+
 UNMAP_AFTER = 2**26
 """Bytes (as float32) a store hands out before it drops its maps; mapping again costs microseconds a shard.
 
@@ -114,10 +120,17 @@ class EmbeddingStore:
 
     def fetch(self, indices: Indices) -> tuple[Tensor, Tensor]:
         """See `EmbeddingSource.fetch`. Raises ValueError for a damaged shard, IndexError out of range."""
+        return self._fetch(indices, torch.float32)
+
+    def fetch_stored(self, indices: Indices) -> tuple[Tensor, Tensor]:
+        """The same in the store's dtype: half the bytes for a batch that goes from process to process."""
+        return self._fetch(indices, DTYPES[self.manifest["dtype"]])
+
+    def _fetch(self, indices: Indices, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         check_indices(self.path, indices, self.num_samples)
         wanted = np.asarray(indices, dtype=np.int64)
-        eva = torch.empty(len(wanted), self.num_tokens, self.condition_dim)
-        clip = torch.empty(len(wanted), self.num_tokens, self.target_dim)
+        eva = torch.empty(len(wanted), self.num_tokens, self.condition_dim, dtype=dtype)
+        clip = torch.empty(len(wanted), self.num_tokens, self.target_dim, dtype=dtype)
         shards, inside = self._places(wanted)
         # In the order of the files, and each sample straight from its map to its place: gathering a batch
         # and converting it would go over the same bytes three times.
@@ -125,7 +138,7 @@ class EmbeddingStore:
             shard_eva, shard_clip = self._map(int(shards[row]))
             eva[row] = shard_eva[inside[row]]
             clip[row] = shard_clip[inside[row]]
-        self._release_pages(eva.nbytes + clip.nbytes)
+        self._release_pages(4 * (eva.numel() + clip.numel()))
         return eva, clip
 
     def records(self, indices: Indices | None = None) -> list[Record]:
