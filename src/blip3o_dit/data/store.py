@@ -66,7 +66,7 @@ class EmbeddingSource(Protocol):
 
 
 def fetch_stored(source: EmbeddingSource, indices: Indices) -> tuple[Tensor, Tensor]:
-    """As `EmbeddingSource.fetch`, but in the dtype the tokens are stored in, if the source can give them so."""
+    """As `EmbeddingSource.fetch`, but in the dtype that the tokens are stored in, if the source has it."""
     own = getattr(source, "fetch_stored", None)
     return own(indices) if callable(own) else source.fetch(indices)
 
