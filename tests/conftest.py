@@ -33,8 +33,8 @@ def randomize(model: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> None
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
-    """Bytes are named by their place: pickles of tensors hold addresses, which differ from process to process,
-    and processes that share out tests must collect the same ones."""
+    """Bytes are named by their place: pickles of tensors hold addresses, and processes
+    that share out tests must collect the same ones."""
     return argname if isinstance(val, bytes) else None
 
 

@@ -19,6 +19,7 @@ from blip3o_dit.data.store import (
     EmbeddingStore,
     StoreWriter,
     batches,
+    check_shard_count,
     dump_atomically,
 )
 from blip3o_dit.files import show, show_names
@@ -137,6 +138,8 @@ def convert_pickle(
 ) -> EmbeddingStore:
     """Write the documented pickle `source` as an embedding store at `target`."""
     pickled = PickledEmbeddings(source)
+    if shard_size is not None and shard_size >= 1:
+        check_shard_count(Path(target), pickled.num_samples, shard_size)
     writer = StoreWriter(
         target,
         num_tokens=pickled.num_tokens,

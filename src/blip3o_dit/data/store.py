@@ -38,12 +38,14 @@ from blip3o_dit.data.checks import (
     check_square,
 )
 from blip3o_dit.data.verified import Identity, check_once, identity
-from blip3o_dit.files import read_json, reason, show
+from blip3o_dit.files import MOST_JSON, read_json, reason, show
 from blip3o_dit.folders import sha256
 
 MANIFEST = "manifest.json"
 FORMAT = "blip3o-dit embedding store"
 FORMAT_VERSION = 1
+MOST_SHARDS = 150_000
+"""A manifest of so many, at up to 350 bytes each, is read whole: `files.MOST_JSON`."""
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -328,11 +330,22 @@ class StoreWriter:
 
     def _write_shard(self) -> None:
         """Everything pending becomes one shard."""
+        check_shard_count(self.path, self._written + len(self._pending_lines), self.shard_size)
         eva = torch.cat([pair[0] for pair in self._pending])
         clip = torch.cat([pair[1] for pair in self._pending])
         self._shards.append(write_shard(self.path, len(self._shards), eva, clip, self._pending_lines))
         self._written += len(self._pending_lines)
         self._pending, self._pending_lines = [], []
+
+
+def check_shard_count(folder: Path, samples: int, shard_size: int) -> None:
+    """Refuse (ValueError) so many samples in shards of this size that no manifest could list them."""
+    shards = -(-samples // shard_size)
+    if shards > MOST_SHARDS:
+        raise ValueError(
+            f"{folder}: shard_size: expected at least {-(-samples // MOST_SHARDS)} for {samples} samples "
+            f"(a store has at most {MOST_SHARDS} shards), found {shard_size}"
+        )
 
 
 def write_shard(folder: Path, number: int, eva: Tensor, clip: Tensor, lines: Sequence[str]) -> dict[str, Any]:
@@ -375,7 +388,12 @@ def write_manifest(
         **about,
         "shards": list(shards),
     }
-    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
+    content = json.dumps(manifest, indent=2).encode()
+    if len(content) > MOST_JSON:
+        raise ValueError(
+            f"{folder / MANIFEST}: expected at most {MOST_JSON} bytes to write, found {len(content)}"
+        )
+    write_atomically(folder / MANIFEST, content)
 
 
 def to_disk(where: Path, tokens: Tensor, name: str, dtype: str) -> Tensor:
