@@ -33,7 +33,7 @@ SETTINGS = SIZES | STEPS | dict(eval_inference_steps=2, source_samples=64, devic
 
 # Where a run can be hit: the module, the class or None, and the function on whose n-th call it is.
 PHASES: dict[str, tuple[str, str | None, str]] = {
-    "loading": ("blip3o_dit.data.store", "EmbeddingStore", "fetch"),
+    "loading": ("blip3o_dit.data.store", "EmbeddingStore", "_fetch"),
     "forward": ("blip3o_dit.training.trainer", "BLIP3oTrainer", "compute_loss"),
     "backward": ("blip3o_dit.training.trainer", "BLIP3oTrainer", "_clip_grad_norm"),
     "optimizer step": ("blip3o_dit.training.ema", "ExponentialMovingAverage", "update"),

@@ -33,6 +33,12 @@ def randomize(model: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> None
             parameter.copy_(1.0 + noise if ".norm" in name and name.endswith("weight") else noise)
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes are named by their place: pickles of tensors hold addresses, and processes
+    that share out tests must collect the same ones."""
+    return argname if isinstance(val, bytes) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first: `make test` gives whole files to two processes."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}

@@ -21,6 +21,7 @@ TRAINING_CONFIG_FILE = "training_config.json"
 SCHEDULE_TYPES = ("linear", "cosine")
 SPLIT_RULES = ("permutation", "key_hash")
 SHUFFLES = ("exact", "window")
+VERIFY_CHOICES = ("first", "never")
 PREDICTION_TYPES = ("v_prediction", "epsilon", "sample", "preconditioned")
 TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
 SOURCES = ("noise", "ridge", "ridge_3x3")
@@ -487,6 +488,11 @@ class TrainingConfig:
         choices=SHUFFLES,
     )
     shuffle_window: int = _option(4096, "samples that --shuffle window mixes at a time")
+    verify: str = _option(
+        "first",
+        "checksums of a store's shards: taken when this machine first reads a shard, or never",
+        choices=VERIFY_CHOICES,
+    )
     num_workers: int = _option(0, "data-loader processes")
 
     fp16: bool = _option(False, "float16 mixed precision (needs a GPU)")

@@ -8,7 +8,7 @@ CPU: every device sees the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 
 import numpy as np
@@ -30,22 +30,44 @@ def named_seed(*name: int | str) -> int:
 
 
 def named_normal(
-    indices: Sequence[int], shape: Sequence[int], *, seed: int, stream: str, pass_index: int = 0
+    indices: Sequence[int],
+    shape: Sequence[int],
+    *,
+    seed: int,
+    stream: str,
+    pass_index: int = 0,
+    repeats: Sequence[int] | None = None,
 ) -> Tensor:
-    """N(0, 1) of shape [len(indices), *shape], float32, on the CPU; row i belongs to sample indices[i]."""
+    """N(0, 1) of shape [len(indices), *shape], float32, on the CPU; row i belongs to sample indices[i].
+
+    `repeats` says how often each sample came before in the pass: 0 for all by default.
+    """
     out = np.empty((len(indices), *shape), dtype=np.float32)
-    for row, index in zip(out, indices, strict=True):
-        generator = named_generator(seed, stream, pass_index, int(index))
-        generator.standard_normal(out=row, dtype=np.float32)
+    for row, name in zip(out, _names(indices, repeats), strict=True):
+        named_generator(seed, stream, pass_index, *name).standard_normal(out=row, dtype=np.float32)
     return torch.from_numpy(out)
 
 
-def named_uniform(indices: Sequence[int], *, seed: int, stream: str, pass_index: int = 0) -> Tensor:
+def named_uniform(
+    indices: Sequence[int],
+    *,
+    seed: int,
+    stream: str,
+    pass_index: int = 0,
+    repeats: Sequence[int] | None = None,
+) -> Tensor:
     """U[0, 1) of shape [len(indices)], float32, on the CPU; entry i belongs to sample indices[i]."""
     draws = [
-        named_generator(seed, stream, pass_index, int(index)).random(dtype=np.float32) for index in indices
+        named_generator(seed, stream, pass_index, *name).random(dtype=np.float32)
+        for name in _names(indices, repeats)
     ]
     return torch.tensor(draws, dtype=torch.float32)
+
+
+def _names(indices: Sequence[int], repeats: Sequence[int] | None) -> Iterator[tuple[int, ...]]:
+    """What a sample adds to the name of its draw: its index, and its repetition in the pass if it is one."""
+    for index, repeat in zip(indices, repeats or [0] * len(indices), strict=True):
+        yield (int(index), int(repeat)) if repeat else (int(index),)
 
 
 def named_permutation(n: int, *, seed: int, stream: str, pass_index: int = 0) -> np.ndarray:

@@ -24,7 +24,7 @@ from blip3o_dit.data.dataset import (
     whole_batch,
 )
 from blip3o_dit.data.source import PickledEmbeddings, write_pickle
-from blip3o_dit.data.store import EmbeddingStore, StoreWriter
+from blip3o_dit.data.store import DTYPES, EmbeddingStore, StoreWriter
 from blip3o_dit.randomness import named_normal
 
 SIZES = dict(num_tokens=4, condition_dim=6, target_dim=3)
@@ -332,7 +332,10 @@ def test_a_pass_is_filled_up_with_the_samples_that_began_it(size: int) -> None:
     ):
         order, whole = order_of(plain, 2), order_of(filled, 2)
         assert len(whole) == len(filled) == -(-23 // size) * size
-        assert whole == (order * 3)[: len(whole)]
+        assert [item[:2] for item in whole] == (order * 3)[: len(whole)]
+        assert [item[2:] for item in whole] == [(n,) if n else () for n in range(3) for _ in order][
+            : len(whole)
+        ]
 
 
 @pytest.mark.parametrize(
@@ -499,3 +502,54 @@ def test_draws_are_named_by_the_sample_and_made_with_the_batch(tmp_path: Path) -
     assert torch.equal(drawn.__getitems__([(2, 30)])["time"], batch["time"][1:])
     assert not torch.equal(drawn.__getitems__([(3, 30)])["time"], batch["time"][1:])
     assert batch["time"][0] != batch["drop"][0]
+
+
+def test_a_repetition_has_draws_of_its_own(tmp_path: Path) -> None:
+    """A split smaller than a batch still trains on as many draws as the batch has samples."""
+    drawn = EmbeddingDataset(write(tmp_path / "store", names(3)), np.arange(3), NamedDraws(5, "training"))
+    items = order_of(ShuffledPasses(3, seed=0, global_batch=8), 2)
+    batch = drawn.__getitems__(items)
+    assert batch["index"] == (batch["index"][:3] * 3)[:8]
+    for name in ("noise", "time", "drop"):
+        assert len(np.unique(batch[name].flatten(1).numpy() if name == "noise" else batch[name], axis=0)) == 8
+    for rows in (slice(0, 3), slice(5, 6), slice(7, 8)):  # whatever batch they travel in
+        alone = drawn.__getitems__(items[rows])
+        assert torch.equal(alone["noise"], batch["noise"][rows])
+        assert torch.equal(alone["time"], batch["time"][rows])
+    first = named_normal(batch["index"][:3], (4, 3), seed=5, stream="training noise", pass_index=2)
+    assert torch.equal(batch["noise"][:3], first)  # named as ever
+
+
+@pytest.mark.parametrize(("dtype", "kind"), DTYPES.items())
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_travel_in_the_dtype_of_the_store(
+    tmp_path: Path, dtype: str, kind: torch.dtype, workers: int
+) -> None:
+    eva, clip = torch.randn(9, 4, 6), torch.randn(9, 4, 3)
+    with StoreWriter(tmp_path / "s", **SIZES, dtype=dtype, shard_size=4) as writer:
+        writer.append(eva, clip, [{"key": str(row)} for row in range(9)])
+    store = EmbeddingStore(tmp_path / "s")
+    data = EmbeddingDataset(store, np.arange(9), NamedDraws(5, "training"))
+    loader: DataLoader = DataLoader(
+        data,
+        batch_size=9,
+        sampler=ShuffledPasses(9, seed=0),
+        num_workers=workers,
+        collate_fn=whole_batch,
+    )
+    (batch,) = loader
+    assert {batch[name].dtype for name in ("eva", "clip")} == {kind}
+    assert {batch[name].dtype for name in ("noise", "time", "drop")} == {torch.float32}
+    for name, tokens in zip(("eva", "clip"), store.fetch(batch["index"]), strict=True):
+        assert tokens.dtype == torch.float32  # for everybody else
+        assert torch.equal(batch[name].float(), tokens)
+
+
+def test_a_pickles_batches_travel_as_it_has_them(store: EmbeddingStore, tmp_path: Path) -> None:
+    with StoreWriter(tmp_path / "half", **SIZES) as writer:
+        writer.append(*store.fetch(range(23)), store.records())
+    write_pickle(EmbeddingStore(tmp_path / "half"), tmp_path / "e.pkl")
+    pickled = PickledEmbeddings(tmp_path / "e.pkl")
+    batch = EmbeddingDataset(pickled, np.arange(23))[4]
+    assert batch["eva"].dtype == batch["clip"].dtype == torch.float16
+    assert torch.equal(batch["eva"].float(), pickled.fetch([4])[0])

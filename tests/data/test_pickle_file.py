@@ -970,3 +970,14 @@ def test_many_small_objects_do_not_fill_the_memory(
     path = write(tmp_path, program(head, opcodes * count, b"l"))
     assert "in proportion to the file" in reason_of(path)
     assert len(load_pickle(write(tmp_path, program(head, opcodes * (count // 2), b"l")))) > 1
+
+
+def test_no_tests_name_holds_bytes_of_its_parameters(request: pytest.FixtureRequest) -> None:
+    """Some of them hold addresses: processes that share out the tests would not agree on their names."""
+    named = [
+        (item.name, value)
+        for item in request.session.items
+        for value in getattr(getattr(item, "callspec", None), "params", {}).values()
+        if isinstance(value, bytes) and len(value) > 4
+    ]
+    assert not [name for name, value in named if ascii(value)[2:-1] in name]

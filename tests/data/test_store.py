@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from blip3o_dit.data import store as store_module
 from blip3o_dit.data.dataset import EmbeddingDataset, split_samples, whole_batch
+from blip3o_dit.data.source import convert_pickle, write_pickle
 from blip3o_dit.data.store import (
     DTYPES,
     MANIFEST,
@@ -26,6 +28,7 @@ from blip3o_dit.data.store import (
     dump_atomically,
     write_atomically,
 )
+from blip3o_dit.files import MOST_JSON
 
 SIZES = dict(num_tokens=4, condition_dim=6, target_dim=3)
 
@@ -618,6 +621,37 @@ def test_memory_does_not_grow_with_the_shards_read(tmp_path: Path) -> None:
     for rows in batches(range(store.num_samples), 32):
         store.fetch(rows)
     assert private_bytes() - before < total / 4
+
+
+# More shards than a manifest can list
+
+
+def test_a_store_of_more_shards_than_a_manifest_lists_is_refused_while_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "MOST_SHARDS", 3)
+    write(tmp_path / "enough", 9)
+    expected = "shard_size: expected at least 4 for 10 samples (a store has at most 3 shards), found 3"
+    assert expected in refused(lambda: write(tmp_path / "s", 10))
+    assert not (tmp_path / "s" / MANIFEST).exists()
+    assert len(list((tmp_path / "s").glob("shard-*.safetensors"))) == 3
+    write_pickle(write(tmp_path / "whole", 10, shard_size=None), tmp_path / "e.pkl")
+    write(tmp_path / "kept", 2)
+    convert = lambda: convert_pickle(tmp_path / "e.pkl", tmp_path / "kept", shard_size=3, overwrite=True)  # noqa: E731
+    assert expected in refused(convert)
+    assert len(EmbeddingStore(tmp_path / "kept")) == 2  # refused before anything was removed
+
+
+def test_the_most_shards_make_a_manifest_that_is_read(tmp_path: Path) -> None:
+    digest = "0" * 64
+    entry = {"file": "shard-149999.safetensors", "num_samples": 1024, "bytes": 268435456, "sha256": digest}
+    entry |= {"table": "shard-149999.jsonl", "table_sha256": digest}
+    one, two = (len(json.dumps({"shards": [entry] * count}, indent=2)) for count in (1, 2))
+    assert (two - one) * store_module.MOST_SHARDS < 0.9 * MOST_JSON
+    about = {"encoders": {"eva": {"name": "x" * MOST_JSON}}}
+    assert "bytes to write" in refused(
+        lambda: store_module.write_manifest(tmp_path, (4, 6, 3), "float16", [], about)
+    )
 
 
 # Content that somebody signed: checksums say nothing about it

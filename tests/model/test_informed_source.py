@@ -149,7 +149,7 @@ def test_the_fit_finds_the_regression_and_its_residual(source: str) -> None:
     model.set_statistics(
         condition=(data._eva.mean(dim=(0, 1)), data._eva.std(dim=(0, 1))), target=(mean, std)
     )
-    model.set_source(**fit_source(model, data, np.arange(2000), most=2000, seed=0))
+    model.set_source(**fit_source(model, data, np.arange(2000), most=2000, seed=0)[0])
     eva, _ = data.fetch(np.arange(50))
     guess = model.restore_target(model.source_of(model.normalize_condition(eva)).mean)
     torch.testing.assert_close(guess, data.mean(eva), rtol=0, atol=0.2)

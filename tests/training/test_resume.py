@@ -111,13 +111,13 @@ def test_samples_seen_before_the_checkpoint_are_not_read(
     whole: Path, store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
-    plain = EmbeddingStore.fetch
+    plain = EmbeddingStore._fetch
 
-    def fetch(self: EmbeddingStore, indices: Any) -> Any:
+    def fetch(self: EmbeddingStore, indices: Any, dtype: torch.dtype) -> Any:
         read.extend(int(index) for index in indices)
-        return plain(self, indices)
+        return plain(self, indices, dtype)
 
-    monkeypatch.setattr(EmbeddingStore, "fetch", fetch)
+    monkeypatch.setattr(EmbeddingStore, "_fetch", fetch)
     config = config_for(store, tmp_path / "again", **(EVERY | dict(eval_steps=100, eval_samples=0)))
     train(config, resume=continued(whole, 9, tmp_path / "again"))
     trained, held_out = 8, 8  # one step; the evaluation at the end
@@ -268,6 +268,7 @@ def test_checkpoints_hold_no_pickle_and_are_sealed(whole: Path) -> None:
     assert names == {
         *("model.safetensors", EMA_FILE, "config.json", "training_config.json"),
         *("optimizer.safetensors", "optimizer.json", "trainer_state.json", "progress.json", CHECKSUMS_FILE),
+        "source_folds.safetensors",
     }
     for folder in (whole, *checkpoints(whole)):
         folders.verify(folder)

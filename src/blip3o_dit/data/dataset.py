@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import cycle, islice, pairwise
+from itertools import count, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from blip3o_dit.config import SHUFFLES, SPLIT_RULES, check_name, check_split
 from blip3o_dit.data.checks import Record
 from blip3o_dit.data.source import open_embeddings
 from blip3o_dit.data.statistics import streamed_statistics
-from blip3o_dit.data.store import EmbeddingSource
+from blip3o_dit.data.store import EmbeddingSource, EmbeddingStore, fetch_stored
 from blip3o_dit.randomness import named_generator, named_normal, named_permutation, named_uniform
 
 
@@ -86,9 +86,18 @@ class NamedDraws:
     seed: int
     stream: str
 
-    def of(self, indices: Sequence[int], pass_index: int, shape: Sequence[int]) -> dict[str, Tensor]:
-        """`noise` [B, *shape] from N(0, 1), `time` and `drop` [B] from U[0, 1): uniform, not yet a time."""
-        name: dict[str, Any] = {"seed": self.seed, "pass_index": pass_index}
+    def of(
+        self,
+        indices: Sequence[int],
+        pass_index: int,
+        shape: Sequence[int],
+        repeats: Sequence[int] | None = None,
+    ) -> dict[str, Tensor]:
+        """`noise` [B, *shape] from N(0, 1), `time` and `drop` [B] from U[0, 1): uniform, not yet a time.
+
+        `repeats` says how often each sample came before in the pass: a repetition has draws of its own.
+        """
+        name: dict[str, Any] = {"seed": self.seed, "pass_index": pass_index, "repeats": repeats}
         return {
             "noise": named_normal(indices, shape, stream=f"{self.stream} noise", **name),
             "time": named_uniform(indices, stream=f"{self.stream} time", **name),
@@ -97,10 +106,12 @@ class NamedDraws:
 
 
 class EmbeddingDataset(Dataset):
-    """Samples of a source as batches; an item is asked for as (pass index, position in the split).
+    """Samples of a source as batches; an item is asked for as (pass index, position in the split), and as
+    (pass index, position, n) when it is the n-th repetition of that sample in the pass.
 
-    A batch is a dict: `eva` [B, L, C_eva] and `clip` [B, N, C_clip] float32 in the units of the data,
-    `index`, a list of B sample indices in the source, `pass_index`, an int, and what `draws` adds.
+    A batch is a dict: `eva` [B, L, C_eva] and `clip` [B, N, C_clip] in the units of the data and in the dtype
+    they are stored in (what takes a batch converts it where it computes), `index`, a list of B sample indices
+    in the source, `pass_index`, an int, and what `draws` adds.
     """
 
     def __init__(self, source: EmbeddingSource, indices: np.ndarray, draws: NamedDraws | None = None) -> None:
@@ -111,17 +122,22 @@ class EmbeddingDataset(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, item: tuple[int, int] | int) -> dict[str, Any]:
+    def __getitem__(self, item: tuple[int, ...] | int) -> dict[str, Any]:
         return self.__getitems__([item])
 
-    def __getitems__(self, items: Sequence[tuple[int, int] | int]) -> dict[str, Any]:
-        pairs = [item if isinstance(item, tuple) else (0, item) for item in items]
-        index = self.indices[[position for _, position in pairs]]
-        eva, clip = self.source.fetch(index)
-        batch = {"eva": eva, "clip": clip, "index": index.tolist(), "pass_index": pairs[0][0]}
+    def __getitems__(self, items: Sequence[tuple[int, ...] | int]) -> dict[str, Any]:
+        passes, positions, repeats = zip(*map(_whole_item, items), strict=True)
+        pass_index, index = passes[0], self.indices[list(positions)]
+        eva, clip = fetch_stored(self.source, index)
+        batch = {"eva": eva, "clip": clip, "index": index.tolist(), "pass_index": pass_index}
         if self.draws is not None:
-            batch |= self.draws.of(batch["index"], batch["pass_index"], clip.shape[1:])
+            batch |= self.draws.of(batch["index"], pass_index, clip.shape[1:], repeats)
         return batch
+
+
+def _whole_item(item: tuple[int, ...] | int) -> tuple[int, ...]:
+    """(pass index, position, repetition) of an item, whose parts are 0 where it has them not."""
+    return (*item, 0)[:3] if isinstance(item, tuple) else (0, item, 0)
 
 
 class ShuffledPasses(Sampler):
@@ -129,7 +145,7 @@ class ShuffledPasses(Sampler):
 
     A pass is whole global batches, so that it takes the same steps however a batch is cut up among processes
     and accumulation: the samples that began the pass fill the last one up, in turn again and again if the
-    split is smaller than a batch.
+    split is smaller than a batch. Such an item also has the number of its repetition, from 1.
 
     Args:
         global_batch: samples per optimizer step, of all processes and micro-batches together.
@@ -148,14 +164,15 @@ class ShuffledPasses(Sampler):
     def __len__(self) -> int:
         return self.num_samples + self.fill
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
         pass_index = self.pass_index
-        began: list[tuple[int, int]] = []
+        began: list[tuple[int, ...]] = []
         for item in ((pass_index, int(position)) for piece in self._pieces(pass_index) for position in piece):
             if len(began) < self.fill:
                 began.append(item)
             yield item
-        yield from islice(cycle(began), self.fill)
+        again = ((*item, repeat) for repeat in count(1) for item in began)
+        yield from islice(again, self.fill)
 
     def _pieces(self, pass_index: int) -> Iterator[np.ndarray]:
         """The positions of a pass, in pieces that follow one another."""
@@ -213,16 +230,16 @@ def whole_batch(batch: dict[str, Any]) -> dict[str, Any]:
 def test_blip3o_dataset(path: str | Path) -> dict[str, Any]:
     """Check a data set before training on it, and say what is in it.
 
-    Reads every sample once. Returns counts, widths, token norms and the range of the channels' standard
-    deviations, and writes them to standard output, one line each.
+    Reads everything, whatever was verified before. Returns counts, widths, token norms and the range of the
+    channels' standard deviations, and writes them to standard output, one line each.
 
     Raises:
         FileNotFoundError, ValueError: for anything `open_embeddings` or a checksum refuses.
     """
     source = open_embeddings(path)
+    if isinstance(source, EmbeddingStore):
+        source.verify()
     everything = np.arange(source.num_samples)
-    for _ in _each_record(source):  # checks the tables; the statistics check the shards
-        pass
     condition, target = streamed_statistics(source, everything, normalize=False)
     facts: dict[str, Any] = {
         "path": str(source.path),

@@ -19,6 +19,7 @@ from blip3o_dit.data.store import (
     EmbeddingStore,
     StoreWriter,
     batches,
+    check_shard_count,
     dump_atomically,
 )
 from blip3o_dit.files import show, show_names
@@ -28,15 +29,15 @@ EVA_KEY = "eva_blip3o_embeddings"
 CLIP_KEY = "clip_blip3o_embeddings"
 
 
-def open_embeddings(path: str | Path) -> EmbeddingSource:
-    """A store folder or a documented pickle file, checked.
+def open_embeddings(path: str | Path, *, verify: str = "first") -> EmbeddingSource:
+    """A store folder or a documented pickle file, checked; `verify` as for `EmbeddingStore`.
 
     Raises:
         FileNotFoundError, ValueError: one line naming the file, what was expected and what was found.
     """
     path = Path(path)
     if path.is_dir():
-        return EmbeddingStore(path)
+        return EmbeddingStore(path, verify=verify)
     return PickledEmbeddings(path)
 
 
@@ -111,9 +112,14 @@ class PickledEmbeddings:
 
     def fetch(self, indices: Indices) -> tuple[Tensor, Tensor]:
         """See `EmbeddingSource.fetch`."""
+        eva, clip = self.fetch_stored(indices)
+        return eva.float(), clip.float()
+
+    def fetch_stored(self, indices: Indices) -> tuple[Tensor, Tensor]:
+        """The same in the dtypes of the pickle."""
         check_indices(self.path, indices, self.num_samples)
         rows = torch.as_tensor(np.asarray(indices, dtype=np.int64))
-        return self._eva[rows].float(), self._clip[rows].float()
+        return self._eva[rows], self._clip[rows]
 
     def records(self, indices: Indices | None = None) -> list[Record]:
         """See `EmbeddingSource.records`."""
@@ -132,6 +138,8 @@ def convert_pickle(
 ) -> EmbeddingStore:
     """Write the documented pickle `source` as an embedding store at `target`."""
     pickled = PickledEmbeddings(source)
+    if shard_size is not None and shard_size >= 1:
+        check_shard_count(Path(target), pickled.num_samples, shard_size)
     writer = StoreWriter(
         target,
         num_tokens=pickled.num_tokens,

@@ -4,9 +4,8 @@
     shard-00000.safetensors   eva [n, L, C_eva] and clip [n, N, C_clip]
     shard-00000.jsonl         one object per sample: "key", and "caption" or anything else known
 
-Memory does not grow with the data set. A shard's checksum is verified when a process first maps it, which
-reads the whole file. Every process verifies for itself, except that a data-loader worker starts with what
-the process that started it had verified.
+Memory does not grow with the data set. A shard's checksum is verified when it is first read on a machine,
+which reads the whole file: see `verified.py`.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from blip3o_dit.config import VERIFY_CHOICES, check_name
 from blip3o_dit.data.checks import (
     AnyIndices,
     Indices,
@@ -37,12 +37,15 @@ from blip3o_dit.data.checks import (
     check_record,
     check_square,
 )
-from blip3o_dit.files import read_json, reason, show
+from blip3o_dit.data.verified import Identity, check_once, identity
+from blip3o_dit.files import MOST_JSON, read_json, reason, show
 from blip3o_dit.folders import sha256
 
 MANIFEST = "manifest.json"
 FORMAT = "blip3o-dit embedding store"
 FORMAT_VERSION = 1
+MOST_SHARDS = 150_000
+"""A manifest of so many, at up to 350 bytes each, is read whole: `files.MOST_JSON`."""
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -64,6 +67,12 @@ class EmbeddingSource(Protocol):
         """The records of these samples, or of all."""
 
 
+def fetch_stored(source: EmbeddingSource, indices: Indices) -> tuple[Tensor, Tensor]:
+    """As `EmbeddingSource.fetch`, but in the dtype that the tokens are stored in, if the source has it."""
+    own = getattr(source, "fetch_stored", None)
+    return own(indices) if callable(own) else source.fetch(indices)
+
+
 UNMAP_AFTER = 2**26
 """Bytes (as float32) a store hands out before it drops its maps; mapping again costs microseconds a shard.
 
@@ -78,13 +87,17 @@ class EmbeddingStore:
 
     Args:
         path: the store's folder.
+        verify: "first" checks a shard's SHA-256 when it is first read on this machine, and again when it
+            changed; "never" relies on sizes and shapes.
 
     Raises:
         FileNotFoundError, ValueError: one line naming the file, what was expected and what was found.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, verify: str = "first") -> None:
+        check_name("verify", verify, VERIFY_CHOICES)
         self.path = Path(path)
+        self.verified_first = verify == "first"
         self.manifest = _read_manifest(self.path)
         self.num_samples: int = self.manifest["num_samples"]
         self.num_tokens: int = self.manifest["num_tokens"]
@@ -92,7 +105,7 @@ class EmbeddingStore:
         self.target_dim: int = self.manifest["target_dim"]
         counts = [shard["num_samples"] for shard in self.manifest["shards"]]
         self.shard_starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        self._verified: set[int] = set()
+        self._verified: dict[int, Identity] = {}  # by this process, or the one that started it
         self._maps: dict[int, tuple[Tensor, Tensor]] = {}
         self._bytes_read = 0
 
@@ -109,10 +122,17 @@ class EmbeddingStore:
 
     def fetch(self, indices: Indices) -> tuple[Tensor, Tensor]:
         """See `EmbeddingSource.fetch`. Raises ValueError for a damaged shard, IndexError out of range."""
+        return self._fetch(indices, torch.float32)
+
+    def fetch_stored(self, indices: Indices) -> tuple[Tensor, Tensor]:
+        """The same in the store's dtype: half the bytes for a batch that goes from process to process."""
+        return self._fetch(indices, DTYPES[self.manifest["dtype"]])
+
+    def _fetch(self, indices: Indices, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         check_indices(self.path, indices, self.num_samples)
         wanted = np.asarray(indices, dtype=np.int64)
-        eva = torch.empty(len(wanted), self.num_tokens, self.condition_dim)
-        clip = torch.empty(len(wanted), self.num_tokens, self.target_dim)
+        eva = torch.empty(len(wanted), self.num_tokens, self.condition_dim, dtype=dtype)
+        clip = torch.empty(len(wanted), self.num_tokens, self.target_dim, dtype=dtype)
         shards, inside = self._places(wanted)
         # In the order of the files, and each sample straight from its map to its place: gathering a batch
         # and converting it would go over the same bytes three times.
@@ -120,7 +140,7 @@ class EmbeddingStore:
             shard_eva, shard_clip = self._map(int(shards[row]))
             eva[row] = shard_eva[inside[row]]
             clip[row] = shard_clip[inside[row]]
-        self._release_pages(eva.nbytes + clip.nbytes)
+        self._release_pages(4 * (eva.numel() + clip.numel()))
         return eva, clip
 
     def records(self, indices: Indices | None = None) -> list[Record]:
@@ -154,14 +174,19 @@ class EmbeddingStore:
         For what is read again later, by way of the store itself: a damaged shard is found then.
         """
         other = copy.copy(self)
-        other._maps, other._verified = {}, set(range(len(self.manifest["shards"])))
+        other._maps, other._verified, other.verified_first = {}, {}, False
         return other
 
     def verify(self) -> None:
-        """Check every shard's and table's checksum. Raises ValueError naming the first damaged file."""
-        self._verified.clear()
+        """Read all of it and check every checksum, those too that were verified before, and every record.
+
+        Raises ValueError naming the first damaged file.
+        """
         self._maps.clear()
-        for shard in range(len(self.manifest["shards"])):
+        for shard, entry in enumerate(self.manifest["shards"]):
+            before = _identity(self.path / entry["file"])
+            _check_digest(self.path / entry["file"], entry["sha256"])
+            self._verified[shard] = before
             self._map(shard)
             self._table(shard)
 
@@ -169,9 +194,8 @@ class EmbeddingStore:
         if shard not in self._maps:
             entry = self.manifest["shards"][shard]
             file = self.path / entry["file"]
-            if shard not in self._verified:
-                _check_digest(file, entry["sha256"])
-                self._verified.add(shard)
+            if self.verified_first and self._verified.get(shard) != _identity(file):
+                self._verified[shard] = check_once(file, shard, entry["sha256"])
             self._maps[shard] = self._open_shard(file, entry["num_samples"])
         return self._maps[shard]
 
@@ -306,11 +330,22 @@ class StoreWriter:
 
     def _write_shard(self) -> None:
         """Everything pending becomes one shard."""
+        check_shard_count(self.path, self._written + len(self._pending_lines), self.shard_size)
         eva = torch.cat([pair[0] for pair in self._pending])
         clip = torch.cat([pair[1] for pair in self._pending])
         self._shards.append(write_shard(self.path, len(self._shards), eva, clip, self._pending_lines))
         self._written += len(self._pending_lines)
         self._pending, self._pending_lines = [], []
+
+
+def check_shard_count(folder: Path, samples: int, shard_size: int) -> None:
+    """Refuse (ValueError) so many samples in shards of this size that no manifest could list them."""
+    shards = -(-samples // shard_size)
+    if shards > MOST_SHARDS:
+        raise ValueError(
+            f"{folder}: shard_size: expected at least {-(-samples // MOST_SHARDS)} for {samples} samples "
+            f"(a store has at most {MOST_SHARDS} shards), found {shard_size}"
+        )
 
 
 def write_shard(folder: Path, number: int, eva: Tensor, clip: Tensor, lines: Sequence[str]) -> dict[str, Any]:
@@ -353,7 +388,12 @@ def write_manifest(
         **about,
         "shards": list(shards),
     }
-    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
+    content = json.dumps(manifest, indent=2).encode()
+    if len(content) > MOST_JSON:
+        raise ValueError(
+            f"{folder / MANIFEST}: expected at most {MOST_JSON} bytes to write, found {len(content)}"
+        )
+    write_atomically(folder / MANIFEST, content)
 
 
 def to_disk(where: Path, tokens: Tensor, name: str, dtype: str) -> Tensor:
@@ -505,6 +545,12 @@ def _check_file(file: Path, size: int) -> None:
     found = file.stat().st_size
     if found != size:
         raise ValueError(f"{file}: expected {size} bytes, found {found}: truncated or altered")
+
+
+def _identity(file: Path) -> Identity:
+    if not file.is_file():
+        raise ValueError(f"{file}: expected a file of the store, found none")
+    return identity(file)
 
 
 def _check_digest(file: Path, expected: str) -> None:

@@ -7,6 +7,7 @@ with `ResidualGaussian`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -75,10 +76,15 @@ class Moments:
     Two of them can be added, and answer how well any linear map does on what they have seen.
     """
 
-    def __init__(self, width: int, target_dim: int) -> None:
-        self.gram = torch.zeros(width + 1, width + 1, dtype=torch.float64)
-        self.cross = torch.zeros(width + 1, target_dim, dtype=torch.float64)
-        self.target_squares = torch.zeros(target_dim, dtype=torch.float64)
+    def __init__(self, width: int, target_dim: int, device: torch.device | None = None) -> None:
+        self.gram = torch.zeros(width + 1, width + 1, dtype=torch.float64, device=device)
+        self.cross = torch.zeros(width + 1, target_dim, dtype=torch.float64, device=device)
+        self.target_squares = torch.zeros(target_dim, dtype=torch.float64, device=device)
+
+    @property
+    def count(self) -> Tensor:
+        """Rows that were added, a scalar."""
+        return self.gram[-1, -1]
 
     def add(self, features: Tensor, targets: Tensor) -> None:
         """features [rows, F], targets [rows, C], both less their origins."""
@@ -92,6 +98,13 @@ class Moments:
         self.gram += other.gram
         self.cross += other.cross
         self.target_squares += other.target_squares
+
+    def without(self, other: Moments) -> Moments:
+        """Those of the rows that are not among `other`'s, which are a part of these."""
+        rest = copy.copy(self)
+        rest.gram, rest.cross = self.gram - other.gram, self.cross - other.cross
+        rest.target_squares = self.target_squares - other.target_squares
+        return rest
 
     def solve(self, penalty: float) -> tuple[Tensor, Tensor]:
         """(W [F, C], bias [C]) for a ridge penalty in units of each feature's variance."""
@@ -201,7 +214,7 @@ class NeighbourhoodRidge(Ridge):
         batch_size: int = 16,
     ) -> tuple[NeighbourhoodRidge, NeighbourhoodRidge]:
         """As `TokenRidge.fit_twice`; `mean` [C_eva] stands outside the grid, None for the samples' own."""
-        own_mean, components = _principal_components(source, indices, batch_size)
+        own_mean, components = principal_components(source, indices, batch_size)
         mean = own_mean if mean is None else mean.double()
         x_origin = _origins(source, indices)[1]
 
@@ -370,7 +383,7 @@ def _fit_ridge(
     else:
         held_back = moments_of(validation)
         if penalty is None:
-            penalty, before = _search_penalty(moments, held_back)
+            penalty, before = search_penalty(moments, held_back)
         else:
             before = moments.solve(penalty)
         moments.merge(held_back)
@@ -378,7 +391,7 @@ def _fit_ridge(
     return (*final, penalty), (*before, penalty)
 
 
-def _search_penalty(moments: Moments, held_back: Moments) -> tuple[float, tuple[Tensor, Tensor]]:
+def search_penalty(moments: Moments, held_back: Moments) -> tuple[float, tuple[Tensor, Tensor]]:
     """The penalty of `PENALTIES` with the least error on what was held back, and its map.
 
     Walks from the middle of the list while the error falls: as a function of the penalty it has one valley in
@@ -429,14 +442,14 @@ def _token_moments(
     return sums
 
 
-def _principal_components(
+def principal_components(
     source: EmbeddingSource, indices: np.ndarray, batch_size: int
 ) -> tuple[Tensor, Tensor]:
     """Mean condition token [C_eva], and leading principal directions [C_eva, r] (all while they fit)."""
     width = source.condition_dim
     kept = neighbour_components(width)
     origin = _origins(source, indices)[0]
-    total, gram, count = torch.zeros(width, dtype=torch.float64), torch.zeros(width, width).double(), 0
+    total, gram, count = torch.zeros_like(origin), origin.new_zeros(width, width), 0
     for eva, _ in _fetched(source, indices, batch_size):
         rows = eva.flatten(0, 1) - origin
         total += rows.sum(dim=0)
@@ -444,7 +457,7 @@ def _principal_components(
         count += len(rows)
     mean = total / count
     if kept == width:
-        return mean + origin, torch.eye(width, dtype=torch.float64)
+        return mean + origin, torch.eye(width, dtype=torch.float64, device=mean.device)
     _, directions = torch.linalg.eigh(gram / count - torch.outer(mean, mean))
     return mean + origin, directions[:, -kept:]
 

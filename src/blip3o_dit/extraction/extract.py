@@ -27,6 +27,7 @@ from blip3o_dit.data.store import (
     DTYPES,
     MANIFEST,
     EmbeddingStore,
+    check_shard_count,
     json_line,
     to_disk,
     write_shard,
@@ -136,6 +137,7 @@ def extract(config: ExtractionConfig, *, progress: bool = True) -> EmbeddingStor
     """
     processes = join_processes(config.device)
     refs = list_pictures(config.pictures)
+    check_shard_count(Path(config.output), len(refs), config.shard_size)
     towers = load_towers(config, processes.device)
     settings = _settings(config, refs, towers)
     output = Path(config.output)

@@ -25,7 +25,7 @@ from blip3o_dit.folders import is_sealed, verify
 from blip3o_dit.model.graphs import GraphedPredict, Predict
 from blip3o_dit.model.nextdit import NextDiT
 from blip3o_dit.model.precision import without_autocast
-from blip3o_dit.model.source import AffineSource, neighbourhood_features
+from blip3o_dit.model.source import AffineSource, source_features
 from blip3o_dit.quiet import quiet_transformers
 from blip3o_dit.randomness import named_normal
 
@@ -235,11 +235,10 @@ class BLIP3oDiTModel(PreTrainedModel):
         """Where the path of these samples starts, given normalised conditions [B, L, C_eva]; float32."""
         if self.config.flow.source == "noise":
             return AffineSource()
+        components = self.source_components if self.config.flow.source_components else None
         with without_autocast(condition.device):
-            features = condition.float()
-            if self.config.flow.source_components:
-                features = neighbourhood_features(features, self.source_components.float())
-            return AffineSource(features @ self.source_weight.float() + self.source_bias, self.source_std)
+            features = source_features(condition.float(), components)
+            return AffineSource(features @ self.source_weight + self.source_bias, self.source_std)
 
     def compile_for_generation(self) -> None:
         """Compile the blocks with torch.compile and, on a GPU, record each network call as a CUDA graph.

@@ -38,6 +38,12 @@ class AffineSource:
         return AffineSource(None if self.mean is None else self.mean.repeat(times, 1, 1), self.std)
 
 
+def source_features(condition: Tensor, components: Tensor | None) -> Tensor:
+    """What R is linear in, [B, N, F]: the tokens of a normalised condition [B, N, C], and with `components`
+    their neighbours'."""
+    return condition if components is None else neighbourhood_features(condition, components)
+
+
 def neighbourhood_features(centred: Tensor, components: Tensor) -> Tensor:
     """Centred tokens [n, N, C] -> [n, N, C + 8 r]: the token, then its neighbours' components, row-major.
 

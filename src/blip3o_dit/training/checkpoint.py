@@ -5,6 +5,7 @@
       optimizer.safetensors     the optimizer's tensors; optimizer.json: its numbers, the schedule, the scaler
       trainer_state.json        the Trainer's counters and log
       progress.json             sums since the last log line; which data the run is on
+      source_folds.safetensors  with an informed source: the maps that training starts from
       checksums.json            written last
 
 Nothing in it is a pickle. It is written as checkpoint-N.partial and renamed when it is whole.

@@ -34,7 +34,7 @@ from blip3o_dit.training.checkpoint import (
 )
 from blip3o_dit.training.memory import return_freed_memory
 from blip3o_dit.training.settings import make_deterministic, training_arguments, use_cpu
-from blip3o_dit.training.source import fit_source
+from blip3o_dit.training.source import SourceFolds, fit_source, threads_of_all
 from blip3o_dit.training.tracking import prepare_wandb, require_wandb
 from blip3o_dit.training.trainer import BLIP3oTrainer
 
@@ -61,7 +61,7 @@ def train(
         StoppedEarly: on SIGTERM, SIGINT or at `max_hours`; a checkpoint was saved.
     """
     use_cpu(config)  # what cannot run on this machine is refused before anything is read or written
-    source = open_embeddings(_required(config.embeddings_path, "--embeddings_path"))
+    source = open_embeddings(_required(config.embeddings_path, "--embeddings_path"), verify=config.verify)
     model_config = _model_config(source, config)
     _check_output(Path(_required(config.output_dir, "--output_dir")), resume, overwrite, dry_run)
     if resume is not None:
@@ -124,8 +124,9 @@ def build_trainer(
     if not fitted:  # also without standardising: held-out figures are measured with them
         fitted_on = choose_samples(split.train, most=config.statistics_samples, seed=config.seed)
         _set_statistics(model, glance, fitted_on, arguments)
+    folds = None
     if config.source != "noise" and not fitted:
-        _set_source(model, glance, split.train, config, arguments)
+        folds = _set_source(model, glance, split.train, config, arguments)
     if config.memory == "low":
         return_freed_memory()
         model.bfloat16()
@@ -140,6 +141,7 @@ def build_trainer(
         config=config,
         train_dataset=EmbeddingDataset(source, split.train),
         eval_dataset=EmbeddingDataset(source, split.eval) if len(split.eval) else None,
+        source_folds=folds,
         callbacks=callbacks,
     )
 
@@ -171,13 +173,21 @@ def _set_source(
     train: np.ndarray,
     config: TrainingConfig,
     arguments: TrainingArguments,
-) -> None:
-    """Fit the ridge of an informed source on the first process; the others receive it."""
+) -> SourceFolds | None:
+    """Fit the ridges of an informed source on the first process; the others receive them."""
     processes, found = Processes(arguments.process_index, arguments.world_size), None
     if processes.is_first:
         logger.info("fitting the %s source on at most %d samples", config.source, config.source_samples)
-        found = fit_source(model, source, train, most=config.source_samples, seed=config.seed)
-    model.set_source(**processes.from_first(found))
+        with threads_of_all(processes.count):
+            found = fit_source(
+                *(model, source, train),
+                most=config.source_samples,
+                seed=config.seed,
+                device=arguments.device,
+            )
+    fitted, folds = processes.from_first(found)
+    model.set_source(**fitted)
+    return folds
 
 
 def _first_step(trainer: BLIP3oTrainer) -> None:

@@ -39,6 +39,7 @@ _HARMLESS = frozenset(
         "embeddings_path",
         "output_dir",
         "num_workers",
+        "verify",
         "device",
         "deterministic",
         "logging_steps",

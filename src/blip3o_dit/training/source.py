@@ -1,44 +1,238 @@
-"""Fit the ridge regression that an informed source starts from."""
+"""Fit the ridge regressions that an informed source starts from.
+
+A map is nearer to the samples it was fitted on than to new ones: a flow trained on what it leaves of them
+would learn residuals that are too small. So the samples are cut into folds, and in training a sample's guess
+is by the map that was fitted without its fold (cross-fitting; Chernozhukov et al., arXiv 1608.00060). What
+is generated, and what was not fitted, starts from the map fitted on all of them.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from blip3o_dit.data.dataset import choose_samples
 from blip3o_dit.data.source import TransformedEmbeddings
-from blip3o_dit.data.statistics import ChannelAccumulator
 from blip3o_dit.data.store import EmbeddingSource, batches
-from blip3o_dit.evaluation.baselines import NeighbourhoodRidge, TokenRidge, split_validation
+from blip3o_dit.evaluation.baselines import Moments, principal_components, search_penalty
+from blip3o_dit.files import reason
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.precision import without_autocast
+from blip3o_dit.model.source import AffineSource, source_features
 
-# A channel that ridge predicts exactly still gets this much noise: the flow divides by it.
+logger = logging.getLogger(__name__)
+
+FOLDS = 10
+FOLDS_FILE = "source_folds.safetensors"
+
+# Of its deviation, as noise, for a channel that ridge predicts exactly: the flow divides by it.
 LEAST_DEVIATION = 0.01
 
+USUAL_PENALTY = 1e-3  # where there is nothing to choose it by
+AT_ONCE = 16  # samples
 
-def fit_source(
-    model: BLIP3oDiTModel, source: EmbeddingSource, train: np.ndarray, *, most: int, seed: int
-) -> dict[str, Tensor | None]:
-    """The arguments of `BLIP3oDiTModel.set_source`, from at most `most` training samples.
 
-    A tenth of them chooses the penalty and gives the residual's deviation, without having been fitted.
+@dataclass
+class SourceFolds:
+    """The maps of training, in the network's units, one for each fold: fitted on the samples of the others.
+
+    `weight` [K, F, C] and `bias` [K, C], float32; `samples` [n], int64, ascending, and the fold of each,
+    `fold` [n], int64.
     """
-    seen = TransformedEmbeddings(source, model.normalize_condition, model.normalize_target)
-    fit, validation = split_validation(train, most=most, seed=seed)
+
+    weight: Tensor
+    bias: Tensor
+    samples: Tensor
+    fold: Tensor
+
+    def source_of(self, model: BLIP3oDiTModel, condition: Tensor, index: list[int]) -> AffineSource:
+        """As `model.source_of`, by maps that have not seen the samples.
+
+        Args:
+            condition: normalised [B, L, C_eva]. index: the B samples' indices in the data.
+        """
+        source = model.source_of(condition)
+        folds = self.folds_of(index)
+        if source.mean is None or (folds < 0).all():
+            return source
+        if self.weight.device != condition.device:
+            self.weight, self.bias = self.weight.to(condition.device), self.bias.to(condition.device)
+        mean, components = source.mean.clone(), _components_of(model)
+        for fold in np.unique(folds[folds >= 0]).tolist():
+            rows = torch.from_numpy(np.flatnonzero(folds == fold)).to(condition.device)
+            with without_autocast(condition.device):
+                features = source_features(condition[rows].float(), components)
+                mean[rows] = features @ self.weight[fold] + self.bias[fold]
+        return AffineSource(mean, source.std)
+
+    def folds_of(self, index: list[int]) -> np.ndarray:
+        """The fold of each of these samples, -1 for those that no map was fitted on."""
+        samples, wanted = self.samples.numpy(), np.asarray(index)
+        places = np.searchsorted(samples, wanted).clip(max=len(samples) - 1)
+        return np.where(samples[places] == wanted, self.fold.numpy()[places], -1)
+
+    def save(self, folder: Path) -> None:
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in vars(self).items()}
+        save_file(tensors, folder / FOLDS_FILE)
+
+
+def load_folds(folder: Path, model: BLIP3oDiTModel) -> SourceFolds | None:
+    """What `SourceFolds.save` wrote into a checkpoint; None without a source, or if it was written without.
+
+    Raises:
+        ValueError: when the file is damaged or does not fit the model.
+    """
+    file = folder / FOLDS_FILE
+    if model.config.flow.source == "noise":
+        return None
+    if not file.is_file():
+        logger.info("%s: no %s: it was trained, and goes on, with one map for all", folder, FOLDS_FILE)
+        return None
+    try:
+        found = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not readable tensors: {reason(error)}") from error
+    folds, samples = (len(found.get(name, ())) for name in ("weight", "samples"))
+    expected = {
+        "weight": (torch.float32, [folds, *model.source_weight.shape]),
+        "bias": (torch.float32, [folds, *model.source_bias.shape]),
+        "samples": (torch.int64, [samples]),
+        "fold": (torch.int64, [samples]),
+    }
+    if {name: (tensor.dtype, list(tensor.shape)) for name, tensor in found.items()} != expected:
+        raise ValueError(f"{file}: expected {expected}, found tensors of other names, types or shapes")
+    given = found["fold"]
+    if (
+        not samples
+        or int(given.min()) < 0
+        or int(given.max()) >= folds
+        or bool((found["samples"].diff() < 1).any())
+    ):
+        raise ValueError(f"{file}: expected ascending samples, each in one of {folds} folds")
+    return SourceFolds(**found)
+
+
+@torch.no_grad()
+def fit_source(
+    model: BLIP3oDiTModel,
+    source: EmbeddingSource,
+    train: np.ndarray,
+    *,
+    most: int,
+    seed: int,
+    device: torch.device | None = None,
+) -> tuple[dict[str, Tensor | None], SourceFolds | None]:
+    """The arguments of `BLIP3oDiTModel.set_source`, and the maps of training (None for a single sample).
+
+    Fitted on at most `most` training samples in float64, on a GPU if `device` is one. The first fold chooses
+    the penalty. The deviation is that of what the folds' maps leave of the samples they have not seen.
+    """
+    device = device if device is not None and device.type == "cuda" else torch.device("cpu")
+    seen = TransformedEmbeddings(
+        source,
+        lambda eva: model.normalize_condition(eva).to(device),
+        lambda clip: model.normalize_target(clip).to(device),
+    )
+    chosen = choose_samples(train, most=most, seed=seed)
+    folds = [np.sort(chosen[first::FOLDS]) for first in range(min(FOLDS, len(chosen)))]
     components = None
-    final: TokenRidge | NeighbourhoodRidge
-    before: TokenRidge | NeighbourhoodRidge
-    if model.config.flow.source == "ridge_3x3":
-        zero = torch.zeros(source.condition_dim)
-        final, before = NeighbourhoodRidge.fit_twice(seen, fit, validation=validation, mean=zero)
-        bias, components = final.bias, final.components
-    else:
-        final, before = TokenRidge.fit_twice(seen, fit, validation=validation)
-        bias = final.bias - final.origin @ final.weight
-    residuals = ChannelAccumulator(source.target_dim)
-    for piece in batches(validation if len(validation) else fit, 64):
-        eva, clip = seen.fetch(piece)
-        residuals.add(clip - before.predict(eva))
-    deviation = (residuals.squares / residuals.count + residuals.mean.square()).sqrt()
-    std = deviation.clamp(min=LEAST_DEVIATION).float()
-    return {"weight": final.weight, "bias": bias, "std": std, "components": components}
+    if model.config.flow.source_components:
+        components = principal_components(seen, np.sort(chosen), AT_ONCE)[1].float()
+    rows = _Rows(seen, components, chosen[:1])
+    parts = [rows.moments(fold) for fold in folds]
+    total = rows.moments(chosen[:0])
+    for part in parts:
+        total.merge(part)
+
+    penalty = search_penalty(total.without(parts[0]), parts[0])[0] if len(parts) > 1 else USUAL_PENALTY
+    final = total.solve(penalty)
+    unseen = [total.without(part).solve(penalty) for part in parts] if len(parts) > 1 else [final]
+    weight, bias = rows.plain(final)
+    arguments = {
+        "weight": weight,
+        "bias": bias,
+        "std": _deviation(total, parts, unseen),
+        "components": None if components is None else components.cpu(),
+    }
+    return arguments, _folds(folds, [rows.plain(solution) for solution in unseen]) if len(folds) > 1 else None
+
+
+class _Rows:
+    """Features [F] and targets [C] of tokens, about origins near the data: see `Moments`."""
+
+    def __init__(self, seen: EmbeddingSource, components: Tensor | None, first: np.ndarray) -> None:
+        self.seen, self.components = seen, components
+        self.origins = [rows.mean(dim=0) for rows in self._read(first)]
+
+    def moments(self, samples: np.ndarray) -> Moments:
+        features, targets = self.origins
+        sums = Moments(len(features), len(targets), features.device)
+        for piece in batches(samples, AT_ONCE):
+            found = self._read(piece)
+            sums.add(found[0] - features, found[1] - targets)
+        return sums
+
+    def plain(self, solution: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """A map (W [F, C], bias [C]) between what is about the origins, as one of the features themselves."""
+        (weight, bias), (features, targets) = solution, self.origins
+        return weight.float().cpu(), (bias + targets - features @ weight).float().cpu()
+
+    def _read(self, samples: np.ndarray) -> tuple[Tensor, Tensor]:
+        eva, clip = self.seen.fetch(samples)
+        features = source_features(eva, self.components)
+        return features.flatten(0, 1).double(), clip.flatten(0, 1).double()
+
+
+def _deviation(total: Moments, parts: list[Moments], unseen: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Root mean square [C] of what each part's map leaves of it, and no less than the flow can divide by."""
+    squares = [
+        part.count * part.squared_error(*solution) for part, solution in zip(parts, unseen, strict=True)
+    ]
+    deviation = (torch.stack(squares).sum(dim=0) / total.count).clamp(min=0).sqrt()
+    targets = (
+        (total.target_squares / total.count - (total.cross[-1] / total.count).square()).clamp(min=0).sqrt()
+    )
+    varying = targets[targets > 1e-6 * targets.max()]
+    usual = varying.median() if len(varying) else 1.0
+    least = LEAST_DEVIATION * targets.clamp(min=LEAST_DEVIATION * usual)  # a constant one has none of its own
+    return deviation.maximum(least).float().cpu()
+
+
+def _folds(folds: list[np.ndarray], maps: list[tuple[Tensor, Tensor]]) -> SourceFolds:
+    samples = np.concatenate(folds)
+    numbers = np.repeat(np.arange(len(folds)), [len(fold) for fold in folds])
+    order = np.argsort(samples)
+    weights, biases = zip(*maps, strict=True)
+    return SourceFolds(
+        weight=torch.stack(weights),
+        bias=torch.stack(biases),
+        samples=torch.from_numpy(samples[order]),
+        fold=torch.from_numpy(numbers[order]),
+    )
+
+
+@contextmanager
+def threads_of_all(processes: int) -> Iterator[None]:
+    """Inside, one of `processes` that share a machine computes with all its cores: the others wait."""
+    own = torch.get_num_threads()
+    if processes > 1:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(own, cores))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(own)
+
+
+def _components_of(model: BLIP3oDiTModel) -> Tensor | None:
+    return model.source_components if model.config.flow.source_components else None

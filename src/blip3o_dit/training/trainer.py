@@ -62,6 +62,7 @@ from blip3o_dit.training.health import (
 from blip3o_dit.training.monitor import TrainingMonitor
 from blip3o_dit.training.optimizer_file import gathered_state, load_optimizer, save_optimizer
 from blip3o_dit.training.sharding import check_sharding, keep_the_dtype_rule
+from blip3o_dit.training.source import SourceFolds, load_folds
 from blip3o_dit.training.stopping import StopRequest, outlive_stops
 from blip3o_dit.training.throughput import PASSES_PER_STEP, Throughput, forward_flops, matmul_rate
 
@@ -93,6 +94,7 @@ class BLIP3oTrainer(Trainer):
         args: Hugging Face's arguments, see `training_arguments`.
         config: the run's configuration, written beside the weights.
         train_dataset, eval_dataset: the two sides of the split; evaluation is skipped without the second.
+        source_folds: what an informed source starts from in training; a checkpoint brings its own.
         callbacks: further callbacks.
     """
 
@@ -106,6 +108,7 @@ class BLIP3oTrainer(Trainer):
         config: TrainingConfig,
         train_dataset: EmbeddingDataset,
         eval_dataset: EmbeddingDataset | None = None,
+        source_folds: SourceFolds | None = None,
         callbacks: Iterable[TrainerCallback] = (),
     ) -> None:
         super().__init__(
@@ -117,6 +120,7 @@ class BLIP3oTrainer(Trainer):
             callbacks=list(callbacks),
         )
         self.config = config
+        self.source_folds = source_folds
         self.processes = Processes(args.process_index, args.world_size, args.device)
         check_sharding(self.accelerator.state)
         keep_the_dtype_rule(self.accelerator.state)
@@ -163,9 +167,13 @@ class BLIP3oTrainer(Trainer):
         return self.model
 
     def draw(self, batch: dict[str, Any], *, training: bool) -> Draw:
-        """A batch on its path; the condition is dropped for some samples in training only."""
+        """A batch on its path; in training the guess is by maps that have not seen the samples, and the
+        condition is dropped for some of them."""
         condition = self.dit.normalize_condition(batch["eva"])
-        source = self.dit.source_of(condition)
+        if training and self.source_folds is not None:
+            source = self.source_folds.source_of(self.dit, condition, batch["index"])
+        else:
+            source = self.dit.source_of(condition)
         x_1 = source.to_flow(self.dit.normalize_target(batch["clip"]))
         t = training_times(batch["time"], self.dit.config.flow)
         sample = self.loss_fn.sample_path(x_1, batch["noise"], t)
@@ -395,6 +403,8 @@ class BLIP3oTrainer(Trainer):
         assert self.lr_scheduler is not None
         save_optimizer(folder, optimizer, self.lr_scheduler, scaler.state_dict() if scaler else None)
         progress.write(folder)
+        if self.source_folds is not None:
+            self.source_folds.save(folder)
         save_trainer_state(self.state, folder / TRAINER_STATE_FILE)
 
     def run_identity(self) -> Run:
@@ -528,6 +538,7 @@ class BLIP3oTrainer(Trainer):
             set_model_state_dict(self.dit, weights, options=StateDictOptions(full_state_dict=True))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.source_folds = load_folds(Path(resume_from_checkpoint), self.dit)
         if self.ema is not None:
             self.ema.load(resume_from_checkpoint)
 

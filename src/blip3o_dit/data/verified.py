@@ -1,0 +1,128 @@
+"""Checksums taken once on a machine, by whoever needs them first: a process, a loader worker, an earlier run.
+
+    <temporary directory>/blip3o-dit-<user>/    mode 0700
+      <hash of a folder's path>                 32 bytes for each file of it, by its number
+
+Those 32 bytes are a hash of the file's path and identity (device, inode, size, times of its last change) and
+of the checksum it was found to have: they say nothing of a file that changed since. A process holds a lock on
+its file's 32 bytes while it reads the file, so others wait for it instead of reading it as well.
+
+A record is believed because nobody else can have written it: the directory must belong to this user and be
+closed to everybody else. Where it is not, or there is none, each process reads for itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+
+from blip3o_dit.folders import sha256
+
+if os.name == "posix":
+    import fcntl
+
+logger = logging.getLogger(__name__)
+
+SETTLED_AFTER = 2.0
+"""Seconds since a file's last change before a record of it is kept: clocks of file systems tick so slowly
+that a second change might leave the same time behind."""
+
+_SLOT = 32  # bytes of a record
+
+Identity = tuple[int, ...]
+
+
+def identity(file: Path) -> Identity:
+    """What changes with a file's content. Raises FileNotFoundError when there is none."""
+    status = os.stat(file)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def check_once(file: Path, number: int, expected: str) -> Identity:
+    """Refuse a file whose SHA-256 is not `expected`; reads it unless that was done before on this machine.
+
+    Args:
+        number: the file's number in its folder; others of the folder have other ones.
+
+    Returns: what was verified.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    before = identity(file)
+    settled = time.time() - before[-1] / 1e9 > SETTLED_AFTER
+    known = hashlib.sha256(repr((os.path.realpath(file), before, expected)).encode()).digest()
+    with _record(file.parent, number, wanted=settled) as record:
+        if record is None or os.pread(record, _SLOT, number * _SLOT) != known:
+            if sha256(file) != expected or identity(file) != before:
+                raise ValueError(f"{file}: its SHA-256 is not the manifest's: the file was altered")
+            if record is not None:
+                with suppress(OSError):  # no space left: nothing is lost but the time
+                    os.pwrite(record, known, number * _SLOT)
+    return before
+
+
+@contextmanager
+def _record(folder: Path, number: int, *, wanted: bool) -> Iterator[int | None]:
+    """The open file of a folder's records, this file's part of it locked; None where none can be kept."""
+    record = _open_record(folder) if wanted else None
+    if record is None:
+        yield None
+        return
+    try:
+        with suppress(OSError):  # where files cannot be locked, two processes may read the same one
+            fcntl.lockf(record, fcntl.LOCK_EX, _SLOT, number * _SLOT)
+        yield record
+    finally:
+        os.close(record)  # which unlocks
+
+
+def _open_record(folder: Path) -> int | None:
+    directory = _open_directory()
+    if directory is None:
+        return None
+    name = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()
+    try:
+        return os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)
+    except OSError as error:
+        _say_once(f"{error.strerror}: {directory_of_records() / name}")
+        return None
+    finally:
+        os.close(directory)
+
+
+def directory_of_records() -> Path:
+    """Where this user's records are; the directory of temporary files is each machine's own."""
+    return Path(tempfile.gettempdir(), f"blip3o-dit-{os.geteuid()}")
+
+
+def _open_directory() -> int | None:
+    """The directory of records, made if need be; None if anyone but this user could have written to it."""
+    if os.name != "posix":
+        return None
+    path = directory_of_records()
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        _say_once(f"{path}: {error.strerror}")
+        return None
+    status = os.fstat(directory)
+    if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
+        os.close(directory)
+        _say_once(f"{path}: expected a directory of this user's, closed to others")
+        return None
+    return directory
+
+
+@cache
+def _say_once(why: str) -> None:
+    logger.warning("checksums are taken in every process anew: %s", why)

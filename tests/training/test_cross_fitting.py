@@ -1,0 +1,213 @@
+"""An informed source in training: each sample starts from a map that was fitted without it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from blip3o_dit.data.source import TransformedEmbeddings
+from blip3o_dit.data.store import EmbeddingStore
+from blip3o_dit.evaluation import baselines
+from blip3o_dit.evaluation.baselines import TokenRidge
+from blip3o_dit.folders import CHECKSUMS_FILE, seal
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.training.run import build_trainer, train
+from blip3o_dit.training.source import FOLDS, FOLDS_FILE, SourceFolds, fit_source, load_folds, threads_of_all
+from blip3o_dit.training.trainer import BLIP3oTrainer
+from tests.stores import write_linear_store
+from tests.training.test_training import config_for, same
+
+EVERYTHING = dict(save_steps=2, max_steps=4, eval_steps=100, eval_samples=0)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
+    return write_linear_store(tmp_path_factory.mktemp("data") / "store", samples=160)
+
+
+@pytest.fixture(scope="module")
+def run(store: EmbeddingStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(config_for(store, tmp_path_factory.mktemp("run") / "whole", **EVERYTHING))
+
+
+def deviation(trainer: BLIP3oTrainer, data: Any, *, training: bool) -> float:
+    """Of the data in the flow's units: what is left of it over s."""
+    batch = data.__getitems__([(0, place) for place in range(len(data))])
+    with torch.no_grad():
+        return float(trainer.draw(batch, training=training).sample.x_1.square().mean().sqrt())
+
+
+def test_training_meets_residuals_as_large_as_new_samples_leave(
+    store: EmbeddingStore, tmp_path: Path
+) -> None:
+    """12 x 9 features on 80 pictures: one map for all leaves 0.93 of the deviation there."""
+    trainer = build_trainer(store, config_for(store, tmp_path, eval_split=0.5))
+    assert trainer.eval_dataset is not None
+    seen, unseen = (
+        deviation(trainer, data, training=training)
+        for data, training in ((trainer.train_dataset, True), (trainer.eval_dataset, False))
+    )
+    assert seen == pytest.approx(1.0, abs=1e-3)
+    assert unseen == pytest.approx(1.0, abs=0.05)
+    assert deviation(trainer, trainer.train_dataset, training=False) < 0.95  # what is cured here
+
+
+def fitted(store: Any, source: str, most: int) -> tuple[BLIP3oDiTModel, SourceFolds]:
+    sizes = dict(num_tokens=9, condition_dim=12, target_dim=8)
+    config = replace(config_for(store, Path("nowhere")), source=source)
+    model = BLIP3oDiTModel(config.model(**sizes))
+    arguments, folds = fit_source(model, store, np.arange(10, 110), most=most, seed=3)
+    model.set_source(**arguments)
+    assert folds is not None
+    return model, folds
+
+
+@pytest.mark.parametrize("source", ["ridge", "ridge_3x3"])
+def test_a_map_does_not_depend_on_the_samples_of_its_fold(
+    store: EmbeddingStore, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.setattr(baselines, "PENALTIES", (1e-3, 1e-3))
+    model, folds = fitted(store, source, 100)
+    fifth = set(folds.samples[folds.fold == 5].tolist())
+    assert len(fifth) == 10 and len(folds.samples) == 100
+
+    class Altered(TransformedEmbeddings):
+        def fetch(self, indices: Any) -> tuple[Tensor, Tensor]:
+            eva, clip = super().fetch(indices)
+            return eva, clip + torch.tensor([float(int(i) in fifth) for i in indices])[:, None, None]
+
+    other, changed = fitted(Altered(store, lambda eva: eva, lambda clip: clip), source, 100)
+    torch.testing.assert_close(changed.weight[5], folds.weight[5], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(changed.bias[5], folds.bias[5], rtol=1e-4, atol=1e-5)
+    for fold in (0, 4, 6, 9):
+        assert (changed.bias[fold] - folds.bias[fold]).abs().mean() > 0.02
+    assert (other.source_bias - model.source_bias).abs().mean() > 0.02
+
+
+def test_the_maps_are_ridge_regressions_on_the_other_samples(
+    store: EmbeddingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(baselines, "PENALTIES", (1e-2, 1e-2))
+    model, folds = fitted(store, "ridge", 100)
+    eva = store.fetch(range(6))[0]
+    for fold in (0, 7):
+        expected = TokenRidge.fit(store, folds.samples[folds.fold != fold].numpy(), penalty=1e-2)
+        found = eva @ folds.weight[fold] + folds.bias[fold]
+        torch.testing.assert_close(found, expected.predict(eva), rtol=1e-4, atol=1e-4)
+    everything = TokenRidge.fit(store, folds.samples.numpy(), penalty=1e-2)
+    torch.testing.assert_close(model.source_of(eva).mean, everything.predict(eva), rtol=1e-4, atol=1e-4)
+
+
+def test_each_sample_has_the_map_of_its_fold_and_one_that_was_not_fitted_the_whole(
+    store: EmbeddingStore,
+) -> None:
+    model, folds = fitted(store, "ridge", 60)
+    index = [*range(10, 110), 3]
+    numbers = folds.folds_of(index)
+    assert [int((numbers == fold).sum()) for fold in range(-1, FOLDS)] == [41, *[6] * FOLDS]
+    assert numbers[-1] == -1
+    condition = store.fetch(index)[0]
+    found, whole = folds.source_of(model, condition, index), model.source_of(condition)
+    assert found.mean is not None and whole.mean is not None and found.std is whole.std
+    for row, fold in enumerate(numbers):
+        expected = whole.mean[row] if fold < 0 else condition[row] @ folds.weight[fold] + folds.bias[fold]
+        torch.testing.assert_close(found.mean[row], expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(found.mean[numbers < 0], whole.mean[numbers < 0])
+    assert (found.mean - whole.mean)[numbers >= 0].abs().amax(dim=(1, 2)).min() > 0
+
+
+def test_one_sample_has_one_map(store: EmbeddingStore) -> None:
+    model, _ = fitted(store, "ridge", 100)
+    arguments, folds = fit_source(model, store, np.array([4]), most=10, seed=0)
+    assert folds is None and all(torch.isfinite(v).all() for v in arguments.values() if v is not None)
+    two = fit_source(model, store, np.array([4, 9]), most=10, seed=0)[1]
+    assert two is not None and len(two.weight) == 2 and torch.isfinite(two.weight).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.01])
+def test_the_least_deviation_follows_the_targets(store: EmbeddingStore, scale: float) -> None:
+    """Targets that ridge predicts exactly, in raw units: a hundredth of their deviation, whatever that is."""
+    channels = scale * torch.tensor([1, 5, 1, 1, 1, 1, 1, 0.0])  # the last one is constant
+
+    class Exact(TransformedEmbeddings):
+        def fetch(self, indices: Any) -> tuple[Tensor, Tensor]:
+            eva, _ = super().fetch(indices)
+            return eva, eva[..., :8] * channels
+
+    exact = Exact(store, lambda eva: eva, lambda clip: clip)
+    model, _ = fitted(exact, "ridge", 100)
+    targets = exact.fetch(range(10, 110))[1].std(dim=(0, 1))
+    torch.testing.assert_close(model.source_std[:7], 0.01 * targets[:7], rtol=0.05, atol=0)
+    assert 0 < float(model.source_std[7]) < 0.01 * float(targets[0])  # a constant channel
+
+
+def test_folds_are_kept_in_checkpoints_and_nowhere_else(run: Path, store: EmbeddingStore) -> None:
+    found = load_file(run / "checkpoint-2" / FOLDS_FILE)
+    assert {name: tensor.dtype for name, tensor in found.items()} == {
+        "weight": torch.float32,
+        "bias": torch.float32,
+        "samples": torch.int64,
+        "fold": torch.int64,
+    }
+    assert not list(run.glob(FOLDS_FILE))
+    trainer = build_trainer(store, config_for(store, run.with_name("other"), **EVERYTHING))
+    assert trainer.source_folds is not None
+    assert same(found, vars(trainer.source_folds))
+
+
+@pytest.mark.parametrize("folds_lost", [False, True])
+def test_a_run_goes_on_with_the_maps_it_began_with(
+    run: Path, store: EmbeddingStore, tmp_path: Path, caplog: pytest.LogCaptureFixture, folds_lost: bool
+) -> None:
+    """Bit for bit; a checkpoint of a version without folds with its one map, and says so."""
+    checkpoint = tmp_path / "again" / "checkpoint-2"
+    shutil.copytree(run / "checkpoint-2", checkpoint)
+    if folds_lost:
+        (checkpoint / FOLDS_FILE).unlink()
+        (checkpoint / CHECKSUMS_FILE).unlink()
+        seal(checkpoint)
+    with caplog.at_level(logging.INFO):
+        train(config_for(store, tmp_path / "again", **EVERYTHING), resume=checkpoint)
+    assert (f"no {FOLDS_FILE}: it was trained, and goes on, with one map" in caplog.text) == folds_lost
+    weights = [load_file(folder / "model.safetensors") for folder in (run, tmp_path / "again")]
+    assert same(*weights) != folds_lost
+    assert (tmp_path / "again" / "checkpoint-4" / FOLDS_FILE).is_file() != folds_lost
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("bias"), "expected"),
+        (lambda t: t.update(weight=t["weight"].double()), "tensors of other names, types or shapes"),
+        (lambda t: t.update(weight=t["weight"][:, :-1].contiguous()), "names, types or shapes"),
+        (lambda t: t["fold"].fill_(FOLDS), f"each in one of {FOLDS} folds"),
+        (lambda t: t["samples"].zero_(), "expected ascending samples"),
+    ],
+)
+def test_folds_that_do_not_fit_are_refused(run: Path, tmp_path: Path, change: Any, message: str) -> None:
+    tensors = load_file(run / "checkpoint-2" / FOLDS_FILE)
+    change(tensors)
+    save_file(tensors, tmp_path / FOLDS_FILE)
+    model = BLIP3oDiTModel.from_pretrained(run)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_folds(tmp_path, model)
+    assert "\n" not in str(caught.value) and str(tmp_path / FOLDS_FILE) in str(caught.value)
+
+
+def test_one_process_computes_with_the_cores_of_those_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(3), raising=False)
+    own = torch.get_num_threads()
+    with threads_of_all(2):
+        assert torch.get_num_threads() == max(own, 3)
+    assert torch.get_num_threads() == own
+    with threads_of_all(1):
+        assert torch.get_num_threads() == own
