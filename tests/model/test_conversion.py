@@ -67,6 +67,19 @@ def test_a_model_that_was_trained_otherwise_is_not_exported(
         export(BLIP3oDiTModel(tiny_config(flow_matching=flow)))
 
 
+@pytest.mark.parametrize("export", [to_official_state_dict, to_diffusers_state_dict])
+def test_a_network_of_standardised_tokens_is_not_exported(
+    tiny_model: BLIP3oDiTModel, export: Callable[[BLIP3oDiTModel], dict[str, torch.Tensor]]
+) -> None:
+    """Neither layout has a place for statistics; a model that has them for measuring only is exported."""
+    statistics = torch.full((12,), 2.0), torch.ones(12)
+    tiny_model.set_statistics(condition=statistics, target=(torch.full((8,), 2.0), torch.ones(8)))
+    with pytest.raises(ValueError, match=r"found standardize True \(expected False\)"):
+        export(tiny_model)
+    tiny_model.config.standardize = False
+    assert export(tiny_model)
+
+
 def test_diffusers_round_trip(tiny_model: BLIP3oDiTModel) -> None:
     weights = to_diffusers_state_dict(tiny_model)
     assert "pad_token" in weights

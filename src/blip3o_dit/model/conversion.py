@@ -38,12 +38,12 @@ MOST_SIGMA_MIN = 1e-3
 
 
 def to_official_state_dict(model: BLIP3oDiTModel, prefix: str = OFFICIAL_PREFIXES[0]) -> dict[str, Tensor]:
-    """The network in the released layout (noise minus data), under `prefix`. Statistics do not travel.
+    """The network in the released layout (noise minus data), under `prefix`.
 
     Raises:
         ValueError: for a model that was trained otherwise than the released one.
     """
-    _check_exportable("to_official_state_dict", model.config)
+    _check_exportable("to_official_state_dict", model)
     weights = flip_velocity_sign(model.dit.state_dict())
     return {prefix + name: tensor for name, tensor in weights.items()}
 
@@ -118,7 +118,7 @@ def to_diffusers_state_dict(model: BLIP3oDiTModel) -> dict[str, Tensor]:
     Raises:
         ValueError: for a model that does not predict the velocity of a linear path from noise.
     """
-    _check_exportable("to_diffusers_state_dict", model.config)
+    _check_exportable("to_diffusers_state_dict", model)
     weights = flip_velocity_sign(model.dit.state_dict())
     weights = {k: v for k, v in weights.items() if not k.startswith(CONDITION_PREFIX)}
     weights["pad_token"] = torch.zeros(model.config.model_dim, dtype=model.dtype)
@@ -139,10 +139,10 @@ def from_diffusers_state_dict(
     return model
 
 
-def _check_exportable(what: str, config: BLIP3oDiTConfig) -> None:
-    """Refuse (ValueError) what neither layout can say: both mean the velocity of BLIP3-o's own path."""
-    flow = config.flow
-    expected = {
+def _check_exportable(what: str, model: BLIP3oDiTModel) -> None:
+    """Refuse (ValueError) what neither layout can say: both mean the velocity of BLIP3-o's path in raw units."""
+    flow = model.config.flow
+    expected: dict[str, Any] = {
         "source": "noise",
         "prediction_type": "v_prediction",
         "schedule_type": "linear",
@@ -152,6 +152,8 @@ def _check_exportable(what: str, config: BLIP3oDiTConfig) -> None:
     found = {name: getattr(flow, name) for name in expected}
     if flow.sigma_min > MOST_SIGMA_MIN:
         expected["sigma_min"], found["sigma_min"] = f"at most {MOST_SIGMA_MIN}", flow.sigma_min
+    if model.has_statistics:
+        expected["standardize"], found["standardize"] = False, model.config.standardize
     wrong = [
         f"{name} {found[name]} (expected {expected[name]})"
         for name in expected
