@@ -1,11 +1,11 @@
-"""python -m benchmarks.gpu_check: whether a GPU computes what the CPU does, and how near it comes to its limits.
+"""python -m benchmarks.gpu_check: whether a GPU computes what the CPU does, and how near it is to its limits.
 
 For a machine that may have other versions than the pinned ones, and neither diffusers nor pytest. First each
 dtype and path is compared with the CPU in float32 on a small network; then speed and memory of the default
 network are measured beside the floor: products at the rate of a large product of random numbers, and reading
-the weights at the bandwidth of a copy. Every part has a time limit and does not hide the others' results; the
-last line is JSON with everything. Exit status 1 when a comparison fails, 0 without a GPU. `--device cpu` compares
-at a tiny size, to try the program itself.
+the weights at the bandwidth of a copy. Every part has a time limit and does not hide the others' results;
+the last line is JSON with everything. Exit status 1 when a comparison or a part fails, 0 without a GPU.
+`--device cpu` compares at a tiny size, to try the program itself.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from torch import Tensor
 from benchmarks.measure import Row, described, machine, markdown, paper_config, synchronize, untrained
 from benchmarks.our_step import RandomEmbeddings, our_step, random_batch
 from blip3o_dit.config import LOW_MEMORY_DEFAULTS, BLIP3oDiTConfig, TrainingConfig
+from blip3o_dit.data.source import open_embeddings
 from blip3o_dit.data.store import StoreWriter
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
@@ -185,11 +186,12 @@ def check_resume(setup: Setup) -> list[Row]:
 
 
 def _losses(setup: Setup, device: str, **settings: Any) -> Tensor:
-    config = setup.config()
-    source = RandomEmbeddings(*config.data_sizes, num_samples=32)
     with tempfile.TemporaryDirectory() as folder:
-        asked = _config(setup, "", Path(folder), **{"device": device, "logging_steps": 1} | settings)
-        trainer = train_on(source, asked)
+        data = _write_store(setup, Path(folder) / "store")
+        asked = _config(
+            setup, data, Path(folder) / "run", **{"device": device, "logging_steps": 1} | settings
+        )
+        trainer = train_on(open_embeddings(data), asked)
         return torch.tensor([line["loss"] for line in trainer.state.log_history if "loss" in line])
 
 
@@ -256,8 +258,9 @@ def _algorithms_restored() -> Iterator[None]:
 
 
 def measure_hardware(setup: Setup) -> list[Row]:
-    return [{"figure": "bf16 product TFLOP/s", "value": product_rate() / 1e12}] + [
-        {"figure": "copy TB/s", "value": copy_bandwidth() / 1e12}
+    return [
+        {"figure": "bf16 product TFLOP/s", "value": product_rate() / 1e12},
+        {"figure": "copy TB/s", "value": copy_bandwidth() / 1e12},
     ]
 
 
@@ -322,7 +325,8 @@ def measure_training(setup: Setup) -> list[Row]:
         seconds = _median_seconds(step, 4)
         count = model.num_parameters()
         tokens = batch * model.config.num_tokens
-        # Three products a weight and token; AdamW and averages read and write five float32 numbers a weight twice.
+        # Three products a weight and token. AdamW and averages read gradient, weight, two states and average,
+        # and write all but the gradient: at most ten float32 numbers a weight.
         floor = 6 * count * tokens / rate + 2 * 5 * 4 * count / bandwidth
         peak = torch.cuda.max_memory_allocated() / GIB
         asked = TrainingConfig(batch_size=batch, bf16=True, **settings)

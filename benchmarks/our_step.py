@@ -45,10 +45,10 @@ class RandomEmbeddings:
 def our_step(
     model: BLIP3oDiTModel, inputs: dict[str, Any], bf16: bool, **settings: Any
 ) -> Callable[[], None]:
-    """Draw, loss, monitor, backward, clipping, fused AdamW and averaged weights, by the Trainer's own methods.
+    """Draw, loss, monitor, backward, clipping, AdamW and averaged weights, by the Trainer's own methods.
 
-    The model is prepared as the Trainer does it: autocast is in what accelerate makes of it. What the products
-    see is checked once, when the step is made.
+    The model is prepared as the Trainer does it: autocast is in what accelerate makes of it. What the
+    products see is checked once, when the step is made.
 
     Raises:
         ValueError: when the products see another dtype than the precision says.

@@ -1,11 +1,12 @@
-"""python -m tests.matrix: the core of the suite under every Python and with the oldest and newest packages allowed.
+"""python -m tests.matrix: the core of the suite under each Python, with the oldest and newest packages.
 
-For each Python 3.10 to 3.13 on the PATH (or in pyenv's PYENV_VERSION) and for both ends of what pyproject.toml
-allows of torch, transformers and accelerate an environment is made under .matrix/ and the core of the suite
-runs in it. pip is used as it is configured here. A torch that would bring CUDA's libraries is not installed
-unless --cuda says so: on a machine without a GPU the pinned one is tried instead, of which a CPU build may be
-at hand. Where none is, that interpreter at least compiles every file. Prints one line per combination; exit
-status 1 when a suite failed.
+For each Python 3.10 to 3.13 on the PATH and for both ends of what pyproject.toml allows of torch,
+transformers and accelerate an environment is made under .matrix/ and the core of the suite runs in it.
+(pyenv puts several on the PATH with PYENV_VERSION=3.10.1:3.11.2.)
+
+pip is used as it is configured here. A torch that would bring CUDA's libraries is not installed unless --cuda
+says so: the pinned one is tried instead, of which a CPU build may be at hand. Where none is, that interpreter
+at least reads every file. Prints one line per combination and a table; exit status 1 when a suite failed.
 """
 
 from __future__ import annotations
@@ -29,13 +30,10 @@ VARIED = ("torch", "transformers", "accelerate")
 BESIDE = ("safetensors", "numpy", "tqdm", "pillow", "jinja2", "pytest", "pytest-xdist", "hypothesis")
 BESIDE += ("pyarrow", "scikit-learn", "torchdiffeq", "torchao", "diffusers", "matplotlib", "wandb")
 CORE = (
-    "tests/test_config.py",
-    "tests/test_architecture.py",
-    "tests/test_files.py",
-    "tests/test_randomness.py",
+    *("tests/test_config.py", "tests/test_architecture.py", "tests/test_files.py"),
+    *("tests/test_randomness.py", "tests/data/test_store.py"),
+    *("tests/model", "tests/flow", "tests/training", "tests/inference", "tests/cli"),
 )
-CORE += ("tests/model", "tests/flow", "tests/data/test_store.py", "tests/training", "tests/inference")
-CORE += ("tests/cli",)
 SECONDS = 1800  # that a suite may take
 
 
@@ -93,7 +91,7 @@ def _combination(python: str, end: str, arguments: argparse.Namespace) -> Outcom
 
 
 def interpreter(version: str) -> str | None:
-    """A Python of this version on the PATH that runs: a pyenv shim of a version that is not chosen does not."""
+    """A Python of this version on the PATH that runs, as pyenv's stand-in for one not chosen does not."""
     program = shutil.which(f"python{version}")
     if program is None:
         return None
@@ -175,17 +173,14 @@ def _compiles(python: str) -> tuple[str, bool]:
 
 
 def _pinned(name: str) -> str:
-    return next(
-        line for line in (ROOT / "requirements.txt").read_text().split() if line.startswith(f"{name}==")
-    )
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    return next(line for line in lines if line.startswith(f"{name}=="))
 
 
 def _versions(environment: Path) -> str:
-    code = "from importlib.metadata import version as v; print(*[n + ' ' + v(n) for n in %r], sep=', ')" % (
-        VARIED,
-    )
-    done = subprocess.run([str(environment / "bin" / "python"), "-c", code], capture_output=True, text=True)
-    return done.stdout.strip()
+    code = "import sys, importlib.metadata as m; print(*[n + ' ' + m.version(n) for n in sys.argv[1:]], sep=', ')"
+    words = [str(environment / "bin" / "python"), "-c", code, *VARIED]
+    return subprocess.run(words, capture_output=True, text=True).stdout.strip()
 
 
 def _pip(python: str, words: Sequence[str]) -> subprocess.CompletedProcess[str]:

@@ -124,7 +124,7 @@ def forecast(
 def distillation_forecast(
     model: BLIP3oDiTConfig, device: torch.device, *, batch: int, lessons: int, averages: bool
 ) -> Forecast:
-    """What teaching a student takes: two networks in float32, one of which learns from all `lessons` at once."""
+    """What teaching a student takes: two networks in float32, one of which learns all `lessons` at once."""
     weights, _ = count_weights(model)
     keeps = Activations(
         model,
@@ -175,7 +175,7 @@ class Activations:
         for a condition token
             d:   norm1_context                                                                             (1)
             kv:  keys before and after their norm, values                                                  (3)
-        and for a sample the four modulations and the six factors that norms multiply by                (10 d).
+        and for a sample the four modulations and six factors of norms                              (10 d).
         """
         d, kv, ffn = self.config.model_dim, self.config.kv_dim, self.config.ffn_dim or 0
         target = (13 * d + 3 * kv + 4 * ffn) * self.bytes_each + 4 * d * self.norm_bytes
@@ -202,9 +202,9 @@ class Activations:
     def ends(self) -> int:
         """Before and after the blocks.
 
-        In the arithmetic's dtype: the condition, its projection's three results; input, norm and result of the
-        head. In float32: condition, its features for the guess; target, noise, x_t, guess, what is compared
-        and what is reported of it.
+        In the arithmetic's dtype: the condition, its projection's three results; input, norm and result of
+        the head. In float32: condition, its features for the guess; target, noise, x_t, guess, what is
+        compared and what is reported of it.
         """
         config = self.config
         d, condition_dim, target_dim = config.model_dim, config.eva_embedding_size, config.in_channels
@@ -213,7 +213,7 @@ class Activations:
         return self.batch * (self.condition_tokens * condition + config.num_tokens * target)
 
     def working(self, recompute: bool) -> int:
-        """Gradients to SwiGLU's four inner numbers and to some of d; the block itself where it is recomputed."""
+        """Gradients to SwiGLU's inner numbers and to some of d; the block itself where it is recomputed."""
         inner = 4 * (self.config.ffn_dim or 0) + 6 * self.config.model_dim
         of_gradients = self.batch * self.config.num_tokens * inner * self.bytes_each
         return of_gradients + (self.block() if recompute else 0)
@@ -227,7 +227,7 @@ def count_weights(model: BLIP3oDiTConfig) -> tuple[int, int]:
 
 
 def _compute_bytes(config: TrainingConfig, device: torch.device) -> int:
-    """Bytes of a number of the arithmetic: bfloat16 weights are multiplied in float32 where it is emulated."""
+    """Bytes of a number of the arithmetic: weights in bfloat16 are widened where that is emulated."""
     if config.memory == "low":
         return 2 if multiplies(torch.bfloat16, device) else FLOAT32
     return 2 if config.bf16 or config.fp16 else FLOAT32
@@ -242,13 +242,10 @@ def _norm_bytes(compute: int, device: torch.device) -> int:
 
 
 def _scratch(model: BLIP3oDiTConfig, low: bool, compute: int, device: torch.device) -> int:
-    """Working memory in float32 of the largest weight: its copy for a product in another dtype than it is
-    stored in, and what torchao's AdamW makes of it: gradient, both states, update, the new weight."""
-    largest = (model.ffn_dim or 0) * model.model_dim
-    if not low:
+    """The largest weight in float32, for its product where bfloat16 is not multiplied."""
+    if not low or compute != FLOAT32 or device.type != "cpu":
         return 0
-    copy = FLOAT32 * largest if compute == FLOAT32 and device.type == "cpu" else 0
-    return copy
+    return FLOAT32 * (model.ffn_dim or 0) * model.model_dim
 
 
 def check_room(needed: Forecast, room: Room, ways_out: str) -> None:
@@ -314,7 +311,7 @@ def _free_of_machine() -> tuple[int, str]:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - resident(), "of this machine"
 
 
-# The files of a control group, version 2 and version 1: its limit, what it uses, and what of that can be dropped.
+# A control group's files, version 2 and 1: its limit, what it uses, and what of that can be dropped.
 _GROUP_FILES = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
