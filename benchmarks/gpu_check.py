@@ -41,7 +41,6 @@ from blip3o_dit.data.source import open_embeddings
 from blip3o_dit.data.store import StoreWriter
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
-from blip3o_dit.quiet import quiet_torchao
 from blip3o_dit.training.memory import GIB, forecast
 from blip3o_dit.training.run import train, train_on
 
@@ -396,7 +395,6 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, help="file for everything as JSON")
     parser.add_argument("--seconds", type=float, default=230.0, help="for everything; what is left out fails")
     arguments = parser.parse_args(words)
-    quiet_torchao()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("gpu-check: no GPU here, nothing was checked")
         return 0

@@ -178,7 +178,7 @@ def _pinned(name: str) -> str:
 
 
 def _versions(environment: Path) -> str:
-    code = "import sys, importlib.metadata as m; print(*[n + ' ' + m.version(n) for n in sys.argv[1:]], sep=', ')"
+    code = "import sys, importlib.metadata as m; print(*[n + ' ' + m.version(n) for n in sys.argv[1:]])"
     words = [str(environment / "bin" / "python"), "-c", code, *VARIED]
     return subprocess.run(words, capture_output=True, text=True).stdout.strip()
 
