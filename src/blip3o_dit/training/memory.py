@@ -21,6 +21,9 @@ FLOAT32 = 4
 # What AdamW keeps per weight: two float32 numbers, or two of one byte with a float32 scale for each 256.
 ADAMW, ADAMW_8BIT = 2 * FLOAT32, 2 * (1 + FLOAT32 / 256)
 
+# What a program that is ready to build its network still loads: parts of the Trainer, curves, a batch.
+PROGRAM_GROWS = 48 * 2**20
+
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _LARGE = 2**20
 
@@ -104,17 +107,18 @@ def forecast(
         norm_bytes=_norm_bytes(compute, device),
     )
     recompute, selective = model.gradient_checkpointing, config.selective_checkpointing
+    in_parts = model.num_layers if recompute else 1  # one block's at a time
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
     share = processes if sharded else 1
     # DistributedDataParallel sends gradients in buckets, which are a second copy of them.
     copies_of_gradients = 2 if processes > 1 and not sharded else 1
     return Forecast(
-        program=resident() if device.type == "cpu" else 0,
+        program=resident() + PROGRAM_GROWS if device.type == "cpu" else 0,
         weights=stored * weights // share,
         averages=FLOAT32 * weights // share if config.ema_decay else 0,
         optimizer=int((ADAMW_8BIT if low else ADAMW) * weights) // share,
         gradients=stored * weights * copies_of_gradients // share,
-        copies=compute * matrices // share if compute < stored else 0,
+        copies=compute * matrices // in_parts if compute < stored else 0,
         activations=keeps.ends() + model.num_layers * keeps.kept_of_block(recompute, selective),
         working=keeps.working(recompute) + _scratch(model, low, compute, device),
         gradients_wait=config.gradient_accumulation_steps > 1,
@@ -135,7 +139,7 @@ def distillation_forecast(
     )
     kept = keeps.kept_of_block(model.gradient_checkpointing, False)
     return Forecast(
-        program=resident() if device.type == "cpu" else 0,
+        program=resident() + PROGRAM_GROWS if device.type == "cpu" else 0,
         teacher=FLOAT32 * weights,
         weights=FLOAT32 * weights,
         averages=FLOAT32 * weights if averages else 0,
