@@ -2,16 +2,19 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
+WORKERS ?= 2
 
-.PHONY: help setup demo test fuzz lint bench clean
+.PHONY: help setup demo test matrix fuzz lint bench gpu-check clean
 
 help:
 	@echo "make setup   install everything into .venv"
 	@echo "make demo    handwritten digits: two vision towers, a training run, a table and a picture"
 	@echo "make test    all tests"
+	@echo "make matrix  the core of the tests under Python 3.10 to 3.13, with the oldest and newest packages"
 	@echo "make fuzz    hostile and broken input for MINUTES (10), from SEED (0)"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   speed, memory and known answers, on small sizes (python -m benchmarks --help)"
+	@echo "make gpu-check  a GPU's results beside the CPU's, then its speed and memory (PYTHON=... without .venv)"
 
 setup: .venv/installed
 
@@ -24,7 +27,15 @@ demo: .venv/installed
 	$(BIN)/python -m examples.digits.demo
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# Environments of several Pythons under .matrix/. MATRIX="--pythons 3.11" and more: python -m tests.matrix --help
+matrix: .venv/installed
+	$(BIN)/python -m tests.matrix $(MATRIX)
+
+# On a machine with a GPU and torch, transformers and accelerate of its own; nothing is installed.
+gpu-check:
+	PYTHONPATH=src:. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(GPU_CHECK)
 
 MINUTES ?= 10
 SEED ?= 0
@@ -40,4 +51,4 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks short
 
 clean:
-	rm -rf .venv outputs build fuzz-input .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .matrix outputs build fuzz-input .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -27,7 +27,6 @@ from benchmarks import (
     training_step,
 )
 from benchmarks.measure import described, machine, markdown, record, tables
-from blip3o_dit.quiet import quiet_torchao
 
 PARTS: dict[str, ModuleType] = {
     "generation": generation,
@@ -53,7 +52,6 @@ SHORT = {
 
 
 def main(words: list[str]) -> None:
-    quiet_torchao()
     if words[:1] == ["short"]:
         for part, given in SHORT.items():
             print(f"\n## {part}\n", flush=True)

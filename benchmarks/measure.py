@@ -9,7 +9,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +114,19 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory GiB": round(pages / 2**30, 1),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "diffusers", "transformers")},
+        **{name: installed(name) for name in ("torch", "diffusers", "transformers")},
     }
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
         found["cuda"] = torch.version.cuda
     return found
+
+
+def installed(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
 
 
 def peak_gib() -> float:

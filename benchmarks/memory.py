@@ -1,7 +1,7 @@
-"""Peak memory of whole programs at the default size, each in a process of its own.
+"""Peak memory of programs at the default size, each in a process of its own, beside what was forecast.
 
-Training goes through the command line; generation through `BLIP3oInference`. On a machine with a GPU the
-figures are those of its memory.
+Training is what `blip3o-dit train` does up to its files, which take longer to write than the steps and no
+memory; generation goes through `BLIP3oInference`. On a machine with a GPU the figures are its memory's.
 """
 
 from __future__ import annotations
@@ -14,12 +14,17 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from transformers.trainer_utils import SaveStrategy
 
 from benchmarks.evaluation import write_store
-from benchmarks.measure import Row, device, paper_config, peak_gib, untrained
+from benchmarks.measure import Row, device, paper_config, peak_gib
 from blip3o_dit.config import LOW_MEMORY_DEFAULTS, TrainingConfig
+from blip3o_dit.data.source import open_embeddings
 from blip3o_dit.inference.pipeline import BLIP3oInference
-from blip3o_dit.training.run import train
+from blip3o_dit.model.blip3o_dit import WEIGHTS_FILE, BLIP3oDiTModel
+from blip3o_dit.training.memory import forecast
+from blip3o_dit.training.run import build_trainer
 
 TASKS = ("interpreter", "generation", "training")
 
@@ -27,7 +32,7 @@ TASKS = ("interpreter", "generation", "training")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--steps", type=int, default=3, help="optimizer steps of the training")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps of the training")
     parser.add_argument("--modes", nargs="+", default=["low"], help="--memory settings to train with")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # what a process of its own does
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -38,6 +43,8 @@ def run(arguments: argparse.Namespace) -> list[Row]:
         return [_alone(arguments)]
     with tempfile.TemporaryDirectory() as folder:
         write_store(Path(folder) / "store", 96)
+        if "generation" in arguments.tasks:
+            _write_model(Path(folder) / "model", arguments.layers)
         tasks = [task for task in arguments.tasks if task != "training"]
         tasks += [f"training {mode}" for mode in arguments.modes if "training" in arguments.tasks]
         return [_in_a_process(task, folder, arguments) for task in tasks]
@@ -46,8 +53,6 @@ def run(arguments: argparse.Namespace) -> list[Row]:
 def _in_a_process(task: str, folder: str, arguments: argparse.Namespace) -> Row:
     words = [sys.executable, "-m", "benchmarks", "memory", "--only", task, "--folder", folder]
     words += ["--layers", str(arguments.layers), "--steps", str(arguments.steps), "--rows"]
-    if task == "generation":  # the weights come from a file, as a user's do
-        subprocess.run([*words, "--only", "save a model"], check=True, stdout=subprocess.DEVNULL)
     done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])[0]
 
@@ -55,17 +60,37 @@ def _in_a_process(task: str, folder: str, arguments: argparse.Namespace) -> Row:
 def _alone(arguments: argparse.Namespace) -> Row:
     task, folder = arguments.only, Path(arguments.folder)
     row: Row = {"task": task, "layers": arguments.layers, "batch": None, "parameters": None}
-    if task == "save a model":
-        untrained(paper_config(num_layers=arguments.layers)).save_pretrained(folder / "model")
-    elif task == "generation":
+    if task == "generation":
         inference = BLIP3oInference(folder / "model", dtype=torch.bfloat16)
         inference.generate(torch.randn(8, 64, 1280), num_inference_steps=1, solver="euler")
         row |= {"batch": 8, "parameters": inference.model.num_parameters()}
     elif task.startswith("training "):
         config = _training(task.removeprefix("training "), folder, arguments)
-        train(config, overwrite=True)
-        row |= {"batch": config.batch_size, "parameters": paper_parameters(arguments.layers)}
+        source = open_embeddings(config.embeddings_path)
+        sizes = dict(
+            num_tokens=source.num_tokens, condition_dim=source.condition_dim, target_dim=source.target_dim
+        )
+        said = forecast(config, config.model(**sizes), device())
+        trainer = build_trainer(source, config)
+        trainer.args.save_strategy = SaveStrategy.NO
+        trainer.train()
+        row |= {"batch": config.batch_size, "parameters": trainer.dit.num_parameters()}
+        row["forecast GiB"] = said.total / 2**30
     return row | {"peak GiB": peak_gib()}
+
+
+def _write_model(folder: Path, layers: int) -> None:
+    """Weights for a program to read, as a user's come from a file: bfloat16 zeros, which are quickly made."""
+    config = paper_config(num_layers=layers)
+    with torch.device("meta"):
+        model = BLIP3oDiTModel(config)
+    weights = {name for name, _ in model.named_parameters()}
+    state = {
+        name: torch.zeros(tensor.shape, dtype=torch.bfloat16 if name in weights else torch.float32)
+        for name, tensor in model.state_dict().items()
+    }
+    config.save_pretrained(folder)
+    save_file(state, folder / WEIGHTS_FILE)
 
 
 def _training(mode: str, folder: Path, arguments: argparse.Namespace) -> TrainingConfig:
@@ -75,17 +100,8 @@ def _training(mode: str, folder: Path, arguments: argparse.Namespace) -> Trainin
         num_layers=arguments.layers,
         max_steps=arguments.steps,
         logging_steps=1,
-        save_steps=arguments.steps,
         eval_split=0.0,
         memory=mode,
         device=device().type,
         **(LOW_MEMORY_DEFAULTS if mode == "low" else {"ema_decay": 0.0}),
     )
-
-
-def paper_parameters(layers: int) -> int:
-    """Parameters of the default network with so many layers."""
-    from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
-
-    with torch.device("meta"):
-        return BLIP3oDiTModel(paper_config(num_layers=layers)).num_parameters()

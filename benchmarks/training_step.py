@@ -3,58 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.measure import (
     Row,
     alternate,
     block_flops,
     block_matrices,
-    device,
     paper_config,
     products,
     untrained,
 )
+from benchmarks.our_step import our_step, random_batch
 from benchmarks.peer import Peer
-from blip3o_dit.config import PAPER_RECIPE, TrainingConfig
-from blip3o_dit.data.checks import Indices, Record
-from blip3o_dit.data.dataset import EmbeddingDataset, NamedDraws
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
-from blip3o_dit.training.settings import training_arguments
-from blip3o_dit.training.trainer import BLIP3oTrainer
 
 SIZES = {
     "1/4 width": {"model_dim": 448, "num_heads": 7, "num_layers": 24},
     "default width": {"model_dim": 1792, "num_heads": 28, "num_layers": 4},
     "default": {},
 }
-
-
-@dataclass(frozen=True)
-class RandomEmbeddings:
-    """A source of noise in memory: 256 samples at full widths."""
-
-    num_tokens: int = 64
-    condition_dim: int = 1280
-    target_dim: int = 768
-    num_samples: int = 256
-    path: Path = Path("random embeddings")
-
-    def fetch(self, indices: Indices) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        shape = (len(indices), self.num_tokens)
-        return tuple(
-            torch.randn(*shape, width, generator=generator) for width in (self.condition_dim, self.target_dim)
-        )
-
-    def records(self, indices: Indices | None = None) -> list[Record]:
-        return []
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +45,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
 def compare(arguments: argparse.Namespace, size: str) -> Row:
     sizes = SIZES[size] | ({"num_layers": arguments.layers} if arguments.layers else {})
     model, batch = untrained(paper_config(**sizes)), arguments.batch
-    inputs = _batch(batch)
+    inputs = random_batch(model, batch)
     steps = {"ours": our_step(model, inputs, arguments.bf16)}
     if arguments.selective:
         steps["selective"] = our_step(_copy(model), inputs, arguments.bf16, selective_checkpointing=True)
@@ -109,40 +80,11 @@ def compare(arguments: argparse.Namespace, size: str) -> Row:
     return row
 
 
-def our_step(model: BLIP3oDiTModel, inputs: dict, bf16: bool, **settings: bool) -> Callable[[], None]:
-    """Draw, loss, monitor, backward, clipping and fused AdamW, through the Trainer's own methods."""
-    folder = tempfile.mkdtemp()
-    on_gpu = device().type == "cuda"
-    config = TrainingConfig(
-        output_dir=folder,
-        bf16=bf16,
-        cfg_dropout=0.0,
-        device="cuda" if on_gpu else "cpu",
-        **{k: v for k, v in PAPER_RECIPE.items() if k != "eval_inference_steps"},
-        **settings,
-    )
-    model.dit.gradient_checkpointing = config.selective_checkpointing
-    dataset = EmbeddingDataset(RandomEmbeddings(), torch.arange(256).numpy())
-    arguments = training_arguments(config, evaluate=False)
-    trainer = BLIP3oTrainer(model, arguments, config=config, train_dataset=dataset)
-    trainer.create_optimizer()
-    model.train()
-
-    def step() -> None:
-        with trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(model, inputs)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
-
-    return step
-
-
 def peer_step(peer: Peer, inputs: dict, bf16: bool) -> Callable[[], None]:
-    """The same by hand: draw, loss, backward, clipping and fused AdamW."""
+    """The same by hand: draw, loss, backward, clipping, fused AdamW and averaged weights."""
     parameters = [p for p in peer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
+    averages = [p.detach().clone() for p in parameters]
     eva, clip = inputs["eva"], inputs["clip"]
     peer.train()
 
@@ -153,14 +95,9 @@ def peer_step(peer: Peer, inputs: dict, bf16: bool) -> Callable[[], None]:
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1e-3)
 
     return step
-
-
-def _batch(size: int) -> dict:
-    dataset = EmbeddingDataset(RandomEmbeddings(), torch.arange(256).numpy(), NamedDraws(0, "training"))
-    batch = dataset.__getitems__(range(size))
-    return {k: v.to(device()) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def _copy(model: BLIP3oDiTModel) -> BLIP3oDiTModel:

@@ -26,7 +26,8 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def quiet_torchao() -> None:
-    """Keep torchao from telling about kernels it was not built with here, and about its own deprecations."""
-    for name in ("torchao", "torch.utils._pytree"):
+    """Keep torchao from telling about kernels it was not built with here, and about its own deprecations, and
+    diffusers from telling that it knows of parts that newer torchao has not."""
+    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")

@@ -140,7 +140,7 @@ def from_diffusers_state_dict(
 
 
 def _check_exportable(what: str, model: BLIP3oDiTModel) -> None:
-    """Refuse (ValueError) what neither layout can say: both mean the velocity of BLIP3-o's path in raw units."""
+    """Refuse (ValueError) what neither layout can say: both mean BLIP3-o's velocity, in raw units."""
     flow = model.config.flow
     expected: dict[str, Any] = {
         "source": "noise",

@@ -16,7 +16,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from blip3o_dit.config import SOLVER_NAMES, TRAINING_CONFIG_FILE, TrainingConfig, check_name, check_range
+from blip3o_dit.config import (
+    SOLVER_NAMES,
+    TRAINING_CONFIG_FILE,
+    BLIP3oDiTConfig,
+    TrainingConfig,
+    check_name,
+    check_range,
+)
 from blip3o_dit.data.dataset import split_samples
 from blip3o_dit.data.source import check_sizes, open_embeddings
 from blip3o_dit.data.store import EmbeddingSource
@@ -28,6 +35,7 @@ from blip3o_dit.model.blip3o_dit import EMA_FILE, EMA_VARIANT, BLIP3oDiTModel, p
 from blip3o_dit.model.source import AffineSource
 from blip3o_dit.randomness import named_normal, named_permutation
 from blip3o_dit.training.ema import ExponentialMovingAverage
+from blip3o_dit.training.memory import check_room, distillation_forecast, room_on
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +98,7 @@ def distill(
         raise ValueError(f"{output}: expected no model there, found one (overwrite it?)")
     variant = EMA_VARIANT if pick_weights(Path(model_path), "auto") == "ema" else None
     run = TrainingConfig.from_folder(model_path)
+    _check_memory(BLIP3oDiTConfig.from_pretrained(model_path), config)
     teacher: Any = BLIP3oDiTModel.from_pretrained(model_path, variant=variant)
     source = open_embeddings(embeddings)
     check_sizes(source, teacher.config.data_sizes, model_path)
@@ -110,6 +119,15 @@ def distill(
         (aside / TRAINING_CONFIG_FILE).write_bytes(taught.to_json())
     logger.info("the student, %d network calls a sample, is in %s", config.steps, output)
     return output
+
+
+def _check_memory(model: BLIP3oDiTConfig, config: DistillationConfig) -> None:
+    """Refuse (ValueError) what does not fit, before any of it is built."""
+    device = torch.device(config.device)
+    needed = distillation_forecast(
+        model, device, batch=config.batch_size, lessons=config.steps, averages=config.ema_decay > 0
+    )
+    check_room(needed, room_on(device), "less is taken with a smaller --batch_size, --ema_decay 0")
 
 
 def teach(

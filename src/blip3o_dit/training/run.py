@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
@@ -32,7 +33,7 @@ from blip3o_dit.training.checkpoint import (
     fingerprint,
     global_batch,
 )
-from blip3o_dit.training.memory import return_freed_memory
+from blip3o_dit.training.memory import check_room, forecast, return_freed_memory, room_on, ways_to_fit
 from blip3o_dit.training.settings import make_deterministic, training_arguments, use_cpu
 from blip3o_dit.training.source import SourceFolds, fit_source, threads_of_all
 from blip3o_dit.training.tracking import prepare_wandb, require_wandb
@@ -68,6 +69,7 @@ def train(
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         this_run = Run(source.num_samples, fingerprint(source), global_batch(config, processes))
         check_checkpoint(resume, model_config, this_run)
+    _check_memory(config, model_config, show=dry_run)
     if dry_run:
         with tempfile.TemporaryDirectory() as aside:  # the Trainer makes its folder when it is built
             _first_step(build_trainer(source, replace(config, output_dir=aside)))
@@ -117,6 +119,8 @@ def build_trainer(
             source, eval_split=config.eval_split, seed=config.seed, split_by=config.split_by
         )
     set_seed(config.seed)
+    if arguments.device.type == "cpu":
+        return_freed_memory()
     model = BLIP3oDiTModel(_model_config(source, config))
     _describe(config, model, source, len(split.train), len(split.eval), arguments)
     # Few samples of perhaps all shards: training itself verifies every shard that it reads.
@@ -128,7 +132,6 @@ def build_trainer(
     if config.source != "noise" and not fitted:
         folds = _set_source(model, glance, split.train, config, arguments)
     if config.memory == "low":
-        return_freed_memory()
         model.bfloat16()
     callbacks: list[TrainerCallback] = []
     if importlib.util.find_spec("matplotlib"):
@@ -152,6 +155,18 @@ def _model_config(source: EmbeddingSource, config: TrainingConfig) -> BLIP3oDiTC
         condition_dim=source.condition_dim,
         target_dim=source.target_dim,
     )
+
+
+def _check_memory(config: TrainingConfig, model: BLIP3oDiTConfig, *, show: bool) -> None:
+    """Refuse (ValueError) a run that does not fit, before any of it is built; `show` the forecast."""
+    device = torch.device("cpu")
+    if not use_cpu(config):
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    room = room_on(device)
+    needed = forecast(config, model, device, processes=int(os.environ.get("WORLD_SIZE", "1")))
+    if show:
+        logger.info("memory of each process\n%s", needed.table(room))
+    check_room(needed, room, ways_to_fit(config))
 
 
 def _set_statistics(
@@ -191,13 +206,17 @@ def _set_source(
 
 
 def _first_step(trainer: BLIP3oTrainer) -> None:
-    """Forward and backward of one batch, no update: whatever cannot work fails here."""
+    """Forward and backward of one batch, no update: whatever cannot work fails here.
+
+    The model is prepared as the Trainer does it, for the run's own precision and processes.
+    """
     batch = next(iter(trainer.get_train_dataloader()))
     # With FSDP the Trainer leaves the model on the CPU until it trains.
     trainer.dit.to(trainer.args.device).train()  # type: ignore[arg-type]
+    model, _ = trainer.accelerator.prepare(trainer.dit, trainer.create_optimizer())
     with trainer.compute_loss_context_manager():
-        loss = trainer.compute_loss(trainer.dit, trainer._prepare_inputs(batch))
-    loss.backward()
+        loss = trainer.compute_loss(model, trainer._prepare_inputs(batch))
+    trainer.accelerator.backward(loss)
     logger.info(
         "dry run: data, model, loss (%.4g) and gradients work; nothing was trained or written",
         loss.item(),

@@ -1,0 +1,123 @@
+"""One training step of ours, as the Trainer takes it, for timing; it needs nothing but the package."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.measure import device
+from blip3o_dit.config import PAPER_RECIPE, TrainingConfig
+from blip3o_dit.data.checks import Indices, Record
+from blip3o_dit.data.dataset import EmbeddingDataset, NamedDraws
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.training.settings import training_arguments
+from blip3o_dit.training.trainer import BLIP3oTrainer
+
+
+@dataclass(frozen=True)
+class RandomEmbeddings:
+    """A source of noise in memory: 256 samples, by default at full widths."""
+
+    num_tokens: int = 64
+    condition_dim: int = 1280
+    target_dim: int = 768
+    num_samples: int = 256
+    path: Path = Path("random embeddings")
+
+    def fetch(self, indices: Indices) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        shape = (len(indices), self.num_tokens)
+        return tuple(
+            torch.randn(*shape, width, generator=generator) for width in (self.condition_dim, self.target_dim)
+        )
+
+    def records(self, indices: Indices | None = None) -> list[Record]:
+        return []
+
+
+def our_step(
+    model: BLIP3oDiTModel, inputs: dict[str, Any], bf16: bool, **settings: Any
+) -> Callable[[], None]:
+    """Draw, loss, monitor, backward, clipping, AdamW and averaged weights, by the Trainer's own methods.
+
+    The model is prepared as the Trainer does it: autocast is in what accelerate makes of it. What the
+    products see is checked once, when the step is made.
+
+    Raises:
+        ValueError: when the products see another dtype than the precision says.
+    """
+    config = TrainingConfig(
+        **{
+            "output_dir": tempfile.mkdtemp(),
+            "bf16": bf16,
+            "cfg_dropout": 0.0,
+            "device": "cuda" if device().type == "cuda" else "cpu",
+            **PAPER_RECIPE,
+            "ema_decay": TrainingConfig.ema_decay,
+            **settings,
+        }
+    )
+    model.dit.gradient_checkpointing = config.gradient_checkpointing or config.selective_checkpointing
+    dataset = EmbeddingDataset(_like(model), torch.arange(256).numpy())
+    arguments = training_arguments(config, evaluate=False)
+    trainer = BLIP3oTrainer(model, arguments, config=config, train_dataset=dataset)
+    prepared, trainer.optimizer = trainer.accelerator.prepare(model, trainer.create_optimizer())
+    prepared.train()
+
+    def gradients() -> None:
+        with trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(prepared, inputs)
+        trainer.accelerator.backward(loss)
+
+    def step() -> None:
+        gradients()
+        trainer._clip_grad_norm(prepared)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        if trainer.ema is not None:
+            trainer.ema.update(model, 1000)
+
+    if not config.compile:
+        _check_products(gradients, torch.bfloat16 if bf16 else torch.float32)
+        trainer.optimizer.zero_grad()
+    return step
+
+
+def random_batch(model: BLIP3oDiTModel, size: int) -> dict[str, Any]:
+    """What a training step takes: `size` samples with their draws, where the model is."""
+    dataset = EmbeddingDataset(_like(model), torch.arange(256).numpy(), NamedDraws(0, "training"))
+    batch = dataset.__getitems__(range(size))
+    return {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def _like(model: BLIP3oDiTModel) -> RandomEmbeddings:
+    return RandomEmbeddings(*model.config.data_sizes)
+
+
+class ProductDtypes(TorchDispatchMode):
+    """Collects the dtypes that matrix products work in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[torch.dtype] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.found.add(args[-1].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def _check_products(function: Callable[[], None], expected: torch.dtype) -> None:
+    with ProductDtypes() as products:
+        function()
+    if products.found != {expected}:
+        raise ValueError(f"products: expected them in {expected}, found {sorted(map(str, products.found))}")
