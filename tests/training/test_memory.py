@@ -16,8 +16,8 @@ from torch import Tensor
 from blip3o_dit.cli.train import main as train_main
 from blip3o_dit.config import BLIP3oDiTConfig, TrainingConfig
 from blip3o_dit.data.store import EmbeddingStore
+from blip3o_dit.model import nextdit
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
-from blip3o_dit.model.nextdit import NextDiTBlock
 from blip3o_dit.training import memory
 from blip3o_dit.training.distill import DistillationConfig, distill
 from blip3o_dit.training.memory import GIB, Activations, Room, forecast
@@ -35,7 +35,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
     return write_linear_store(tmp_path_factory.mktemp("data") / "store")
 
 
-def kept_for_backward(config: BLIP3oDiTConfig, batch: int, length: int, selective: bool) -> int:
+def kept_for_backward(
+    config: BLIP3oDiTConfig, batch: int, length: int, *, selective: bool = False, narrow: bool = False
+) -> int:
     """Bytes of all storages, those of the model aside, that autograd holds after a forward pass."""
     model = BLIP3oDiTModel(config).train()
     model.dit.selective_checkpointing = selective
@@ -52,18 +54,32 @@ def kept_for_backward(config: BLIP3oDiTConfig, batch: int, length: int, selectiv
 
     x = torch.randn(batch, config.num_tokens, config.in_channels)
     condition = torch.randn(batch, length, config.eva_embedding_size)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow)
+    with autocast, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(x, torch.rand(batch), condition)
     return sum(held.values())
 
 
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize(("kv_heads", "recompute"), [(None, False), (1, False), (None, True)])
-def test_activations_of_a_block_are_those_that_autograd_keeps(kv_heads: int | None, recompute: bool) -> None:
+def test_activations_of_a_block_are_those_that_autograd_keeps(
+    kv_heads: int | None, recompute: bool, narrow: bool
+) -> None:
     sizes = dict(model_dim=64, num_heads=4, num_kv_heads=kv_heads, input_size=6)
     configs = [tiny_config(**sizes, num_layers=layers, gradient_checkpointing=recompute) for layers in (1, 2)]
-    one, two = (kept_for_backward(config, 4, 20, selective=False) for config in configs)
-    found = Activations(configs[0], batch=4, condition_tokens=20, bytes_each=4, norm_bytes=0)
-    assert found.kept_of_block(recompute, selective=False) == pytest.approx(two - one, rel=0.03)
+    one, two = (kept_for_backward(config, 8, 20, narrow=narrow) for config in configs)
+    keeps = Activations(
+        configs[0],
+        batch=8,
+        condition_tokens=20,
+        bytes_each=2 if narrow else 4,
+        norm_bytes=4 if narrow else 0,
+        stream_norm_bytes=0,
+    )
+    found = keeps.kept_of_block(recompute, selective=False)
+    if narrow and not recompute:  # bfloat16 copies of a block's matrices
+        found += 2 * (memory.count_weights(configs[1])[1] - memory.count_weights(configs[0])[1])
+    assert found == pytest.approx(two - one, rel=0.03)
 
 
 def test_the_default_network_takes_what_its_weights_say() -> None:
@@ -166,15 +182,14 @@ def test_a_dry_run_shows_the_table(
 def test_a_dry_run_computes_in_the_precision_of_the_run(
     precision: dict[str, Any], store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
-    forward = NextDiTBlock.forward
+    seen: list[torch.dtype] = []
+    attend = nextdit.attend
 
-    def spy(self: NextDiTBlock, x: Tensor, *given: Any) -> Tensor:
-        inner = self.feed_forward.linear_2
-        seen.append(inner(torch.zeros(1, inner.in_features, dtype=x.dtype)).dtype)
-        return forward(self, x, *given)
+    def spy(queries: Tensor, *given: Tensor) -> Tensor:
+        seen.append(queries.dtype)
+        return attend(queries, *given)
 
-    monkeypatch.setattr(NextDiTBlock, "forward", spy)
+    monkeypatch.setattr(nextdit, "attend", spy)
     train(config_for(store, tmp_path / "out", **precision), dry_run=True)
     tried = set(seen)
     seen.clear()

@@ -105,6 +105,7 @@ def forecast(
         condition_tokens=model.num_tokens,
         bytes_each=compute,
         norm_bytes=_norm_bytes(compute, device),
+        stream_norm_bytes=_norm_bytes(FLOAT32, device),
     )
     recompute, selective = model.gradient_checkpointing, config.selective_checkpointing
     in_parts = model.num_layers if recompute else 1  # one block's at a time
@@ -136,6 +137,7 @@ def distillation_forecast(
         condition_tokens=model.num_tokens,
         bytes_each=FLOAT32,
         norm_bytes=_norm_bytes(FLOAT32, device),
+        stream_norm_bytes=_norm_bytes(FLOAT32, device),
     )
     kept = keeps.kept_of_block(model.gradient_checkpointing, False)
     return Forecast(
@@ -159,7 +161,8 @@ class Activations:
 
     Args:
         bytes_each: of a number of the arithmetic, 4 or 2.
-        norm_bytes: of one more number that each RMSNorm keeps per channel (see `_norm_bytes`).
+        norm_bytes, stream_norm_bytes: of one more number per channel that an RMSNorm keeps of what the blocks
+            compute, and of the residual stream (see `_norm_bytes`).
     """
 
     config: BLIP3oDiTConfig
@@ -167,13 +170,15 @@ class Activations:
     condition_tokens: int
     bytes_each: int
     norm_bytes: int
+    stream_norm_bytes: int
 
     def block(self) -> int:
         """All that one block keeps.
 
         For a target token
-            d:   input, norm1; queries of both attentions, each before its norm and rotated; both attentions'
-                 results, their sum; to_out; input of the second half, ffn_norm1; SwiGLU's result        (13)
+            d:   input and input of the second half, in float32                                            (2)
+            d:   norm1; queries of both attentions, each before its norm and rotated; both attentions'
+                 results, their sum; to_out; ffn_norm1; SwiGLU's result                                   (11)
             kv:  keys before their norm and rotated, values                                                (3)
             ffn: gate, silu(gate), up, their product                                                       (4)
         for a condition token
@@ -182,7 +187,8 @@ class Activations:
         and for a sample the four modulations and six factors of norms                              (10 d).
         """
         d, kv, ffn = self.config.model_dim, self.config.kv_dim, self.config.ffn_dim or 0
-        target = (13 * d + 3 * kv + 4 * ffn) * self.bytes_each + 4 * d * self.norm_bytes
+        target = 2 * d * (FLOAT32 + self.stream_norm_bytes)
+        target += (11 * d + 3 * kv + 4 * ffn) * self.bytes_each + 2 * d * self.norm_bytes
         condition = (d + 3 * kv) * self.bytes_each + d * self.norm_bytes
         sample = 10 * d * self.bytes_each
         return self.batch * (self.config.num_tokens * target + self.condition_tokens * condition + sample)
@@ -196,24 +202,23 @@ class Activations:
         d, kv, ffn = self.config.model_dim, self.config.kv_dim, self.config.ffn_dim or 0
         if not recompute:
             return self.block()
-        target, condition, sample = d, 0, 0
+        target, condition, sample = 0, 0, 0
         if selective:
-            target += 6 * d + 2 * kv + 2 * ffn
-            condition, sample = 2 * kv, 4 * d
-        numbers = self.config.num_tokens * target + self.condition_tokens * condition + sample
-        return self.batch * numbers * self.bytes_each
+            target, condition, sample = 6 * d + 2 * kv + 2 * ffn, 2 * kv, 4 * d
+        kept = self.config.num_tokens * target + self.condition_tokens * condition + sample
+        return self.batch * (kept * self.bytes_each + self.config.num_tokens * d * FLOAT32)
 
     def ends(self) -> int:
         """Before and after the blocks.
 
-        In the arithmetic's dtype: the condition, its projection's three results; input, norm and result of
-        the head. In float32: condition, its features for the guess; target, noise, x_t, guess, what is
-        compared and what is reported of it.
+        In the arithmetic's dtype: the condition, its projection's three results. In float32: input, norm and
+        result of the head; condition, its features for the guess; target, noise, x_t, guess, what is compared
+        and what is reported of it.
         """
         config = self.config
         d, condition_dim, target_dim = config.model_dim, config.eva_embedding_size, config.in_channels
         condition = self.bytes_each * (condition_dim + 3 * d) + FLOAT32 * 2 * condition_dim
-        target = self.bytes_each * 3 * d + FLOAT32 * 10 * target_dim
+        target = FLOAT32 * (3 * d + 10 * target_dim)
         return self.batch * (self.condition_tokens * condition + config.num_tokens * target)
 
     def working(self, recompute: bool) -> int:
