@@ -151,7 +151,7 @@ def test_the_store_folder_is_only_read(path: Path, temporary: Path) -> None:
     assert [file.stat().st_mode & 0o777 for file in directory.iterdir()] == [0o600]
 
 
-@pytest.mark.parametrize("planted", ["open to others", "a link", "a file"])
+@pytest.mark.parametrize("planted", ["open to others", "its file open to others", "a link", "a file"])
 def test_records_that_others_could_have_written_are_not_believed(
     path: Path,
     hashed: Callable[[], list[str]],
@@ -165,6 +165,9 @@ def test_records_that_others_could_have_written_are_not_believed(
     (directory,) = temporary.iterdir()
     if planted == "open to others":
         directory.chmod(0o720)
+    elif planted == "its file open to others":
+        (record,) = directory.iterdir()
+        record.chmod(0o620)
     else:
         directory.rename(temporary / "elsewhere")
         directory.symlink_to(temporary / "elsewhere") if planted == "a link" else directory.touch()

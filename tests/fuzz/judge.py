@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from blip3o_dit.data.verified import directory_of_records
+
 SECONDS = 5.0
 MEMORY_FACTOR = 10
 MEMORY_SLACK = 64 << 20
@@ -119,7 +121,7 @@ class _Watch:
 
     def _check(self, what: str, path: Any) -> None:
         real = os.path.realpath(os.fsdecode(path))
-        allowed = (*(self.outputs or ()), "/dev/null", "/dev/shm")
+        allowed = (*(self.outputs or ()), "/dev/null", "/dev/shm", os.path.realpath(directory_of_records()))
         there = what == "os.mkdir" and os.path.isdir(real)  # `exist_ok` asks for what is there
         if not there and not any(real == place or real.startswith(place + os.sep) for place in allowed):
             self.seen.append(f"{what}: {real}")

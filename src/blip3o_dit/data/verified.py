@@ -7,8 +7,8 @@ Those 32 bytes are a hash of the file's path and identity (device, inode, size, 
 of the checksum it was found to have: they say nothing of a file that changed since. A process holds a lock on
 its file's 32 bytes while it reads the file, so others wait for it instead of reading it as well.
 
-A record is believed because nobody else can have written it: the directory must belong to this user and be
-closed to everybody else. Where it is not, or there is none, each process reads for itself.
+A record is believed because nobody else can have written it: the directory and its files must belong to this
+user and be closed to everybody else. Where it is not, or there is none, each process reads for itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import os
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -86,17 +86,23 @@ def _record(folder: Path, number: int, *, wanted: bool) -> Iterator[int | None]:
 
 
 def _open_record(folder: Path) -> int | None:
-    directory = _open_directory()
-    if directory is None:
+    if os.name != "posix":
         return None
+    directory = directory_of_records()
     name = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()
     try:
-        return os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)
+        directory.mkdir(mode=0o700, exist_ok=True)
+        if _is_ours_alone(os.lstat(directory), stat.S_ISDIR):
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            record = os.open(directory / name, flags, 0o600)
+            if _is_ours_alone(os.fstat(record), stat.S_ISREG):
+                return record
+            os.close(record)
     except OSError as error:
-        _say_once(f"{error.strerror}: {directory_of_records() / name}")
+        _say_once(f"{directory}: {error.strerror}")
         return None
-    finally:
-        os.close(directory)
+    _say_once(f"{directory}: expected a directory of this user's with files of this user's, closed to others")
+    return None
 
 
 def directory_of_records() -> Path:
@@ -104,23 +110,10 @@ def directory_of_records() -> Path:
     return Path(tempfile.gettempdir(), f"blip3o-dit-{os.geteuid()}")
 
 
-def _open_directory() -> int | None:
-    """The directory of records, made if need be; None if anyone but this user could have written to it."""
-    if os.name != "posix":
-        return None
-    path = directory_of_records()
-    try:
-        path.mkdir(mode=0o700, exist_ok=True)
-        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError as error:
-        _say_once(f"{path}: {error.strerror}")
-        return None
-    status = os.fstat(directory)
-    if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
-        os.close(directory)
-        _say_once(f"{path}: expected a directory of this user's, closed to others")
-        return None
-    return directory
+def _is_ours_alone(status: os.stat_result, of_kind: Callable[[int], bool]) -> bool:
+    """Whether nobody but this user can have written there; a link is of neither kind."""
+    closed = not stat.S_IMODE(status.st_mode) & 0o077
+    return of_kind(status.st_mode) and status.st_uid == os.geteuid() and closed
 
 
 @cache
