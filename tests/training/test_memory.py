@@ -137,7 +137,7 @@ print(json.dumps([found[0].total, found[0].program, peak]))
 def test_a_run_takes_what_was_said(tmp_path: Path) -> None:
     """A network of weights and, with 64 tokens, activations: 0.4 GiB beside the program."""
     data = write_linear_store(tmp_path / "store", samples=24, tokens=64, condition=64, target=48)
-    settings = dict(model_dim=384, num_layers=5, num_heads=6, batch_size=6, max_steps=2, logging_steps=10)
+    settings = dict(model_dim=384, num_layers=5, num_heads=6, batch_size=4, max_steps=2, logging_steps=10)
     settings |= dict(embeddings_path=str(data.path), output_dir=str(tmp_path / "run"), source="noise")
     words = json.dumps(settings | dict(eval_split=0.0, save_steps=10, device="cpu"))
     done = subprocess.run([sys.executable, "-c", MEASURED, words], capture_output=True, text=True, check=True)
