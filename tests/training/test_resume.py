@@ -393,6 +393,12 @@ def test_other_intervals_are_taken(whole: Path, store: EmbeddingStore, tmp_path:
     ("file", "change", "message"),
     [
         ("optimizer.json", lambda v: v["param_groups"][0].update(lr="fast"), "lr: expected a value like"),
+        (
+            "optimizer.json",  # as it was when norms and gates decayed
+            lambda v: v["param_groups"][0]["params"].append(v["param_groups"][1]["params"].pop()),
+            r"expected \[\d+, \d+\] parameters with and without weight decay, found \[\d+, \d+\] \(earlier",
+        ),
+        ("optimizer.json", lambda v: v.pop("param_groups"), r"found \[\] \(earlier"),
         ("optimizer.json", lambda v: v.pop("scheduler"), "scheduler: expected a value like"),
         ("optimizer.json", lambda v: v.update(eight_bit={"0.exp_avg": True}), "expected codes, scale, qmap"),
         ("progress.json", lambda v: v.update(colour=1), "expected the progress of a run"),

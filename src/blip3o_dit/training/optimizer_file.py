@@ -86,6 +86,7 @@ def load_optimizer(
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: not readable tensors: {reason(error)}") from error
+    _check_groups(folder / OPTIMIZER_NUMBERS, optimizer, numbers.get("param_groups"))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = _state(file, tensors, numbers.get("eight_bit"), parameters)
     where = str(folder / OPTIMIZER_NUMBERS)
@@ -99,6 +100,19 @@ def load_optimizer(
         optimizer.load_state_dict({"state": state, "param_groups": groups})
     scheduler.load_state_dict(schedule)
     return numbers.get("scaler")
+
+
+def _check_groups(file: Path, optimizer: Optimizer, found: Any) -> None:
+    """Parameters are numbered group by group, so other groups would mean other parameters."""
+    expected = [len(group["params"]) for group in optimizer.param_groups]
+    groups = found if isinstance(found, list) else []
+    names = [group.get("params") if isinstance(group, dict) else None for group in groups]
+    counts = [len(listed) if isinstance(listed, list) else None for listed in names]
+    if counts != expected:
+        raise ValueError(
+            f"{file}: param_groups: expected {expected} parameters with and without weight decay, found "
+            f"{show(counts)} (earlier versions with --weight_decay also let norms and gates decay)"
+        )
 
 
 def _load_sharded(
