@@ -12,7 +12,6 @@ import torch
 from transformers import TrainingArguments
 
 from blip3o_dit.config import LOW_MEMORY_DEFAULTS, PAPER_RECIPE, TrainingConfig
-from blip3o_dit.distributed import LONGEST_WAIT
 from blip3o_dit.launch import check_launch
 from blip3o_dit.model.blip3o_dit import check_compiler
 from blip3o_dit.quiet import quiet_torchao
@@ -64,6 +63,11 @@ _HARMLESS = frozenset(
         "num_inference_steps",
     ]
 )
+
+
+# Seconds that the other processes wait for the first one, which fits the source; it also takes so long until
+# a process that hangs is given up.
+LONGEST_FIT = 2 * 3600
 
 
 def resolve_config(
@@ -144,7 +148,7 @@ def training_arguments(config: TrainingConfig, *, evaluate: bool) -> TrainingArg
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # statistics and source, which all processes have and nothing changes
         # The others wait while the first process fits statistics and source.
-        ddp_timeout=int(LONGEST_WAIT.total_seconds()),
+        ddp_timeout=LONGEST_FIT,
         report_to="wandb" if config.wandb_project else "none",
         run_name=config.wandb_run_name,
         disable_tqdm=False,

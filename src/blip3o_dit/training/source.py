@@ -32,7 +32,7 @@ from blip3o_dit.model.source import AffineSource, source_features
 
 logger = logging.getLogger(__name__)
 
-FOLDS = 10
+FOLDS = 5
 FOLDS_FILE = "source_folds.safetensors"
 
 # Of its deviation, as noise, for a channel that ridge predicts exactly: the flow divides by it.
@@ -154,9 +154,13 @@ def fit_source(
     for part in parts:
         total.merge(part)
 
-    penalty = search_penalty(total.without(parts[0]), parts[0])[0] if len(parts) > 1 else USUAL_PENALTY
-    final = total.solve(penalty)
-    unseen = [total.without(part).solve(penalty) for part in parts] if len(parts) > 1 else [final]
+    if len(parts) > 1:
+        penalty, without_first = search_penalty(total.without(parts[0]), parts[0])
+        final = total.solve(penalty)
+        unseen = [without_first, *(total.without(part).solve(penalty) for part in parts[1:])]
+    else:
+        final = total.solve(USUAL_PENALTY)
+        unseen = [final]
     weight, bias = rows.plain(final)
     arguments = {
         "weight": weight,
