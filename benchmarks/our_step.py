@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,22 +103,25 @@ def _like(model: BLIP3oDiTModel) -> RandomEmbeddings:
 
 
 class ProductDtypes(TorchDispatchMode):
-    """Collects the dtypes that matrix products work in."""
+    """Counts the operations of matrix products by the dtype they are taken in."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: set[torch.dtype] = set()
+        self.operations: Counter[torch.dtype] = Counter()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-            self.found.add(args[-1].dtype)
+            left, right = args[-2:]
+            self.operations[right.dtype] += left.numel() * right.shape[-1]
         return func(*args, **(kwargs or {}))
 
 
 def _check_products(function: Callable[[], None], expected: torch.dtype) -> None:
+    """All but the last layer, which is float32 in every precision (see `model/precision.py`)."""
     with ProductDtypes() as products:
         function()
-    if products.found != {expected}:
-        raise ValueError(f"products: expected them in {expected}, found {sorted(map(str, products.found))}")
+    share = products.operations[expected] / products.operations.total()
+    if share < 0.5 or set(products.operations) - {expected, torch.float32}:
+        raise ValueError(f"products: expected them in {expected}, found {dict(products.operations)}")

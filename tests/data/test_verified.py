@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,15 @@ SHARDS = 6
 
 
 @pytest.fixture(autouse=True)
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory of temporary files of its own, and stores that count as old at once."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    monkeypatch.setattr(verified.tempfile, "tempdir", str(folder))
-    monkeypatch.setattr(verified, "SETTLED_AFTER", -1.0)
-    return folder
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory of temporary files of its own, and stores that count as old at once.
+
+    Its name is short: loader workers put sockets there, whose names hold a hundred letters.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setattr(verified.tempfile, "tempdir", folder)
+        monkeypatch.setattr(verified, "SETTLED_AFTER", -1.0)
+        yield Path(folder)
 
 
 @pytest.fixture

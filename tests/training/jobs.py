@@ -154,9 +154,13 @@ def _watch_dtypes(trainer: BLIP3oTrainer) -> set[str]:
         found.update({f"stream {output.dtype}", f"weight {block.attn1.to_q.weight.dtype}"})
         found.add(f"rope {inputs[3][0].dtype}")
 
+    def look_inside(norm: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        found.add(f"queries {output.dtype}")
+
     trainer._predict = predict  # type: ignore[method-assign]
     nextdit.official_timestep = official_timestep
     trainer.dit.dit.layers[0].register_forward_hook(look)
+    trainer.dit.dit.layers[0].attn1.norm_q.register_forward_hook(look_inside)
     return found
 
 

@@ -57,6 +57,7 @@ def uncompiled() -> Iterator[None]:
 def test_low_memory_learns_what_float32_learns(store: EmbeddingStore, tmp_path: Path) -> None:
     # Wide enough for quantised states, which start at 4096 numbers.
     common = dict(model_dim=64, max_steps=30, eval_split=0.0, ema_decay=0.0, logging_steps=5, save_steps=15)
+    common |= dict(source="noise", prediction_type="v_prediction")  # what there is most to learn of
     train(config_for(store, tmp_path / "float32", **common))
     train(config_for(store, tmp_path / "low", **common, memory="low", gradient_checkpointing=True))
     losses = [

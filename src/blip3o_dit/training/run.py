@@ -119,8 +119,6 @@ def build_trainer(
             source, eval_split=config.eval_split, seed=config.seed, split_by=config.split_by
         )
     set_seed(config.seed)
-    if arguments.device.type == "cpu":
-        return_freed_memory()
     model = BLIP3oDiTModel(_model_config(source, config))
     _describe(config, model, source, len(split.train), len(split.eval), arguments)
     # Few samples of perhaps all shards: training itself verifies every shard that it reads.
@@ -132,6 +130,7 @@ def build_trainer(
     if config.source != "noise" and not fitted:
         folds = _set_source(model, glance, split.train, config, arguments)
     if config.memory == "low":
+        return_freed_memory()
         model.bfloat16()
     callbacks: list[TrainerCallback] = []
     if importlib.util.find_spec("matplotlib"):
