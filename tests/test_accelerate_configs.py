@@ -6,13 +6,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from blip3o_dit.model.nextdit import NextDiTBlock
-from blip3o_dit.training.sharding import check_sharding
+from blip3o_dit.training.sharding import check_sharding, keep_the_dtype_rule
 from tests.conftest import tiny_config
 
 FOLDER = Path(__file__).parent.parent / "configs" / "accelerate"
@@ -44,6 +46,18 @@ def test_the_sharding_that_the_file_asks_for(monkeypatch: pytest.MonkeyPatch) ->
     assert plugin.transformer_cls_names_to_wrap == [NextDiTBlock.__name__]
     plugin.set_auto_wrap_policy(NextDiTBlock(tiny_config()))
     assert plugin.auto_wrap_policy.keywords["transformer_layer_cls"] == {NextDiTBlock}
+
+
+def test_mixed_precision_narrows_the_gathered_weights_and_nothing_else() -> None:
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    keep_the_dtype_rule(state)
+    assert plugin.mixed_precision_policy is None
+    plugin.set_mixed_precision("bf16")  # as accelerate does it for `mixed_precision: bf16`
+    keep_the_dtype_rule(state)
+    assert plugin.mixed_precision_policy == MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
+    )
 
 
 @pytest.mark.parametrize(
