@@ -29,7 +29,7 @@ UNBOUNDED = frozenset(
 WORDS = ("", "x", "auto", "cuda", "cpu", "--", "-", "--seed", "--frobnicate", "\ud800", "a\nb", "é" * 300)
 
 # The default towers are on the hub, and worker processes are processes: both by right.
-ALWAYS = {"extract": ("--towers-from-scratch", "--workers=0")}
+ALWAYS = {"extract": ("--towers-from-scratch", "--workers=0"), "train": ("--num_workers=0",)}
 
 # How often each command is taken: the slow ones less.
 WEIGHTS = {

@@ -31,6 +31,7 @@ from blip3o_dit.flow.path import PathSample
 from blip3o_dit.flow.times import training_times
 from blip3o_dit.folders import written_aside
 from blip3o_dit.model.blip3o_dit import EMA_FILE, BLIP3oDiTModel
+from blip3o_dit.model.precision import multiplies
 from blip3o_dit.model.source import AffineSource
 from blip3o_dit.randomness import named_permutation, named_seed
 from blip3o_dit.training.callbacks import (
@@ -481,9 +482,10 @@ class BLIP3oTrainer(Trainer):
         """Fidelity of generated tokens for at most `eval_samples` held-out samples."""
         wanted = dataset.indices[self._held_out(dataset, self.config.eval_samples)]
         sums = FidelitySums(self.dit.target_mean)
+        native = multiplies(torch.bfloat16, self.args.device)  # emulated, it would take many times as long
         for piece, counted in self.processes.share(list(batches(wanted, self.config.eval_batch_size))):
             eva, clip = dataset.source.fetch(piece)
-            with self.accelerator.autocast():
+            with self.accelerator.autocast() if native else nullcontext():
                 generated = self.dit.generate(
                     eva,
                     num_inference_steps=self.config.eval_inference_steps,
