@@ -405,6 +405,7 @@ def test_compiled_blocks_compute_in_bfloat16(
     trained: Callable[..., Path], store: EmbeddingStore, monkeypatch: pytest.MonkeyPatch, bfloat16: str
 ) -> None:
     """Traced by torch.compile and run without its code generation, which takes half a minute."""
+    torch.compiler.reset()
     eva = store.fetch(range(80, 84))[0]
     exact = inference(trained("default"), torch.float32)
     monkeypatch.setattr(
