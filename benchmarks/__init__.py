@@ -1,5 +1,5 @@
 """Benchmarks: see `python -m benchmarks --help`."""
 
-from blip3o_dit.quiet import quiet_torchao
+from blip3o_dit.utils.logging import quiet_torchao
 
 quiet_torchao()  # before diffusers and transformers are imported, which import it

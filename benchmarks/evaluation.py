@@ -22,11 +22,11 @@ from torch import Tensor
 
 from blip3o_dit.data.dataset import split_permutation
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
-from blip3o_dit.evaluation.answers import peak_memory_mib
+from blip3o_dit.evaluation.evaluate import EvaluationConfig, evaluate_methods
+from blip3o_dit.evaluation.predictions import peak_memory_mib
+from blip3o_dit.evaluation.reference import EvaluationSettings
 from blip3o_dit.evaluation.report import write_metrics, write_report
-from blip3o_dit.evaluation.truth import EvaluationSettings
-from blip3o_dit.inference.evaluate import EvaluationConfig, evaluate_methods
-from blip3o_dit.randomness import named_generator
+from blip3o_dit.utils.stateless_random import stateless_generator
 
 TOKENS, CONDITION, TARGET = 64, 1280, 768
 
@@ -43,11 +43,14 @@ class CheapSampler:
     calls: int = 0
     random: bool = True
 
-    def best_guess(self, eva: Tensor, indices: Sequence[int]) -> Tensor:
+    def predict_mean(self, eva: Tensor, indices: Sequence[int]) -> Tensor:
         return self.store.fetch(indices)[1]
 
-    def sample(self, eva: Tensor, indices: Sequence[int], draw: int) -> Tensor:
-        shifts = [int(named_generator("stand-in", draw, index).integers(0, TOKENS)) for index in indices]
+    def sample(self, eva: Tensor, indices: Sequence[int], sample_number: int) -> Tensor:
+        shifts = [
+            int(stateless_generator("stand-in", sample_number, index).integers(0, TOKENS))
+            for index in indices
+        ]
         noise = torch.stack([self.noise.roll(shift, dims=0) for shift in shifts])
         return self.store.fetch(indices)[1] + noise
 

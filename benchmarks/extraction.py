@@ -25,7 +25,7 @@ from benchmarks.mixed_pictures import write_mixed_pictures
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.extraction import extract as engine
 from blip3o_dit.extraction.extract import ExtractionConfig, Extractor
-from blip3o_dit.extraction.progress import SKIPPED_FILE
+from blip3o_dit.extraction.resume import SKIPPED_FILE
 
 ROOT = Path(__file__).parent.parent
 SHARD = "128"

@@ -19,7 +19,7 @@ from benchmarks.measure import (
 )
 from benchmarks.peer import Peer
 from blip3o_dit.model.blip3o_dit import GENERATION_STREAM, BLIP3oDiTModel
-from blip3o_dit.randomness import named_normal
+from blip3o_dit.utils.stateless_random import stateless_normal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +46,7 @@ def compare(arguments: argparse.Namespace, dtype: torch.dtype, batch: int, guida
     peer, config, steps = Peer(model, share=True).eval(), model.config, arguments.calls
     eva = torch.randn(batch, config.num_tokens, config.eva_embedding_size, device=device())
     shape = (config.num_tokens, config.in_channels)
-    noise = named_normal(range(batch), shape, seed=0, stream=GENERATION_STREAM).to(device())
+    noise = stateless_normal(range(batch), shape, seed=0, stream=GENERATION_STREAM).to(device())
 
     def generate(model: BLIP3oDiTModel) -> torch.Tensor:
         return model.generate(eva, num_inference_steps=steps, solver="euler", guidance_scale=guidance)

@@ -23,14 +23,14 @@ from blip3o_dit.config import TrainingConfig
 from blip3o_dit.data.checks import Indices, Record
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
 from blip3o_dit.flow.path import ProbabilityPath
+from blip3o_dit.flow.source import AffineSource
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
-from blip3o_dit.model.source import AffineSource
 from blip3o_dit.training.run import train_on
 
 
 @dataclass
 class LinearGaussian:
-    """The data set as an `EmbeddingSource`, and what is known about it.
+    """The data set as an `Embeddings`, and what is known about it.
 
     `matrix` A [C, C_eva], `offset` b [C], `factor` L [C, C].
     """
@@ -194,11 +194,11 @@ def _compare(model: BLIP3oDiTModel, data: LinearGaussian, steps: int, seconds: f
     eva, clip = data.draw(1024, generator)
     t = (torch.arange(1024) + 0.5) / 1024
     condition = model.normalize_condition(eva)
-    start = model.source_of(condition)
+    start = model.source_distribution(condition)
     x_1 = start.to_flow(model.normalize_target(clip))
     sample = path.sample(x_1, torch.randn(clip.shape, generator=generator), t)
     with torch.no_grad():
-        velocity = model.velocity_of(condition, start)(sample.x_t, t)
+        velocity = model.make_velocity_fn(condition, start)(sample.x_t, t)
     seen = answer.seen_from(start)
     best = seen.velocity(sample.x_t, t, eva, path)
     bayes = seen.bayes_loss(path)

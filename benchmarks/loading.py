@@ -30,14 +30,14 @@ from torch.utils.data import DataLoader
 from benchmarks.measure import Row
 from blip3o_dit.config import SHUFFLES
 from blip3o_dit.data.dataset import (
+    BatchNoise,
     EmbeddingDataset,
-    NamedDraws,
     choose_samples,
-    shuffled_passes,
+    identity_collate,
     split_samples,
-    whole_batch,
+    training_sampler,
 )
-from blip3o_dit.data.source import open_embeddings
+from blip3o_dit.data.embeddings import open_embeddings
 from blip3o_dit.data.statistics import streamed_statistics
 from blip3o_dit.data.store import EmbeddingStore, write_manifest, write_shard
 
@@ -89,13 +89,13 @@ def peak_mib(process: int | str) -> float:
 
 def loader_of(data: EmbeddingDataset, shuffle: str, workers: int) -> tuple[Any, DataLoader]:
     """As the Trainer builds it, without what moves batches to a device."""
-    sampler = shuffled_passes(data, shuffle=shuffle, window=WINDOW, seed=SEED)
+    sampler = training_sampler(data, shuffle=shuffle, window=WINDOW, seed=SEED)
     loader: DataLoader = DataLoader(
         data,
         batch_size=BATCH,
         sampler=sampler,
         num_workers=workers,
-        collate_fn=whole_batch,
+        collate_fn=identity_collate,
         persistent_workers=workers > 0,
     )
     return sampler, loader
@@ -103,7 +103,7 @@ def loader_of(data: EmbeddingDataset, shuffle: str, workers: int) -> tuple[Any, 
 
 def measure_passes(path: Path, shuffle: str, workers: int) -> list[Row]:
     source = open_embeddings(path)
-    indices, draws = np.arange(source.num_samples), NamedDraws(SEED, "training")
+    indices, draws = np.arange(source.num_samples), BatchNoise(SEED, "training")
     sampler, loader = loader_of(EmbeddingDataset(source, indices, draws), shuffle, workers)
     rows = []
     for number, name in enumerate(PASSES):
@@ -143,7 +143,7 @@ def measure_start(path: Path, shuffle: str) -> list[Row]:
     chosen = choose_samples(split.train, most=STATISTICS, seed=SEED)
     streamed_statistics(source.unverified(), chosen, normalize=False)
     times.append(time.perf_counter())
-    draws = NamedDraws(SEED, "training")
+    draws = BatchNoise(SEED, "training")
     next(iter(loader_of(EmbeddingDataset(source, split.train, draws), shuffle, 0)[1]))
     times.append(time.perf_counter())
     names = ("open_seconds", "split_seconds", "statistics_seconds", "first_batch_seconds")

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blip3o_dit.config import BLIP3oDiTConfig
-from blip3o_dit.evaluation.answers import peak_memory_mib
+from blip3o_dit.evaluation.predictions import peak_memory_mib
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 
 Row = dict[str, Any]

@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.measure import device
 from blip3o_dit.config import PAPER_RECIPE, TrainingConfig
 from blip3o_dit.data.checks import Indices, Record
-from blip3o_dit.data.dataset import EmbeddingDataset, NamedDraws
+from blip3o_dit.data.dataset import BatchNoise, EmbeddingDataset
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
-from blip3o_dit.training.settings import training_arguments
+from blip3o_dit.training.arguments import training_arguments
 from blip3o_dit.training.trainer import BLIP3oTrainer
 
 
@@ -93,7 +93,7 @@ def our_step(
 
 def random_batch(model: BLIP3oDiTModel, size: int) -> dict[str, Any]:
     """What a training step takes: `size` samples with their draws, where the model is."""
-    dataset = EmbeddingDataset(_like(model), torch.arange(256).numpy(), NamedDraws(0, "training"))
+    dataset = EmbeddingDataset(_like(model), torch.arange(256).numpy(), BatchNoise(0, "training"))
     batch = dataset.__getitems__(range(size))
     return {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 

@@ -28,15 +28,15 @@ from transformers import TrainerCallback
 from benchmarks.quality_data import SETS, MemorySource, Modes
 from blip3o_dit.config import PAPER_RECIPE, TrainingConfig
 from blip3o_dit.data.dataset import Split
-from blip3o_dit.evaluation.answers import collect_answers
-from blip3o_dit.evaluation.engine import describe
 from blip3o_dit.evaluation.fitting import fit_baselines
-from blip3o_dit.evaluation.methods import Method, ModelMethod
-from blip3o_dit.evaluation.truth import EvaluationSettings, Truth, fit_probe, gather_truth
+from blip3o_dit.evaluation.predictions import collect_predictions
+from blip3o_dit.evaluation.reference import EvaluationSettings, ReferenceSet, collect_reference, fit_probe
+from blip3o_dit.evaluation.samplers import ModelSampler, Sampler
+from blip3o_dit.evaluation.scores import score
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.training import run as training_run
 from blip3o_dit.training.callbacks import ConsoleCallback
-from blip3o_dit.training.distill import DistillationConfig, teach
+from blip3o_dit.training.distillation import DistillationConfig, train_student
 from blip3o_dit.training.trainer import BLIP3oTrainer
 
 Row = dict[str, Any]
@@ -83,7 +83,7 @@ def no_track(items: Iterable[Any], name: str) -> Iterable[Any]:
 class Measure(TrainerCallback):
     """Measures at some steps with the weights that inference would use; the clock stops meanwhile."""
 
-    def __init__(self, trainer: BLIP3oTrainer, truth: Truth, steps: Iterable[int], calls: int) -> None:
+    def __init__(self, trainer: BLIP3oTrainer, truth: ReferenceSet, steps: Iterable[int], calls: int) -> None:
         self.trainer, self.truth, self.steps, self.calls = trainer, truth, set(steps), calls
         self.points: list[dict[str, float]] = []
         self.paused = 0.0
@@ -106,14 +106,14 @@ class Measure(TrainerCallback):
 
 
 def measure_model(
-    model: BLIP3oDiTModel, truth: Truth, *, calls: int, solver: str = "heun"
+    model: BLIP3oDiTModel, truth: ReferenceSet, *, calls: int, solver: str = "heun"
 ) -> dict[str, float]:
-    return measure(ModelMethod(model).with_calls(solver, calls), truth)
+    return measure(ModelSampler(model).with_calls(solver, calls), truth)
 
 
-def measure(method: Method, truth: Truth) -> dict[str, float]:
+def measure(method: Sampler, truth: ReferenceSet) -> dict[str, float]:
     """R2 of the best guess, energy scores, Frechet distance of tokens, spread over error, probe accuracy."""
-    found = describe(collect_answers(method, truth, no_track), truth)["metrics"]
+    found = score(collect_predictions(method, truth, no_track), truth)["metrics"]
     picked = {
         "energy": found["conditional"]["energy_score"]["value"],
         "token_energy": found["conditional"]["token_energy_score"]["value"],
@@ -127,12 +127,12 @@ def measure(method: Method, truth: Truth) -> dict[str, float]:
     return picked
 
 
-def truth_of(data: MemorySource) -> Truth:
+def truth_of(data: MemorySource) -> ReferenceSet:
     """The measured held-out samples, in units of the training tokens' deviations."""
     train = np.flatnonzero(~data.held_out)
     clip = data.fetch(train)[1]
     held_out = np.flatnonzero(data.held_out)[:HELD_OUT]
-    truth = gather_truth(
+    truth = collect_reference(
         data,
         held_out,
         mean=clip.mean(dim=(0, 1)),
@@ -144,7 +144,7 @@ def truth_of(data: MemorySource) -> Truth:
     return truth
 
 
-def ridges(data: MemorySource, truth: Truth) -> dict[str, dict[str, float]]:
+def ridges(data: MemorySource, truth: ReferenceSet) -> dict[str, dict[str, float]]:
     """Both ridges as samplers, measured like a model."""
     train = np.flatnonzero(~data.held_out)
     methods = fit_baselines(data, train, std=truth.std, most=10_000, seed=0, track=no_track)
@@ -153,7 +153,7 @@ def ridges(data: MemorySource, truth: Truth) -> dict[str, dict[str, float]]:
 
 def train_recipe(
     data: MemorySource,
-    truth: Truth,
+    truth: ReferenceSet,
     changes: dict[str, Any],
     *,
     steps: int,
@@ -202,8 +202,8 @@ def mode_coverage(
     chosen = np.flatnonzero(data.held_out)[:conditions]
     eva = data.fetch(chosen)[0]
     drawn = []
-    for draw in range(200):
-        clip = ModelMethod(model).with_calls("euler", calls).sample(eva, chosen.tolist(), draw)
+    for sample_number in range(200):
+        clip = ModelSampler(model).with_calls("euler", calls).sample(eva, chosen.tolist(), sample_number)
         drawn.append(data.mode_of(eva, clip))
     found = torch.stack(drawn)  # [200, conditions]
     shares = torch.stack([(found == mode).double().mean(dim=0) for mode in range(4)])  # [4, conditions]
@@ -251,13 +251,15 @@ METHODS: dict[str, Callable[..., BLIP3oDiTModel]] = {"direct": direct, "progress
 def _taught(
     teacher: BLIP3oDiTModel, data: MemorySource, train: np.ndarray, config: DistillationConfig
 ) -> BLIP3oDiTModel:
-    student, average = teach(teacher, data, train, config, progress=False)
+    student, average = train_student(teacher, data, train, config, progress=False)
     assert average is not None
     average.copy_into(student)
     return student
 
 
-def few_calls(model: BLIP3oDiTModel, data: MemorySource, truth: Truth, batch_size: int) -> Iterator[Row]:
+def few_calls(
+    model: BLIP3oDiTModel, data: MemorySource, truth: ReferenceSet, batch_size: int
+) -> Iterator[Row]:
     """Quality against network calls for each solver, then that of students."""
     for solver, counts in CALLS.items():
         for calls in counts:

@@ -1,4 +1,4 @@
-"""The data sets of the quality benchmark, in memory, each as an `EmbeddingSource`."""
+"""The data sets of the quality benchmark, in memory, each as an `Embeddings`."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def modes_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def draw(rows: list[Row], sets: list[str], path: Path) -> None:
+def plot(rows: list[Row], sets: list[str], path: Path) -> None:
     """Energy score and R2 against the step, mean and range over seeds, with both ridges as lines."""
     figure = Figure(figsize=(3.4 * len(sets), 6.2), layout="constrained")
     panels = figure.subplots(2, len(sets), squeeze=False, sharex=True)
@@ -183,7 +183,7 @@ def main() -> None:
         print(table(rows, sets), end="\n\n")
     print(modes_table(rows))
     if arguments.figure:
-        draw(rows, sets, arguments.figure)
+        plot(rows, sets, arguments.figure)
 
 
 if __name__ == "__main__":

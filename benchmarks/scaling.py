@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
         return [_measure(json.loads(arguments.point), arguments.rounds)]
     rows = [_point(sweep, value, arguments.rounds) for sweep in arguments.sweeps for value in SWEEPS[sweep]]
     if arguments.figure:
-        draw(rows, arguments.figure)
+        plot(rows, arguments.figure)
     return rows + exponents(rows)
 
 
@@ -59,7 +59,7 @@ def exponents(rows: list[Row]) -> list[Row]:
     ]
 
 
-def draw(rows: list[Row], file: Path) -> None:
+def plot(rows: list[Row], file: Path) -> None:
     """Measured points and the fitted power law of every sweep, both axes logarithmic."""
     from matplotlib.figure import Figure
 
@@ -131,7 +131,7 @@ def _measure(sizes: dict[str, int], rounds: int) -> Row:
     x = torch.randn(batch, n, config.in_channels, device=device())
     t = torch.full((batch,), 0.5, device=device())
     with torch.no_grad():
-        velocity = model.velocity_of(eva, model.source_of(eva))
+        velocity = model.make_velocity_fn(eva, model.source_distribution(eva))
     functions: dict[str, Callable[[], Any]] = {"call": lambda: _without_gradients(velocity, x, t)}
     seconds = alternate(functions, rounds)
     seconds |= alternate({"step": _training_step(model, x, t, eva)}, rounds)

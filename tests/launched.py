@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PRELOADED = ["blip3o_dit.training.run", "blip3o_dit.inference.evaluate", "tests.training.jobs"]
+PRELOADED = ["blip3o_dit.training.run", "blip3o_dit.evaluation.evaluate", "tests.training.jobs"]
 
 
 def launch(job: Callable[..., Any], processes: int, *arguments: Any) -> list[Any]:

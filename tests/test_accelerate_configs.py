@@ -13,8 +13,8 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from blip3o_dit.model.nextdit import NextDiTBlock
-from blip3o_dit.training.sharding import check_sharding, keep_the_dtype_rule
+from blip3o_dit.model.transformer import NextDiTBlock
+from blip3o_dit.training.fsdp import check_sharding, keep_the_dtype_rule
 from tests.conftest import tiny_config
 
 FOLDER = Path(__file__).parent.parent / "configs" / "accelerate"

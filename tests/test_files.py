@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from blip3o_dit.files import plain, read_json, show, show_names
+from blip3o_dit.utils.json_files import plain, read_json, show, show_names
 
 
 @pytest.mark.parametrize(

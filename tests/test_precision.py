@@ -18,16 +18,16 @@ from torch.overrides import TorchFunctionMode
 
 from blip3o_dit.config import PAPER_RECIPE, TrainingConfig
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.evaluation.truth import EvaluationSettings
-from blip3o_dit.inference.evaluate import EvaluationConfig, evaluate_models
+from blip3o_dit.evaluation.evaluate import EvaluationConfig, evaluate_models
+from blip3o_dit.evaluation.reference import EvaluationSettings
 from blip3o_dit.inference.pipeline import BLIP3oInference
-from blip3o_dit.model import nextdit
+from blip3o_dit.model import transformer
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.conversion import from_official_state_dict, to_official_state_dict
-from blip3o_dit.model.nextdit import NextDiTBlock
-from blip3o_dit.model.precision import BFLOAT16_VARIABLE, multiplies
+from blip3o_dit.model.precision import BFLOAT16_VARIABLE, has_native_matmul
+from blip3o_dit.model.transformer import NextDiTBlock
 from blip3o_dit.training.callbacks import read_log
-from blip3o_dit.training.distill import DistillationConfig, distill
+from blip3o_dit.training.distillation import DistillationConfig, distill
 from blip3o_dit.training.run import train
 from tests.conftest import randomize, tiny_config
 from tests.stores import write_linear_store
@@ -110,8 +110,8 @@ def test_bfloat16_generates_what_float32_does(
     assert found.dtype == torch.float32
     assert 0 < relative_error(found, expected, exact.model) < 0.02
     if recipe != "noise":
-        guess = narrow.model.estimate(eva)
-        assert relative_error(guess, exact.model.estimate(eva), exact.model) < 0.02
+        guess = narrow.model.predict_mean(eva)
+        assert relative_error(guess, exact.model.predict_mean(eva), exact.model) < 0.02
 
 
 @pytest.mark.parametrize("solver", ["euler", "midpoint", "heun", "dopri5"])
@@ -243,9 +243,9 @@ class Seen:
         self.dtypes: dict[str, set[torch.dtype]] = {}
         self.times: list[Tensor] = []
         plain_time, plain_rotate, plain_attend = (
-            nextdit.official_timestep,
-            nextdit.rotate,
-            nextdit.attend,
+            transformer.official_timestep,
+            transformer.rotate,
+            transformer.attend,
         )
 
         def official_timestep(t: Tensor) -> Tensor:
@@ -260,9 +260,9 @@ class Seen:
             self.note("attention", *inputs)
             return plain_attend(*inputs)
 
-        monkeypatch.setattr(nextdit, "official_timestep", official_timestep)
-        monkeypatch.setattr(nextdit, "rotate", rotate)
-        monkeypatch.setattr(nextdit, "attend", attend)
+        monkeypatch.setattr(transformer, "official_timestep", official_timestep)
+        monkeypatch.setattr(transformer, "rotate", rotate)
+        monkeypatch.setattr(transformer, "attend", attend)
         last = (model.dit.norm_out.norm, model.dit.norm_out.linear_2)
         for module in model.modules():
             kind = "norm" if isinstance(module, nn.LayerNorm | nn.RMSNorm) else type(module).__name__
@@ -333,7 +333,7 @@ def test_training_under_autocast_is_inference_with_narrow_weights(monkeypatch: p
     model = informed(torch.bfloat16).eval()
     seen = Seen(model, monkeypatch)
     with torch.no_grad():
-        guess = model.source_of(condition).mean
+        guess = model.source_distribution(condition).mean
         inferred = model.dit.predict(x, TIMES, model.dit.encode_condition(condition, guess))
     check_dtypes(seen, torch.bfloat16)
     assert torch.equal(inferred, trained)  # bit for bit: the weights are numbers that bfloat16 holds
@@ -367,7 +367,7 @@ def test_statistics_and_source_stay_float32_beside_any_weights(dtype: torch.dtyp
         assert torch.equal(narrow.target_mean, torch.full((8,), 1.001))
         for tokens in (
             narrow.normalize_target(torch.randn(1, 9, 8, dtype=dtype)),
-            narrow.source_of(narrow.normalize_condition(torch.randn(1, 9, 12, dtype=dtype))).mean,
+            narrow.source_distribution(narrow.normalize_condition(torch.randn(1, 9, 12, dtype=dtype))).mean,
         ):
             assert tokens is not None and tokens.dtype == torch.float32
 
@@ -381,9 +381,9 @@ def test_the_source_is_float32_under_autocast(source: str) -> None:
     if components:
         model.source_components.normal_()
     condition = torch.randn(2, 9, 12)
-    expected = model.source_of(condition).mean
+    expected = model.source_distribution(condition).mean
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(model.source_of(condition).mean, expected)
+        assert torch.equal(model.source_distribution(condition).mean, expected)
 
 
 def test_float16_weights_follow_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,4 +420,4 @@ def test_compiled_blocks_compute_in_bfloat16(
 def test_the_declaration_is_one_of_two_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(BFLOAT16_VARIABLE, "yes")
     with pytest.raises(ValueError, match="BLIP3O_DIT_BFLOAT16: expected native or emulated, found 'yes'"):
-        multiplies(torch.bfloat16, torch.device("cpu"))
+        has_native_matmul(torch.bfloat16, torch.device("cpu"))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from blip3o_dit.quiet import quiet_torchao
+from blip3o_dit.utils.logging import quiet_torchao
 
 QUANTIZER = "diffusers.quantizers.torchao.torchao_quantizer"
 

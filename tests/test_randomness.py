@@ -5,24 +5,24 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from blip3o_dit.randomness import named_normal, named_permutation, named_uniform
+from blip3o_dit.utils.stateless_random import stateless_normal, stateless_permutation, stateless_uniform
 
 
 def test_rows_do_not_depend_on_the_batch_they_are_drawn_in() -> None:
-    together = named_normal([5, 9, 2], (4, 3), seed=1, stream="a")
-    alone = named_normal([9], (4, 3), seed=1, stream="a")
+    together = stateless_normal([5, 9, 2], (4, 3), seed=1, stream="a")
+    alone = stateless_normal([9], (4, 3), seed=1, stream="a")
     assert torch.equal(together[1], alone[0])
-    times = named_uniform([5, 9, 2], seed=1, stream="t")
-    assert times[2] == named_uniform([2], seed=1, stream="t")[0]
+    times = stateless_uniform([5, 9, 2], seed=1, stream="t")
+    assert times[2] == stateless_uniform([2], seed=1, stream="t")[0]
 
 
 def test_every_part_of_the_name_matters() -> None:
-    base = named_normal([3], (64,), seed=1, stream="a")
+    base = stateless_normal([3], (64,), seed=1, stream="a")
     others = [
-        named_normal([4], (64,), seed=1, stream="a"),
-        named_normal([3], (64,), seed=2, stream="a"),
-        named_normal([3], (64,), seed=1, stream="b"),
-        named_normal([3], (64,), seed=1, stream="a", pass_index=1),
+        stateless_normal([4], (64,), seed=1, stream="a"),
+        stateless_normal([3], (64,), seed=2, stream="a"),
+        stateless_normal([3], (64,), seed=1, stream="b"),
+        stateless_normal([3], (64,), seed=1, stream="a", counter=1),
     ]
     for other in others:
         assert abs(float(torch.corrcoef(torch.stack([base[0], other[0]]))[0, 1])) < 0.4
@@ -30,27 +30,27 @@ def test_every_part_of_the_name_matters() -> None:
 
 def test_process_state_does_not_matter() -> None:
     torch.manual_seed(0)
-    first = named_normal([1], (8,), seed=1, stream="a")
+    first = stateless_normal([1], (8,), seed=1, stream="a")
     torch.manual_seed(99)
     torch.randn(10)
-    assert torch.equal(first, named_normal([1], (8,), seed=1, stream="a"))
+    assert torch.equal(first, stateless_normal([1], (8,), seed=1, stream="a"))
 
 
 def test_distributions() -> None:
-    normal = named_normal(range(200), (500,), seed=0, stream="n").flatten()
+    normal = stateless_normal(range(200), (500,), seed=0, stream="n").flatten()
     assert abs(float(normal.mean())) < 0.01
     assert abs(float(normal.std()) - 1) < 0.01
     assert float(normal.abs().max()) > 3.5
-    uniform = named_uniform(range(4000), seed=0, stream="u")
+    uniform = stateless_uniform(range(4000), seed=0, stream="u")
     counts = torch.histc(uniform, bins=10, min=0, max=1)
     assert counts.min() > 320
     assert counts.max() < 480
 
 
 def test_permutation_holds_each_index_once_and_changes_with_the_pass() -> None:
-    first = named_permutation(50, seed=0, stream="order")
+    first = stateless_permutation(50, seed=0, stream="order")
     assert sorted(first.tolist()) == list(range(50))
-    again = named_permutation(50, seed=0, stream="order")
-    other = named_permutation(50, seed=0, stream="order", pass_index=1)
+    again = stateless_permutation(50, seed=0, stream="order")
+    other = stateless_permutation(50, seed=0, stream="order", counter=1)
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)

@@ -36,7 +36,7 @@ from safetensors.torch import load_file
 from blip3o_dit.cli import generate
 from blip3o_dit.cli.train import main
 from blip3o_dit.config import BLIP3oDiTConfig, FlowMatchingConfig, TrainingConfig
-from blip3o_dit.model import nextdit
+from blip3o_dit.model import transformer
 from blip3o_dit.training.trainer import BLIP3oTrainer
 
 ROOT = Path(__file__).parents[1]
@@ -512,7 +512,7 @@ def test_gradient_checkpointing_is_on(folder: Path, monkeypatch: pytest.MonkeyPa
         calls.append(arguments)
         return torch.utils.checkpoint.checkpoint(*arguments, **options)
 
-    monkeypatch.setattr(nextdit, "checkpoint", counted)
+    monkeypatch.setattr(transformer, "checkpoint", counted)
     block = FULL_CONFIGURATION.replace("--fp16", "--bf16")
     flags = shlex.split("--num_layers 3 --num_workers 0 --dry_run")
     assert run_here(block, folder, *SMALL_AND_QUICK, *flags) == 0

@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from blip3o_dit.cli.common import set_up_logging
-from blip3o_dit.cli.pictures import pictures_by_key
+from blip3o_dit.cli.command import set_up_logging
+from blip3o_dit.cli.images import pictures_by_key
 from blip3o_dit.config import TrainingConfig
 from blip3o_dit.data.dataset import Split, split_permutation
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.evaluation.baselines import PositionMean, TokenRidge
-from blip3o_dit.evaluation.truth import EvaluationSettings
+from blip3o_dit.evaluation.evaluate import EvaluationConfig, evaluate_models
+from blip3o_dit.evaluation.reference import EvaluationSettings
 from blip3o_dit.extraction.extract import ExtractionConfig, extract
-from blip3o_dit.inference.evaluate import EvaluationConfig, evaluate_models
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.training.callbacks import LOG_FILE, read_log
 from blip3o_dit.training.run import train
@@ -86,7 +86,7 @@ def main() -> None:
 
     logger.info("5/5  drawing")
     scores = shown_scores(found)
-    draw(output, model, store, (pictures, labels), split, scores)
+    plot(output, model, store, (pictures, labels), split, scores)
     print("\n" + table(scores) + "\n\n" + "\n".join(found["summary"]) + "\n" + CAUTION)
     print(f"\nThe report: {output / 'report.html'}\nThe picture: {output / 'demo.png'}")
     print(f"{time.monotonic() - started:.0f} s in all, results in {output}")
@@ -159,7 +159,7 @@ def shown_scores(found: dict[str, Any]) -> dict[str, dict[str, float]]:
     }
 
 
-def draw(
+def plot(
     output: Path,
     model: Path,
     store: EmbeddingStore,

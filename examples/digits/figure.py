@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from blip3o_dit.token_colours import token_colours
+from blip3o_dit.utils.pca_colors import pca_colors
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; the truth is the dark grey.
 METHOD_COLOURS = ("#3A3A3A", "#0072B2", "#E69F00", "#999999", "#CC79A7", "#56B4E9")
@@ -94,7 +94,7 @@ def _draw_tokens(
         if column == 0:
             _name_row(cell, "picture", None)
     for row, (name, tokens) in enumerate(rows.items(), start=1):
-        maps = token_colours(tokens, true).reshape(-1, side, side, 3)  # [k, side, side, 3]
+        maps = pca_colors(tokens, true).reshape(-1, side, side, 3)  # [k, side, side, 3]
         for column, colour_map in enumerate(maps):
             cell = _image_cell(figure, cells[row, column], colour_map)
             if column == 0:

@@ -20,8 +20,8 @@ _HOMES = {
     "BLIP3oTrainer": "blip3o_dit.training.trainer",
     "EmbeddingStore": "blip3o_dit.data.store",
     "StoreWriter": "blip3o_dit.data.store",
-    "open_embeddings": "blip3o_dit.data.source",
-    "convert_pickle": "blip3o_dit.data.source",
+    "open_embeddings": "blip3o_dit.data.embeddings",
+    "convert_pickle": "blip3o_dit.data.embeddings",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -13,8 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from blip3o_dit.files import read_json, show, show_names
-from blip3o_dit.folders import is_sealed, verify
+from blip3o_dit.utils.atomic import is_sealed, verify
+from blip3o_dit.utils.json_files import read_json, show, show_names
 
 CONFIG_FILE = "config.json"
 TRAINING_CONFIG_FILE = "training_config.json"
@@ -33,7 +33,7 @@ SOLVER_NAMES = ("euler", "midpoint", "heun")
 SHIFT_REFERENCE = 4096
 
 # Most features of a ridge regression on a 3x3 neighbourhood, whose normal equations hold their square.
-MOST_RIDGE_FEATURES = 2560
+MAX_RIDGE_FEATURES = 2560
 
 # No size of a network, and no number of steps, reaches this; the products of such sizes fit 64 bits.
 MOST = 2**20
@@ -399,8 +399,8 @@ def default_ffn_dim(model_dim: int, multiple_of: int = 256) -> int:
 
 
 def neighbour_components(condition_dim: int) -> int:
-    """Principal components of each of 8 neighbours, so that a ridge has at most `MOST_RIDGE_FEATURES`."""
-    return min(condition_dim, max(1, (MOST_RIDGE_FEATURES - condition_dim) // 8))
+    """Principal components of each of 8 neighbours, so that a ridge has at most `MAX_RIDGE_FEATURES`."""
+    return min(condition_dim, max(1, (MAX_RIDGE_FEATURES - condition_dim) // 8))
 
 
 def _option(default: Any, help_text: str, *, choices: tuple[str, ...] | None = None) -> Any:

@@ -13,19 +13,19 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from blip3o_dit.data import dataset
 from blip3o_dit.data.dataset import (
+    BatchNoise,
     EmbeddingDataset,
-    NamedDraws,
-    ShuffledPasses,
+    ShuffledSampler,
     Split,
-    WindowedPasses,
+    WindowShuffledSampler,
     choose_samples,
-    shuffled_passes,
+    identity_collate,
     split_samples,
-    whole_batch,
+    training_sampler,
 )
-from blip3o_dit.data.source import PickledEmbeddings, write_pickle
+from blip3o_dit.data.embeddings import PickledEmbeddings, write_pickle
 from blip3o_dit.data.store import DTYPES, EmbeddingStore, StoreWriter
-from blip3o_dit.randomness import named_normal
+from blip3o_dit.utils.stateless_random import stateless_normal
 
 SIZES = dict(num_tokens=4, condition_dim=6, target_dim=3)
 
@@ -202,42 +202,42 @@ def test_a_numpy_integer_is_the_same_seed(store: EmbeddingStore) -> None:
 # Passes
 
 
-def order_of(passes: ShuffledPasses, pass_index: int) -> list[tuple[int, int]]:
-    passes.set_epoch(pass_index)
+def order_of(passes: ShuffledSampler, epoch: int) -> list[tuple[int, int]]:
+    passes.set_epoch(epoch)
     return list(passes)
 
 
 def test_a_pass_holds_each_position_once_under_its_index() -> None:
-    order = order_of(ShuffledPasses(40, seed=0), 3)
+    order = order_of(ShuffledSampler(40, seed=0), 3)
     assert sorted(position for _, position in order) == list(range(40))
     assert {index for index, _ in order} == {3}
     assert all(type(number) is int for item in order for number in item)
-    assert len(ShuffledPasses(40, seed=0)) == 40
+    assert len(ShuffledSampler(40, seed=0)) == 40
 
 
 def test_the_order_is_a_function_of_seed_and_pass() -> None:
     positions = {
-        (seed, index): [position for _, position in order_of(ShuffledPasses(40, seed=seed), index)]
+        (seed, index): [position for _, position in order_of(ShuffledSampler(40, seed=seed), index)]
         for seed in (0, 1)
         for index in (0, 1, 2)
     }
     assert len({tuple(order) for order in positions.values()}) == 6
     assert list(range(40)) not in positions.values()
-    resumed = ShuffledPasses(40, seed=1)
+    resumed = ShuffledSampler(40, seed=1)
     torch.manual_seed(7)
     assert [position for _, position in order_of(resumed, 2)] == positions[1, 2]
 
 
 def test_the_first_pass_needs_no_set_epoch() -> None:
-    assert list(ShuffledPasses(9, seed=0)) == order_of(ShuffledPasses(9, seed=0), 0)
+    assert list(ShuffledSampler(9, seed=0)) == order_of(ShuffledSampler(9, seed=0), 0)
 
 
 STARTS = np.array([0, 10, 10, 13, 40, 50])  # an empty shard, and one that a window of 20 cuts to fives
 
 
-def windows(seed: int, pass_index: int, *, starts: np.ndarray = STARTS, window: int = 20) -> np.ndarray:
-    items = order_of(WindowedPasses(starts, window=window, seed=seed), pass_index)
-    assert {index for index, _ in items} == {pass_index}
+def windows(seed: int, epoch: int, *, starts: np.ndarray = STARTS, window: int = 20) -> np.ndarray:
+    items = order_of(WindowShuffledSampler(starts, window=window, seed=seed), epoch)
+    assert {index for index, _ in items} == {epoch}
     assert all(type(number) is int for item in items for number in item)
     return np.array([position for _, position in items])
 
@@ -245,7 +245,7 @@ def windows(seed: int, pass_index: int, *, starts: np.ndarray = STARTS, window: 
 @pytest.mark.parametrize("window", [1, 3, 7, 20, 50, 1000])
 def test_a_windowed_pass_holds_each_position_once(window: int) -> None:
     assert np.array_equal(np.sort(windows(0, 2, window=window)), np.arange(50))
-    assert len(WindowedPasses(STARTS, window=window, seed=0)) == 50
+    assert len(WindowShuffledSampler(STARTS, window=window, seed=0)) == 50
 
 
 def test_the_windowed_order_is_a_function_of_seed_and_pass() -> None:
@@ -295,10 +295,10 @@ def test_a_window_of_everything_is_a_permutation_without_structure() -> None:
 def test_a_windowed_loader_brings_each_sample_of_the_split_once(store: EmbeddingStore, window: int) -> None:
     split = split_samples(store, eval_split=0.3, seed=0)
     data = EmbeddingDataset(store, split.train)
-    sampler = shuffled_passes(data, shuffle="window", window=window, seed=0)
-    brought = flat(list(DataLoader(data, batch_size=5, sampler=sampler, collate_fn=whole_batch)))
+    sampler = training_sampler(data, shuffle="window", window=window, seed=0)
+    brought = flat(list(DataLoader(data, batch_size=5, sampler=sampler, collate_fn=identity_collate)))
     assert sorted(brought) == split.train.tolist() != brought
-    assert isinstance(sampler, WindowedPasses)
+    assert isinstance(sampler, WindowShuffledSampler)
     if window == 1000:  # nothing cut: the shards of 7, as far as the split leaves them
         assert sampler.starts.tolist() == [int((split.train < start).sum()) for start in (0, 7, 14, 21, 23)]
 
@@ -306,17 +306,17 @@ def test_a_windowed_loader_brings_each_sample_of_the_split_once(store: Embedding
 def test_a_pickle_is_one_shard(store: EmbeddingStore, tmp_path: Path) -> None:
     write_pickle(store, tmp_path / "e.pkl")
     data = EmbeddingDataset(PickledEmbeddings(tmp_path / "e.pkl"), np.arange(23))
-    sampler = shuffled_passes(data, shuffle="window", window=1000, seed=0)
-    assert isinstance(sampler, WindowedPasses)
+    sampler = training_sampler(data, shuffle="window", window=1000, seed=0)
+    assert isinstance(sampler, WindowShuffledSampler)
     assert sampler.starts.tolist() == [0, 23]
 
 
 def test_the_exact_order_is_the_default_one_and_other_names_are_refused(store: EmbeddingStore) -> None:
     data = EmbeddingDataset(store, np.arange(23))
-    exact = shuffled_passes(data, shuffle="exact", window=4, seed=5)
-    assert order_of(exact, 2) == order_of(ShuffledPasses(23, seed=5), 2)
+    exact = training_sampler(data, shuffle="exact", window=4, seed=5)
+    assert order_of(exact, 2) == order_of(ShuffledSampler(23, seed=5), 2)
     with pytest.raises(ValueError, match=r"shuffle: expected one of \('exact', 'window'\), found 'shards'"):
-        shuffled_passes(data, shuffle="shards", window=4, seed=5)
+        training_sampler(data, shuffle="shards", window=4, seed=5)
 
 
 @pytest.mark.parametrize("size", [3, 8, 23, 50])
@@ -324,10 +324,10 @@ def test_a_pass_is_filled_up_with_the_samples_that_began_it(size: int) -> None:
     """In turn again and again where the split is smaller than a batch."""
     starts = np.array([0, 10, 20, 23])
     for plain, filled in (
-        (ShuffledPasses(23, seed=1), ShuffledPasses(23, seed=1, global_batch=size)),
+        (ShuffledSampler(23, seed=1), ShuffledSampler(23, seed=1, global_batch=size)),
         (
-            WindowedPasses(starts, window=8, seed=1),
-            WindowedPasses(starts, window=8, seed=1, global_batch=size),
+            WindowShuffledSampler(starts, window=8, seed=1),
+            WindowShuffledSampler(starts, window=8, seed=1, global_batch=size),
         ),
     ):
         order, whole = order_of(plain, 2), order_of(filled, 2)
@@ -343,7 +343,7 @@ def test_a_pass_is_filled_up_with_the_samples_that_began_it(size: int) -> None:
 )
 def test_processes_share_out_the_batches_of_one(processes: int, batch: int, accumulation: int) -> None:
     """What accelerate deals out makes, step by step, the global batch that one process would take."""
-    sampler = ShuffledPasses(75, seed=0, global_batch=32)
+    sampler = ShuffledSampler(75, seed=0, global_batch=32)
     expected = [order_of(sampler, 1)[first : first + 32] for first in range(0, 96, 32)]
     shares = [
         list(BatchSamplerShard(BatchSampler(sampler, batch, drop_last=False), processes, rank))
@@ -384,13 +384,13 @@ INDICES = np.array([1, 3, 4, 9, 10, 11, 17, 20, 29, 33, 35, 41, 49])
 def passes(
     store: EmbeddingStore, *, workers: int, batch_size: int, seed: int = 0
 ) -> list[list[dict[str, Any]]]:
-    sampler = ShuffledPasses(len(INDICES), seed=seed)
+    sampler = ShuffledSampler(len(INDICES), seed=seed)
     loader: DataLoader = DataLoader(
         EmbeddingDataset(store, INDICES),
         batch_size=batch_size,
         sampler=sampler,
         num_workers=workers,
-        collate_fn=whole_batch,
+        collate_fn=identity_collate,
         persistent_workers=workers > 0,
     )
     found = []
@@ -410,8 +410,8 @@ def test_each_pass_brings_each_sample_once_in_another_order(big: EmbeddingStore,
     assert [len(batch["index"]) for batch in first] == [5, 5, 3]
     assert sorted(flat(first)) == sorted(flat(second)) == INDICES.tolist()
     assert flat(first) != flat(second)
-    assert {batch["pass_index"] for batch in first} == {0}
-    assert {batch["pass_index"] for batch in second} == {1}
+    assert {batch["epoch"] for batch in first} == {0}
+    assert {batch["epoch"] for batch in second} == {1}
     for batch in (*first, *second):
         eva, clip = big.fetch(batch["index"])
         assert torch.equal(batch["eva"], eva)
@@ -427,10 +427,10 @@ def test_the_order_does_not_depend_on_workers_or_batch_size(big: EmbeddingStore)
 
 
 def test_plain_positions_are_pass_zero_in_the_order_of_the_split(big: EmbeddingStore) -> None:
-    loader: DataLoader = DataLoader(EmbeddingDataset(big, INDICES), batch_size=4, collate_fn=whole_batch)
+    loader: DataLoader = DataLoader(EmbeddingDataset(big, INDICES), batch_size=4, collate_fn=identity_collate)
     batches = list(loader)
     assert flat(batches) == INDICES.tolist()
-    assert {batch["pass_index"] for batch in batches} == {0}
+    assert {batch["epoch"] for batch in batches} == {0}
     assert torch.equal(torch.cat([batch["clip"] for batch in batches]), big.fetch(INDICES)[1])
 
 
@@ -438,7 +438,7 @@ def test_one_item_is_a_batch_of_one(big: EmbeddingStore) -> None:
     data = EmbeddingDataset(big, INDICES)
     assert len(data) == len(INDICES)
     batch = data[(6, 2)]
-    assert (batch["index"], batch["pass_index"]) == ([4], 6)
+    assert (batch["index"], batch["epoch"]) == ([4], 6)
     assert torch.equal(batch["eva"], big.fetch([4])[0])
 
 
@@ -494,29 +494,29 @@ def test_the_check_refuses_a_file_that_is_no_data_set(tmp_path: Path) -> None:
 
 def test_draws_are_named_by_the_sample_and_made_with_the_batch(tmp_path: Path) -> None:
     store = write(tmp_path / "store", names(48))
-    drawn = EmbeddingDataset(store, np.arange(48), NamedDraws(5, "training"))
+    drawn = EmbeddingDataset(store, np.arange(48), BatchNoise(5, "training"))
     batch = drawn.__getitems__([(2, 7), (2, 30)])
-    assert batch["noise"].shape == (2, 4, 3) and batch["time"].shape == batch["drop"].shape == (2,)
-    expected = named_normal([30], (4, 3), seed=5, stream="training noise", pass_index=2)
+    assert batch["noise"].shape == (2, 4, 3) and batch["u_time"].shape == batch["u_dropout"].shape == (2,)
+    expected = stateless_normal([30], (4, 3), seed=5, stream="training noise", counter=2)
     assert torch.equal(batch["noise"][1:], expected)
-    assert torch.equal(drawn.__getitems__([(2, 30)])["time"], batch["time"][1:])
-    assert not torch.equal(drawn.__getitems__([(3, 30)])["time"], batch["time"][1:])
-    assert batch["time"][0] != batch["drop"][0]
+    assert torch.equal(drawn.__getitems__([(2, 30)])["u_time"], batch["u_time"][1:])
+    assert not torch.equal(drawn.__getitems__([(3, 30)])["u_time"], batch["u_time"][1:])
+    assert batch["u_time"][0] != batch["u_dropout"][0]
 
 
 def test_a_repetition_has_draws_of_its_own(tmp_path: Path) -> None:
     """A split smaller than a batch still trains on as many draws as the batch has samples."""
-    drawn = EmbeddingDataset(write(tmp_path / "store", names(3)), np.arange(3), NamedDraws(5, "training"))
-    items = order_of(ShuffledPasses(3, seed=0, global_batch=8), 2)
+    drawn = EmbeddingDataset(write(tmp_path / "store", names(3)), np.arange(3), BatchNoise(5, "training"))
+    items = order_of(ShuffledSampler(3, seed=0, global_batch=8), 2)
     batch = drawn.__getitems__(items)
     assert batch["index"] == (batch["index"][:3] * 3)[:8]
-    for name in ("noise", "time", "drop"):
+    for name in ("noise", "u_time", "u_dropout"):
         assert len(np.unique(batch[name].flatten(1).numpy() if name == "noise" else batch[name], axis=0)) == 8
     for rows in (slice(0, 3), slice(5, 6), slice(7, 8)):  # whatever batch they travel in
         alone = drawn.__getitems__(items[rows])
         assert torch.equal(alone["noise"], batch["noise"][rows])
-        assert torch.equal(alone["time"], batch["time"][rows])
-    first = named_normal(batch["index"][:3], (4, 3), seed=5, stream="training noise", pass_index=2)
+        assert torch.equal(alone["u_time"], batch["u_time"][rows])
+    first = stateless_normal(batch["index"][:3], (4, 3), seed=5, stream="training noise", counter=2)
     assert torch.equal(batch["noise"][:3], first)  # named as ever
 
 
@@ -529,17 +529,17 @@ def test_batches_travel_in_the_dtype_of_the_store(
     with StoreWriter(tmp_path / "s", **SIZES, dtype=dtype, shard_size=4) as writer:
         writer.append(eva, clip, [{"key": str(row)} for row in range(9)])
     store = EmbeddingStore(tmp_path / "s")
-    data = EmbeddingDataset(store, np.arange(9), NamedDraws(5, "training"))
+    data = EmbeddingDataset(store, np.arange(9), BatchNoise(5, "training"))
     loader: DataLoader = DataLoader(
         data,
         batch_size=9,
-        sampler=ShuffledPasses(9, seed=0),
+        sampler=ShuffledSampler(9, seed=0),
         num_workers=workers,
-        collate_fn=whole_batch,
+        collate_fn=identity_collate,
     )
     (batch,) = loader
     assert {batch[name].dtype for name in ("eva", "clip")} == {kind}
-    assert {batch[name].dtype for name in ("noise", "time", "drop")} == {torch.float32}
+    assert {batch[name].dtype for name in ("noise", "u_time", "u_dropout")} == {torch.float32}
     for name, tokens in zip(("eva", "clip"), store.fetch(batch["index"]), strict=True):
         assert tokens.dtype == torch.float32  # for everybody else
         assert torch.equal(batch[name].float(), tokens)

@@ -24,8 +24,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blip3o_dit.data import pickle_file
-from blip3o_dit.data.pickle_file import UnsafePickleError, load_pickle
+from blip3o_dit.data import safe_unpickler
+from blip3o_dit.data.safe_unpickler import UnsafePickleError, load_pickle
 
 PROTOCOLS = (2, 3, 4, 5)
 
@@ -130,7 +130,7 @@ BENIGN = {
     "objects": np.array(["a caption", "b", None, 1, 2.5, True], dtype=object),
     "no objects": np.array([], dtype=object),
     "dtypes": [np.dtype("f4"), torch.float16],
-    "tensors": [torch.arange(4).to(kind) for kind in pickle_file._TORCH_DTYPES],
+    "tensors": [torch.arange(4).to(kind) for kind in safe_unpickler._TORCH_DTYPES],
     "tensor views": [BASE[1:, 2:], BASE.t(), BASE[0, 0], BASE[:, ::2], BASE[4:]],
     "parameter": torch.nn.Parameter(torch.ones(2, 3)),
     "gradient": torch.ones(2, requires_grad=True),
@@ -434,7 +434,7 @@ def test_objects_outside_the_file_are_refused(tmp_path: Path, opcodes: bytes) ->
     assert "outside the file" in str(error)
 
 
-ALLOWED = pickle_file._Builder(0).names
+ALLOWED = safe_unpickler._Builder(0).names
 
 
 @pytest.mark.parametrize("state", [b"}" + text("value") + b"Ns", b"N}" + text("value") + b"Ns\x86", b"N"])
@@ -449,7 +449,7 @@ def all_subclasses(kind: type) -> list[type]:
     return [kind, *(sub for direct in kind.__subclasses__() for sub in all_subclasses(direct))]
 
 
-@pytest.mark.parametrize("kind", all_subclasses(pickle_file._StandIn))
+@pytest.mark.parametrize("kind", all_subclasses(safe_unpickler._StandIn))
 def test_a_stand_in_has_nothing_to_write_to(kind: type) -> None:
     stand_in = kind(1)
     assert not hasattr(stand_in, "__dict__")
@@ -792,7 +792,7 @@ def test_reading_raises_no_other_error(tmp_path: Path, monkeypatch, kind: type) 
         raise kind
 
     path = write(tmp_path, WHOLE)
-    monkeypatch.setattr(pickle_file, "_load", fail)
+    monkeypatch.setattr(safe_unpickler, "_load", fail)
     assert reason_of(path) == f"not a readable pickle: {kind.__name__}"
 
 
@@ -801,7 +801,7 @@ def test_a_failing_disk_is_not_called_a_bad_pickle(tmp_path: Path, monkeypatch) 
         raise OSError(5, "input/output error")
 
     path = write(tmp_path, WHOLE)
-    monkeypatch.setattr(pickle_file, "_load", fail)
+    monkeypatch.setattr(safe_unpickler, "_load", fail)
     with pytest.raises(OSError, match="input/output"):
         load_pickle(path)
 
@@ -965,7 +965,7 @@ def test_tuples_and_numbers_are_keys_as_before(tmp_path: Path) -> None:
 def test_many_small_objects_do_not_fill_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opcodes: bytes, count: int
 ) -> None:
-    monkeypatch.setattr(pickle_file, "_MEMORY_FREE", 1 << 20)  # 64 MiB would leave its mark on later tests
+    monkeypatch.setattr(safe_unpickler, "_MEMORY_FREE", 1 << 20)  # 64 MiB would leave its mark on later tests
     head = name("collections", "OrderedDict") + b"\x94("
     path = write(tmp_path, program(head, opcodes * count, b"l"))
     assert "in proportion to the file" in reason_of(path)

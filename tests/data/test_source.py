@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from blip3o_dit.data.pickle_file import UnsafePickleError
-from blip3o_dit.data.source import CLIP_KEY, EVA_KEY, PickledEmbeddings, convert_pickle, open_embeddings
+from blip3o_dit.data.embeddings import CLIP_KEY, EVA_KEY, PickledEmbeddings, convert_pickle, open_embeddings
+from blip3o_dit.data.safe_unpickler import UnsafePickleError
 from blip3o_dit.data.store import DTYPES, EmbeddingStore, StoreWriter
 
 KEYS = [f"k{row}" for row in range(5)]

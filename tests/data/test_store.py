@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from blip3o_dit.data import store as store_module
-from blip3o_dit.data.dataset import EmbeddingDataset, split_samples, whole_batch
-from blip3o_dit.data.source import convert_pickle, write_pickle
+from blip3o_dit.data.dataset import EmbeddingDataset, identity_collate, split_samples
+from blip3o_dit.data.embeddings import convert_pickle, write_pickle
 from blip3o_dit.data.store import (
     DTYPES,
     MANIFEST,
@@ -28,7 +28,7 @@ from blip3o_dit.data.store import (
     dump_atomically,
     write_atomically,
 )
-from blip3o_dit.files import MOST_JSON
+from blip3o_dit.utils.json_files import MAX_JSON_BYTES
 
 SIZES = dict(num_tokens=4, condition_dim=6, target_dim=3)
 
@@ -428,8 +428,8 @@ def test_one_altered_byte_is_refused_when_that_file_is_read(tmp_path: Path, kind
 
 def test_a_glance_reads_what_is_there_and_leaves_the_checking_to_the_store(tmp_path: Path) -> None:
     store = write(tmp_path / "s")
-    glance = store.unverified()
-    assert torch.equal(glance.fetch(range(7))[0], store.fetch(range(7))[0])
+    unverified_copy = store.unverified()
+    assert torch.equal(unverified_copy.fetch(range(7))[0], store.fetch(range(7))[0])
     flip_last_byte(tmp_path / "s" / "shard-00001.safetensors")
     store = EmbeddingStore(tmp_path / "s")
     store.unverified().fetch(range(7))
@@ -593,7 +593,7 @@ def test_a_fresh_process_reads_the_store(tmp_path: Path) -> None:
         EmbeddingDataset(store, np.arange(7)),
         batch_size=7,
         num_workers=1,
-        collate_fn=whole_batch,
+        collate_fn=identity_collate,
         multiprocessing_context="spawn",
     )
     (batch,) = loader
@@ -647,8 +647,8 @@ def test_the_most_shards_make_a_manifest_that_is_read(tmp_path: Path) -> None:
     entry = {"file": "shard-149999.safetensors", "num_samples": 1024, "bytes": 268435456, "sha256": digest}
     entry |= {"table": "shard-149999.jsonl", "table_sha256": digest}
     one, two = (len(json.dumps({"shards": [entry] * count}, indent=2)) for count in (1, 2))
-    assert (two - one) * store_module.MOST_SHARDS < 0.9 * MOST_JSON
-    about = {"encoders": {"eva": {"name": "x" * MOST_JSON}}}
+    assert (two - one) * store_module.MAX_SHARDS < 0.9 * MAX_JSON_BYTES
+    about = {"encoders": {"eva": {"name": "x" * MAX_JSON_BYTES}}}
     assert "bytes to write" in refused(
         lambda: store_module.write_manifest(tmp_path, (4, 6, 3), "float16", [], about)
     )

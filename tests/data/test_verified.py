@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from blip3o_dit.data import dataset as dataset_module
 from blip3o_dit.data import store as store_module
 from blip3o_dit.data import verified
-from blip3o_dit.data.dataset import EmbeddingDataset, ShuffledPasses, whole_batch
+from blip3o_dit.data.dataset import EmbeddingDataset, ShuffledSampler, identity_collate
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
 
 SHARDS = 6
@@ -84,13 +84,13 @@ def test_each_shard_is_verified_once_whatever_the_workers(
     path: Path, hashed: Callable[[], list[str]], workers: int
 ) -> None:
     source = EmbeddingStore(path)
-    passes = ShuffledPasses(4 * SHARDS, seed=0)
+    passes = ShuffledSampler(4 * SHARDS, seed=0)
     loader: DataLoader[Any] = DataLoader(
         EmbeddingDataset(source, np.arange(4 * SHARDS)),
         batch_size=3,
         sampler=passes,
         num_workers=workers,
-        collate_fn=whole_batch,
+        collate_fn=identity_collate,
         multiprocessing_context="fork" if workers else None,  # the count goes with it
     )
     for number in (0, 1):

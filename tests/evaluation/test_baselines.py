@@ -294,9 +294,9 @@ def test_nearest_neighbours_are_found_by_the_mean_token(store: EmbeddingStore) -
     nearest = np.argsort(-(query / np.linalg.norm(query, axis=1, keepdims=True)) @ unit.T, axis=1)[:, :3]
     guess = found.predict(store.fetch(TEST)[0]).numpy()
     np.testing.assert_allclose(guess, clip[nearest].mean(axis=1), rtol=1e-5, atol=1e-5)
-    drawn = found.sample(store.fetch(TEST)[0], TEST.tolist(), seed=0, draw=0).numpy()
+    drawn = found.sample(store.fetch(TEST)[0], TEST.tolist(), seed=0, sample_number=0).numpy()
     assert all(any(np.array_equal(drawn[i], clip[j]) for j in nearest[i]) for i in range(20))
-    again = found.sample(store.fetch(TEST[5:6])[0], TEST[5:6].tolist(), seed=0, draw=0).numpy()
+    again = found.sample(store.fetch(TEST[5:6])[0], TEST[5:6].tolist(), seed=0, sample_number=0).numpy()
     assert np.array_equal(again[0], drawn[5])
 
 
@@ -312,10 +312,12 @@ def test_the_residual_gaussian_has_the_residuals_covariance(tmp_path: Path) -> N
     mean = PositionMean.fit(store, everything)
     std = clip.std(dim=(0, 1))
     residual = ResidualGaussian.fit(mean, store, everything, scale=std)
-    drawn = residual.sample(range(20_000), seed=0, draw=0).flatten(1)
+    drawn = residual.sample(range(20_000), seed=0, sample_number=0).flatten(1)
     expected = torch.cov((clip - mean.mean).flatten(1).T)
     torch.testing.assert_close(torch.cov(drawn.T), expected, atol=0.08 * float(expected.max()), rtol=0)
-    assert not torch.equal(residual.sample([3], seed=0, draw=0), residual.sample([3], seed=0, draw=1))
+    assert not torch.equal(
+        residual.sample([3], seed=0, sample_number=0), residual.sample([3], seed=0, sample_number=1)
+    )
 
 
 def test_an_exact_prediction_leaves_nothing(tmp_path: Path) -> None:
@@ -323,4 +325,4 @@ def test_an_exact_prediction_leaves_nothing(tmp_path: Path) -> None:
     store = write(tmp_path / "s", torch.zeros(30, 4, 2), clip)
     mean = PositionMean.fit(store, np.arange(30))
     residual = ResidualGaussian.fit(mean, store, np.arange(30), scale=torch.ones(3))
-    assert (residual.sample([0, 1], seed=0, draw=0) == 0).all()
+    assert (residual.sample([0, 1], seed=0, sample_number=0) == 0).all()

@@ -11,7 +11,7 @@ from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from blip3o_dit.evaluation.distribution import (
+from blip3o_dit.metrics.distances import (
     frechet_distance,
     mmd_rbf,
     precision_recall,

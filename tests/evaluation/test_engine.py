@@ -14,10 +14,10 @@ from scipy.integrate import quad
 from torch import Tensor
 
 from benchmarks.linear_gaussian import LinearGaussian
-from blip3o_dit.evaluation import engine
-from blip3o_dit.evaluation.answers import collect_answers
-from blip3o_dit.evaluation.truth import EvaluationSettings, Truth, gather_truth
-from blip3o_dit.randomness import named_normal
+from blip3o_dit.evaluation import scores
+from blip3o_dit.evaluation.predictions import collect_predictions
+from blip3o_dit.evaluation.reference import EvaluationSettings, ReferenceSet, collect_reference
+from blip3o_dit.utils.stateless_random import stateless_normal
 from tests.stores import write_linear_store
 
 SETTINGS = EvaluationSettings(
@@ -34,20 +34,20 @@ class Sampler:
     """A method whose draws are a function of (mean, noise): what a test wants to see measured."""
 
     data: LinearGaussian
-    draw: Callable[[Tensor, Tensor, Tensor], Tensor]
+    transform: Callable[[Tensor, Tensor, Tensor], Tensor]
     name: str = "sampler"
     about: str = ""
     is_model: bool = True
     calls: int = 0
     random: bool = True
 
-    def best_guess(self, eva: Tensor, indices: Sequence[int]) -> Tensor:
+    def predict_mean(self, eva: Tensor, indices: Sequence[int]) -> Tensor:
         return self.data.mean(eva)
 
-    def sample(self, eva: Tensor, indices: Sequence[int], draw: int) -> Tensor:
+    def sample(self, eva: Tensor, indices: Sequence[int], sample_number: int) -> Tensor:
         shape = (self.data.num_tokens, self.data.target_dim)
-        noise = named_normal(indices, shape, seed=5, stream="sampler", pass_index=draw)
-        return self.draw(self.data.mean(eva), noise @ self.data.factor.T, self.data.fetch(indices)[1])
+        noise = stateless_normal(indices, shape, seed=5, stream="sampler", counter=sample_number)
+        return self.transform(self.data.mean(eva), noise @ self.data.factor.T, self.data.fetch(indices)[1])
 
 
 DATA = LinearGaussian(num_samples=1200, num_tokens=4, condition_dim=6, target_dim=6)
@@ -56,8 +56,8 @@ HELD_OUT = np.arange(600)
 
 
 @pytest.fixture(scope="module")
-def truth() -> Truth:
-    return gather_truth(DATA, HELD_OUT, mean=MEAN, std=STD, settings=SETTINGS, track=no_track)
+def truth() -> ReferenceSet:
+    return collect_reference(DATA, HELD_OUT, mean=MEAN, std=STD, settings=SETTINGS, track=no_track)
 
 
 CASES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -73,11 +73,11 @@ CASES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 @pytest.fixture(scope="module")
-def measured(truth: Truth) -> dict[str, dict[str, Any]]:
+def measured(truth: ReferenceSet) -> dict[str, dict[str, Any]]:
     found = {}
-    for name, draw in CASES.items():
-        answers = collect_answers(Sampler(DATA, draw, name=name), truth, no_track)
-        found[name] = engine.describe(answers, truth)
+    for name, transform in CASES.items():
+        answers = collect_predictions(Sampler(DATA, transform, name=name), truth, no_track)
+        found[name] = scores.score(answers, truth)
     return found
 
 
@@ -186,21 +186,21 @@ def test_intervals_hold_the_value(measured: dict[str, Any]) -> None:
 
 
 def test_the_true_floor_is_small_and_a_perfect_sampler_is_near_it(
-    truth: Truth, measured: dict[str, Any]
+    truth: ReferenceSet, measured: dict[str, Any]
 ) -> None:
-    floor = engine.true_floor(truth, DATA, np.arange(600, 1200))
+    floor = scores.real_vs_real(truth, DATA, np.arange(600, 1200))
     assert floor["samples"] == 600
     assert floor["tokens"]["coverage"]["value"] > 0.9
     assert floor["tokens"]["frechet"]["value"] < 0.5 * value(measured, "mean", "tokens.frechet")
     assert value(measured, "perfect", "tokens.frechet") < 2 * floor["tokens"]["frechet"]["value"]
 
 
-def test_paired_differences_have_the_right_sign(truth: Truth) -> None:
+def test_paired_differences_have_the_right_sign(truth: ReferenceSet) -> None:
     answers = {
-        name: collect_answers(Sampler(DATA, CASES[name], name=name), truth, no_track)
+        name: collect_predictions(Sampler(DATA, CASES[name], name=name), truth, no_track)
         for name in ("perfect", "half spread")
     }
-    found = engine.paired_differences(answers["perfect"], answers["half spread"], SETTINGS)
+    found = scores.paired_differences(answers["perfect"], answers["half spread"], SETTINGS)
     assert set(found) >= {"sample.r2", "conditional.energy_score", "best_guess.r2"}
     score = found["conditional.energy_score"]
     assert score["low"] < score["value"] < score["high"] < 0
@@ -208,17 +208,18 @@ def test_paired_differences_have_the_right_sign(truth: Truth) -> None:
     assert found["sample.r2"]["high"] < 0  # half the spread is nearer to the truth
 
 
-def test_differences_are_paired_by_sample(truth: Truth) -> None:
+def test_differences_are_paired_by_sample(truth: ReferenceSet) -> None:
     """A method against itself with a little added: nearly constant differences, whatever the samples."""
 
     def a_little_off(*arguments: Any) -> Tensor:
         return CASES["perfect"](*arguments) + 0.01
 
     pair = [
-        collect_answers(Sampler(DATA, draw), truth, no_track) for draw in (CASES["perfect"], a_little_off)
+        collect_predictions(Sampler(DATA, transform), truth, no_track)
+        for transform in (CASES["perfect"], a_little_off)
     ]
-    found = engine.paired_differences(pair[0], pair[1], SETTINGS)
-    first, second = (engine.describe(answers, truth)["metrics"] for answers in pair)
+    found = scores.paired_differences(pair[0], pair[1], SETTINGS)
+    first, second = (scores.score(answers, truth)["metrics"] for answers in pair)
     for group, name in (
         ("sample", "r2"),
         ("conditional", "energy_score"),
@@ -234,9 +235,9 @@ def test_the_batch_size_changes_nothing() -> None:
     figures = []
     for batch_size in (1, 7, 64):
         settings = EvaluationSettings(batch_size=batch_size, draw_samples=10, bootstrap=20, half_samples=4)
-        truth = gather_truth(DATA, HELD_OUT[:30], mean=MEAN, std=STD, settings=settings, track=no_track)
-        answers = collect_answers(Sampler(DATA, CASES["perfect"]), truth, no_track)
-        described = engine.describe(answers, truth)
+        truth = collect_reference(DATA, HELD_OUT[:30], mean=MEAN, std=STD, settings=settings, track=no_track)
+        answers = collect_predictions(Sampler(DATA, CASES["perfect"]), truth, no_track)
+        described = scores.score(answers, truth)
         figures.append({**described["metrics"]["sample"], **described["metrics"]["conditional"]})
     for other in figures[1:]:
         for name, estimate in figures[0].items():
@@ -246,17 +247,17 @@ def test_the_batch_size_changes_nothing() -> None:
 @pytest.mark.parametrize("count", [0, 1])
 def test_too_few_samples_are_refused(count: int) -> None:
     with pytest.raises(ValueError, match=f"expected at least 2 samples to evaluate, found {count}"):
-        gather_truth(DATA, HELD_OUT[:count], mean=MEAN, std=STD, settings=SETTINGS, track=no_track)
+        collect_reference(DATA, HELD_OUT[:count], mean=MEAN, std=STD, settings=SETTINGS, track=no_track)
 
 
-def test_nan_is_refused_by_sample(truth: Truth) -> None:
+def test_nan_is_refused_by_sample(truth: ReferenceSet) -> None:
     bad = LinearGaussian(num_samples=50, num_tokens=4, condition_dim=6, target_dim=6)
     bad._clip[7, 2, 3] = float("nan")
     with pytest.raises(ValueError, match="clip: expected finite numbers, found NaN or infinity in sample 7"):
-        gather_truth(bad, np.arange(50), mean=MEAN, std=STD, settings=SETTINGS, track=no_track)
+        collect_reference(bad, np.arange(50), mean=MEAN, std=STD, settings=SETTINGS, track=no_track)
     broken = Sampler(DATA, lambda mean, noise, true: mean / 0 * 0, name="broken")
     with pytest.raises(ValueError, match="broken: generated tokens: expected finite numbers"):
-        collect_answers(broken, truth, no_track)
+        collect_predictions(broken, truth, no_track)
 
 
 @pytest.mark.parametrize("name", ["batch_size", "draws", "draw_samples", "bootstrap"])
@@ -268,7 +269,7 @@ def test_settings_out_of_range_are_refused(name: str) -> None:
 def test_the_kept_tokens_are_those_of_the_source(tmp_path: Path) -> None:
     store = write_linear_store(tmp_path / "s")
     settings = EvaluationSettings(batch_size=5, distribution_samples=100)
-    truth = gather_truth(
+    truth = collect_reference(
         store, np.arange(3, 40), mean=torch.zeros(8), std=torch.ones(8), settings=settings, track=no_track
     )
     clip = store.fetch(np.arange(3, 40))[1]

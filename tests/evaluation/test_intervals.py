@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from blip3o_dit.evaluation.intervals import Bootstrap, Estimate, from_half_samples, half_samples
+from blip3o_dit.metrics.bootstrap import Bootstrap, Estimate, from_half_samples, half_samples
 
 
 def test_the_interval_of_a_mean_covers_it_nineteen_times_in_twenty() -> None:

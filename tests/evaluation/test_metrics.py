@@ -8,7 +8,7 @@ import torch
 from sklearn.metrics import r2_score
 from torch import Tensor
 
-from blip3o_dit.evaluation.metrics import FidelitySums, fidelity
+from blip3o_dit.metrics.fidelity import FidelitySums, fidelity
 
 NAMES = {
     "cosine_similarity_mean",

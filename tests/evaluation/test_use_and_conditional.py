@@ -13,7 +13,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from blip3o_dit.evaluation.metrics import (
+from blip3o_dit.metrics.fidelity import (
     LinearProbe,
     diversity,
     energy_score,

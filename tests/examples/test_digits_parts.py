@@ -7,7 +7,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from blip3o_dit.token_colours import token_colours
+from blip3o_dit.utils.pca_colors import pca_colors
 from examples.digits import towers
 from examples.digits.demo import extract_store
 from examples.digits.figure import draw_demo_figure
@@ -199,12 +199,12 @@ def test_the_batch_size_does_not_change_tokens(tower_class, digits):
 def test_colours_depend_on_the_true_tokens_alone():
     rng = np.random.default_rng(0)
     true, other = rng.normal(size=(3, 16, 48)), rng.normal(size=(3, 16, 48))
-    colours = token_colours(true, true)
+    colours = pca_colors(true, true)
     assert colours.shape == (3, 16, 3) and colours.min() >= 0 and colours.max() <= 1
-    mixed = token_colours(np.concatenate([other, true]), true)
+    mixed = pca_colors(np.concatenate([other, true]), true)
     np.testing.assert_allclose(mixed[3:], colours)
     # The centre of the true tokens is mid-grey.
-    np.testing.assert_allclose(token_colours(true.mean(axis=(0, 1)), true), 0.5)
+    np.testing.assert_allclose(pca_colors(true.mean(axis=(0, 1)), true), 0.5)
 
 
 def test_figure_is_a_png_as_wide_as_promised(tmp_path):

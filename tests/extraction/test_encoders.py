@@ -23,7 +23,7 @@ from transformers import (
     ViTModel,
 )
 
-from blip3o_dit.extraction.encoders import Preprocessing, load_encoder, tiny_encoder
+from blip3o_dit.extraction.vision_towers import Preprocessing, load_encoder, tiny_encoder
 
 SIZES: dict[str, Any] = dict(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=24, patch_size=4

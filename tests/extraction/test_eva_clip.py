@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blip3o_dit.extraction.encoders import load_encoder
 from blip3o_dit.extraction.eva_clip import (
     EvaClipConfig,
     EvaClipVision,
     assign_weights,
     from_reference_state_dict,
 )
+from blip3o_dit.extraction.vision_towers import load_encoder
 
 SMALL: dict[str, Any] = dict(
     hidden_size=32,

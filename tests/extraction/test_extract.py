@@ -19,15 +19,15 @@ import torch
 from PIL import Image
 
 from blip3o_dit.cli.main import main
-from blip3o_dit.data.source import open_embeddings
+from blip3o_dit.data.embeddings import open_embeddings
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.extraction import extract as engine
-from blip3o_dit.extraction.encoders import tiny_encoder
 from blip3o_dit.extraction.extract import ExtractionConfig, Extractor, extract, load_towers
-from blip3o_dit.extraction.pictures import decode_picture
+from blip3o_dit.extraction.image_decoding import decode_picture
+from blip3o_dit.extraction.image_files import list_images
 from blip3o_dit.extraction.pooling import pool_tokens
-from blip3o_dit.extraction.progress import SKIPPED_FILE, read_entry
-from blip3o_dit.extraction.sources import list_pictures
+from blip3o_dit.extraction.resume import SKIPPED_FILE, read_entry
+from blip3o_dit.extraction.vision_towers import tiny_encoder
 
 ROOT = Path(__file__).parent.parent.parent
 COUNT, BROKEN = 22, {"b/07.png": b"", "b/13.png": b"not a picture"}
@@ -163,7 +163,7 @@ def test_two_processes_write_the_same_bytes(pictures: Path, whole: Path, tmp_pat
 def test_each_process_writes_its_own_units_only(pictures: Path, tmp_path: Path) -> None:
     config = settings(pictures, tmp_path)
     towers = load_towers(config, torch.device("cpu"))
-    Extractor(config, list_pictures(pictures), towers).run(1, 2, progress=False)
+    Extractor(config, list_images(pictures), towers).run(1, 2, progress=False)
     assert [unit for unit in range(4) if read_entry(tmp_path, unit)] == [1, 3]
 
 

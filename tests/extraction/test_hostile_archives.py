@@ -11,8 +11,8 @@ import pytest
 
 from blip3o_dit.cli.main import main
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.extraction.encoders import load_encoder
-from blip3o_dit.extraction.progress import read_entry
+from blip3o_dit.extraction.resume import read_entry
+from blip3o_dit.extraction.vision_towers import load_encoder
 from tests.fuzz.formats import write_store, write_tar
 
 EVIL = ("../../x.png", "../../x.json", "a/../../y.png", "/abs.png", "b/\x1b[2J.png")

@@ -13,7 +13,7 @@ from PIL import Image
 from blip3o_dit.cli.main import main
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
 from blip3o_dit.extraction.inspection import format_inspection, inspect_embeddings, warnings_of
-from blip3o_dit.token_colours import token_colours
+from blip3o_dit.utils.pca_colors import pca_colors
 
 
 def write(
@@ -63,7 +63,7 @@ def test_colours_tell_tokens_apart_as_the_data_does() -> None:
     tokens[0, 0] = 1.0
     tokens[1, 0] = 1.0
     noisy = (tokens + 1e-3 * torch.randn(2, 4, 5)).numpy()
-    colours = token_colours(noisy, noisy).reshape(2, 2, 2, 3)
+    colours = pca_colors(noisy, noisy).reshape(2, 2, 2, 3)
     assert colours.shape == (2, 2, 2, 3) and colours.min() >= 0 and colours.max() <= 1
     first = colours.sum(axis=-1)  # the first component is lightness
     assert abs(first[0, 0, 0] - first[1, 0, 0]) < 0.1 < 0.8 < abs(first[0, 0, 0] - first[0, 1, 1])

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.mixed_pictures import write_mixed_pictures
-from blip3o_dit.extraction.pictures import UnreadablePictureError, decode_picture
+from blip3o_dit.extraction.image_decoding import UnreadablePictureError, decode_picture
 
 
 def encoded(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:

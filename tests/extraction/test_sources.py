@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from blip3o_dit.extraction.sources import list_pictures
+from blip3o_dit.extraction.image_files import list_images
 
 
 def write(folder: Path, files: dict[str, bytes | str]) -> Path:
@@ -34,7 +34,7 @@ def tar(path: Path, members: dict[str, bytes]) -> Path:
 
 
 def listed(path: Path, **columns: Any) -> list[tuple[str, str | None, bytes]]:
-    return [(ref.key, ref.caption, ref.read()) for ref in list_pictures(path, **columns)]
+    return [(ref.key, ref.caption, ref.read()) for ref in list_images(path, **columns)]
 
 
 def test_a_folder_tree(tmp_path: Path) -> None:
@@ -66,12 +66,12 @@ def test_webdataset_tars(tmp_path: Path) -> None:
     expected = [("b/0001", "caption one", b"one"), ("b/0002", "from json", b"two")]
     assert listed(tmp_path / "b.tar") == expected
     assert listed(tmp_path) == [("a/dir/7", None, b"seven"), *expected]
-    assert "b.tar:0001.jpg" in list_pictures(tmp_path / "b.tar")[0].location
+    assert "b.tar:0001.jpg" in list_images(tmp_path / "b.tar")[0].location
 
 
 def test_a_reference_is_small_and_travels(tmp_path: Path) -> None:
     write(tmp_path, {"a.png": "A"})
-    ref = list_pictures(tmp_path)[0]
+    ref = list_images(tmp_path)[0]
     assert pickle.loads(pickle.dumps(ref)).read() == b"A"
     assert not hasattr(ref, "__dict__")
 
@@ -105,13 +105,13 @@ def test_what_cannot_be_understood_is_refused(name: str, tmp_path: Path) -> None
     files, path, message = REFUSED[name]
     write(tmp_path, files)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
-        list_pictures(tmp_path / path)
+        list_images(tmp_path / path)
     assert str(tmp_path) in str(caught.value)
 
 
 def test_a_truncated_tar_is_refused_and_a_shrunken_file_noticed(tmp_path: Path) -> None:
     whole = tar(tmp_path / "a.tar", {"1.png": b"x" * 5000, "2.png": b"y" * 5000})
-    ref = list_pictures(whole)[1]
+    ref = list_images(whole)[1]
     whole.write_bytes(whole.read_bytes()[:7000])
     with pytest.raises(ValueError, match="expected 5000 bytes"):
         ref.read()
@@ -134,18 +134,18 @@ def test_a_saved_hugging_face_dataset(tmp_path: Path) -> None:
 def test_a_damaged_table_is_refused(tmp_path: Path) -> None:
     write(tmp_path, {"a.parquet": "not parquet"})
     with pytest.raises(ValueError, match=r"a\.parquet: not a readable table"):
-        list_pictures(tmp_path)
+        list_images(tmp_path)
 
 
 def test_parquet(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(seven_rows(), tmp_path / "part.parquet", row_group_size=3)
     assert listed(tmp_path) == [(f"part/{i}", f"t{i}", f"picture {i}".encode()) for i in range(7)]
     with pytest.raises(ValueError, match=r"expected an image column \(photo\)"):
-        list_pictures(tmp_path, image_column="photo")
+        list_images(tmp_path, image_column="photo")
 
 
 def test_without_pyarrow_parquet_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     write(tmp_path, {"a.parquet": "x"})
     with pytest.raises(ValueError, match=r"pip install 'blip3o-dit\[parquet\]'"):
-        list_pictures(tmp_path)
+        list_images(tmp_path)

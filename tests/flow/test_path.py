@@ -93,7 +93,9 @@ def test_true_predictions_convert_into_each_other(
     path = PATHS[name](sigma_min=sigma_min, sigma_max=sigma_max)
     sample = path.sample(*draws())
     truth = truths(sample, path)
-    converted = convert_prediction(truth[source], sample.x_t, sample.t, path, source=source, target=target)
+    converted = convert_prediction(
+        truth[source], sample.x_t, sample.t, path, from_type=source, to_type=target
+    )
     torch.testing.assert_close(converted, truth[target], atol=2e-4, rtol=1e-4)
 
 
@@ -103,7 +105,9 @@ def test_conversion_stays_finite_at_the_singular_ends(name: str) -> None:
     x_1, noise, _ = draws(2)
     sample = path.sample(x_1, noise, torch.tensor([0.0, 1.0]))
     for source, wrong in (("epsilon", sample.noise + 0.01), ("sample", sample.x_1 + 0.01)):
-        velocity = convert_prediction(wrong, sample.x_t, sample.t, path, source=source, target="v_prediction")
+        velocity = convert_prediction(
+            wrong, sample.x_t, sample.t, path, from_type=source, to_type="v_prediction"
+        )
         assert torch.isfinite(velocity).all()
         assert (velocity - sample.velocity).abs().max() < 8.0
 
@@ -123,7 +127,9 @@ def test_sample_loss_is_the_error_of_the_implied_velocity(name: str) -> None:
     path = PATHS[name](sigma_min=1e-4, sigma_max=1.0)
     sample = path.sample(*draws())
     wrong = sample.x_1 + 0.1 * torch.randn(sample.x_1.shape, generator=torch.Generator().manual_seed(5))
-    implied = convert_prediction(wrong, sample.x_t, sample.t, path, source="sample", target="v_prediction")
+    implied = convert_prediction(
+        wrong, sample.x_t, sample.t, path, from_type="sample", to_type="v_prediction"
+    )
     loss_fn = BLIP3oFlowMatchingLoss(prediction_type="sample", schedule_type=name)
     expected = (implied - sample.velocity).square().mean()
     found = loss_fn(wrong, sample).flow_matching_loss
@@ -138,13 +144,15 @@ def test_a_preconditioned_zero_samples_the_standard_normal(name: str) -> None:
 
     def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return convert_prediction(
-            torch.zeros_like(x), x, t, path, source="preconditioned", target="v_prediction"
+            torch.zeros_like(x), x, t, path, from_type="preconditioned", to_type="v_prediction"
         )
 
     x_1 = integrate(velocity, x_0, num_steps=200, solver="midpoint")
     torch.testing.assert_close(x_1, x_0, rtol=1e-3, atol=1e-3)
     t = torch.zeros(500)
-    mean = convert_prediction(torch.zeros_like(x_0), x_0, t, path, source="preconditioned", target="sample")
+    mean = convert_prediction(
+        torch.zeros_like(x_0), x_0, t, path, from_type="preconditioned", to_type="sample"
+    )
     torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-6)
 
 

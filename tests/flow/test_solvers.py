@@ -9,7 +9,7 @@ import torch
 
 from blip3o_dit.flow.path import PATHS
 from blip3o_dit.flow.solvers import CALLS_PER_STEP, SOLVERS, integrate, integrate_adaptive
-from blip3o_dit.flow.times import shift_time
+from blip3o_dit.flow.timesteps import shift_time
 
 
 class Counted:

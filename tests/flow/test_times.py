@@ -7,7 +7,7 @@ import torch
 from scipy.stats import kstest, norm
 
 from blip3o_dit.config import FlowMatchingConfig, TrainingConfig
-from blip3o_dit.flow.times import shift_time, time_grid, training_times
+from blip3o_dit.flow.timesteps import shift_time, time_grid, training_times
 
 UNIFORM = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
 

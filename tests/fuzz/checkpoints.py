@@ -11,23 +11,23 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
 
-from blip3o_dit.folders import CHECKSUMS_FILE, seal
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.training.checkpoint import (
     OPTIMIZER_NUMBERS,
     OPTIMIZER_TENSORS,
     PROGRESS_FILE,
     TRAINER_STATE_FILE,
-    Progress,
-    Run,
+    LoopState,
+    RunIdentity,
     check_checkpoint,
 )
-from blip3o_dit.training.optimizer_file import gathered_state, load_optimizer, save_optimizer
+from blip3o_dit.training.optimizer_state import gathered_state, load_optimizer, save_optimizer
+from blip3o_dit.utils.atomic import CHECKSUMS_FILE, seal
 from tests.fuzz.formats import Make, write_model
 from tests.fuzz.judge import Trial
 from tests.fuzz.mutators import mutate_bytes, mutate_json, mutate_safetensors
 
-RUN = Run(samples=5, fingerprint="0", global_batch=4)
+RUN = RunIdentity(samples=5, fingerprint="0", global_batch=4)
 NUMBERS = (OPTIMIZER_NUMBERS, PROGRESS_FILE, TRAINER_STATE_FILE, CHECKSUMS_FILE)
 
 
@@ -50,7 +50,7 @@ def write_checkpoint(folder: Path) -> BLIP3oDiTModel:
     optimizer.step()
     schedule.step()
     save_optimizer(folder, gathered_state(model, optimizer), schedule, None)
-    progress = Progress(
+    progress = LoopState(
         run=RUN, loss_since_log=0.5, loss_until_log=1.0, last_logged_step=1, monitor=([0.1] * 7, 2)
     )
     progress.write(folder)
@@ -70,7 +70,7 @@ def checkpoint_maker(folder: Path, seed: int) -> Make:
 
     def act() -> None:
         check_checkpoint(checkpoint, model.config, RUN)
-        Progress.read(checkpoint)
+        LoopState.read(checkpoint)
         load_optimizer(checkpoint, model, optimizer, schedule)
 
     def damage(rng: Random) -> None:

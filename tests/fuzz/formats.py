@@ -21,11 +21,11 @@ from PIL import Image
 
 from blip3o_dit.config import BLIP3oDiTConfig, TrainingConfig, naming
 from blip3o_dit.data.dataset import split_samples
-from blip3o_dit.data.source import convert_pickle, open_embeddings
+from blip3o_dit.data.embeddings import convert_pickle, open_embeddings
 from blip3o_dit.data.store import MANIFEST, StoreWriter
+from blip3o_dit.extraction.image_decoding import UnreadablePictureError, decode_picture
+from blip3o_dit.extraction.image_files import list_images
 from blip3o_dit.extraction.inspection import format_inspection, inspect_embeddings
-from blip3o_dit.extraction.pictures import UnreadablePictureError, decode_picture
-from blip3o_dit.extraction.sources import list_pictures
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model.blip3o_dit import EMA_FILE, EMA_VARIANT, BLIP3oDiTModel
 from tests.conftest import randomize, tiny_config
@@ -418,7 +418,7 @@ def pictures_maker(folder: Path, seed: int) -> Make:
             file.write_bytes(mutate_bytes(rng.choice(seeds[suffix]), rng, others=seeds[suffix]))
 
         def act() -> None:
-            for ref in itertools.islice(list_pictures(file), 20):
+            for ref in itertools.islice(list_images(file), 20):
                 try:
                     decode_picture(ref.read())
                 except (UnreadablePictureError, OSError, ValueError):

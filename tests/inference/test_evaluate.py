@@ -23,17 +23,16 @@ from blip3o_dit.cli.main import main
 from blip3o_dit.cli.tf32 import use_tf32
 from blip3o_dit.config import TrainingConfig
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
-from blip3o_dit.evaluation import engine
-from blip3o_dit.evaluation.methods import ModelMethod
-from blip3o_dit.evaluation.metrics import retrieval_ranks
+from blip3o_dit.evaluation import evaluate, scores
+from blip3o_dit.evaluation.evaluate import EvaluationConfig, evaluate_models
+from blip3o_dit.evaluation.reference import EvaluationSettings, collect_reference
+from blip3o_dit.evaluation.samplers import ModelSampler
 from blip3o_dit.evaluation.summary import compare, summarize
-from blip3o_dit.evaluation.truth import EvaluationSettings, gather_truth
-from blip3o_dit.folders import seal
-from blip3o_dit.inference import evaluate
-from blip3o_dit.inference.evaluate import EvaluationConfig, evaluate_models
 from blip3o_dit.inference.pipeline import BLIP3oInference
+from blip3o_dit.metrics.fidelity import retrieval_ranks
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.training.run import train
+from blip3o_dit.utils.atomic import seal
 from tests.stores import write_linear_store
 
 QUICK = ["--num_inference_steps", "2", "--curve_calls", "1", "2", "--bootstrap", "50", "--device", "cpu"]
@@ -308,7 +307,7 @@ def test_baselines_are_not_measured_on_what_they_were_fitted_on(
 
     def gather(source: Any, indices: np.ndarray, **options: Any) -> Any:
         measured.append(indices)
-        return gather_truth(source, indices, **options)
+        return collect_reference(source, indices, **options)
 
     def fit(source: Any, train: np.ndarray, **options: Any) -> Any:
         fitted.append(train)
@@ -362,7 +361,7 @@ def test_what_is_measured_is_bounded_and_said(
         sizes.append((len(queries), len(gallery)))
         return retrieval_ranks(queries, gallery)
 
-    monkeypatch.setattr(engine, "retrieval_ranks", ranks)
+    monkeypatch.setattr(scores, "retrieval_ranks", ranks)
     monkeypatch.setattr(evaluate, "fit_baselines", lambda *_, **__: [])
     data = small([folder / "a"], folder / "store", tmp_path, num_samples=25)["data"]
     assert set(sizes) == {(16, 16)}
@@ -530,16 +529,16 @@ def test_one_network_call_estimates_the_average_answer(tiny_model: Any) -> None:
     one_step = tiny_model.generate(eva, num_inference_steps=1, seed=1)
     # Euler's single step from t = 0 to 1 lands on x_0 + v, the estimate but for sigma_min
     torch.testing.assert_close(estimate, one_step, rtol=1e-3, atol=1e-3)
-    other = tiny_model.generate(eva, num_inference_steps=1, seed=1, draw=1)
+    other = tiny_model.generate(eva, num_inference_steps=1, seed=1, sample_number=1)
     assert not torch.allclose(other, one_step)
 
 
 def test_the_draws_of_a_model_differ_and_its_settings_reach_the_solver(tiny_model: Any) -> None:
     eva, indices = torch.randn(3, 9, 12), [4, 5, 6]
-    method = ModelMethod(tiny_model, seed=3).with_calls("heun", 6)
+    method = ModelSampler(tiny_model, seed=3).with_calls("heun", 6)
     assert method.calls == 6 and method.num_inference_steps == 3
     options = dict(num_inference_steps=3, solver="heun", seed=3, sample_index=indices)
-    draws = [method.sample(eva, indices, draw) for draw in range(2)]
-    for draw, found in enumerate(draws):
-        assert torch.equal(found, tiny_model.generate(eva, draw=draw, **options))
+    draws = [method.sample(eva, indices, sample_number) for sample_number in range(2)]
+    for sample_number, found in enumerate(draws):
+        assert torch.equal(found, tiny_model.generate(eva, sample_number=sample_number, **options))
     assert (draws[0] - draws[1]).abs().mean() > 0.1

@@ -13,13 +13,13 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from blip3o_dit.config import BLIP3oDiTConfig, TrainingConfig
-from blip3o_dit.data.pickle_file import load_pickle
+from blip3o_dit.data.safe_unpickler import load_pickle
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.distributed import pick_device
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model.blip3o_dit import GENERATION_STREAM, BLIP3oDiTModel
-from blip3o_dit.randomness import named_normal
 from blip3o_dit.training.ema import ExponentialMovingAverage
+from blip3o_dit.utils.distributed import pick_device
+from blip3o_dit.utils.stateless_random import stateless_normal
 from tests.conftest import randomize, tiny_config
 from tests.stores import write_linear_store
 
@@ -81,11 +81,11 @@ def test_guidance_is_the_documented_combination(tiny_model: BLIP3oDiTModel) -> N
     condition = tiny_model.normalize_condition(torch.randn(2, 9, 12))
     x, t = torch.randn(2, 9, 8), torch.full((2,), 0.3)
     with torch.no_grad():
-        start = tiny_model.source_of(condition)
-        conditional = tiny_model.velocity_of(condition, start)(x, t)
-        null = tiny_model.velocity_of(torch.zeros_like(condition), start)(x, t)
-        guided = tiny_model.velocity_of(condition, start, 2.5)(x, t)
-        outside = tiny_model.velocity_of(condition, start, 2.5)(x, t, guided=False)
+        start = tiny_model.source_distribution(condition)
+        conditional = tiny_model.make_velocity_fn(condition, start)(x, t)
+        null = tiny_model.make_velocity_fn(torch.zeros_like(condition), start)(x, t)
+        guided = tiny_model.make_velocity_fn(condition, start, 2.5)(x, t)
+        outside = tiny_model.make_velocity_fn(condition, start, 2.5)(x, t, guided=False)
     torch.testing.assert_close(guided, null + 2.5 * (conditional - null), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(outside, conditional, rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="guidance_interval: expected 0 <= low < high <= 1"):
@@ -153,7 +153,7 @@ def test_samples_are_of_length_one_when_training_normalised_the_tokens() -> None
     eva = torch.randn(2, 9, 12)
     generated = model.generate(eva, num_inference_steps=3)
     torch.testing.assert_close(generated.norm(dim=-1), torch.ones(2, 9))
-    assert (model.estimate(eva).norm(dim=-1) - 1).abs().max() > 0.1  # an average is not projected
+    assert (model.predict_mean(eva).norm(dim=-1) - 1).abs().max() > 0.1  # an average is not projected
 
 
 def test_network_calls_are_those_of_the_solver(tiny_model: BLIP3oDiTModel) -> None:
@@ -184,7 +184,7 @@ def test_sampling_starts_from_the_named_noise_at_the_scale_of_training() -> None
     """An untrained network predicts no velocity: what comes out is where sampling started."""
     model = BLIP3oDiTModel(tiny_config(flow_matching={"sigma_max": 1.7}))
     generated = model.generate(torch.randn(2, 9, 12), num_inference_steps=3, seed=4, sample_index=[8, 2])
-    noise = named_normal([8, 2], (9, 8), seed=4, stream=GENERATION_STREAM)
+    noise = stateless_normal([8, 2], (9, 8), seed=4, stream=GENERATION_STREAM)
     torch.testing.assert_close(generated, 1.7 * noise)
 
 

@@ -14,14 +14,14 @@ import torch
 from blip3o_dit.config import PAPER_RECIPE, BLIP3oDiTConfig, TrainingConfig
 from blip3o_dit.data.dataset import split_samples
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
-from blip3o_dit.evaluation.metrics import FidelitySums, fidelity
-from blip3o_dit.evaluation.truth import EvaluationSettings
-from blip3o_dit.folders import seal
-from blip3o_dit.inference.evaluate import EvaluationConfig, evaluate_models
+from blip3o_dit.evaluation.evaluate import EvaluationConfig, evaluate_models
+from blip3o_dit.evaluation.reference import EvaluationSettings
 from blip3o_dit.inference.pipeline import BLIP3oInference
+from blip3o_dit.metrics.fidelity import FidelitySums, fidelity
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.training.callbacks import read_log
 from blip3o_dit.training.run import build_trainer, train
+from blip3o_dit.utils.atomic import seal
 from tests.stores import write_linear_store
 
 RAW = {**PAPER_RECIPE, "num_inference_steps": 2}
@@ -104,7 +104,7 @@ def test_a_model_of_raw_features_holds_statistics_and_does_not_use_them(root: Pa
     torch.testing.assert_close(model.condition_mean, eva.mean(dim=(0, 1)))
     assert torch.equal(model.normalize_condition(eva), eva)
     assert torch.equal(model.normalize_target(clip), clip)
-    assert torch.equal(model.restore_target(clip), clip)
+    assert torch.equal(model.denormalize_target(clip), clip)
     default = BLIP3oDiTModel.from_pretrained(root / "default")
     assert default.config.standardize is True
     torch.testing.assert_close(

@@ -10,10 +10,10 @@ import torch
 
 from benchmarks.linear_gaussian import LinearGaussian
 from blip3o_dit.config import FlowMatchingConfig, TrainingConfig
-from blip3o_dit.flow.path import LinearPath, convert_prediction, path_of
+from blip3o_dit.flow.path import LinearPath, convert_prediction, make_path
+from blip3o_dit.flow.source import AffineSource, neighbourhood_features
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
-from blip3o_dit.model.source import AffineSource, neighbourhood_features
-from blip3o_dit.training.source import fit_source
+from blip3o_dit.training.fit_source import fit_source
 from tests.conftest import randomize, tiny_config
 
 
@@ -64,10 +64,12 @@ def test_a_new_model_samples_the_ridge_and_its_gaussian_residual(source: str) ->
     """Before any training the head puts out zero: the one-call estimate is R(c), samples are R + s eps."""
     model = informed_model(source)
     eva = torch.randn(3, 9, 12)
-    start = model.source_of(model.normalize_condition(eva))
-    torch.testing.assert_close(model.estimate(eva), model.restore_target(start.mean), rtol=0, atol=2e-4)
+    start = model.source_distribution(model.normalize_condition(eva))
+    torch.testing.assert_close(
+        model.predict_mean(eva), model.denormalize_target(start.mean), rtol=0, atol=2e-4
+    )
     noise, _ = model._start(eva, 0, None, 0)
-    expected = model.restore_target(start.from_flow(noise))
+    expected = model.denormalize_target(start.from_flow(noise))
     sampled = model.generate(eva, num_inference_steps=60, solver="midpoint")
     torch.testing.assert_close(sampled, expected, rtol=1e-3, atol=5e-3)
 
@@ -76,7 +78,7 @@ def test_the_network_sees_the_guess_beside_the_point() -> None:
     model = informed_model()
     randomize(model)
     condition, x_t, t = torch.randn(2, 9, 12), torch.randn(2, 9, 8), torch.tensor([0.2, 0.7])
-    start = model.source_of(condition)
+    start = model.source_distribution(condition)
     with torch.no_grad():
         own = model(x_t, t, condition)
         given = model(x_t, t, condition, start.mean)
@@ -99,18 +101,18 @@ def test_sampling_follows_the_network_that_was_trained() -> None:
     model = informed_model()
     randomize(model)
     condition, y, t = torch.randn(2, 9, 12), torch.randn(2, 9, 8), torch.full((2,), 0.3)
-    start = model.source_of(condition)
-    path = path_of(model.config.flow)
+    start = model.source_distribution(condition)
+    path = make_path(model.config.flow)
 
     def expected(shown: torch.Tensor) -> torch.Tensor:
         prediction = model(start.from_flow(y), t, shown, start.mean)
-        return convert_prediction(prediction, y, t, path, source="preconditioned", target="v_prediction")
+        return convert_prediction(prediction, y, t, path, from_type="preconditioned", to_type="v_prediction")
 
     with torch.no_grad():
         full, null = expected(condition), expected(torch.zeros_like(condition))
-        plain = model.velocity_of(condition, start)(y, t)
-        guided = model.velocity_of(condition, start, 2.0)(y, t)
-        outside = model.velocity_of(condition, start, 2.0)(y, t, guided=False)
+        plain = model.make_velocity_fn(condition, start)(y, t)
+        guided = model.make_velocity_fn(condition, start, 2.0)(y, t)
+        outside = model.make_velocity_fn(condition, start, 2.0)(y, t, guided=False)
     for found, wanted in ((plain, full), (guided, null + 2.0 * (full - null)), (outside, full)):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=2e-3)
     assert (full - null).abs().mean() > 0.02
@@ -151,8 +153,8 @@ def test_the_fit_finds_the_regression_and_its_residual(source: str) -> None:
     )
     model.set_source(**fit_source(model, data, np.arange(2000), most=2000, seed=0)[0])
     eva, _ = data.fetch(np.arange(50))
-    guess = model.restore_target(model.source_of(model.normalize_condition(eva)).mean)
-    torch.testing.assert_close(guess, data.mean(eva), rtol=0, atol=0.2)
+    source_mean = model.denormalize_target(model.source_distribution(model.normalize_condition(eva)).mean)
+    torch.testing.assert_close(source_mean, data.mean(eva), rtol=0, atol=0.2)
     deviation = data.factor.square().sum(dim=1).sqrt() / std
     torch.testing.assert_close(model.source_std, deviation, rtol=0.1, atol=0)
 
@@ -162,9 +164,9 @@ def test_guidance_changes_what_is_attended_to_and_not_the_source() -> None:
     randomize(model)
     condition = torch.randn(2, 9, 12)
     y, t = torch.randn(2, 9, 8), torch.full((2,), 0.5)
-    start = model.source_of(condition)
+    start = model.source_distribution(condition)
     with torch.no_grad():
-        null = model.velocity_of(torch.zeros_like(condition), start)(y, t)
-        full = model.velocity_of(condition, start)(y, t)
-        guided = model.velocity_of(condition, start, 3.0)(y, t)
+        null = model.make_velocity_fn(torch.zeros_like(condition), start)(y, t)
+        full = model.make_velocity_fn(condition, start)(y, t)
+        guided = model.make_velocity_fn(condition, start, 3.0)(y, t)
     torch.testing.assert_close(guided, null + 3.0 * (full - null), rtol=1e-3, atol=1e-3)

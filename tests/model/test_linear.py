@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from blip3o_dit.model import linear
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.linear import Linear, lay_together, products
-from blip3o_dit.model.precision import BFLOAT16_VARIABLE, multiplies
+from blip3o_dit.model.precision import BFLOAT16_VARIABLE, has_native_matmul
 from tests.conftest import randomize, tiny_config
 
 
@@ -196,8 +196,8 @@ def test_bfloat16_weights_where_it_would_be_emulated(monkeypatch: pytest.MonkeyP
 
 
 def test_what_this_processor_multiplies() -> None:
-    assert multiplies(torch.float32, torch.device("cpu"))
-    assert not multiplies(torch.bfloat16, torch.device("meta"))
+    assert has_native_matmul(torch.float32, torch.device("cpu"))
+    assert not has_native_matmul(torch.bfloat16, torch.device("meta"))
 
 
 @pytest.fixture

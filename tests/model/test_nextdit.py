@@ -10,7 +10,7 @@ from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 from blip3o_dit.config import BLIP3oDiTConfig
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.conversion import diffusers_config, to_diffusers_state_dict
-from blip3o_dit.model.nextdit import rotary_tables, sinusoidal_features
+from blip3o_dit.model.transformer import rotary_tables, sinusoidal_features
 from tests.conftest import randomize, tiny_config
 
 SIZES = {
@@ -96,7 +96,7 @@ def test_guided_batches_share_the_null_condition(num_kv_heads: int) -> None:
     x, t, condition = torch.randn(3, 9, 8).double(), torch.rand(3).double(), torch.randn(3, 9, 12).double()
     with torch.no_grad():
         null = model.dit.encode_condition(torch.zeros_like(condition[:1]))
-        both = model.dit.encode_condition(condition).after_null(null)
+        both = model.dit.encode_condition(condition).with_null_condition(null)
         found = model.dit.predict(x.repeat(2, 1, 1), t.repeat(2), both)
         expected = model(x.repeat(2, 1, 1), t.repeat(2), torch.cat([torch.zeros_like(condition), condition]))
     assert (expected[:3] - expected[3:]).abs().mean() > 0.01

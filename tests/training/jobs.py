@@ -17,19 +17,19 @@ from torch.distributed.fsdp import fully_shard
 
 from blip3o_dit.config import TrainingConfig
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.distributed import join_processes
-from blip3o_dit.errors import StoppedEarly
-from blip3o_dit.evaluation.truth import EvaluationSettings
-from blip3o_dit.inference.evaluate import EvaluationConfig, evaluate_models
+from blip3o_dit.evaluation.evaluate import EvaluationConfig, evaluate_models
+from blip3o_dit.evaluation.reference import EvaluationSettings
 from blip3o_dit.inference.pipeline import BLIP3oInference
-from blip3o_dit.model import nextdit
+from blip3o_dit.model import transformer
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.precision import BFLOAT16_VARIABLE
+from blip3o_dit.training.anomalies import NonFiniteLossError
 from blip3o_dit.training.ema import ExponentialMovingAverage
-from blip3o_dit.training.health import NonFiniteLossError
+from blip3o_dit.training.fsdp import check_sharding, keep_the_dtype_rule, let_generate
 from blip3o_dit.training.run import build_trainer, train
-from blip3o_dit.training.sharding import check_sharding, keep_the_dtype_rule, let_generate
-from blip3o_dit.training.trainer import BLIP3oTrainer, Draw
+from blip3o_dit.training.trainer import BLIP3oTrainer, FlowBatch
+from blip3o_dit.utils.distributed import join_processes
+from blip3o_dit.utils.errors import StoppedEarly
 from tests.conftest import randomize, tiny_config
 
 torch.set_num_threads(1)
@@ -136,11 +136,11 @@ def _watch_dtypes(trainer: BLIP3oTrainer) -> set[str]:
     """Dtypes inside the network while it trains, filled in as it does."""
     found: set[str] = set()
     drawn: list[torch.Tensor] = []
-    plain_predict, plain_timestep = trainer._predict, nextdit.official_timestep
+    plain_predict, plain_timestep = trainer._predict, transformer.official_timestep
 
-    def predict(model: torch.nn.Module, draw: Draw) -> torch.Tensor:
-        drawn.append(draw.sample.t)
-        prediction = plain_predict(model, draw)
+    def predict(model: torch.nn.Module, flow_batch: FlowBatch) -> torch.Tensor:
+        drawn.append(flow_batch.sample.t)
+        prediction = plain_predict(model, flow_batch)
         found.add(f"prediction {prediction.dtype}")
         return prediction
 
@@ -158,7 +158,7 @@ def _watch_dtypes(trainer: BLIP3oTrainer) -> set[str]:
         found.add(f"queries {output.dtype}")
 
     trainer._predict = predict  # type: ignore[method-assign]
-    nextdit.official_timestep = official_timestep
+    transformer.official_timestep = official_timestep
     trainer.dit.dit.layers[0].register_forward_hook(look)
     trainer.dit.dit.layers[0].attn1.norm_q.register_forward_hook(look_inside)
     return found
@@ -182,10 +182,10 @@ def use_processes() -> tuple[Any, Any, Any, Any]:
     """Pieces in order, their sum, the first one's value, and the share of this process."""
     processes = join_processes("cpu")
     pieces = list(range(5))
-    in_order = list(processes.in_order(iter(pieces), lambda piece: piece**2))
+    map_in_order = list(processes.map_in_order(iter(pieces), lambda piece: piece**2))
     total = processes.sum(torch.tensor([processes.rank + 1.0]))
-    processes.wait()
-    return in_order, total.item(), processes.from_first(processes.rank), list(processes.share(pieces))
+    processes.barrier()
+    return map_in_order, total.item(), processes.broadcast(processes.rank), list(processes.shard(pieces))
 
 
 def shard_and_train(folder: Path, checkpointing: bool) -> None:
@@ -209,8 +209,8 @@ def shard_and_train(folder: Path, checkpointing: bool) -> None:
     losses += _steps(model, average, processes.rank, processes.count)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=options)
-    average.save(model, folder, write=processes.is_first)
-    if processes.is_first:
+    average.save(model, folder, write=processes.is_main)
+    if processes.is_main:
         model.save_pretrained(folder, state_dict=state)
         torch.save({"losses": losses, "generated": generated}, folder / "found.pt")
 

@@ -14,15 +14,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blip3o_dit.data.source import TransformedEmbeddings
+from blip3o_dit.data.embeddings import TransformedEmbeddings
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.evaluation import baselines
 from blip3o_dit.evaluation.baselines import TokenRidge
-from blip3o_dit.folders import CHECKSUMS_FILE, seal
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.training.fit_source import (
+    FOLDS,
+    FOLDS_FILE,
+    SourceFolds,
+    fit_source,
+    load_folds,
+    threads_of_all,
+)
 from blip3o_dit.training.run import build_trainer, train
-from blip3o_dit.training.source import FOLDS, FOLDS_FILE, SourceFolds, fit_source, load_folds, threads_of_all
 from blip3o_dit.training.trainer import BLIP3oTrainer
+from blip3o_dit.utils.atomic import CHECKSUMS_FILE, seal
 from tests.stores import write_linear_store
 from tests.training.test_training import config_for, same
 
@@ -43,7 +50,7 @@ def deviation(trainer: BLIP3oTrainer, data: Any, *, training: bool) -> float:
     """Of the data in the flow's units: what is left of it over s."""
     batch = data.__getitems__([(0, place) for place in range(len(data))])
     with torch.no_grad():
-        return float(trainer.draw(batch, training=training).sample.x_1.square().mean().sqrt())
+        return float(trainer.flow_batch(batch, training=training).sample.x_1.square().mean().sqrt())
 
 
 def test_training_meets_residuals_as_large_as_new_samples_leave(
@@ -91,9 +98,12 @@ def test_a_map_does_not_depend_on_the_samples_of_its_fold(
     eva = store.fetch(range(10))[0]
     index = folds.samples[folds.fold != 3][:20].tolist()
     condition = store.fetch(index)[0]
-    moved = changed.source_of(other, condition, index).mean - folds.source_of(model, condition, index).mean
+    moved = (
+        changed.source_distribution(other, condition, index).mean
+        - folds.source_distribution(model, condition, index).mean
+    )
     assert moved.mean(dim=(1, 2)).min() > 0.1  # by a fifth of the samples, less the fold's own
-    assert (other.source_of(eva).mean - model.source_of(eva).mean).mean() > 0.1
+    assert (other.source_distribution(eva).mean - model.source_distribution(eva).mean).mean() > 0.1
 
 
 def test_the_maps_are_ridge_regressions_on_the_other_samples(
@@ -107,7 +117,9 @@ def test_the_maps_are_ridge_regressions_on_the_other_samples(
         found = eva @ folds.weight[fold] + folds.bias[fold]
         torch.testing.assert_close(found, expected.predict(eva), rtol=1e-4, atol=1e-4)
     everything = TokenRidge.fit(store, folds.samples.numpy(), penalty=1e-2)
-    torch.testing.assert_close(model.source_of(eva).mean, everything.predict(eva), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        model.source_distribution(eva).mean, everything.predict(eva), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_each_sample_has_the_map_of_its_fold_and_one_that_was_not_fitted_the_whole(
@@ -119,7 +131,7 @@ def test_each_sample_has_the_map_of_its_fold_and_one_that_was_not_fitted_the_who
     assert [int((numbers == fold).sum()) for fold in range(-1, FOLDS)] == [41, *[60 // FOLDS] * FOLDS]
     assert numbers[-1] == -1
     condition = store.fetch(index)[0]
-    found, whole = folds.source_of(model, condition, index), model.source_of(condition)
+    found, whole = folds.source_distribution(model, condition, index), model.source_distribution(condition)
     assert found.mean is not None and whole.mean is not None and found.std is whole.std
     for row, fold in enumerate(numbers):
         expected = whole.mean[row] if fold < 0 else condition[row] @ folds.weight[fold] + folds.bias[fold]

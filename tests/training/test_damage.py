@@ -9,10 +9,10 @@ import torch
 
 from blip3o_dit.config import TrainingConfig
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.folders import CHECKSUMS_FILE
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.training.checkpoint import verify_checkpoint
 from blip3o_dit.training.run import train
+from blip3o_dit.utils.atomic import CHECKSUMS_FILE
 from tests.fuzz.mutators import flip_bytes
 from tests.stores import write_linear_store
 from tests.training.test_training import config_for

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from blip3o_dit.cli.main import main
 from blip3o_dit.config import FlowMatchingConfig, TrainingConfig
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.flow.distillation import trajectory_lessons
-from blip3o_dit.flow.path import convert_prediction, path_of
+from blip3o_dit.flow.distillation import trajectory_targets
+from blip3o_dit.flow.path import convert_prediction, make_path
 from blip3o_dit.flow.solvers import integrate
-from blip3o_dit.folders import verify
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model.blip3o_dit import EMA_FILE, BLIP3oDiTModel
-from blip3o_dit.training.distill import DistillationConfig, teach
+from blip3o_dit.training.distillation import DistillationConfig, train_student
+from blip3o_dit.utils.atomic import verify
 from tests.conftest import randomize, tiny_config
 from tests.inference.test_evaluate import train_model
 from tests.stores import write_linear_store
@@ -30,24 +30,24 @@ from tests.stores import write_linear_store
 def test_lessons_are_average_velocities_along_the_teachers_path(steps: int) -> None:
     """dx/dt = x: x(t) = x_0 e^t, so each lesson is (e^t1 - e^t0) / (t1 - t0) x_0."""
     x_0 = torch.randn(5, 3)
-    lessons = trajectory_lessons(lambda x, t: x, x_0, student_steps=steps, teacher_steps=40)
-    assert len(lessons) == steps
-    for k, lesson in enumerate(lessons):
+    targets = trajectory_targets(lambda x, t: x, x_0, student_steps=steps, teacher_steps=40)
+    assert len(targets) == steps
+    for k, target in enumerate(targets):
         low, high = k / steps, (k + 1) / steps
-        torch.testing.assert_close(lesson.x, math.exp(low) * x_0, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(target.x, math.exp(low) * x_0, rtol=1e-3, atol=1e-3)
         slope = (math.exp(high) - math.exp(low)) * steps
-        torch.testing.assert_close(lesson.velocity, slope * x_0, rtol=1e-3, atol=1e-3)
-        assert lesson.t.tolist() == pytest.approx([low] * 5)
+        torch.testing.assert_close(target.velocity, slope * x_0, rtol=1e-3, atol=1e-3)
+        assert target.t.tolist() == pytest.approx([low] * 5)
 
 
 def test_a_student_of_euler_steps_that_says_its_lessons_is_the_teacher() -> None:
     x = x_0 = torch.randn(4, 3)
-    lessons = trajectory_lessons(
+    targets = trajectory_targets(
         lambda x, t: torch.sin(3 * t)[:, None] * x, x_0, student_steps=3, teacher_steps=50, time_shift=2.0
     )
-    times = [float(lesson.t[0]) for lesson in lessons] + [1.0]
-    for lesson, start, end in zip(lessons, times[:-1], times[1:], strict=True):
-        x = x + (end - start) * lesson.velocity
+    times = [float(target.t[0]) for target in targets] + [1.0]
+    for target, start, end in zip(targets, times[:-1], times[1:], strict=True):
+        x = x + (end - start) * target.velocity
     expected = x_0 * math.exp((1 - math.cos(3)) / 3)
     torch.testing.assert_close(x, expected, rtol=1e-3, atol=1e-3)
 
@@ -63,12 +63,12 @@ def test_a_student_learns_to_do_in_one_call_what_its_teacher_does_in_many(tmp_pa
         return float((model.generate(eva, num_inference_steps=1, solver="euler") - expected).square().mean())
 
     config = DistillationConfig(steps=1, train_steps=60, batch_size=16, learning_rate=2e-3, ema_decay=0.0)
-    student, average = teach(teacher, store, np.arange(48), config, progress=False)
+    student, average = train_student(teacher, store, np.arange(48), config, progress=False)
     assert average is None
     assert error(student) < 0.5 * error(teacher)
     assert (student.config.default_solver, student.config.default_steps) == ("euler", 1)
     assert teacher.config.default_steps == 50
-    again, _ = teach(teacher, store, np.arange(48), config, progress=False)
+    again, _ = train_student(teacher, store, np.arange(48), config, progress=False)
     assert torch.equal(again.generate(eva), student.generate(eva))
 
 
@@ -78,7 +78,7 @@ def test_the_student_of_a_bfloat16_teacher_learns_in_float32(tmp_path: Path) -> 
     teacher = BLIP3oDiTModel(tiny_config()).bfloat16().eval()
     randomize(teacher)
     config = DistillationConfig(steps=1, train_steps=3, batch_size=8, learning_rate=1e-5)
-    student, average = teach(teacher, store, np.arange(8), config, progress=False)
+    student, average = train_student(teacher, store, np.arange(8), config, progress=False)
     assert teacher.dtype == torch.bfloat16 and student.dtype == torch.float32 and average is not None
     name = "dit.layers.0.feed_forward.linear_2.weight"
     start = teacher.get_parameter(name).float()
@@ -109,7 +109,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(ValueError, match="guidance_scale: expected 1"):
         student.generate(torch.randn(2, 9, 12), guidance_scale=2.0)
     with pytest.raises(ValueError, match="expected a teacher that is not distilled, found a student of 2"):
-        teach(student.model, store, np.arange(8), DistillationConfig(steps=1), progress=False)
+        train_student(student.model, store, np.arange(8), DistillationConfig(steps=1), progress=False)
     assert main(words) == 2
     assert "expected no model there, found one" in capsys.readouterr().err
     assert main([*words, "--overwrite_output_dir"]) == 0
@@ -143,11 +143,11 @@ def test_a_student_that_adds_nothing_samples_the_gaussian_in_few_steps(steps: in
     flow = FlowMatchingConfig(
         prediction_type="preconditioned", student_steps=steps, time_shift=shift, sigma_min=0.0
     )
-    path, noise = path_of(flow), torch.randn(5, 3)
+    path, noise = make_path(flow), torch.randn(5, 3)
 
     def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         zero = torch.zeros_like(x)
-        return convert_prediction(zero, x, t, path, source="preconditioned", target="v_prediction")
+        return convert_prediction(zero, x, t, path, from_type="preconditioned", to_type="v_prediction")
 
     x = integrate(velocity, noise, num_steps=steps, solver="euler", time_shift=shift)
     torch.testing.assert_close(x, noise, rtol=1e-4, atol=1e-4)  # the flow of N(0, I) onto itself
@@ -157,4 +157,4 @@ def test_a_teacher_of_noise_is_refused(tmp_path: Path) -> None:
     store = EmbeddingStore(write_linear_store(tmp_path / "s").path)
     teacher = BLIP3oDiTModel(tiny_config(flow_matching={"prediction_type": "epsilon"}))
     with pytest.raises(ValueError, match="does not predict the noise"):
-        teach(teacher, store, np.arange(8), DistillationConfig(steps=1), progress=False)
+        train_student(teacher, store, np.arange(8), DistillationConfig(steps=1), progress=False)

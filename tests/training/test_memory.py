@@ -16,10 +16,10 @@ from torch import Tensor
 from blip3o_dit.cli.train import main as train_main
 from blip3o_dit.config import BLIP3oDiTConfig, TrainingConfig
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.model import nextdit
+from blip3o_dit.model import transformer
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.training import memory
-from blip3o_dit.training.distill import DistillationConfig, distill
+from blip3o_dit.training.distillation import DistillationConfig, distill
 from blip3o_dit.training.memory import GIB, Activations, Room, forecast
 from blip3o_dit.training.run import train
 from tests.conftest import tiny_config
@@ -118,7 +118,7 @@ def test_processes_share_weights_only_when_they_are_sharded(monkeypatch: pytest.
 
 MEASURED = """
 import json, sys
-from blip3o_dit.quiet import quiet_torchao
+from blip3o_dit.utils.logging import quiet_torchao
 quiet_torchao()
 import torch
 from blip3o_dit.config import TrainingConfig
@@ -184,13 +184,13 @@ def test_a_dry_run_computes_in_the_precision_of_the_run(
     precision: dict[str, Any], store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[torch.dtype] = []
-    attend = nextdit.attend
+    attend = transformer.attend
 
     def spy(queries: Tensor, *given: Tensor) -> Tensor:
         seen.append(queries.dtype)
         return attend(queries, *given)
 
-    monkeypatch.setattr(nextdit, "attend", spy)
+    monkeypatch.setattr(transformer, "attend", spy)
     train(config_for(store, tmp_path / "out", **precision), dry_run=True)
     tried = set(seen)
     seen.clear()
@@ -219,7 +219,7 @@ def test_distillation_is_refused_as_well(
 ) -> None:
     teacher = train(config_for(store, tmp_path / "teacher", max_steps=1, eval_split=0.0))
     monkeypatch.setattr(
-        "blip3o_dit.training.distill.room_on", lambda device: Room(size=10**6, where="free here")
+        "blip3o_dit.training.distillation.room_on", lambda device: Room(size=10**6, where="free here")
     )
     with pytest.raises(ValueError, match=r"memory: expected at most .* teacher .* --batch_size"):
         distill(teacher, store.path, tmp_path / "student", DistillationConfig(steps=1), progress=False)

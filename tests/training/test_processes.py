@@ -114,7 +114,7 @@ def test_held_out_figures_do_not_depend_on_the_number_of_processes(
 def test_work_is_shared_out_and_comes_together_in_order(processes: int) -> None:
     everything = [(piece, piece**2) for piece in range(5)]
     found = launch(jobs.use_processes, processes)
-    assert [in_order for in_order, *_ in found] == [everything] + [[]] * (processes - 1)
+    assert [map_in_order for map_in_order, *_ in found] == [everything] + [[]] * (processes - 1)
     assert {total for _, total, *_ in found} == {processes * (processes + 1) / 2}
     assert {value for _, _, value, _ in found} == {0}
     shares = [share for *_, share in found]

@@ -17,23 +17,23 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from blip3o_dit import folders
-from blip3o_dit.cli import common
+from blip3o_dit.cli import command
 from blip3o_dit.config import TrainingConfig
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.errors import StoppedEarly, WriteError
-from blip3o_dit.files import read_json
-from blip3o_dit.folders import CHECKSUMS_FILE, seal
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model.blip3o_dit import EMA_FILE
-from blip3o_dit.training import health
+from blip3o_dit.training import anomalies
+from blip3o_dit.training.anomalies import NonFiniteLossError
+from blip3o_dit.training.arguments import resolve_config
 from blip3o_dit.training.callbacks import LOG_FILE, read_log
 from blip3o_dit.training.checkpoint import checkpoints, keep_newest, newest_whole
-from blip3o_dit.training.health import NonFiniteLossError
 from blip3o_dit.training.run import train
-from blip3o_dit.training.settings import resolve_config
 from blip3o_dit.training.stopping import outlive_stops
 from blip3o_dit.training.trainer import BLIP3oTrainer
+from blip3o_dit.utils import atomic
+from blip3o_dit.utils.atomic import CHECKSUMS_FILE, seal
+from blip3o_dit.utils.errors import StoppedEarly, WriteError
+from blip3o_dit.utils.json_files import read_json
 from tests.stores import write_linear_store
 from tests.training.test_training import config_for, make_trainer, same
 
@@ -203,9 +203,9 @@ def test_a_signal_to_every_process_of_a_job_costs_no_step(
             train(config)
         assert newest_whole(tmp_path / "run") == tmp_path / "run" / "checkpoint-2"
     else:
-        plain = folders.publish_files
-        monkeypatch.setattr(folders, "publish_files", lambda *args: (signal_all(), plain(*args)))
-        folders.verify(train(config))
+        plain = atomic.publish_files
+        monkeypatch.setattr(atomic, "publish_files", lambda *args: (signal_all(), plain(*args)))
+        atomic.verify(train(config))
 
 
 def test_a_worker_ends_when_its_own_process_asks_it_to() -> None:
@@ -255,7 +255,7 @@ def test_exit_statuses(error: BaseException, status: int, capsys: pytest.Capture
     def fail() -> None:
         raise error
 
-    assert common.run_command(fail) == status
+    assert command.run_command(fail) == status
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1 and "Traceback" not in shown
 
@@ -271,7 +271,7 @@ def test_checkpoints_hold_no_pickle_and_are_sealed(whole: Path) -> None:
         "source_folds.safetensors",
     }
     for folder in (whole, *checkpoints(whole)):
-        folders.verify(folder)
+        atomic.verify(folder)
 
 
 def test_auto_passes_over_what_is_not_whole(whole: Path, tmp_path: Path) -> None:
@@ -295,8 +295,8 @@ def test_auto_passes_over_what_is_not_whole(whole: Path, tmp_path: Path) -> None
 def test_an_error_while_saving_leaves_the_previous_checkpoint(
     store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    target = {"writing": (BLIP3oTrainer, "_write_checkpoint"), "sealing": (folders, "seal")}
-    where, name = target.get(moment, (folders, "publish"))
+    target = {"writing": (BLIP3oTrainer, "_write_checkpoint"), "sealing": (atomic, "seal")}
+    where, name = target.get(moment, (atomic, "publish"))
     plain, calls = getattr(where, name), [0]
 
     def fail_the_second_time(*args: Any) -> None:
@@ -346,19 +346,19 @@ def test_starting_over_without_averages_leaves_none_of_the_earlier_run(
     train(config_for(store, run, **quick, ema_decay=0.0), overwrite=True)
     assert not (run / EMA_FILE).exists() and not (run / "loss_spikes.jsonl").exists()
     assert (run / "notes.txt").read_text() == "mine"
-    folders.verify(run)
+    atomic.verify(run)
     assert BLIP3oInference(run, device="cpu").weights == "raw"
 
 
 def test_files_under_old_checksums_go_and_others_stay(tmp_path: Path) -> None:
     for names in (("a", "b"), ("b", "c")):
-        with folders.written_aside(tmp_path / "final", files_only=True, replaces=["d"]) as aside:
+        with atomic.written_aside(tmp_path / "final", files_only=True, replaces=["d"]) as aside:
             for name in names:
                 (aside / name).write_text(name)
         (tmp_path / "final" / "d").write_text("of a run that was killed here")
         (tmp_path / "final" / "e").write_text("of somebody else")
     assert {file.name for file in (tmp_path / "final").iterdir()} == {"b", "c", "d", "e", CHECKSUMS_FILE}
-    with folders.written_aside(tmp_path / "final", files_only=True, replaces=["d"]) as aside:
+    with atomic.written_aside(tmp_path / "final", files_only=True, replaces=["d"]) as aside:
         (aside / "b").write_text("b")
     assert {file.name for file in (tmp_path / "final").iterdir()} == {"b", "e", CHECKSUMS_FILE}
 
@@ -465,7 +465,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(
 def test_a_loss_out_of_proportion_is_noted_with_its_samples(
     store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health, "FEWEST", 4)
+    monkeypatch.setattr(anomalies, "FEWEST", 4)
     trainer = make_trainer(store, tmp_path)
     for step in range(1, 7):
         trainer.losses.add(torch.tensor(1.0 + 0.01 * (step % 3)), step, {"index": [step]})

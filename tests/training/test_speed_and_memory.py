@@ -23,13 +23,13 @@ from transformers import TrainerCallback
 from blip3o_dit.config import TrainingConfig
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.model.blip3o_dit import EMA_FILE, BLIP3oDiTModel
-from blip3o_dit.model.nextdit import NextDiTBlock
-from blip3o_dit.training import settings
+from blip3o_dit.model.transformer import NextDiTBlock
+from blip3o_dit.training import arguments
+from blip3o_dit.training.anomalies import HostCopy, LossMonitor, NonFiniteLossError
+from blip3o_dit.training.arguments import resolve_config
 from blip3o_dit.training.callbacks import read_log
 from blip3o_dit.training.ema import ExponentialMovingAverage
-from blip3o_dit.training.health import HostCopy, LossWatch, NonFiniteLossError
 from blip3o_dit.training.run import train
-from blip3o_dit.training.settings import resolve_config
 from blip3o_dit.training.throughput import Throughput, forward_flops, matmul_rate
 from blip3o_dit.training.trainer import BLIP3oTrainer
 from tests.conftest import randomize, tiny_config
@@ -159,9 +159,9 @@ def test_low_memory_stands_for_checkpointing_and_no_averages_unless_they_are_giv
 def test_what_is_not_installed_is_asked_for_before_anything_is_written(
     store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"--memory low: expected torchao: pip install"):
-        settings.training_arguments(config_for(store, tmp_path / "out", memory="low"), evaluate=False)
+        arguments.training_arguments(config_for(store, tmp_path / "out", memory="low"), evaluate=False)
     monkeypatch.undo()
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(ValueError, match=r"--compile: expected a C\+\+ compiler"):
@@ -251,7 +251,7 @@ def test_compiled_blocks_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_deferred_loss_is_looked_at_before_the_optimizer_step() -> None:
-    losses = LossWatch(deferred=True, on_spike=lambda *found: None)
+    losses = LossMonitor(deferred=True, on_spike=lambda *found: None)
     losses.add(torch.tensor(1.0), 4, {"index": [1, 2]})
     losses.add(torch.tensor(float("inf")), 4, {"index": [3, 9]})
     with pytest.raises(

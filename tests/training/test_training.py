@@ -16,20 +16,20 @@ from safetensors.torch import load_file, save_file
 
 from blip3o_dit.cli.train import main as train_main
 from blip3o_dit.config import TrainingConfig
-from blip3o_dit.data.dataset import EmbeddingDataset, shuffled_passes, split_samples
+from blip3o_dit.data.dataset import EmbeddingDataset, split_samples, training_sampler
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.distributed import join_processes
 from blip3o_dit.flow.path import LinearPath, preconditioning
-from blip3o_dit.folders import seal
 from blip3o_dit.model.blip3o_dit import EMA_FILE, BLIP3oDiTModel
+from blip3o_dit.training.anomalies import NonFiniteLossError
+from blip3o_dit.training.arguments import resolve_config, training_arguments
 from blip3o_dit.training.callbacks import read_log
-from blip3o_dit.training.checkpoint import Progress, best_saved, check_checkpoint
-from blip3o_dit.training.distill import DistillationConfig, distill
-from blip3o_dit.training.health import NonFiniteLossError
+from blip3o_dit.training.checkpoint import LoopState, best_saved, check_checkpoint
+from blip3o_dit.training.distillation import DistillationConfig, distill
 from blip3o_dit.training.run import build_trainer, train
-from blip3o_dit.training.settings import resolve_config, training_arguments
-from blip3o_dit.training.tracking import prepare_wandb
 from blip3o_dit.training.trainer import BLIP3oTrainer
+from blip3o_dit.training.wandb_setup import prepare_wandb
+from blip3o_dit.utils.atomic import seal
+from blip3o_dit.utils.distributed import join_processes
 from tests.stores import write_linear_store
 
 # 40 samples to train on, 5 steps a pass.
@@ -123,7 +123,7 @@ def test_the_trainer_takes_the_order_that_was_asked_for(store: EmbeddingStore, t
     for shuffle in ("exact", "window"):
         trainer = make_trainer(store, tmp_path / shuffle, shuffle=shuffle, shuffle_window=6)
         data = trainer.train_dataset
-        expected = shuffled_passes(data, shuffle=shuffle, window=6, seed=42)
+        expected = training_sampler(data, shuffle=shuffle, window=6, seed=42)
         orders.append([index for batch in trainer.get_train_dataloader() for index in batch["index"]])
         assert orders[-1] == [int(data.indices[position]) for _, position in expected]
     assert orders[0] != orders[1]
@@ -190,7 +190,7 @@ def test_network_input_and_loss_share_one_draw(
 
     trainer.dit.register_forward_pre_hook(record)
     loss = trainer.compute_loss(trainer.dit, batch)
-    source = trainer.dit.source_of(trainer.dit.normalize_condition(batch["eva"]))
+    source = trainer.dit.source_distribution(trainer.dit.normalize_condition(batch["eva"]))
     x_1 = source.to_flow(trainer.dit.normalize_target(batch["clip"]))
     path, t = LinearPath(), seen["t"][:, None, None]
     x_t = source.to_flow(seen["x_t"])
@@ -212,7 +212,7 @@ def test_a_dropped_condition_leaves_the_source_and_its_guess(store: EmbeddingSto
     trainer.dit.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
     trainer.compute_loss(trainer.dit, batch)
     _, _, condition, guess = seen
-    expected = trainer.dit.source_of(trainer.dit.normalize_condition(batch["eva"])).mean
+    expected = trainer.dit.source_distribution(trainer.dit.normalize_condition(batch["eva"])).mean
     assert (condition == 0).all() and expected.abs().mean() > 0.01
     assert torch.equal(guess, expected)
 
@@ -222,9 +222,9 @@ def test_draws_do_not_depend_on_the_batch_and_change_with_the_pass(
 ) -> None:
     trainer = make_trainer(store, tmp_path)
     dataset = trainer.train_dataset
-    together = trainer.draw(dataset.__getitems__([(0, 4), (0, 7)]), training=True)
-    alone = trainer.draw(dataset.__getitems__([(0, 7)]), training=True)
-    later = trainer.draw(dataset.__getitems__([(1, 7)]), training=True)
+    together = trainer.flow_batch(dataset.__getitems__([(0, 4), (0, 7)]), training=True)
+    alone = trainer.flow_batch(dataset.__getitems__([(0, 7)]), training=True)
+    later = trainer.flow_batch(dataset.__getitems__([(1, 7)]), training=True)
     assert torch.equal(together.sample.noise[1], alone.sample.noise[0])
     assert together.sample.t[1] == alone.sample.t[0]
     torch.testing.assert_close(together.network_input[1], alone.network_input[0])
@@ -236,13 +236,13 @@ def test_draws_do_not_depend_on_the_batch_and_change_with_the_pass(
 def test_condition_dropout_drops_whole_conditions_at_its_rate(store: EmbeddingStore, tmp_path: Path) -> None:
     trainer = make_trainer(store, tmp_path, cfg_dropout=0.3)
     dropped = []
-    for pass_index in range(10):
-        batch = trainer.train_dataset.__getitems__([(pass_index, i) for i in range(40)])
-        condition = trainer.draw(batch, training=True).condition
+    for epoch in range(10):
+        batch = trainer.train_dataset.__getitems__([(epoch, i) for i in range(40)])
+        condition = trainer.flow_batch(batch, training=True).condition
         zero = (condition == 0).flatten(1)
         assert torch.equal(zero.all(dim=1), zero.any(dim=1))
         dropped.append(zero.all(dim=1).float().mean())
-        kept = trainer.draw(batch, training=False).condition
+        kept = trainer.flow_batch(batch, training=False).condition
         assert not (kept == 0).flatten(1).all(dim=1).any()
     assert 0.22 < float(torch.stack(dropped).mean()) < 0.38
 
@@ -288,11 +288,11 @@ def test_held_out_figures_are_of_a_named_choice_of_bounded_size(
     store = write_linear_store(tmp_path / "store", samples=60)
     trainer = make_trainer(store, tmp_path, eval_split=40, eval_loss_samples=12, eval_samples=6)
     seen: dict[str, list[int]] = {"loss": [], "generated": []}
-    draw, generate = trainer.draw, trainer.dit.generate
+    flow_batch, generate = trainer.flow_batch, trainer.dit.generate
 
     def drawing(batch: dict[str, Any], *, training: bool) -> Any:
         seen["loss"] += batch["index"]
-        return draw(batch, training=training)
+        return flow_batch(batch, training=training)
 
     def generating(*args: Any, sample_index: list[int], **kwargs: Any) -> torch.Tensor:
         seen["generated"] += sample_index
@@ -346,7 +346,7 @@ class TestRefusals:
         del weights["dit.layers.0.gate"]
         save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
         model = BLIP3oDiTModel.from_pretrained(finished)
-        run = Progress.read(broken).run
+        run = LoopState.read(broken).run
         with pytest.raises(ValueError, match=r"model.safetensors: expected \d+ bytes, found \d+"):
             check_checkpoint(broken, model.config, run)
         seal(broken)
@@ -394,7 +394,7 @@ class TestRefusals:
     def test_a_launch_the_trainer_does_not_see(
         self, store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from blip3o_dit.launch import check_launch
+        from blip3o_dit.utils.launch import check_launch
 
         monkeypatch.setenv("WORLD_SIZE", "2")
         with pytest.raises(ValueError, match="started 2 processes, this program sees 1"):

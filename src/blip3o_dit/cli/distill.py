@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from blip3o_dit.distributed import pick_device
-    from blip3o_dit.training.distill import DistillationConfig, distill
+    from blip3o_dit.training.distillation import DistillationConfig, distill
+    from blip3o_dit.utils.distributed import pick_device
 
     model = arguments.model
     output = arguments.output_dir or model.with_name(f"{model.resolve().name}-{arguments.steps}-steps")

@@ -81,9 +81,9 @@ def run(arguments: argparse.Namespace) -> None:
     """Evaluate, write, and print the summary."""
     import torch
 
-    from blip3o_dit.cli.pictures import pictures_by_key
-    from blip3o_dit.evaluation.truth import EvaluationSettings
-    from blip3o_dit.inference.evaluate import EvaluationConfig, command_line, evaluate_models
+    from blip3o_dit.cli.images import pictures_by_key
+    from blip3o_dit.evaluation.evaluate import EvaluationConfig, command_line, evaluate_models
+    from blip3o_dit.evaluation.reference import EvaluationSettings
 
     if arguments.tf32:
         use_tf32(arguments.device)
@@ -134,7 +134,7 @@ def _number_or_all(text: str) -> int | None:
 
 def _where(arguments: argparse.Namespace) -> str | None:
     """The pictures named on the command line, or those the store says it was made from, if still there."""
-    from blip3o_dit.data.source import open_embeddings
+    from blip3o_dit.data.embeddings import open_embeddings
 
     if arguments.pictures:
         return str(arguments.pictures)

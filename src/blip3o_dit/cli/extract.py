@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from blip3o_dit.cli.common import run_command
+from blip3o_dit.cli.command import run_command
 
 DESCRIPTION = "Extract EVA-CLIP and CLIP tokens from pictures into an embedding store."
 DEFAULT_STORE = Path("embeddings/store")
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from blip3o_dit.data.source import write_pickle
+    from blip3o_dit.data.embeddings import write_pickle
     from blip3o_dit.extraction.extract import DEFAULT_CLIP, DEFAULT_EVA, ExtractionConfig, extract
 
     as_pickle = arguments.format == "pickle"

@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from tqdm.auto import tqdm
 
-    from blip3o_dit.data.source import open_embeddings
+    from blip3o_dit.data.embeddings import open_embeddings
     from blip3o_dit.extraction.inspection import format_inspection, inspect_embeddings
 
     source = open_embeddings(arguments.embeddings)
@@ -47,11 +47,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _draw(source: Any, target: Path, arguments: argparse.Namespace) -> None:
-    from blip3o_dit.cli.pictures import pictures_by_key
+    from blip3o_dit.cli.images import pictures_by_key
     from blip3o_dit.extraction.inspection import draw_contact_sheet
-    from blip3o_dit.randomness import named_permutation
+    from blip3o_dit.utils.stateless_random import stateless_permutation
 
-    order = named_permutation(source.num_samples, seed=arguments.seed, stream="contact sheet")
+    order = stateless_permutation(source.num_samples, seed=arguments.seed, stream="contact sheet")
     chosen = sorted(order[: arguments.samples].tolist())
     records = source.records(chosen)
     eva, clip = source.fetch(chosen)

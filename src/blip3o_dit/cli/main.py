@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from blip3o_dit.cli import convert, distill, evaluate, extract, generate, inspect, train
-from blip3o_dit.cli.common import run_command
+from blip3o_dit.cli.command import run_command
 
 COMMANDS = {
     "extract": extract,

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
-from blip3o_dit.cli.common import run_command
+from blip3o_dit.cli.command import run_command
 from blip3o_dit.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -55,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train as the parsed arguments say."""
+    from blip3o_dit.training.arguments import resolve_config
     from blip3o_dit.training.run import train
-    from blip3o_dit.training.settings import resolve_config
 
     resume = _checkpoint(arguments)
     given = vars(arguments).copy()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip3o_dit.files import show
+from blip3o_dit.utils.json_files import show
 
 Indices = Sequence[int] | np.ndarray
 AnyIndices = TypeVar("AnyIndices", bound=Indices)

@@ -16,10 +16,15 @@ from torch.utils.data import Dataset, Sampler
 
 from blip3o_dit.config import SHUFFLES, SPLIT_RULES, check_name, check_split
 from blip3o_dit.data.checks import Record
-from blip3o_dit.data.source import open_embeddings
+from blip3o_dit.data.embeddings import open_embeddings
 from blip3o_dit.data.statistics import streamed_statistics
-from blip3o_dit.data.store import EmbeddingSource, EmbeddingStore, fetch_stored
-from blip3o_dit.randomness import named_generator, named_normal, named_permutation, named_uniform
+from blip3o_dit.data.store import Embeddings, EmbeddingStore, fetch_stored
+from blip3o_dit.utils.stateless_random import (
+    stateless_generator,
+    stateless_normal,
+    stateless_permutation,
+    stateless_uniform,
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Split:
 
 
 def split_samples(
-    source: EmbeddingSource, *, eval_split: float, seed: int, split_by: str = "permutation"
+    source: Embeddings, *, eval_split: float, seed: int, split_by: str = "permutation"
 ) -> Split:
     """Hold out a share of the samples, or as many as `eval_split` says from 1 up.
 
@@ -64,7 +69,7 @@ def split_permutation(num_samples: int, *, eval_split: float, seed: int) -> Spli
     """The `permutation` split, which the number of samples decides alone; a side may be empty."""
     wanted = round(eval_split if eval_split >= 1 else num_samples * eval_split)
     count = max(1, wanted) if eval_split > 0 else 0
-    order = named_permutation(num_samples, seed=seed, stream="split")
+    order = stateless_permutation(num_samples, seed=seed, stream="split")
     return Split(train=np.sort(order[count:]), eval=np.sort(order[:count]))
 
 
@@ -73,11 +78,11 @@ def choose_samples(indices: np.ndarray, *, most: int, seed: int) -> np.ndarray:
 
     The same seed chooses the same samples for all that is fitted, so a disk reads them once.
     """
-    return named_generator(seed, "baseline samples").permutation(np.asarray(indices))[:most]
+    return stateless_generator(seed, "baseline samples").permutation(np.asarray(indices))[:most]
 
 
 @dataclass(frozen=True)
-class NamedDraws:
+class BatchNoise:
     """Everything random about a batch, named by (seed, pass, sample index).
 
     They are made where the batch is read, so that data-loader processes take this work off the step's.
@@ -89,7 +94,7 @@ class NamedDraws:
     def of(
         self,
         indices: Sequence[int],
-        pass_index: int,
+        epoch: int,
         shape: Sequence[int],
         repeats: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
@@ -97,11 +102,11 @@ class NamedDraws:
 
         `repeats` says how often each sample came before in the pass: a repetition has draws of its own.
         """
-        name: dict[str, Any] = {"seed": self.seed, "pass_index": pass_index, "repeats": repeats}
+        name: dict[str, Any] = {"seed": self.seed, "epoch": epoch, "repeats": repeats}
         return {
-            "noise": named_normal(indices, shape, stream=f"{self.stream} noise", **name),
-            "time": named_uniform(indices, stream=f"{self.stream} time", **name),
-            "drop": named_uniform(indices, stream=f"{self.stream} condition dropout", **name),
+            "noise": stateless_normal(indices, shape, stream=f"{self.stream} noise", **name),
+            "u_time": stateless_uniform(indices, stream=f"{self.stream} time", **name),
+            "u_dropout": stateless_uniform(indices, stream=f"{self.stream} condition dropout", **name),
         }
 
 
@@ -111,10 +116,10 @@ class EmbeddingDataset(Dataset):
 
     A batch is a dict: `eva` [B, L, C_eva] and `clip` [B, N, C_clip] in the units of the data and in the dtype
     they are stored in (what takes a batch converts it where it computes), `index`, a list of B sample indices
-    in the source, `pass_index`, an int, and what `draws` adds.
+    in the source, `epoch`, an int, and what `draws` adds.
     """
 
-    def __init__(self, source: EmbeddingSource, indices: np.ndarray, draws: NamedDraws | None = None) -> None:
+    def __init__(self, source: Embeddings, indices: np.ndarray, draws: BatchNoise | None = None) -> None:
         self.source = source
         self.indices = indices
         self.draws = draws
@@ -127,11 +132,11 @@ class EmbeddingDataset(Dataset):
 
     def __getitems__(self, items: Sequence[tuple[int, ...] | int]) -> dict[str, Any]:
         passes, positions, repeats = zip(*map(_whole_item, items), strict=True)
-        pass_index, index = passes[0], self.indices[list(positions)]
+        epoch, index = passes[0], self.indices[list(positions)]
         eva, clip = fetch_stored(self.source, index)
-        batch = {"eva": eva, "clip": clip, "index": index.tolist(), "pass_index": pass_index}
+        batch = {"eva": eva, "clip": clip, "index": index.tolist(), "epoch": epoch}
         if self.draws is not None:
-            batch |= self.draws.of(batch["index"], pass_index, clip.shape[1:], repeats)
+            batch |= self.draws.of(batch["index"], epoch, clip.shape[1:], repeats)
         return batch
 
 
@@ -140,7 +145,7 @@ def _whole_item(item: tuple[int, ...] | int) -> tuple[int, ...]:
     return (*item, 0)[:3] if isinstance(item, tuple) else (0, item, 0)
 
 
-class ShuffledPasses(Sampler):
+class ShuffledSampler(Sampler):
     """Items (pass index, position): a permutation of the split named by (seed, pass index).
 
     A pass is whole global batches, so that it takes the same steps however a batch is cut up among processes
@@ -155,32 +160,32 @@ class ShuffledPasses(Sampler):
         self.num_samples = num_samples
         self.seed = seed
         self.fill = -num_samples % global_batch
-        self.pass_index = 0
+        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer before each pass."""
-        self.pass_index = epoch
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return self.num_samples + self.fill
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
-        pass_index = self.pass_index
+        epoch = self.epoch
         began: list[tuple[int, ...]] = []
-        for item in ((pass_index, int(position)) for piece in self._pieces(pass_index) for position in piece):
+        for item in ((epoch, int(position)) for piece in self._pieces(epoch) for position in piece):
             if len(began) < self.fill:
                 began.append(item)
             yield item
         again = ((*item, repeat) for repeat in count(1) for item in began)
         yield from islice(again, self.fill)
 
-    def _pieces(self, pass_index: int) -> Iterator[np.ndarray]:
+    def _pieces(self, epoch: int) -> Iterator[np.ndarray]:
         """The positions of a pass, in pieces that follow one another."""
-        yield named_permutation(self.num_samples, seed=self.seed, stream="order", pass_index=pass_index)
+        yield stateless_permutation(self.num_samples, seed=self.seed, stream="order", counter=epoch)
 
 
-class WindowedPasses(ShuffledPasses):
-    """Items like those of `ShuffledPasses`, in an order that reads a disk nearly in sequence.
+class WindowShuffledSampler(ShuffledSampler):
+    """Items like those of `ShuffledSampler`, in an order that reads a disk nearly in sequence.
 
     Shards follow one another in an order named by (seed, pass index), and every `window` samples of that
     sequence are permuted among themselves, so about window / shard size shards are read at a time. Shards
@@ -199,30 +204,30 @@ class WindowedPasses(ShuffledPasses):
         self.starts = np.concatenate([*cuts, starts[-1:]])
         self.window = window
 
-    def _pieces(self, pass_index: int) -> Iterator[np.ndarray]:
-        name: dict[str, Any] = {"seed": self.seed, "pass_index": pass_index}
+    def _pieces(self, epoch: int) -> Iterator[np.ndarray]:
+        name: dict[str, Any] = {"seed": self.seed, "epoch": epoch}
         lengths = np.diff(self.starts)
-        order = named_permutation(len(lengths), stream="order of shards", **name)
+        order = stateless_permutation(len(lengths), stream="order of shards", **name)
         ends = np.cumsum(lengths[order])  # in the sequence of shards; `shift` leads from there to positions
         shift = self.starts[order] - (ends - lengths[order])
         for first in range(0, self.num_samples, self.window):
             sequence = np.arange(first, min(first + self.window, self.num_samples))
             positions = sequence + shift[np.searchsorted(ends, sequence, side="right")]
-            yield named_generator(self.seed, "order in a window", pass_index, first).permutation(positions)
+            yield stateless_generator(self.seed, "order in a window", epoch, first).permutation(positions)
 
 
-def shuffled_passes(
+def training_sampler(
     dataset: EmbeddingDataset, *, shuffle: str, window: int, seed: int, global_batch: int = 1
-) -> ShuffledPasses:
+) -> ShuffledSampler:
     """The sampler for `shuffle`, "exact" or "window". Raises ValueError for another name."""
     check_name("shuffle", shuffle, SHUFFLES)
     if shuffle == "exact":
-        return ShuffledPasses(len(dataset), seed=seed, global_batch=global_batch)
+        return ShuffledSampler(len(dataset), seed=seed, global_batch=global_batch)
     starts = np.searchsorted(dataset.indices, dataset.source.shard_starts)  # indices ascend
-    return WindowedPasses(starts, window=window, seed=seed, global_batch=global_batch)
+    return WindowShuffledSampler(starts, window=window, seed=seed, global_batch=global_batch)
 
 
-def whole_batch(batch: dict[str, Any]) -> dict[str, Any]:
+def identity_collate(batch: dict[str, Any]) -> dict[str, Any]:
     """Collator for a dataset whose `__getitems__` already returns the batch."""
     return batch
 
@@ -256,7 +261,7 @@ def test_blip3o_dataset(path: str | Path) -> dict[str, Any]:
     return facts
 
 
-def _each_record(source: EmbeddingSource) -> Iterator[Record]:
+def _each_record(source: Embeddings) -> Iterator[Record]:
     """Every record in order; one shard's are in memory at a time."""
     for start, stop in pairwise(source.shard_starts.tolist()):
         yield from source.records(range(start, stop))

@@ -38,18 +38,18 @@ from blip3o_dit.data.checks import (
     check_square,
 )
 from blip3o_dit.data.verified import Identity, check_once, identity
-from blip3o_dit.files import MOST_JSON, read_json, reason, show
-from blip3o_dit.folders import sha256
+from blip3o_dit.utils.atomic import sha256
+from blip3o_dit.utils.json_files import MAX_JSON_BYTES, read_json, reason, show
 
 MANIFEST = "manifest.json"
 FORMAT = "blip3o-dit embedding store"
 FORMAT_VERSION = 1
-MOST_SHARDS = 150_000
-"""A manifest of so many, at up to 350 bytes each, is read whole: `files.MOST_JSON`."""
+MAX_SHARDS = 150_000
+"""A manifest of so many, at up to 350 bytes each, is read whole: `files.MAX_JSON_BYTES`."""
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-class EmbeddingSource(Protocol):
+class Embeddings(Protocol):
     """What training, generation and evaluation read: a store, or a pickle in memory."""
 
     path: Path
@@ -67,8 +67,8 @@ class EmbeddingSource(Protocol):
         """The records of these samples, or of all."""
 
 
-def fetch_stored(source: EmbeddingSource, indices: Indices) -> tuple[Tensor, Tensor]:
-    """As `EmbeddingSource.fetch`, but in the dtype that the tokens are stored in, if the source has it."""
+def fetch_stored(source: Embeddings, indices: Indices) -> tuple[Tensor, Tensor]:
+    """As `Embeddings.fetch`, but in the dtype that the tokens are stored in, if the source has it."""
     own = getattr(source, "fetch_stored", None)
     return own(indices) if callable(own) else source.fetch(indices)
 
@@ -121,7 +121,7 @@ class EmbeddingStore:
         return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
     def fetch(self, indices: Indices) -> tuple[Tensor, Tensor]:
-        """See `EmbeddingSource.fetch`. Raises ValueError for a damaged shard, IndexError out of range."""
+        """See `Embeddings.fetch`. Raises ValueError for a damaged shard, IndexError out of range."""
         return self._fetch(indices, torch.float32)
 
     def fetch_stored(self, indices: Indices) -> tuple[Tensor, Tensor]:
@@ -144,7 +144,7 @@ class EmbeddingStore:
         return eva, clip
 
     def records(self, indices: Indices | None = None) -> list[Record]:
-        """See `EmbeddingSource.records`."""
+        """See `Embeddings.records`."""
         if indices is None:
             return [record for shard in range(len(self.shard_starts) - 1) for record in self._table(shard)]
         wanted = np.asarray(indices, dtype=np.int64)
@@ -341,10 +341,10 @@ class StoreWriter:
 def check_shard_count(folder: Path, samples: int, shard_size: int) -> None:
     """Refuse (ValueError) so many samples in shards of this size that no manifest could list them."""
     shards = -(-samples // shard_size)
-    if shards > MOST_SHARDS:
+    if shards > MAX_SHARDS:
         raise ValueError(
-            f"{folder}: shard_size: expected at least {-(-samples // MOST_SHARDS)} for {samples} samples "
-            f"(a store has at most {MOST_SHARDS} shards), found {shard_size}"
+            f"{folder}: shard_size: expected at least {-(-samples // MAX_SHARDS)} for {samples} samples "
+            f"(a store has at most {MAX_SHARDS} shards), found {shard_size}"
         )
 
 
@@ -389,9 +389,9 @@ def write_manifest(
         "shards": list(shards),
     }
     content = json.dumps(manifest, indent=2).encode()
-    if len(content) > MOST_JSON:
+    if len(content) > MAX_JSON_BYTES:
         raise ValueError(
-            f"{folder / MANIFEST}: expected at most {MOST_JSON} bytes to write, found {len(content)}"
+            f"{folder / MANIFEST}: expected at most {MAX_JSON_BYTES} bytes to write, found {len(content)}"
         )
     write_atomically(folder / MANIFEST, content)
 

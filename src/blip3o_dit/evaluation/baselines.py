@@ -19,10 +19,10 @@ from torch import Tensor
 
 from blip3o_dit.config import neighbour_components
 from blip3o_dit.data.dataset import choose_samples
-from blip3o_dit.data.store import EmbeddingSource, batches
-from blip3o_dit.evaluation.distribution import symmetric_root
-from blip3o_dit.model.source import neighbourhood_features
-from blip3o_dit.randomness import named_generator, named_normal
+from blip3o_dit.data.store import Embeddings, batches
+from blip3o_dit.flow.source import neighbourhood_features
+from blip3o_dit.metrics.distances import symmetric_root
+from blip3o_dit.utils.stateless_random import stateless_generator, stateless_normal
 
 PENALTIES = tuple(10.0**exponent for exponent in range(-6, 3))
 
@@ -42,7 +42,7 @@ class TrainingMean:
     num_tokens: int
 
     @classmethod
-    def fit(cls, source: EmbeddingSource, indices: np.ndarray, batch_size: int = 32) -> TrainingMean:
+    def fit(cls, source: Embeddings, indices: np.ndarray, batch_size: int = 32) -> TrainingMean:
         """Streamed over the samples at `indices`."""
         return cls(PositionMean.fit(source, indices, batch_size).mean.mean(dim=0), source.num_tokens)
 
@@ -58,7 +58,7 @@ class PositionMean:
     mean: Tensor
 
     @classmethod
-    def fit(cls, source: EmbeddingSource, indices: np.ndarray, batch_size: int = 32) -> PositionMean:
+    def fit(cls, source: Embeddings, indices: np.ndarray, batch_size: int = 32) -> PositionMean:
         """Streamed over the samples at `indices`."""
         total = torch.zeros(source.num_tokens, source.target_dim, dtype=torch.float64)
         for piece in batches(indices, batch_size):
@@ -135,7 +135,7 @@ class Ridge:
     fit_twice: ClassVar[Any]
 
     @classmethod
-    def fit(cls, source: EmbeddingSource, indices: np.ndarray, **options: Any) -> Any:
+    def fit(cls, source: Embeddings, indices: np.ndarray, **options: Any) -> Any:
         """The map fitted on everything, a `cls`; for the options see `fit_twice`."""
         return cls.fit_twice(source, indices, **options)[0]
 
@@ -156,7 +156,7 @@ class TokenRidge(Ridge):
     @classmethod
     def fit_twice(
         cls,
-        source: EmbeddingSource,
+        source: Embeddings,
         indices: np.ndarray,
         *,
         penalty: float | None = None,
@@ -205,7 +205,7 @@ class NeighbourhoodRidge(Ridge):
     @classmethod
     def fit_twice(
         cls,
-        source: EmbeddingSource,
+        source: Embeddings,
         indices: np.ndarray,
         *,
         penalty: float | None = None,
@@ -251,7 +251,7 @@ class Procrustes:
     scale: float
 
     @classmethod
-    def fit(cls, source: EmbeddingSource, indices: np.ndarray, batch_size: int = 16) -> Procrustes:
+    def fit(cls, source: Embeddings, indices: np.ndarray, batch_size: int = 16) -> Procrustes:
         """Streamed over the samples at `indices`."""
         origin = _origins(source, indices)
         covariance, cross, mean_c, mean_x = _token_moments(source, indices, origin, batch_size).centred()
@@ -275,7 +275,7 @@ class NearestNeighbours:
     The best guess is their mean; a sample is one of them, drawn at random.
     """
 
-    source: EmbeddingSource
+    source: Embeddings
     bank: Tensor
     bank_indices: np.ndarray
     centre: Tensor
@@ -283,7 +283,7 @@ class NearestNeighbours:
 
     @classmethod
     def fit(
-        cls, source: EmbeddingSource, indices: np.ndarray, *, k: int = 10, batch_size: int = 32
+        cls, source: Embeddings, indices: np.ndarray, *, k: int = 10, batch_size: int = 32
     ) -> NearestNeighbours:
         """Keeps the mean condition token of each sample, [n, C_eva]; cosines are about their mean."""
         pooled = torch.cat([source.fetch(piece)[0].mean(dim=1) for piece in batches(indices, batch_size)])
@@ -299,11 +299,12 @@ class NearestNeighbours:
             total += self.source.fetch(column)[1]
         return total / self.k
 
-    def sample(self, eva: Tensor, indices: Sequence[int], *, seed: int, draw: int) -> Tensor:
+    def sample(self, eva: Tensor, indices: Sequence[int], *, seed: int, sample_number: int) -> Tensor:
         """[n, L, C_eva] -> [n, N, C]: one neighbour's tokens, named by (seed, sample index, draw)."""
         nearest = self._nearest(eva)
         chosen = [
-            named_generator(seed, "neighbour", draw, int(index)).integers(0, self.k) for index in indices
+            stateless_generator(seed, "neighbour", sample_number, int(index)).integers(0, self.k)
+            for index in indices
         ]
         return self.source.fetch(nearest[np.arange(len(eva)), chosen])[1]
 
@@ -329,7 +330,7 @@ class ResidualGaussian:
     def fit(
         cls,
         baseline: Baseline,
-        source: EmbeddingSource,
+        source: Embeddings,
         indices: np.ndarray,
         *,
         scale: Tensor,
@@ -352,10 +353,10 @@ class ResidualGaussian:
             symmetric_root(positions / variance).float(), (symmetric_root(channels) * scale.double()).float()
         )
 
-    def sample(self, indices: Sequence[int], *, seed: int, draw: int) -> Tensor:
+    def sample(self, indices: Sequence[int], *, seed: int, sample_number: int) -> Tensor:
         """Residuals [n, N, C], named by (seed, sample index, draw)."""
         shape = (len(self.positions), len(self.channels))
-        noise = named_normal(indices, shape, seed=seed, stream="residual", pass_index=draw)
+        noise = stateless_normal(indices, shape, seed=seed, stream="residual", counter=sample_number)
         return self.positions @ noise @ self.channels
 
 
@@ -427,14 +428,14 @@ def _standardized_error(moments: Moments, weight: Tensor, bias: Tensor) -> float
     return float(error.mean()) if len(error) else 0.0
 
 
-def _origins(source: EmbeddingSource, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+def _origins(source: Embeddings, indices: np.ndarray) -> tuple[Tensor, Tensor]:
     """Some token of each side: moments about zero would drown a small variance in a large mean."""
     eva, clip = source.fetch(indices[:1])
     return eva[0, 0].double(), clip[0, 0].double()
 
 
 def _token_moments(
-    source: EmbeddingSource, rows: np.ndarray, origin: tuple[Tensor, Tensor], batch_size: int
+    source: Embeddings, rows: np.ndarray, origin: tuple[Tensor, Tensor], batch_size: int
 ) -> Moments:
     sums = Moments(source.condition_dim, source.target_dim)
     for eva, clip in _fetched(source, rows, batch_size):
@@ -442,9 +443,7 @@ def _token_moments(
     return sums
 
 
-def principal_components(
-    source: EmbeddingSource, indices: np.ndarray, batch_size: int
-) -> tuple[Tensor, Tensor]:
+def principal_components(source: Embeddings, indices: np.ndarray, batch_size: int) -> tuple[Tensor, Tensor]:
     """Mean condition token [C_eva], and leading principal directions [C_eva, r] (all while they fit)."""
     width = source.condition_dim
     kept = neighbour_components(width)
@@ -462,7 +461,7 @@ def principal_components(
     return mean + origin, directions[:, -kept:]
 
 
-def _fetched(source: EmbeddingSource, rows: np.ndarray, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _fetched(source: Embeddings, rows: np.ndarray, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     for piece in batches(rows, batch_size):
         eva, clip = source.fetch(piece)
         yield eva.double(), clip.double()

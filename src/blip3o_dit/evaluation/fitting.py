@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
-from blip3o_dit.data.store import EmbeddingSource
+from blip3o_dit.data.store import Embeddings
 from blip3o_dit.evaluation.baselines import (
     Baseline,
     NearestNeighbours,
@@ -19,14 +19,14 @@ from blip3o_dit.evaluation.baselines import (
     TrainingMean,
     split_validation,
 )
-from blip3o_dit.evaluation.methods import BaselineMethod, Method, NeighbourMethod
+from blip3o_dit.evaluation.reference import Track
 from blip3o_dit.evaluation.regression import NetworkRegression
-from blip3o_dit.evaluation.truth import Track
+from blip3o_dit.evaluation.samplers import BaselineMethod, NeighbourMethod, Sampler
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 
 
 def fit_baselines(
-    source: EmbeddingSource,
+    source: Embeddings,
     train: np.ndarray,
     *,
     std: Tensor,
@@ -35,7 +35,7 @@ def fit_baselines(
     track: Track,
     network: BLIP3oDiTModel | None = None,
     network_steps: int = 0,
-) -> list[Method]:
+) -> list[Sampler]:
     """Every baseline; the Gaussian residuals are those of samples held back from the fit.
 
     Args:
@@ -47,18 +47,18 @@ def fit_baselines(
     fit, validation = split_validation(train, most=most, seed=seed)
     both = np.sort(np.concatenate([fit, validation]))
 
-    def gaussian(name: str, about: str, final: Baseline, on_fit: Baseline) -> Method:
+    def gaussian(name: str, about: str, final: Baseline, on_fit: Baseline) -> Sampler:
         residual = None
         if len(validation):
             residual = ResidualGaussian.fit(on_fit, source, validation, scale=std)
         return BaselineMethod(name, about, final, residual, seed=seed)
 
-    def ridge(name: str, about: str, kind: type[TokenRidge] | type[NeighbourhoodRidge]) -> Method:
+    def ridge(name: str, about: str, kind: type[TokenRidge] | type[NeighbourhoodRidge]) -> Sampler:
         final, on_fit = kind.fit_twice(source, fit, validation=validation)
         chosen = f"{about}, penalty {final.penalty:g} chosen on {len(validation)} validation samples"
         return gaussian(name, f"{chosen}; Gaussian residual", final, on_fit)
 
-    makers: dict[str, Callable[[], Method]] = {
+    makers: dict[str, Callable[[], Sampler]] = {
         "training mean": lambda: gaussian(
             "training mean",
             "the training split's mean token; Gaussian residual",

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
-from blip3o_dit.data.store import EmbeddingSource
+from blip3o_dit.data.store import Embeddings
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
-from blip3o_dit.randomness import named_generator
+from blip3o_dit.utils.stateless_random import stateless_generator
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class NetworkRegression:
     def fit(
         cls,
         like: BLIP3oDiTModel,
-        source: EmbeddingSource,
+        source: Embeddings,
         indices: Sequence[int],
         *,
         steps: int,
@@ -47,7 +47,7 @@ class NetworkRegression:
         )
         optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
         schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 20), steps)
-        generator = named_generator(seed, "regression batches")
+        generator = stateless_generator(seed, "regression batches")
         model.train()
         for _ in track(range(steps)) if track else range(steps):
             eva, clip = source.fetch(generator.choice(indices, size=min(batch_size, len(indices))))
@@ -63,7 +63,7 @@ class NetworkRegression:
     @torch.no_grad()
     def predict(self, eva: Tensor) -> Tensor:
         """[n, L, C_eva] -> [n, N, C]."""
-        return self.model.restore_target(_output(self.model, eva)).cpu()
+        return self.model.denormalize_target(_output(self.model, eva)).cpu()
 
 
 def _output(model: BLIP3oDiTModel, eva: Tensor) -> Tensor:

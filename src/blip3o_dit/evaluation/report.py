@@ -12,8 +12,8 @@ import numpy as np
 from jinja2 import Environment, PackageLoader
 
 from blip3o_dit.data.store import write_atomically
-from blip3o_dit.evaluation import figures
-from blip3o_dit.evaluation.catalogue import TABLES, Metric, MetricTable
+from blip3o_dit.evaluation import plots
+from blip3o_dit.evaluation.metric_tables import TABLES, Metric, MetricTable
 
 METRICS_FILE = "metrics.json"
 REPORT_FILE = "report.html"
@@ -127,13 +127,13 @@ def _content(result: Mapping[str, Any], samples: ShownSamples | None) -> dict[st
             f"of {data['condition_dim']}"
         ),
         "summary": result["summary"],
-        "samples": samples and figures.sample_figure(samples.rows, samples.pictures, samples.titles),
+        "samples": samples and plots.sample_figure(samples.rows, samples.pictures, samples.titles),
         "tables": [_table(table, result) for table in TABLES],
         "differences": _difference_tables(result),
-        "spread": figures.spread_figure([*models, *(m for m in baselines if m["name"] == "ridge")]),
-        "curve": figures.curve_figure(curves, best) if curves else "",
+        "spread": plots.spread_figure([*models, *(m for m in baselines if m["name"] == "ridge")]),
+        "curve": plots.curve_figure(curves, best) if curves else "",
         "curve_samples": result["settings"]["curve_samples"],
-        "positions": figures.position_figure(models),
+        "positions": plots.position_figure(models),
         "costs": [_cost(method) for method in methods],
         "methods": methods,
         "settings": _settings(result),

@@ -32,12 +32,12 @@ from blip3o_dit.data.store import (
     to_disk,
     write_shard,
 )
-from blip3o_dit.distributed import join_processes
-from blip3o_dit.extraction.encoders import Preprocessing, VisionEncoder, load_encoder, tiny_encoder
-from blip3o_dit.extraction.pictures import MOST_PIXELS, UnreadablePictureError, decode_picture
+from blip3o_dit.extraction.image_decoding import MOST_PIXELS, UnreadablePictureError, decode_picture
+from blip3o_dit.extraction.image_files import ImageRef, list_images
 from blip3o_dit.extraction.pooling import pool_tokens
-from blip3o_dit.extraction.progress import claim_folder, clean_up, finish_store, read_entry, write_entry
-from blip3o_dit.extraction.sources import PictureRef, list_pictures
+from blip3o_dit.extraction.resume import claim_folder, clean_up, finish_store, read_entry, write_entry
+from blip3o_dit.extraction.vision_towers import Preprocessing, VisionEncoder, load_encoder, tiny_encoder
+from blip3o_dit.utils.distributed import join_processes
 
 DEFAULT_EVA = "BAAI/EVA-CLIP-8B"
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
@@ -136,19 +136,19 @@ def extract(config: ExtractionConfig, *, progress: bool = True) -> EmbeddingStor
             for a folder that holds an extraction with other settings.
     """
     processes = join_processes(config.device)
-    refs = list_pictures(config.pictures)
+    refs = list_images(config.pictures)
     check_shard_count(Path(config.output), len(refs), config.shard_size)
     towers = load_towers(config, processes.device)
     settings = _settings(config, refs, towers)
     output = Path(config.output)
-    if processes.is_first:
+    if processes.is_main:
         claim_folder(output, settings)
-    processes.wait()
+    processes.barrier()
     if not (output / MANIFEST).is_file():
         extractor = Extractor(config, refs, towers)
-        extractor.run(processes.rank, processes.count, progress=progress and processes.is_first)
-        processes.wait()
-        if processes.is_first:
+        extractor.run(processes.rank, processes.count, progress=progress and processes.is_main)
+        processes.barrier()
+        if processes.is_main:
             finish_store(
                 output,
                 extractor.num_units,
@@ -158,7 +158,7 @@ def extract(config: ExtractionConfig, *, progress: bool = True) -> EmbeddingStor
                 settings=settings,
                 pictures=config.pictures,
             )
-    if not processes.is_first:
+    if not processes.is_main:
         return None
     clean_up(output)
     return EmbeddingStore(output)
@@ -184,7 +184,7 @@ def load_towers(config: ExtractionConfig, device: torch.device) -> Towers:
 class Extractor:
     """Works through the units that fall to one process."""
 
-    def __init__(self, config: ExtractionConfig, refs: Sequence[PictureRef], towers: Towers) -> None:
+    def __init__(self, config: ExtractionConfig, refs: Sequence[ImageRef], towers: Towers) -> None:
         self.config = config
         self.refs = refs
         self.towers = towers
@@ -274,7 +274,7 @@ class DecodingDataset(Dataset):
 
     def __init__(
         self,
-        refs: Sequence[PictureRef],
+        refs: Sequence[ImageRef],
         indices: Sequence[int],
         preprocessing: dict[str, Preprocessing],
         max_pixels: int,
@@ -299,7 +299,7 @@ class DecodingDataset(Dataset):
         return Decoded(index, eva=pixels["eva"], clip=pixels["clip"])
 
 
-def _settings(config: ExtractionConfig, refs: Sequence[PictureRef], towers: Towers) -> dict[str, Any]:
+def _settings(config: ExtractionConfig, refs: Sequence[ImageRef], towers: Towers) -> dict[str, Any]:
     """All that decides the content of the store."""
     digest = hashlib.sha256()
     for ref in refs:
@@ -316,6 +316,6 @@ def _pooling(tokens: int, towers: Towers) -> str:
     return ", ".join(f"{name} {t.grid}x{t.grid} -> {side}x{side} mean" for name, t in towers.items())
 
 
-def _record(ref: PictureRef) -> dict[str, Any]:
+def _record(ref: ImageRef) -> dict[str, Any]:
     known = {"caption": ref.caption, "label": ref.label}
     return {"key": ref.key} | {name: value for name, value in known.items() if value is not None}

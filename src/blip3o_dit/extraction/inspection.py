@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from blip3o_dit.data.statistics import ChannelAccumulator
-from blip3o_dit.data.store import EmbeddingSource, batches
-from blip3o_dit.files import plain
-from blip3o_dit.token_colours import token_colours
+from blip3o_dit.data.store import Embeddings, batches
+from blip3o_dit.utils.json_files import plain
+from blip3o_dit.utils.pca_colors import pca_colors
 
 SHOWN = 3  # outliers named per kind
 
@@ -79,7 +79,7 @@ class _Side:
         self.positions += norms.sum(dim=0)
         self.extremes = [min(self.extremes[0], float(norms.min())), max(self.extremes[1], float(norms.max()))]
 
-    def result(self, source: EmbeddingSource) -> SideInspection:
+    def result(self, source: Embeddings) -> SideInspection:
         if not self.channels.count:
             raise ValueError(f"{source.path}: expected finite samples, found none")
         mean, std = self.channels.mean, (self.channels.squares / self.channels.count).sqrt()
@@ -100,7 +100,7 @@ class _Side:
 
 
 def inspect_embeddings(
-    source: EmbeddingSource,
+    source: Embeddings,
     *,
     batch_size: int = 256,
     track: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
@@ -217,7 +217,7 @@ def draw_contact_sheet(
 def _maps(tokens: Tensor) -> np.ndarray:
     """[k, N, C] -> [k, n, n, 3]."""
     side = int(tokens.shape[1] ** 0.5)
-    return token_colours(tokens.numpy(), tokens.numpy()).reshape(len(tokens), side, side, 3)
+    return pca_colors(tokens.numpy(), tokens.numpy()).reshape(len(tokens), side, side, 3)
 
 
 def _outliers(strength: Tensor) -> list[tuple[int, float]]:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from blip3o_dit.flow.solvers import SOLVERS, Velocity
-from blip3o_dit.flow.times import time_grid
+from blip3o_dit.flow.timesteps import time_grid
 
 
 @dataclass(frozen=True)
-class Lesson:
+class DistillationTarget:
     """Where a student stands and what it must say there. Shapes: `t` [B]; `x`, `velocity` [B, ...]."""
 
     t: Tensor
@@ -31,7 +31,7 @@ class Lesson:
 
 
 @torch.no_grad()
-def trajectory_lessons(
+def trajectory_targets(
     teacher: Velocity,
     x_0: Tensor,
     *,
@@ -39,7 +39,7 @@ def trajectory_lessons(
     teacher_steps: int,
     solver: str = "heun",
     time_shift: float = 1.0,
-) -> list[Lesson]:
+) -> list[DistillationTarget]:
     """Follow the teacher from noise to data, and note each of the student's intervals on the way.
 
     Args:
@@ -51,11 +51,11 @@ def trajectory_lessons(
     """
     grid = time_grid(student_steps * teacher_steps, time_shift).to(x_0.device)
     step, x = SOLVERS[solver], x_0.float()
-    lessons = []
+    targets = []
     for first in range(0, len(grid) - 1, teacher_steps):
         before, times = x, grid[first : first + teacher_steps + 1]
         for t, after in pairwise(times):
             x = step(teacher, x, t.expand(len(x)), after - t)
         start, end = times[0], times[-1]
-        lessons.append(Lesson(start.expand(len(x)), before, (x - before) / (end - start)))
-    return lessons
+        targets.append(DistillationTarget(start.expand(len(x)), before, (x - before) / (end - start)))
+    return targets

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from blip3o_dit.config import FlowMatchingConfig
-from blip3o_dit.flow.path import PathSample, path_of, preconditioning, velocity_scale
+from blip3o_dit.flow.path import PathSample, make_path, preconditioning, velocity_scale
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class BLIP3oFlowMatchingLoss:
             prediction_type=prediction_type,
             regularization_weight=regularization_weight,
         )
-        self.path = path_of(config)
+        self.path = make_path(config)
         self.prediction_type = config.prediction_type
         self.regularization_weight = config.regularization_weight
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from blip3o_dit.config import PREDICTION_TYPES, FlowMatchingConfig, check_name, check_sigmas
-from blip3o_dit.flow.times import time_grid
+from blip3o_dit.flow.timesteps import time_grid
 
 # Near t = 1 the noise, and near t = 0 the data, cannot be read off x_t: the division by sigma / sigma_max
 # or alpha stops here. The value is JiT's (arXiv 2511.13720).
@@ -138,7 +138,7 @@ class CosinePath(ProbabilityPath):
 PATHS: dict[str, type[ProbabilityPath]] = {"linear": LinearPath, "cosine": CosinePath}
 
 
-def path_of(config: FlowMatchingConfig) -> ProbabilityPath:
+def make_path(config: FlowMatchingConfig) -> ProbabilityPath:
     """The path that a configuration trains on, and that sampling must follow."""
     grid = time_grid(config.student_steps, config.time_shift) if config.student_steps else None
     return PATHS[config.schedule_type](sigma_min=config.sigma_min, sigma_max=config.sigma_max, grid=grid)
@@ -150,8 +150,8 @@ def convert_prediction(
     t: Tensor,
     path: ProbabilityPath,
     *,
-    source: str,
-    target: str,
+    from_type: str,
+    to_type: str,
     min_scale: float = MIN_SCALE,
 ) -> Tensor:
     """Turn any prediction type into any other, given x_t and t; float32.
@@ -167,31 +167,31 @@ def convert_prediction(
 
     Args:
         prediction, x_t: [B, ...]. t: [B].
-        source, target: one of `PREDICTION_TYPES`.
+        from_type, to_type: one of `PREDICTION_TYPES`.
 
     Returns: [B, ...] float32.
 
     Raises:
         ValueError: for an unknown prediction type.
     """
-    check_name("source", source, PREDICTION_TYPES)
-    check_name("target", target, PREDICTION_TYPES)
+    check_name("from_type", from_type, PREDICTION_TYPES)
+    check_name("to_type", to_type, PREDICTION_TYPES)
     prediction, x_t = prediction.float(), x_t.float()
-    if source == target:
+    if from_type == to_type:
         return prediction
     time = _expand(t.float(), x_t)
-    if source == "preconditioned":
+    if from_type == "preconditioned":
         skip, out = preconditioning(time, path)
-        prediction, source = skip * x_t + out * prediction, "v_prediction"
-    if target == source:
+        prediction, from_type = skip * x_t + out * prediction, "v_prediction"
+    if to_type == from_type:
         return prediction
-    x_1, noise = _endpoints(prediction, x_t, time, path, source, min_scale)
-    if target == "sample":
+    x_1, noise = _endpoints(prediction, x_t, time, path, from_type, min_scale)
+    if to_type == "sample":
         return x_1
-    if target == "epsilon":
+    if to_type == "epsilon":
         return noise
     velocity = path.alpha_derivative(time) * x_1 + path.sigma_derivative(time) * noise
-    if target == "v_prediction":
+    if to_type == "v_prediction":
         return velocity
     skip, out = preconditioning(time, path)
     return (velocity - skip * x_t) / out

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from blip3o_dit.flow.times import time_grid
+from blip3o_dit.flow.timesteps import time_grid
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """v(x [B, ...], t [B]) -> [B, ...]"""

@@ -14,7 +14,7 @@ from torch import Tensor
 from blip3o_dit.data.checks import Record, check_pair
 from blip3o_dit.data.store import (
     DTYPES,
-    EmbeddingSource,
+    Embeddings,
     StoreWriter,
     batches,
     json_line,
@@ -106,7 +106,7 @@ class PieceWork:
         advance: called with the size of each batch that is done.
     """
 
-    source: EmbeddingSource
+    source: Embeddings
     indices: Sequence[int]
     batch_size: int
     size: int

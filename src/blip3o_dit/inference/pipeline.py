@@ -14,18 +14,18 @@ from tqdm.auto import tqdm
 
 from blip3o_dit.config import TrainingConfig, check_name
 from blip3o_dit.data.dataset import choose_samples, split_samples
-from blip3o_dit.data.source import check_sizes, open_embeddings
+from blip3o_dit.data.embeddings import check_sizes, open_embeddings
 from blip3o_dit.data.statistics import ChannelStatistics, streamed_statistics
-from blip3o_dit.data.store import EmbeddingSource, batches, dump_atomically
-from blip3o_dit.distributed import Processes, join_processes, pick_device
-from blip3o_dit.evaluation.metrics import FidelitySums
+from blip3o_dit.data.store import Embeddings, batches, dump_atomically
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
 from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER
-from blip3o_dit.flow.times import training_times
+from blip3o_dit.flow.timesteps import training_times
 from blip3o_dit.inference.generated_store import GeneratedStore, PieceWork
+from blip3o_dit.metrics.fidelity import FidelitySums
 from blip3o_dit.model.blip3o_dit import EMA_VARIANT, BLIP3oDiTModel, pick_weights
-from blip3o_dit.model.precision import multiplies
-from blip3o_dit.randomness import named_normal, named_permutation, named_uniform
+from blip3o_dit.model.precision import has_native_matmul
+from blip3o_dit.utils.distributed import Processes, join_processes, pick_device
+from blip3o_dit.utils.stateless_random import stateless_normal, stateless_permutation, stateless_uniform
 
 SPLITS = ("all", "train", "eval")
 
@@ -68,7 +68,7 @@ class BLIP3oInference:
         self.device = self.processes.device
         self.weights = pick_weights(self.model_path, weights)
         if dtype is None:
-            dtype = torch.bfloat16 if multiplies(torch.bfloat16, self.device) else torch.float32
+            dtype = torch.bfloat16 if has_native_matmul(torch.bfloat16, self.device) else torch.float32
         model: Any = BLIP3oDiTModel.read(
             self.model_path, dtype=dtype, variant=EMA_VARIANT if self.weights == "ema" else None
         )
@@ -162,7 +162,7 @@ class BLIP3oInference:
             return self.generate(eva, num_inference_steps, sample_index=batch, **sampling)
 
         def measure(generated: Tensor, clip: Tensor) -> Tensor | None:
-            return None if sums is None else sums.of(generated, self.model.as_trained_on(clip))
+            return None if sums is None else sums.of(generated, self.model.l2_normalize_if_configured(clip))
 
         with self._bar(len(indices), progress) as bar:
             work = PieceWork(
@@ -177,7 +177,7 @@ class BLIP3oInference:
                 advance=bar.update,
             )
             tokens, entries = self._collect(work, sums, bar)
-        if not self.processes.is_first:
+        if not self.processes.is_main:
             return {}
         results: dict[str, Any] = {}
         if work.keep:
@@ -234,14 +234,14 @@ class BLIP3oInference:
             eva, clip = source.fetch(piece)
             loss = self._loss(loss_fn, eva, clip, piece, seed)
             generated = self.generate(eva, num_inference_steps, sample_index=piece, **sampling)
-            return loss, sums.of(generated, self.model.as_trained_on(clip))
+            return loss, sums.of(generated, self.model.l2_normalize_if_configured(clip))
 
         with self._bar(len(indices), progress) as bar:
-            for piece, (loss, added) in self.processes.in_order(batches(indices, batch_size), work):
+            for piece, (loss, added) in self.processes.map_in_order(batches(indices, batch_size), work):
                 total += len(piece) * loss
                 sums.state += added
                 bar.update(len(piece))
-        total, sums.state = self.processes.from_first((total, sums.state))
+        total, sums.state = self.processes.broadcast((total, sums.state))
         return {
             "flow_matching_loss": total / len(indices),
             "num_samples": float(len(indices)),
@@ -253,11 +253,11 @@ class BLIP3oInference:
     ) -> tuple[np.ndarray, list[dict[str, Any]]]:
         """The tokens that are kept, [n, N, C], and the entries of the shards; on the first process."""
         source, count = work.source, len(work.indices)
-        kept = work.keep and self.processes.is_first
+        kept = work.keep and self.processes.is_main
         tokens = np.empty((count if kept else 0, source.num_tokens, source.target_dim), dtype=np.float32)
         entries = []
         pieces = batches(range(count), work.size)
-        for number, (piece, found) in enumerate(self.processes.in_order(pieces, work)):
+        for number, (piece, found) in enumerate(self.processes.map_in_order(pieces, work)):
             if found.entry is not None:
                 entries.append(found.entry)
             for added in found.added:
@@ -275,14 +275,14 @@ class BLIP3oInference:
             return None
         is_pickle = output.suffix in (".pkl", ".pickle")
         store = None if is_pickle else GeneratedStore(output, self.model.config.data_sizes)
-        if self.processes.is_first:
+        if self.processes.is_main:
             check_writable(output)
             if store is not None:
                 store.claim()
-        self.processes.wait()
+        self.processes.barrier()
         return store
 
-    def _target_mean(self, source: EmbeddingSource, split: str) -> Tensor:
+    def _target_mean(self, source: Embeddings, split: str) -> Tensor:
         """Mean of the training targets per channel, [C]: R2 is about it.
 
         The model's own; for a model without statistics that of `source`, of its training side if `split` is
@@ -291,11 +291,11 @@ class BLIP3oInference:
         if self.model.has_statistics:
             return self.model.target_mean
         found = None
-        if self.processes.is_first:
+        if self.processes.is_main:
             train = np.asarray(self.choose(source, "all" if split == "all" else "train", None))
             normalize = self.model.config.normalize_embeddings
             found = target_statistics(source, train, normalize=normalize).mean
-        return self.processes.from_first(found)
+        return self.processes.broadcast(found)
 
     def _steps(self, solver: str | None, num_inference_steps: int | None) -> dict[str, Any]:
         """Solver and steps as they were taken, for the record."""
@@ -305,7 +305,7 @@ class BLIP3oInference:
         return {"solver": solver, "num_inference_steps": num_inference_steps}
 
     def _bar(self, total: int, progress: bool) -> tqdm:
-        hidden = not progress or not self.processes.is_first
+        hidden = not progress or not self.processes.is_main
         return tqdm(total=total, desc="generating", unit="sample", disable=hidden)
 
     def _loss(
@@ -317,23 +317,23 @@ class BLIP3oInference:
         seed: int,
     ) -> float:
         condition = self.model.normalize_condition(eva.to(self.device))
-        source = self.model.source_of(condition)
+        source = self.model.source_distribution(condition)
         x_1 = source.to_flow(self.model.normalize_target(clip.to(self.device)))
-        noise = named_normal(indices, x_1.shape[1:], seed=seed, stream="evaluation noise")
+        noise = stateless_normal(indices, x_1.shape[1:], seed=seed, stream="evaluation noise")
         t = training_times(
-            named_uniform(indices, seed=seed, stream="evaluation time"), self.model.config.flow
+            stateless_uniform(indices, seed=seed, stream="evaluation time"), self.model.config.flow
         )
         sample = loss_fn.sample_path(x_1, noise.to(self.device), t.to(self.device))
         prediction = self.model(source.from_flow(sample.x_t), sample.t, condition, source.mean)
         return float(loss_fn(prediction, sample).flow_matching_loss)
 
-    def open(self, path: str | Path) -> EmbeddingSource:
+    def open(self, path: str | Path) -> Embeddings:
         """Embeddings at `path`, refused (ValueError) when their sizes are not the model's."""
         source = open_embeddings(path)
         check_sizes(source, self.model.config.data_sizes, self.model_path)
         return source
 
-    def choose(self, source: EmbeddingSource, split: str, num_samples: int | None) -> list[int]:
+    def choose(self, source: Embeddings, split: str, num_samples: int | None) -> list[int]:
         """Indices, ascending, of one side of the split that the training run made.
 
         `num_samples` of them are those that a named permutation puts first: neighbours in a store are often
@@ -357,13 +357,13 @@ class BLIP3oInference:
                 "(the model was trained with eval_split 0)"
             )
         if num_samples is not None:
-            order = named_permutation(len(chosen), seed=0, stream="chosen samples")
+            order = stateless_permutation(len(chosen), seed=0, stream="chosen samples")
             chosen = np.sort(chosen[order[:num_samples]])
         return chosen.tolist()
 
 
 def target_statistics(
-    source: EmbeddingSource, train: np.ndarray, *, normalize: bool = False, seed: int = 0
+    source: Embeddings, train: np.ndarray, *, normalize: bool = False, seed: int = 0
 ) -> ChannelStatistics:
     """Mean and deviation of the targets over these samples, at most `STATISTICS_SAMPLES`, named by the seed.
 
@@ -373,7 +373,7 @@ def target_statistics(
     return streamed_statistics(source, chosen, normalize=normalize)[1]
 
 
-def _everything_of(source: EmbeddingSource, indices: Sequence[int]) -> dict[str, Any]:
+def _everything_of(source: Embeddings, indices: Sequence[int]) -> dict[str, Any]:
     """Tokens, keys and captions of these samples, in memory once."""
     shape = (len(indices), source.num_tokens)
     eva = np.empty((*shape, source.condition_dim), dtype=np.float32)

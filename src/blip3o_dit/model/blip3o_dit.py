@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from blip3o_dit.config import BLIP3oDiTConfig, check_name, is_hub_id
-from blip3o_dit.files import plain, reason
-from blip3o_dit.flow.path import convert_prediction, path_of
+from blip3o_dit.flow.path import convert_prediction, make_path
 from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER, Velocity, integrate, integrate_adaptive
-from blip3o_dit.folders import is_sealed, verify
-from blip3o_dit.model.graphs import GraphedPredict, Predict
-from blip3o_dit.model.nextdit import NextDiT
+from blip3o_dit.flow.source import AffineSource, source_features
+from blip3o_dit.model.cuda_graphs import GraphedPredict, Predict
 from blip3o_dit.model.precision import without_autocast
-from blip3o_dit.model.source import AffineSource, source_features
-from blip3o_dit.quiet import quiet_transformers
-from blip3o_dit.randomness import named_normal
+from blip3o_dit.model.transformer import NextDiT
+from blip3o_dit.utils.atomic import is_sealed, verify
+from blip3o_dit.utils.json_files import plain, reason
+from blip3o_dit.utils.logging import quiet_transformers
+from blip3o_dit.utils.stateless_random import stateless_normal
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +50,15 @@ class BLIP3oDiTModel(PreTrainedModel):
     """Diffusion transformer from EVA-CLIP tokens to CLIP tokens, with everything inference needs.
 
     `forward` works in the network's units; `normalize_condition`, `normalize_target` and
-    `restore_target` lead there and back. `generate` takes and returns tokens in the units of the data.
+    `denormalize_target` lead there and back. `generate` takes and returns tokens in the units of the data.
 
     The statistics of the training split (of its L2-normalised tokens with `config.normalize_embeddings`) are
     buffers of the model and travel in its safetensors file. Figures such as R2 are measured with them; with
     `config.standardize` they also lead to the network's units.
 
     Three kinds of units: those of the data; the network's, standardised (`normalize_target`,
-    `restore_target`); and the flow's, which an informed source centres on its guess (`source_of`).
+    `denormalize_target`); and the flow's, which an informed source centres on its mean
+    (`source_distribution`).
 
     Source: BLIP3-o, arXiv 2505.09568; see `nextdit.py` for the network.
     """
@@ -155,7 +156,7 @@ class BLIP3oDiTModel(PreTrainedModel):
         hidden_states: Tensor,
         timestep: Tensor,
         encoder_hidden_states: Tensor,
-        guess: Tensor | None = None,
+        source_mean: Tensor | None = None,
     ) -> Tensor:
         """One network call, in the network's units.
 
@@ -163,8 +164,8 @@ class BLIP3oDiTModel(PreTrainedModel):
             hidden_states: x_t [B, N, in_channels], N = input_size^2, row-major, float32.
             timestep: t [B] in [0, 1], float32; 0 is noise, 1 is data.
             encoder_hidden_states: normalised condition [B, L, eva_embedding_size].
-            guess: where an informed source starts the path, `source_of(condition).mean` [B, N, in_channels];
-                None computes it, which is right unless the condition was dropped.
+            source_mean: R(c), the mean of an informed source, `source_distribution(condition).mean`
+                [B, N, in_channels]; None computes it, which is right unless the condition was dropped.
 
         Returns: the prediction (`config.flow.prediction_type`), [B, N, in_channels], float32.
 
@@ -172,9 +173,9 @@ class BLIP3oDiTModel(PreTrainedModel):
             ValueError: for other shapes, or times in another dtype; says the expected and the found one.
         """
         self._check_forward(hidden_states, timestep, encoder_hidden_states)
-        if guess is None:
-            guess = self.source_of(encoder_hidden_states).mean
-        return self.dit(hidden_states, timestep, encoder_hidden_states, guess)
+        if source_mean is None:
+            source_mean = self.source_distribution(encoder_hidden_states).mean
+        return self.dit(hidden_states, timestep, encoder_hidden_states, source_mean)
 
     def normalize_condition(self, eva_embeddings: Tensor) -> Tensor:
         """Condition tokens [B, L, C] in the units of the data -> the network's units, float32."""
@@ -184,13 +185,13 @@ class BLIP3oDiTModel(PreTrainedModel):
         """Target tokens [B, N, C] in the units of the data -> the network's units, float32."""
         return self._normalize(clip_embeddings, self.target_mean, self.target_std)
 
-    def restore_target(self, x_1: Tensor) -> Tensor:
+    def denormalize_target(self, x_1: Tensor) -> Tensor:
         """Inverse of the standardisation in `normalize_target`; its L2 normalisation cannot be undone."""
         if not self.config.standardize:
             return x_1.float()
         return x_1.float() * self.target_std.float() + self.target_mean.float()
 
-    def as_trained_on(self, tokens: Tensor) -> Tensor:
+    def l2_normalize_if_configured(self, tokens: Tensor) -> Tensor:
         """Tokens [..., C] as training saw them before standardising: L2-normalised, if it did that."""
         tokens = tokens.float()
         return F.normalize(tokens, dim=-1) if self.config.normalize_embeddings else tokens
@@ -231,7 +232,7 @@ class BLIP3oDiTModel(PreTrainedModel):
                 )
             buffer.copy_(value)
 
-    def source_of(self, condition: Tensor) -> AffineSource:
+    def source_distribution(self, condition: Tensor) -> AffineSource:
         """Where the path of these samples starts, given normalised conditions [B, L, C_eva]; float32."""
         if self.config.flow.source == "noise":
             return AffineSource()
@@ -266,7 +267,7 @@ class BLIP3oDiTModel(PreTrainedModel):
         tolerance: float = 1e-4,
         seed: int = 0,
         sample_index: Sequence[int] | None = None,
-        draw: int = 0,
+        sample_number: int = 0,
         track: Callable[[Iterable[int]], Iterable[int]] | None = None,
     ) -> Tensor:
         """Sample CLIP tokens given EVA-CLIP tokens, by integrating the velocity from noise to data.
@@ -302,9 +303,9 @@ class BLIP3oDiTModel(PreTrainedModel):
             raise ValueError(f"guidance_interval: expected 0 <= low < high <= 1, found {guidance_interval}")
         solver = solver or self.config.default_solver
         self._check_student(solver, num_inference_steps)
-        x_0, condition = self._start(eva_embeddings, seed, sample_index, draw)
-        source = self.source_of(condition)
-        velocity = self.velocity_of(condition, source, guidance_scale)
+        x_0, condition = self._start(eva_embeddings, seed, sample_index, sample_number)
+        source = self.source_distribution(condition)
+        velocity = self.make_velocity_fn(condition, source, guidance_scale)
 
         def velocity_at(t: float) -> Velocity:
             return partial(velocity, guided=low <= t and (t < high or high == 1.0))
@@ -325,17 +326,17 @@ class BLIP3oDiTModel(PreTrainedModel):
                 velocity_of_step=velocity_at,
                 track=track,
             )
-        tokens = self.restore_target(source.from_flow(x_1))
+        tokens = self.denormalize_target(source.from_flow(x_1))
         return F.normalize(tokens, dim=-1) if self.config.normalize_embeddings else tokens
 
     @torch.no_grad()
-    def estimate(
+    def predict_mean(
         self,
         eva_embeddings: Tensor,
         *,
         seed: int = 0,
         sample_index: Sequence[int] | None = None,
-        draw: int = 0,
+        sample_number: int = 0,
     ) -> Tensor:
         """The average answer E[x_1 | condition] by one network call at t = 0, where x_t tells nothing of x_1.
 
@@ -354,13 +355,13 @@ class BLIP3oDiTModel(PreTrainedModel):
             )
         if flow.prediction_type == "epsilon":
             raise ValueError("estimate: expected prediction_type v_prediction or sample, found epsilon")
-        x_0, condition = self._start(eva_embeddings, seed, sample_index, draw)
+        x_0, condition = self._start(eva_embeddings, seed, sample_index, sample_number)
         t = torch.zeros(len(x_0), device=x_0.device)
-        source = self.source_of(condition)
-        velocity = self.velocity_of(condition, source)(x_0, t)
-        path = path_of(flow)
-        x_1 = convert_prediction(velocity, x_0, t, path, source="v_prediction", target="sample")
-        return self.restore_target(source.from_flow(x_1))
+        source = self.source_distribution(condition)
+        velocity = self.make_velocity_fn(condition, source)(x_0, t)
+        path = make_path(flow)
+        x_1 = convert_prediction(velocity, x_0, t, path, from_type="v_prediction", to_type="sample")
+        return self.denormalize_target(source.from_flow(x_1))
 
     def _check_student(self, solver: str, num_inference_steps: int | None) -> None:
         """A distilled model knows the average velocity over its own steps and no other."""
@@ -372,7 +373,7 @@ class BLIP3oDiTModel(PreTrainedModel):
             )
 
     def _start(
-        self, eva_embeddings: Tensor, seed: int, sample_index: Sequence[int] | None, draw: int
+        self, eva_embeddings: Tensor, seed: int, sample_index: Sequence[int] | None, sample_number: int
     ) -> tuple[Tensor, Tensor]:
         """x_0 [B, N, C] in the flow's units, and the condition in the network's [B, L, C_eva]."""
         self._check_condition(eva_embeddings)
@@ -381,11 +382,11 @@ class BLIP3oDiTModel(PreTrainedModel):
         if len(indices) != batch:
             raise ValueError(f"sample_index: expected {batch} entries, found {len(indices)}")
         shape = (self.config.num_tokens, self.config.in_channels)
-        noise = named_normal(indices, shape, seed=seed, stream=GENERATION_STREAM, pass_index=draw)
-        path = path_of(self.config.flow)
+        noise = stateless_normal(indices, shape, seed=seed, stream=GENERATION_STREAM, counter=sample_number)
+        path = make_path(self.config.flow)
         return path.source(noise.to(self.device)), self.normalize_condition(eva_embeddings.to(self.device))
 
-    def velocity_of(
+    def make_velocity_fn(
         self, condition: Tensor, source: AffineSource, guidance_scale: float = 1.0
     ) -> Callable[..., Tensor]:
         """v(y, t) in the flow's units for one batch, whose conditions are encoded here.
@@ -395,9 +396,9 @@ class BLIP3oDiTModel(PreTrainedModel):
         """
         encoded = self.dit.encode_condition(condition, source.mean)
         if guidance_scale != 1.0:
-            both = encoded.after_null(self.dit.encode_condition(torch.zeros_like(condition[:1])))
+            both = encoded.with_null_condition(self.dit.encode_condition(torch.zeros_like(condition[:1])))
         flow = self.config.flow
-        path = path_of(flow)
+        path = make_path(flow)
 
         def velocity(y: Tensor, t: Tensor, *, guided: bool = True) -> Tensor:
             x = source.from_flow(y)
@@ -408,13 +409,13 @@ class BLIP3oDiTModel(PreTrainedModel):
             else:
                 prediction = self._predict(x, t, encoded)
             return convert_prediction(
-                prediction, y, t, path, source=flow.prediction_type, target="v_prediction"
+                prediction, y, t, path, from_type=flow.prediction_type, to_type="v_prediction"
             )
 
         return velocity
 
     def _normalize(self, tokens: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        tokens = self.as_trained_on(tokens)
+        tokens = self.l2_normalize_if_configured(tokens)
         return (tokens - mean.float()) / std.float() if self.config.standardize else tokens
 
     def _check_condition(self, condition: Tensor) -> None:

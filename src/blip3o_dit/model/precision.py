@@ -40,7 +40,7 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     kind = weight.device.type
     if torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
-    return weight.dtype if multiplies(weight.dtype, weight.device) else torch.float32
+    return weight.dtype if has_native_matmul(weight.dtype, weight.device) else torch.float32
 
 
 def without_autocast(device: torch.device) -> torch.autocast:
@@ -48,7 +48,7 @@ def without_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+def has_native_matmul(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the processor multiplies numbers of this type itself; otherwise torch emulates it, slowly.
 
     Raises:

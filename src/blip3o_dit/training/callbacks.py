@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from blip3o_dit.data.store import write_atomically
-from blip3o_dit.files import finite_or_none
 from blip3o_dit.training.ema import ExponentialMovingAverage
-from blip3o_dit.training.sharding import let_generate
+from blip3o_dit.training.fsdp import let_generate
+from blip3o_dit.utils.json_files import finite_or_none
 
 LOG_FILE = "training_log.jsonl"
 CURVES_FILE = "training_curves.png"

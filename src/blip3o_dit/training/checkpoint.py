@@ -25,11 +25,11 @@ from typing import Any
 from transformers import TrainerState
 
 from blip3o_dit.config import BLIP3oDiTConfig, TrainingConfig
-from blip3o_dit.data.store import EmbeddingSource
-from blip3o_dit.files import finite_or_none, read_json, show, show_names
-from blip3o_dit.folders import ASIDE, REPLACED, restore_replaced, verify
+from blip3o_dit.data.store import Embeddings
 from blip3o_dit.model.blip3o_dit import check_weights
-from blip3o_dit.training.health import SPIKES_FILE
+from blip3o_dit.training.anomalies import SPIKES_FILE
+from blip3o_dit.utils.atomic import ASIDE, REPLACED, restore_replaced, verify
+from blip3o_dit.utils.json_files import finite_or_none, read_json, show, show_names
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ CHECKPOINT_FILES = (
 
 
 @dataclass(frozen=True)
-class Run:
+class RunIdentity:
     """What a continued run must share with the one it continues, beside the settings of its configuration.
 
     `samples` and `fingerprint` tell the data apart; `global_batch` is the samples of an optimizer step, over
@@ -58,11 +58,11 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Progress:
+class LoopState:
     """Where a run is, beside the Trainer's own counters: what the next log line will say of the steps since
-    the last one. `monitor` holds the sums and the count of `TrainingMonitor`."""
+    the last one. `monitor` holds the sums and the count of `TrainingMetrics`."""
 
-    run: Run
+    run: RunIdentity
     loss_since_log: float
     loss_until_log: float
     last_logged_step: int
@@ -72,12 +72,12 @@ class Progress:
         (folder / PROGRESS_FILE).write_text(json.dumps(asdict(self), indent=1))
 
     @classmethod
-    def read(cls, folder: Path) -> Progress:
+    def read(cls, folder: Path) -> LoopState:
         """Raises ValueError when the file is not what `write` made."""
         file = folder / PROGRESS_FILE
         values = read_object(file)
         try:
-            run = Run(**values.pop("run"))
+            run = RunIdentity(**values.pop("run"))
             return cls(run=run, **values)
         except (TypeError, KeyError) as error:
             raise ValueError(f"{file}: expected the progress of a run, found something else") from error
@@ -166,7 +166,7 @@ def verify_checkpoint(checkpoint: Path) -> None:
         _verified.add(tuple(sorted(files)))
 
 
-def check_checkpoint(checkpoint: Path, model_config: BLIP3oDiTConfig, run: Run) -> None:
+def check_checkpoint(checkpoint: Path, model_config: BLIP3oDiTConfig, run: RunIdentity) -> None:
     """Refuse a checkpoint that is not whole or does not fit the run.
 
     Raises:
@@ -183,7 +183,7 @@ def check_checkpoint(checkpoint: Path, model_config: BLIP3oDiTConfig, run: Run) 
         for name in sorted(names)
         if saved.get(name) != wanted[name]
     ]
-    theirs = asdict(Progress.read(checkpoint).run)
+    theirs = asdict(LoopState.read(checkpoint).run)
     for name, mine in asdict(run).items():
         if theirs[name] != mine:
             different.append(f"{_RUN_NAMES[name]} was {show(theirs[name])}, now {show(mine)}")
@@ -205,7 +205,7 @@ def global_batch(config: TrainingConfig, processes: int) -> int:
     return config.batch_size * processes * config.gradient_accumulation_steps
 
 
-def fingerprint(source: EmbeddingSource) -> str:
+def fingerprint(source: Embeddings) -> str:
     """What tells one set of embeddings from another."""
     own = getattr(source, "fingerprint", None)
     return own() if callable(own) else f"{type(source).__name__} of {source.num_samples} samples"

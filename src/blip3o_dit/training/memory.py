@@ -13,7 +13,7 @@ import torch
 
 from blip3o_dit.config import BLIP3oDiTConfig, TrainingConfig
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
-from blip3o_dit.model.precision import multiplies
+from blip3o_dit.model.precision import has_native_matmul
 
 GIB = 2**30
 FLOAT32 = 4
@@ -139,13 +139,13 @@ def forecast(
 
 
 def distillation_forecast(
-    model: BLIP3oDiTConfig, device: torch.device, *, batch: int, lessons: int, averages: bool
+    model: BLIP3oDiTConfig, device: torch.device, *, batch: int, targets: int, averages: bool
 ) -> Forecast:
-    """What teaching a student takes: two networks in float32, one of which learns all `lessons` at once."""
+    """What teaching a student takes: two networks in float32, one of which learns all `targets` at once."""
     weights, _ = count_weights(model)
     keeps = Activations(
         model,
-        batch=batch * lessons,
+        batch=batch * targets,
         condition_tokens=model.num_tokens,
         bytes_each=FLOAT32,
         norm_bytes=_norm_bytes(FLOAT32, device),
@@ -251,7 +251,7 @@ def count_weights(model: BLIP3oDiTConfig) -> tuple[int, int]:
 def _compute_bytes(config: TrainingConfig, device: torch.device) -> int:
     """Bytes of a number of the arithmetic: weights in bfloat16 are widened where that is emulated."""
     if config.memory == "low":
-        return 2 if multiplies(torch.bfloat16, device) else FLOAT32
+        return 2 if has_native_matmul(torch.bfloat16, device) else FLOAT32
     return 2 if config.bf16 or config.fp16 else FLOAT32
 
 

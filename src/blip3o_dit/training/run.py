@@ -17,27 +17,27 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from blip3o_dit.config import BLIP3oDiTConfig, TrainingConfig
 from blip3o_dit.data.dataset import EmbeddingDataset, Split, choose_samples, split_samples
-from blip3o_dit.data.source import open_embeddings
+from blip3o_dit.data.embeddings import open_embeddings
 from blip3o_dit.data.statistics import streamed_statistics
-from blip3o_dit.data.store import EmbeddingSource, EmbeddingStore
-from blip3o_dit.distributed import Processes
-from blip3o_dit.errors import StoppedEarly
+from blip3o_dit.data.store import Embeddings, EmbeddingStore
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
-from blip3o_dit.quiet import quiet_transformers
+from blip3o_dit.training.arguments import make_deterministic, training_arguments, use_cpu
 from blip3o_dit.training.callbacks import CurvesCallback
 from blip3o_dit.training.checkpoint import (
-    Run,
+    RunIdentity,
     check_checkpoint,
     checkpoints,
     clean_up,
     fingerprint,
     global_batch,
 )
+from blip3o_dit.training.fit_source import SourceFolds, fit_source, threads_of_all
 from blip3o_dit.training.memory import check_room, forecast, return_freed_memory, room_on, ways_to_fit
-from blip3o_dit.training.settings import make_deterministic, training_arguments, use_cpu
-from blip3o_dit.training.source import SourceFolds, fit_source, threads_of_all
-from blip3o_dit.training.tracking import prepare_wandb, require_wandb
 from blip3o_dit.training.trainer import BLIP3oTrainer
+from blip3o_dit.training.wandb_setup import prepare_wandb, require_wandb
+from blip3o_dit.utils.distributed import Processes
+from blip3o_dit.utils.errors import StoppedEarly
+from blip3o_dit.utils.logging import quiet_transformers
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def train(
     _check_output(Path(_required(config.output_dir, "--output_dir")), resume, overwrite, dry_run)
     if resume is not None:
         processes = int(os.environ.get("WORLD_SIZE", "1"))
-        this_run = Run(source.num_samples, fingerprint(source), global_batch(config, processes))
+        this_run = RunIdentity(source.num_samples, fingerprint(source), global_batch(config, processes))
         check_checkpoint(resume, model_config, this_run)
     _check_memory(config, model_config, show=dry_run)
     if dry_run:
@@ -82,7 +82,7 @@ def train(
     return Path(config.output_dir)
 
 
-def train_on(source: EmbeddingSource, config: TrainingConfig, *, resume: Path | None = None) -> BLIP3oTrainer:
+def train_on(source: Embeddings, config: TrainingConfig, *, resume: Path | None = None) -> BLIP3oTrainer:
     """Train on embeddings that are open already, and save; returns the trainer.
 
     Raises:
@@ -103,7 +103,7 @@ def train_on(source: EmbeddingSource, config: TrainingConfig, *, resume: Path | 
 
 
 def build_trainer(
-    source: EmbeddingSource, config: TrainingConfig, *, split: Split | None = None, fitted: bool = False
+    source: Embeddings, config: TrainingConfig, *, split: Split | None = None, fitted: bool = False
 ) -> BLIP3oTrainer:
     """Statistics, a freshly initialised model, and the trainer for them; `split` replaces the seeded one.
 
@@ -122,13 +122,13 @@ def build_trainer(
     model = BLIP3oDiTModel(_model_config(source, config))
     _describe(config, model, source, len(split.train), len(split.eval), arguments)
     # Few samples of perhaps all shards: training itself verifies every shard that it reads.
-    glance = source.unverified() if isinstance(source, EmbeddingStore) else source
+    unverified_copy = source.unverified() if isinstance(source, EmbeddingStore) else source
     if not fitted:  # also without standardising: held-out figures are measured with them
         fitted_on = choose_samples(split.train, most=config.statistics_samples, seed=config.seed)
-        _set_statistics(model, glance, fitted_on, arguments)
+        _set_statistics(model, unverified_copy, fitted_on, arguments)
     folds = None
     if config.source != "noise" and not fitted:
-        folds = _set_source(model, glance, split.train, config, arguments)
+        folds = _set_source(model, unverified_copy, split.train, config, arguments)
     if config.memory == "low":
         return_freed_memory()
         model.bfloat16()
@@ -148,7 +148,7 @@ def build_trainer(
     )
 
 
-def _model_config(source: EmbeddingSource, config: TrainingConfig) -> BLIP3oDiTConfig:
+def _model_config(source: Embeddings, config: TrainingConfig) -> BLIP3oDiTConfig:
     return config.model(
         num_tokens=source.num_tokens,
         condition_dim=source.condition_dim,
@@ -169,28 +169,28 @@ def _check_memory(config: TrainingConfig, model: BLIP3oDiTConfig, *, show: bool)
 
 
 def _set_statistics(
-    model: BLIP3oDiTModel, source: EmbeddingSource, indices: np.ndarray, arguments: TrainingArguments
+    model: BLIP3oDiTModel, source: Embeddings, indices: np.ndarray, arguments: TrainingArguments
 ) -> None:
     """Stream these samples once on the first process; the others receive the result."""
     processes, found = Processes(arguments.process_index, arguments.world_size), None
-    if processes.is_first:
+    if processes.is_main:
         track = partial(tqdm, desc="statistics of the training split", unit="batch", leave=False)
         normalize = model.config.normalize_embeddings
         found = streamed_statistics(source, indices, normalize=normalize, track=track)
-    condition, target = processes.from_first(found)
+    condition, target = processes.broadcast(found)
     model.set_statistics(condition=(condition.mean, condition.std), target=(target.mean, target.std))
 
 
 def _set_source(
     model: BLIP3oDiTModel,
-    source: EmbeddingSource,
+    source: Embeddings,
     train: np.ndarray,
     config: TrainingConfig,
     arguments: TrainingArguments,
 ) -> SourceFolds | None:
     """Fit the ridges of an informed source on the first process; the others receive them."""
     processes, found = Processes(arguments.process_index, arguments.world_size), None
-    if processes.is_first:
+    if processes.is_main:
         logger.info("fitting the %s source on at most %d samples", config.source, config.source_samples)
         with threads_of_all(processes.count):
             found = fit_source(
@@ -199,7 +199,7 @@ def _set_source(
                 seed=config.seed,
                 device=arguments.device,
             )
-    fitted, folds = processes.from_first(found)
+    fitted, folds = processes.broadcast(found)
     model.set_source(**fitted)
     return folds
 
@@ -235,7 +235,7 @@ def _report(trainer: BLIP3oTrainer) -> None:
 def _describe(
     config: TrainingConfig,
     model: BLIP3oDiTModel,
-    source: EmbeddingSource,
+    source: Embeddings,
     train: int,
     held_out: int,
     arguments: TrainingArguments,

@@ -21,19 +21,29 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from blip3o_dit.config import TRAINING_CONFIG_FILE, TrainingConfig
-from blip3o_dit.data.dataset import EmbeddingDataset, NamedDraws, ShuffledPasses, shuffled_passes, whole_batch
+from blip3o_dit.data.dataset import (
+    BatchNoise,
+    EmbeddingDataset,
+    ShuffledSampler,
+    identity_collate,
+    training_sampler,
+)
 from blip3o_dit.data.store import batches
-from blip3o_dit.distributed import Processes
-from blip3o_dit.evaluation.metrics import FidelitySums
-from blip3o_dit.files import finite_or_none
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
 from blip3o_dit.flow.path import PathSample
-from blip3o_dit.flow.times import training_times
-from blip3o_dit.folders import written_aside
+from blip3o_dit.flow.source import AffineSource
+from blip3o_dit.flow.timesteps import training_times
+from blip3o_dit.metrics.fidelity import FidelitySums
 from blip3o_dit.model.blip3o_dit import EMA_FILE, BLIP3oDiTModel
-from blip3o_dit.model.precision import multiplies
-from blip3o_dit.model.source import AffineSource
-from blip3o_dit.randomness import named_permutation, named_seed
+from blip3o_dit.model.precision import has_native_matmul
+from blip3o_dit.training.anomalies import (
+    DIAGNOSIS_FILE,
+    SPIKES_FILE,
+    GradientNorms,
+    LossMonitor,
+    NonFiniteLossError,
+    write_diagnosis,
+)
 from blip3o_dit.training.callbacks import (
     ConsoleCallback,
     EMACallback,
@@ -43,8 +53,8 @@ from blip3o_dit.training.callbacks import (
 )
 from blip3o_dit.training.checkpoint import (
     TRAINER_STATE_FILE,
-    Progress,
-    Run,
+    LoopState,
+    RunIdentity,
     best_saved,
     fingerprint,
     global_batch,
@@ -52,26 +62,22 @@ from blip3o_dit.training.checkpoint import (
     save_trainer_state,
 )
 from blip3o_dit.training.ema import ExponentialMovingAverage
-from blip3o_dit.training.health import (
-    DIAGNOSIS_FILE,
-    SPIKES_FILE,
-    GradientNorms,
-    LossWatch,
-    NonFiniteLossError,
-    write_diagnosis,
-)
-from blip3o_dit.training.monitor import TrainingMonitor
-from blip3o_dit.training.optimizer_file import gathered_state, load_optimizer, save_optimizer
-from blip3o_dit.training.sharding import check_sharding, keep_the_dtype_rule
-from blip3o_dit.training.source import SourceFolds, load_folds
+from blip3o_dit.training.fit_source import SourceFolds, load_folds
+from blip3o_dit.training.fsdp import check_sharding, keep_the_dtype_rule
+from blip3o_dit.training.metrics import TrainingMetrics
+from blip3o_dit.training.optimizer_state import gathered_state, load_optimizer, save_optimizer
 from blip3o_dit.training.stopping import StopRequest, outlive_stops
 from blip3o_dit.training.throughput import PASSES_PER_STEP, Throughput, forward_flops, matmul_rate
+from blip3o_dit.utils.atomic import written_aside
+from blip3o_dit.utils.distributed import Processes
+from blip3o_dit.utils.json_files import finite_or_none
+from blip3o_dit.utils.stateless_random import named_seed, stateless_permutation
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Draw:
+class FlowBatch:
     """One micro-batch on its path. Shapes: sample [B, N, C], condition [B, L, C_eva], normalised."""
 
     sample: PathSample
@@ -117,7 +123,7 @@ class BLIP3oTrainer(Trainer):
             args=args,
             train_dataset=_with_draws(train_dataset, config.seed, "training"),
             eval_dataset=eval_dataset and _with_draws(eval_dataset, config.seed, "evaluation"),
-            data_collator=whole_batch,  # type: ignore[arg-type]
+            data_collator=identity_collate,  # type: ignore[arg-type]
             callbacks=list(callbacks),
         )
         self.config = config
@@ -126,20 +132,20 @@ class BLIP3oTrainer(Trainer):
         check_sharding(self.accelerator.state)
         keep_the_dtype_rule(self.accelerator.state)
         self.loss_fn = BLIP3oFlowMatchingLoss.from_config(model.config.flow)
-        self.monitor = TrainingMonitor()
+        self.monitor = TrainingMetrics()
         # Waiting for a loss or a gradient would leave a GPU idle, and a process that stops at once leaves
         # others waiting for its gradients: there a step is looked at before the next one is taken, and fused
         # AdamW takes none that is not sound. float16 steps are waited for: the schedule must know whether
         # the loss scaler skipped one; so are those of --memory low, whose optimizer cannot skip.
         deferred = args.device.type == "cuda" or args.world_size > 1
-        self.losses = LossWatch(deferred=deferred, on_spike=self._on_spike)
+        self.losses = LossMonitor(deferred=deferred, on_spike=self._on_spike)
         self._gated = deferred and not config.fp16 and config.memory != "low"
         self._gradients: GradientNorms | None = None  # of the last step, not looked at yet
         self._overflowed = False  # the loss scaler skips the step under way
         self.stop_request = StopRequest(config.max_hours)
         self.add_callback(self.stop_request)
-        self._progress: Progress | None = None  # of the checkpoint that the run continues
-        self._passes: ShuffledPasses | None = None
+        self._progress: LoopState | None = None  # of the checkpoint that the run continues
+        self._passes: ShuffledSampler | None = None
         self.add_callback(
             StepHooks(
                 begin=self._restore_progress,
@@ -167,21 +173,21 @@ class BLIP3oTrainer(Trainer):
         assert isinstance(self.model, BLIP3oDiTModel)
         return self.model
 
-    def draw(self, batch: dict[str, Any], *, training: bool) -> Draw:
+    def flow_batch(self, batch: dict[str, Any], *, training: bool) -> FlowBatch:
         """A batch on its path; in training the guess is by maps that have not seen the samples, and the
         condition is dropped for some of them."""
         condition = self.dit.normalize_condition(batch["eva"])
         if training and self.source_folds is not None:
-            source = self.source_folds.source_of(self.dit, condition, batch["index"])
+            source = self.source_folds.source_distribution(self.dit, condition, batch["index"])
         else:
-            source = self.dit.source_of(condition)
+            source = self.dit.source_distribution(condition)
         x_1 = source.to_flow(self.dit.normalize_target(batch["clip"]))
-        t = training_times(batch["time"], self.dit.config.flow)
+        t = training_times(batch["u_time"], self.dit.config.flow)
         sample = self.loss_fn.sample_path(x_1, batch["noise"], t)
         if training and self.config.cfg_dropout > 0:
-            keep = batch["drop"] >= self.config.cfg_dropout
+            keep = batch["u_dropout"] >= self.config.cfg_dropout
             condition = condition * keep[:, None, None]
-        return Draw(sample, source, condition)
+        return FlowBatch(sample, source, condition)
 
     def compute_loss(
         self,
@@ -191,13 +197,13 @@ class BLIP3oTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Mean loss of a micro-batch. The step of one that is not finite changes no weight."""
-        draw = self.draw(inputs, training=True)
-        prediction = self._predict(model, draw)
-        output = self.loss_fn(prediction, draw.sample)
+        flow = self.flow_batch(inputs, training=True)
+        prediction = self._predict(model, flow)
+        output = self.loss_fn(prediction, flow.sample)
         self.losses.add(output.loss, self.state.global_step + 1, inputs)
         if self._throughput is not None:
             self._throughput.count(len(inputs["index"]))
-        self.monitor.add(self.loss_fn, draw.sample, draw.source, prediction, output)
+        self.monitor.add(self.loss_fn, flow.sample, flow.source, prediction, output)
         return (output.loss, prediction) if return_outputs else output.loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -277,8 +283,8 @@ class BLIP3oTrainer(Trainer):
 
     def _loss_once_more(self, batch: dict[str, Any]) -> Tensor:
         with self.compute_loss_context_manager():
-            draw = self.draw(batch, training=True)
-            return self.loss_fn(self._predict(self.dit, draw), draw.sample).loss
+            flow = self.flow_batch(batch, training=True)
+            return self.loss_fn(self._predict(self.dit, flow), flow.sample).loss
 
     def _keys(self, samples: list[int]) -> list[str]:
         assert isinstance(self.train_dataset, EmbeddingDataset)
@@ -292,8 +298,8 @@ class BLIP3oTrainer(Trainer):
             "step %d: loss %.4g where %.4g is usual; its samples are in %s", *(step, loss, usual, SPIKES_FILE)
         )
 
-    def _predict(self, model: nn.Module, draw: Draw) -> Tensor:
-        return model(draw.network_input, draw.sample.t, draw.condition, draw.source.mean)
+    def _predict(self, model: nn.Module, flow: FlowBatch) -> Tensor:
+        return model(flow.network_input, flow.sample.t, flow.condition, flow.source.mean)
 
     def evaluation_loop(
         self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
@@ -320,7 +326,7 @@ class BLIP3oTrainer(Trainer):
             means = self.monitor.pop()
             if means is not None:
                 means = self.accelerator.reduce(means, reduction="mean")
-                logs.update(TrainingMonitor.describe(means))
+                logs.update(TrainingMetrics.describe(means))
             if self._throughput is not None:
                 logs.update(self._throughput.pop(self.args.world_size))
         if "train_loss" in logs:  # of the whole run, not of what came after the checkpoint
@@ -390,7 +396,7 @@ class BLIP3oTrainer(Trainer):
                 yield aside
         else:
             yield final
-        self.processes.wait()
+        self.processes.barrier()
 
     def _write_checkpoint(self, folder: Path) -> None:
         self.save_model(str(folder), _internal_call=True)
@@ -408,15 +414,17 @@ class BLIP3oTrainer(Trainer):
             self.source_folds.save(folder)
         save_trainer_state(self.state, folder / TRAINER_STATE_FILE)
 
-    def run_identity(self) -> Run:
+    def run_identity(self) -> RunIdentity:
         """What a checkpoint of this run says of it."""
         assert isinstance(self.train_dataset, EmbeddingDataset)
         source = self.train_dataset.source
-        return Run(source.num_samples, fingerprint(source), global_batch(self.config, self.args.world_size))
+        return RunIdentity(
+            source.num_samples, fingerprint(source), global_batch(self.config, self.args.world_size)
+        )
 
-    def _current_progress(self) -> Progress:
+    def _current_progress(self) -> LoopState:
         loss = self._tr_loss / self.args.world_size
-        return Progress(
+        return LoopState(
             run=self.run_identity(),
             loss_since_log=self.accelerator.reduce(loss).item(),
             loss_until_log=self._total_loss_scalar,
@@ -450,27 +458,27 @@ class BLIP3oTrainer(Trainer):
 
         Not the first ones, which in a store that was made from a folder tree are pictures of one class.
         """
-        order = named_permutation(len(dataset), seed=self.config.seed, stream="held-out figures")
+        order = stateless_permutation(len(dataset), seed=self.config.seed, stream="held-out figures")
         return np.sort(order[:most])
 
     def _held_out_loss(self, dataset: EmbeddingDataset) -> float:
         """Mean over at most `eval_loss_samples`, on draws that are the same at every evaluation."""
         chosen = self._held_out(dataset, self.config.eval_loss_samples).tolist()
         pieces = list(batches(chosen, self.config.eval_batch_size))
-        mine, counts = zip(*self.processes.share(pieces), strict=True)
+        mine, counts = zip(*self.processes.shard(pieces), strict=True)
         loader = DataLoader(
             dataset,
             batch_sampler=mine,
             num_workers=self.config.num_workers,
-            collate_fn=whole_batch,  # type: ignore[arg-type]
+            collate_fn=identity_collate,  # type: ignore[arg-type]
             worker_init_fn=outlive_stops,
         )
         self.callback_handler.eval_dataloader = loader
         total = torch.zeros(2, dtype=torch.float64)  # of the losses, and of the samples
         for batch, counted in zip(loader, counts, strict=True):
             with torch.no_grad(), self.accelerator.autocast():
-                draw = self.draw(self._prepare_inputs(batch), training=False)
-                loss = self.loss_fn(self._predict(self.dit, draw), draw.sample).loss
+                flow = self.flow_batch(self._prepare_inputs(batch), training=False)
+                loss = self.loss_fn(self._predict(self.dit, flow), flow.sample).loss
             if counted:
                 samples = len(batch["index"])
                 total += torch.tensor([samples * float(loss), samples], dtype=torch.float64)
@@ -482,8 +490,10 @@ class BLIP3oTrainer(Trainer):
         """Fidelity of generated tokens for at most `eval_samples` held-out samples."""
         wanted = dataset.indices[self._held_out(dataset, self.config.eval_samples)]
         sums = FidelitySums(self.dit.target_mean)
-        native = multiplies(torch.bfloat16, self.args.device)  # emulated, it would take many times as long
-        for piece, counted in self.processes.share(list(batches(wanted, self.config.eval_batch_size))):
+        native = has_native_matmul(
+            torch.bfloat16, self.args.device
+        )  # emulated, it would take many times as long
+        for piece, counted in self.processes.shard(list(batches(wanted, self.config.eval_batch_size))):
             eva, clip = dataset.source.fetch(piece)
             with self.accelerator.autocast() if native else nullcontext():
                 generated = self.dit.generate(
@@ -493,7 +503,7 @@ class BLIP3oTrainer(Trainer):
                     sample_index=piece.tolist(),
                 )
             if counted:
-                sums.add(generated, self.dit.as_trained_on(clip))
+                sums.add(generated, self.dit.l2_normalize_if_configured(clip))
         sums.state = self.processes.sum(sums.state)
         return sums.result()
 
@@ -517,7 +527,7 @@ class BLIP3oTrainer(Trainer):
         dataset = train_dataset or self.train_dataset
         assert isinstance(dataset, EmbeddingDataset)
         config = self.config
-        self._passes = shuffled_passes(
+        self._passes = training_sampler(
             dataset,
             shuffle=config.shuffle,
             window=config.shuffle_window,
@@ -551,7 +561,7 @@ class BLIP3oTrainer(Trainer):
         scaler = load_optimizer(Path(checkpoint), self.dit, self.optimizer, self.lr_scheduler)
         if scaler and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(scaler)
-        self._progress = Progress.read(Path(checkpoint))
+        self._progress = LoopState.read(Path(checkpoint))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """It comes with the optimizer."""
@@ -561,4 +571,4 @@ class BLIP3oTrainer(Trainer):
 
 
 def _with_draws(dataset: EmbeddingDataset, seed: int, stream: str) -> EmbeddingDataset:
-    return EmbeddingDataset(dataset.source, dataset.indices, NamedDraws(seed, stream))
+    return EmbeddingDataset(dataset.source, dataset.indices, BatchNoise(seed, stream))

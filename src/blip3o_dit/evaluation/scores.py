@@ -13,13 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip3o_dit.data.store import EmbeddingSource, batches
-from blip3o_dit.distributed import ALONE, Processes
-from blip3o_dit.evaluation import distribution
-from blip3o_dit.evaluation.answers import Answers, peak_memory_mib, standardized_and_flat
-from blip3o_dit.evaluation.intervals import FEWEST, Bootstrap, Estimate, from_half_samples, half_samples
-from blip3o_dit.evaluation.methods import ModelMethod
-from blip3o_dit.evaluation.metrics import (
+from blip3o_dit.data.store import Embeddings, batches
+from blip3o_dit.evaluation.predictions import Predictions, peak_memory_mib, standardized_and_flat
+from blip3o_dit.evaluation.reference import (
+    EvaluationSettings,
+    ReferenceSet,
+    Track,
+    keep_vectors,
+)
+from blip3o_dit.evaluation.samplers import ModelSampler
+from blip3o_dit.flow.solvers import CALLS_PER_STEP
+from blip3o_dit.metrics import distances
+from blip3o_dit.metrics.bootstrap import FEWEST, Bootstrap, Estimate, from_half_samples, half_samples
+from blip3o_dit.metrics.fidelity import (
     FidelitySums,
     diversity,
     energy_score,
@@ -27,21 +33,15 @@ from blip3o_dit.evaluation.metrics import (
     retrieval_ranks,
     spread_error_ratio,
 )
-from blip3o_dit.evaluation.truth import (
-    EvaluationSettings,
-    Track,
-    Truth,
-    keep_vectors,
-)
-from blip3o_dit.flow.solvers import CALLS_PER_STEP
-from blip3o_dit.randomness import named_permutation
+from blip3o_dit.utils.distributed import SINGLE_PROCESS, Processes
+from blip3o_dit.utils.stateless_random import stateless_permutation
 
 NEIGHBOURS = 10
 BALL_NEIGHBOURS = 5
 SPREAD_BINS = 10
 
 
-def describe(answers: Answers, truth: Truth) -> dict[str, Any]:
+def score(answers: Predictions, truth: ReferenceSet) -> dict[str, Any]:
     """Everything the report says of one method, ready for JSON; see docs/evaluation.md."""
     settings = truth.settings
     bootstrap = Bootstrap(len(truth.indices), replicates=settings.bootstrap, seed=settings.seed)
@@ -73,13 +73,13 @@ def describe(answers: Answers, truth: Truth) -> dict[str, Any]:
     }
 
 
-def true_floor(truth: Truth, source: EmbeddingSource, train: np.ndarray) -> dict[str, Any]:
+def real_vs_real(truth: ReferenceSet, source: Embeddings, train: np.ndarray) -> dict[str, Any]:
     """Distances between held-out true vectors and as many true training ones, `train` in `source`.
 
     Two independent sets of true vectors: what a perfect sampler without the condition would reach.
     """
     count = min(len(truth.indices), len(train))
-    order = named_permutation(len(train), seed=truth.settings.seed, stream="floor")
+    order = stateless_permutation(len(train), seed=truth.settings.seed, stream="floor")
     chosen = np.sort(train[order[:count]])
     kept = truth.token_rows < count
     other = torch.empty(len(truth.token_rows), truth.tokens.shape[1])
@@ -105,7 +105,9 @@ PAIRED = (
 )
 
 
-def paired_differences(model: Answers, other: Answers, settings: EvaluationSettings) -> dict[str, Any]:
+def paired_differences(
+    model: Predictions, other: Predictions, settings: EvaluationSettings
+) -> dict[str, Any]:
     """The model's figure less the other's, with paired bootstrap intervals, by "group.name"."""
     found = {}
     for group, name in PAIRED:
@@ -124,20 +126,20 @@ def paired_differences(model: Answers, other: Answers, settings: EvaluationSetti
 
 @torch.no_grad()
 def quality_curve(
-    method: ModelMethod,
-    truth: Truth,
+    method: ModelSampler,
+    truth: ReferenceSet,
     *,
     calls: Sequence[int],
     samples: int,
     track: Track,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> list[dict[str, Any]]:
     """Quality against network calls for each solver, on the first held-out samples of a named order.
 
     Sampling is shared out over the processes, and the first one gets the curve. A distilled model has one
     point: the steps that it was taught.
     """
-    order = named_permutation(len(truth.indices), seed=truth.settings.seed, stream="curve samples")
+    order = stateless_permutation(len(truth.indices), seed=truth.settings.seed, stream="curve samples")
     indices = truth.indices[np.sort(order[:samples])]
     pairs = [
         (solver, count)
@@ -155,7 +157,7 @@ def quality_curve(
 
 
 def _curve_point(
-    method: ModelMethod, truth: Truth, indices: np.ndarray, solver: str, processes: Processes
+    method: ModelSampler, truth: ReferenceSet, indices: np.ndarray, solver: str, processes: Processes
 ) -> dict[str, Any]:
     sums = FidelitySums(truth.mean)
     scores, pooled, seconds = [], [], 0.0
@@ -163,17 +165,17 @@ def _curve_point(
     def draw_twice(piece: np.ndarray) -> tuple[Tensor, Tensor, float]:
         eva, clip = truth.source.fetch(piece)
         started = time.perf_counter()
-        draws = torch.stack([method.sample(eva, piece.tolist(), draw) for draw in range(2)])
+        draws = torch.stack([method.sample(eva, piece.tolist(), sample_number) for sample_number in range(2)])
         return draws, clip, time.perf_counter() - started
 
-    for _, (draws, clip, taken) in processes.in_order(
+    for _, (draws, clip, taken) in processes.map_in_order(
         batches(indices, truth.settings.batch_size), draw_twice
     ):
         seconds += taken
         sums.add(draws[0], clip)
         scores.append(energy_score(*standardized_and_flat(truth, draws, clip)).numpy())
         pooled.append(torch.stack([draws[0].mean(dim=1), clip.mean(dim=1)]))
-    if not processes.is_first:
+    if not processes.is_main:
         return {}
     generated, true = (truth.standardize(vectors) for vectors in torch.cat(pooled, dim=1))
     values = np.concatenate(scores)
@@ -183,12 +185,12 @@ def _curve_point(
         "network_calls": method.calls,
         "energy_score": bootstrap.mean(values).to_json(),
         "r2": sums.result()["r2"],
-        "frechet": distribution.frechet_distance(true, generated),
+        "frechet": distances.frechet_distance(true, generated),
         "milliseconds_per_sample": 1000 * seconds / (2 * len(indices)),
     }
 
 
-def _fidelity(answers: Answers, variant: str, bootstrap: Bootstrap) -> dict[str, Any]:
+def _fidelity(answers: Predictions, variant: str, bootstrap: Bootstrap) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in answers.sums[variant].result().items():
         key = f"{variant}.{name}"
@@ -202,7 +204,7 @@ def _fidelity(answers: Answers, variant: str, bootstrap: Bootstrap) -> dict[str,
     return found
 
 
-def _use(answers: Answers, truth: Truth, bootstrap: Bootstrap) -> dict[str, Any]:
+def _use(answers: Predictions, truth: ReferenceSet, bootstrap: Bootstrap) -> dict[str, Any]:
     found: dict[str, Any] = {}
     among = Bootstrap(len(truth.gallery), replicates=bootstrap.replicates, seed=bootstrap.seed)
     generated, true = answers.pooled[truth.gallery], truth.pooled[truth.gallery]
@@ -218,7 +220,7 @@ def _use(answers: Answers, truth: Truth, bootstrap: Bootstrap) -> dict[str, Any]
     return found
 
 
-def _conditional(answers: Answers, truth: Truth) -> dict[str, Any]:
+def _conditional(answers: Predictions, truth: ReferenceSet) -> dict[str, Any]:
     columns = answers.conditional
     count = len(columns["energy_score"])
     bootstrap = Bootstrap(count, replicates=truth.settings.bootstrap, seed=truth.settings.seed)
@@ -235,7 +237,7 @@ def _conditional(answers: Answers, truth: Truth) -> dict[str, Any]:
     return found
 
 
-def _spread_error(answers: Answers) -> list[dict[str, float]]:
+def _spread_error(answers: Predictions) -> list[dict[str, float]]:
     """Samples binned by their predicted spread: root mean squares of spread and error in each bin."""
     names = ("bin_order", "bin_spread", "bin_error")
     sorted_by, spread, error = (answers.conditional[name] for name in names)
@@ -250,27 +252,27 @@ def _spread_error(answers: Answers) -> list[dict[str, float]]:
     ]
 
 
-def _distances(truth: Truth, true: Tensor, other: Tensor, owners: np.ndarray) -> dict[str, Any]:
+def _distances(truth: ReferenceSet, true: Tensor, other: Tensor, owners: np.ndarray) -> dict[str, Any]:
     """All distances between two sets of vectors; halves of the owning samples give the intervals."""
     settings = truth.settings
     if len(true) > settings.distribution_samples:  # only pooled vectors, one of each sample
-        order = named_permutation(len(true), seed=settings.seed, stream="pooled samples")
+        order = stateless_permutation(len(true), seed=settings.seed, stream="pooled samples")
         kept = np.sort(order[: settings.distribution_samples])
         true, other, owners = true[kept], other[kept], owners[kept]
     a, b = truth.standardize(true).double(), truth.standardize(other).double()
-    squares = tuple(distribution.squared_distances(*pair) for pair in ((a, a), (b, b), (a, b)))
-    bandwidth = distribution.median_square(squares[0])
+    squares = tuple(distances.squared_distances(*pair) for pair in ((a, a), (b, b), (a, b)))
+    bandwidth = distances.median_square(squares[0])
     k = min(BALL_NEIGHBOURS, len(a) // 2 - 1)
 
     def figures(rows: Tensor | None) -> dict[str, float]:
         x, y = (a, b) if rows is None else (a[rows], b[rows])
         aa, bb, ab = squares if rows is None else (s[rows][:, rows] for s in squares)
         found = {
-            "frechet": distribution.frechet_distance(x, y),
-            "mmd": distribution.mmd_from_distances(aa, bb, ab, bandwidth),
-            "wasserstein": distribution.wasserstein_per_channel(x, y),
+            "frechet": distances.frechet_distance(x, y),
+            "mmd": distances.mmd_from_distances(aa, bb, ab, bandwidth),
+            "wasserstein": distances.wasserstein_per_channel(x, y),
         }
-        return found | (distribution.precision_recall_from_distances(aa, bb, ab, k=k) if k >= 1 else {})
+        return found | (distances.precision_recall_from_distances(aa, bb, ab, k=k) if k >= 1 else {})
 
     samples = np.unique(owners)
     halves = half_samples(len(samples), replicates=settings.half_samples, seed=settings.seed)
@@ -291,7 +293,7 @@ def _distances(truth: Truth, true: Tensor, other: Tensor, owners: np.ndarray) ->
     }
 
 
-def _paired_columns(answers: Answers, group: str, name: str) -> Any:
+def _paired_columns(answers: Predictions, group: str, name: str) -> Any:
     if group == "conditional":
         return answers.conditional[name]
     if group not in answers.sums:

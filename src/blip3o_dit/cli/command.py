@@ -9,8 +9,8 @@ import signal
 import sys
 from collections.abc import Callable
 
-from blip3o_dit.errors import StoppedEarly, WriteError
-from blip3o_dit.quiet import quiet_torchao
+from blip3o_dit.utils.errors import StoppedEarly, WriteError
+from blip3o_dit.utils.logging import quiet_torchao
 
 TRACEBACK_VARIABLE = "BLIP3O_DIT_TRACEBACK"
 

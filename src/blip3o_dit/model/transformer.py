@@ -27,7 +27,7 @@ from blip3o_dit.model.precision import compute_dtype, without_autocast
 TIME_FREQUENCIES = 256
 
 # What selective checkpointing keeps: everything else of a block costs next to nothing to compute again.
-EXPENSIVE = [
+SAVED_OPS = [
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -50,25 +50,26 @@ class EncodedCondition:
     """All that depends on the condition alone: computed once per sample, reused at every solver step.
 
     `pooled` [B, min(d, 1024)] enters the modulation; `keys_values` holds what each layer attends to.
-    With an informed source, `guess` [B, N, in_channels] is its guess in float32, `embedded_guess` [B, N, d]
-    what the first layers make of it.
+    With an informed source, `source_mean` [B, N, in_channels] is its mean R(c) in float32, and
+    `embedded_source_mean` [B, N, d] what the first layers make of it.
     """
 
     pooled: Tensor
     keys_values: list[KeysValues]
-    guess: Tensor | None = None
-    embedded_guess: Tensor | None = None
+    source_mean: Tensor | None = None
+    embedded_source_mean: Tensor | None = None
 
-    def after_null(self, null: EncodedCondition) -> EncodedCondition:
+    def with_null_condition(self, null: EncodedCondition) -> EncodedCondition:
         """For a batch of the same samples twice, at first with the null condition, encoded as one sample."""
         pooled = torch.cat([null.pooled.expand_as(self.pooled), self.pooled])
         keys_values: list[KeysValues] = []
         for (keys, values, *_), (_, of_null, *_) in zip(self.keys_values, null.keys_values, strict=True):
             keys_values.append((keys, values, of_null[:, :, :1]))
-        guess, embedded = (
-            None if tensor is None else tensor.repeat(2, 1, 1) for tensor in (self.guess, self.embedded_guess)
+        source_mean, embedded = (
+            None if tensor is None else tensor.repeat(2, 1, 1)
+            for tensor in (self.source_mean, self.embedded_source_mean)
         )
-        return EncodedCondition(pooled, keys_values, guess, embedded)
+        return EncodedCondition(pooled, keys_values, source_mean, embedded)
 
     def clone(self) -> EncodedCondition:
         """The same in memory of its own."""
@@ -77,14 +78,17 @@ class EncodedCondition:
     def tensors(self) -> list[Tensor]:
         """Everything it holds, in a fixed order."""
         held = [self.pooled, *(tensor for layer in self.keys_values for tensor in layer)]
-        return [*held, *(tensor for tensor in (self.guess, self.embedded_guess) if tensor is not None)]
+        return [
+            *held,
+            *(tensor for tensor in (self.source_mean, self.embedded_source_mean) if tensor is not None),
+        ]
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> EncodedCondition:
         return EncodedCondition(
             function(self.pooled),
             [cast("KeysValues", tuple(map(function, layer))) for layer in self.keys_values],
-            None if self.guess is None else function(self.guess),
-            None if self.embedded_guess is None else function(self.embedded_guess),
+            None if self.source_mean is None else function(self.source_mean),
+            None if self.embedded_source_mean is None else function(self.embedded_source_mean),
         )
 
 
@@ -118,18 +122,20 @@ class NextDiT(nn.Module):
         return compute_dtype(self.patch_embedder.proj.weight)
 
     def forward(
-        self, hidden_states: Tensor, timestep: Tensor, condition: Tensor, guess: Tensor | None = None
+        self, hidden_states: Tensor, timestep: Tensor, condition: Tensor, source_mean: Tensor | None = None
     ) -> Tensor:
         """[B, N, in_channels], t [B] in [0, 1], [B, L, eva_embedding_size] -> [B, N, in_channels]; float32.
 
-        `guess` [B, N, in_channels] goes with an informed source.
+        `source_mean` [B, N, in_channels] goes with an informed source.
         """
         dtype = self.compute_dtype
         with without_autocast(hidden_states.device):
             condition = self.caption_projection(condition.to(dtype))  # [B, L, d]
             temb = self._time_embedding(timestep, self.time_caption_embed.pool(condition))
             rope = self._rope(hidden_states)  # [N, h / 2] twice
-            x = self._embed(hidden_states, guess, self._embed_guess(guess, dtype), dtype)  # [B, N, d]
+            x = self._embed(
+                hidden_states, source_mean, self._embed_guess(source_mean, dtype), dtype
+            )  # [B, N, d]
             for layer in self.blocks:
                 if self.gradient_checkpointing and self.training:
                     x = self._checkpoint(layer, x, condition, temb, rope)
@@ -137,7 +143,7 @@ class NextDiT(nn.Module):
                     x = layer(x, condition, temb, rope)
             return self.norm_out(x, temb)
 
-    def encode_condition(self, condition: Tensor, guess: Tensor | None = None) -> EncodedCondition:
+    def encode_condition(self, condition: Tensor, source_mean: Tensor | None = None) -> EncodedCondition:
         """[B, L, eva_embedding_size], and the guess as in `forward` -> what `predict` needs of them."""
         dtype = self.compute_dtype
         with without_autocast(condition.device):
@@ -145,8 +151,8 @@ class NextDiT(nn.Module):
             return EncodedCondition(
                 pooled=self.time_caption_embed.pool(condition),
                 keys_values=[layer.encode(condition) for layer in self.blocks],
-                guess=guess,
-                embedded_guess=self._embed_guess(guess, dtype),
+                source_mean=source_mean,
+                embedded_source_mean=self._embed_guess(source_mean, dtype),
             )
 
     def predict(self, hidden_states: Tensor, timestep: Tensor, encoded: EncodedCondition) -> Tensor:
@@ -155,7 +161,9 @@ class NextDiT(nn.Module):
         with without_autocast(hidden_states.device):
             temb = self._time_embedding(timestep, encoded.pooled)
             rope = self._rope(hidden_states)  # [N, h / 2] twice
-            x = self._embed(hidden_states, encoded.guess, encoded.embedded_guess, dtype)  # [B, N, d]
+            x = self._embed(
+                hidden_states, encoded.source_mean, encoded.embedded_source_mean, dtype
+            )  # [B, N, d]
             for layer, keys_values in zip(self.blocks, encoded.keys_values, strict=True):
                 x = layer(x, keys_values, temb, rope)
             return self.norm_out(x, temb)
@@ -163,7 +171,7 @@ class NextDiT(nn.Module):
     def _checkpoint(self, block: Callable[..., Tensor], *inputs: Any) -> Tensor:
         settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing draws
         if self.selective_checkpointing:
-            settings["context_fn"] = partial(create_selective_checkpoint_contexts, EXPENSIVE)
+            settings["context_fn"] = partial(create_selective_checkpoint_contexts, SAVED_OPS)
         return checkpoint(block, *inputs, **settings)
 
     def compile_blocks(self) -> None:
@@ -183,24 +191,26 @@ class NextDiT(nn.Module):
         return cast("list[NextDiTBlock]", list(self.layers))
 
     def _embed(
-        self, x_t: Tensor, guess: Tensor | None, embedded_guess: Tensor | None, dtype: torch.dtype
+        self, x_t: Tensor, source_mean: Tensor | None, embedded_source_mean: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
         """x_t [B, N, in_channels] -> the residual stream [B, N, d], float32.
 
         Next to a guess, x_t is taken as guess + (x_t - guess): bfloat16 holds a small difference of its own
         well, but not the difference of two large numbers.
         """
-        if guess is None or embedded_guess is None:
+        if source_mean is None or embedded_source_mean is None:
             return self.patch_embedder(x_t.to(dtype)).float()
-        return self.patch_embedder((x_t - guess).to(dtype)).float() + embedded_guess
+        return self.patch_embedder((x_t - source_mean).to(dtype)).float() + embedded_source_mean
 
-    def _embed_guess(self, guess: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    def _embed_guess(self, source_mean: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """[B, N, in_channels] -> [B, N, d]: the guess as itself, and as the part of x_t that it is."""
-        if guess is None:
+        if source_mean is None:
             return None
-        guess = guess.to(dtype)
-        within_x_t = self.patch_embedder(guess) - self.patch_embedder.proj.bias.to(dtype)  # added by _embed
-        return self.guess_embedder(guess) + within_x_t
+        source_mean = source_mean.to(dtype)
+        within_x_t = self.patch_embedder(source_mean) - self.patch_embedder.proj.bias.to(
+            dtype
+        )  # added by _embed
+        return self.guess_embedder(source_mean) + within_x_t
 
     def _time_embedding(self, timestep: Tensor, pooled: Tensor) -> Tensor:
         features = sinusoidal_features(official_timestep(timestep))  # [B, 256]

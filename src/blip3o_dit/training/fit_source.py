@@ -22,13 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from blip3o_dit.data.dataset import choose_samples
-from blip3o_dit.data.source import TransformedEmbeddings
-from blip3o_dit.data.store import EmbeddingSource, batches
+from blip3o_dit.data.embeddings import TransformedEmbeddings
+from blip3o_dit.data.store import Embeddings, batches
 from blip3o_dit.evaluation.baselines import Moments, principal_components, search_penalty
-from blip3o_dit.files import reason
+from blip3o_dit.flow.source import AffineSource, source_features
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.precision import without_autocast
-from blip3o_dit.model.source import AffineSource, source_features
+from blip3o_dit.utils.json_files import reason
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ FOLDS = 5
 FOLDS_FILE = "source_folds.safetensors"
 
 # Of its deviation, as noise, for a channel that ridge predicts exactly: the flow divides by it.
-LEAST_DEVIATION = 0.01
+MIN_STD = 0.01
 
 USUAL_PENALTY = 1e-3  # where there is nothing to choose it by
 AT_ONCE = 16  # samples
@@ -55,13 +55,13 @@ class SourceFolds:
     samples: Tensor
     fold: Tensor
 
-    def source_of(self, model: BLIP3oDiTModel, condition: Tensor, index: list[int]) -> AffineSource:
-        """As `model.source_of`, by maps that have not seen the samples.
+    def source_distribution(self, model: BLIP3oDiTModel, condition: Tensor, index: list[int]) -> AffineSource:
+        """As `model.source_distribution`, by maps that have not seen the samples.
 
         Args:
             condition: normalised [B, L, C_eva]. index: the B samples' indices in the data.
         """
-        source = model.source_of(condition)
+        source = model.source_distribution(condition)
         folds = self.folds_of(index)
         if source.mean is None or (folds < 0).all():
             return source
@@ -125,7 +125,7 @@ def load_folds(folder: Path, model: BLIP3oDiTModel) -> SourceFolds | None:
 @torch.no_grad()
 def fit_source(
     model: BLIP3oDiTModel,
-    source: EmbeddingSource,
+    source: Embeddings,
     train: np.ndarray,
     *,
     most: int,
@@ -174,7 +174,7 @@ def fit_source(
 class _Rows:
     """Features [F] and targets [C] of tokens, about origins near the data: see `Moments`."""
 
-    def __init__(self, seen: EmbeddingSource, components: Tensor | None, first: np.ndarray) -> None:
+    def __init__(self, seen: Embeddings, components: Tensor | None, first: np.ndarray) -> None:
         self.seen, self.components = seen, components
         self.origins = [rows.mean(dim=0) for rows in self._read(first)]
 
@@ -208,7 +208,7 @@ def _deviation(total: Moments, parts: list[Moments], unseen: list[tuple[Tensor, 
     )
     varying = targets[targets > 1e-6 * targets.max()]
     usual = varying.median() if len(varying) else 1.0
-    least = LEAST_DEVIATION * targets.clamp(min=LEAST_DEVIATION * usual)  # a constant one has none of its own
+    least = MIN_STD * targets.clamp(min=MIN_STD * usual)  # a constant one has none of its own
     return deviation.maximum(least).float().cpu()
 
 

@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip3o_dit.data.store import EmbeddingSource, batches
-from blip3o_dit.evaluation.intervals import Bootstrap, Estimate
-from blip3o_dit.evaluation.metrics import (
+from blip3o_dit.data.store import Embeddings, batches
+from blip3o_dit.metrics.bootstrap import Bootstrap, Estimate
+from blip3o_dit.metrics.fidelity import (
     LinearProbe,
 )
-from blip3o_dit.randomness import named_permutation
+from blip3o_dit.utils.stateless_random import stateless_permutation
 
 Track = Callable[[Iterable[Any], str], Iterable[Any]]
-MOST_PROBE_FEATURES = 4096
+MAX_PROBE_FEATURES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class EvaluationSettings:
 
 
 @dataclass
-class Truth:
+class ReferenceSet:
     """The held-out samples as every method is measured against them.
 
     `indices` [n] in the source. `mean`, `std` [C] of the training tokens. `pooled` [n, C] mean tokens.
@@ -70,7 +70,7 @@ class Truth:
     the rows that retrieval is among.
     """
 
-    source: EmbeddingSource
+    source: Embeddings
     indices: np.ndarray
     mean: Tensor
     std: Tensor
@@ -102,15 +102,15 @@ class Truth:
         return float(self.standardize(self.tokens).var(dim=0, correction=0).mean())
 
 
-def gather_truth(
-    source: EmbeddingSource,
+def collect_reference(
+    source: Embeddings,
     indices: np.ndarray,
     *,
     mean: Tensor,
     std: Tensor,
     settings: EvaluationSettings,
     track: Track,
-) -> Truth:
+) -> ReferenceSet:
     """Read the held-out samples once.
 
     Raises:
@@ -120,7 +120,7 @@ def gather_truth(
         raise ValueError(f"{source.path}: expected at least 2 samples to evaluate, found {len(indices)}")
     count, tokens, width = len(indices), source.num_tokens, source.target_dim
     rows, positions = _choose_tokens(count, tokens, settings)
-    truth = Truth(
+    truth = ReferenceSet(
         source,
         np.asarray(indices),
         mean.float().cpu(),
@@ -148,12 +148,12 @@ def gather_truth(
     return truth
 
 
-def fit_probe(truth: Truth, train: np.ndarray, track: Track) -> None:
+def fit_probe(truth: ReferenceSet, train: np.ndarray, track: Track) -> None:
     """Fit the linear probe on true training tokens, when every record has a label (at least two kinds)."""
     labels = [record.get("label") for record in truth.source.records(truth.indices)]
     if any(label is None for label in labels):
         return
-    order = named_permutation(len(train), seed=truth.settings.seed, stream="probe samples")
+    order = stateless_permutation(len(train), seed=truth.settings.seed, stream="probe samples")
     chosen = np.sort(train[order[: truth.settings.probe_samples]])
     train_labels = [record.get("label") for record in truth.source.records(chosen)]
     if any(label is None for label in train_labels) or len(set(train_labels)) < 2:
@@ -175,10 +175,10 @@ def fit_probe(truth: Truth, train: np.ndarray, track: Track) -> None:
 def probe_features(clip: Tensor) -> Tensor:
     """What the probe sees of tokens [n, N, C]: all of them, or their mean when there are too many numbers."""
     flat = clip.flatten(1)
-    return flat if flat.shape[1] <= MOST_PROBE_FEATURES else clip.mean(dim=1)
+    return flat if flat.shape[1] <= MAX_PROBE_FEATURES else clip.mean(dim=1)
 
 
-def probe_is_right(truth: Truth, clip: Tensor, piece: range) -> np.ndarray:
+def probe_is_right(truth: ReferenceSet, clip: Tensor, piece: range) -> np.ndarray:
     assert truth.probe is not None and truth.labels is not None
     found = truth.probe.predict(probe_features(clip))
     wanted = truth.labels[piece.start : piece.stop]
@@ -192,7 +192,7 @@ def check_finite(what: str, values: Tensor, indices: np.ndarray) -> None:
         raise ValueError(f"{what}: expected finite numbers, found NaN or infinity in sample {first}")
 
 
-def keep_vectors(truth: Truth, piece: range, clip: Tensor, pooled: Tensor, tokens: Tensor) -> None:
+def keep_vectors(truth: ReferenceSet, piece: range, clip: Tensor, pooled: Tensor, tokens: Tensor) -> None:
     """Store the pooled vectors and the chosen tokens of the rows in `piece`."""
     pooled[piece.start : piece.stop] = clip.mean(dim=1)
     low, high = np.searchsorted(truth.token_rows, [piece.start, piece.stop])
@@ -205,8 +205,8 @@ def _choose_tokens(count: int, tokens: int, settings: EvaluationSettings) -> tup
     wanted = min(settings.distribution_samples, count * tokens)
     rounds = []
     for number in range(-(-wanted // count)):  # one token of each sample, then another one, ...
-        rows = named_permutation(count, seed=settings.seed, stream="token samples", pass_index=number)
-        shift = named_permutation(count, seed=settings.seed, stream="token positions")[rows] + number
+        rows = stateless_permutation(count, seed=settings.seed, stream="token samples", counter=number)
+        shift = stateless_permutation(count, seed=settings.seed, stream="token positions")[rows] + number
         rounds.append(np.stack([rows, shift % tokens]))
     rows, positions = np.concatenate(rounds, axis=1)[:, :wanted]
     order = np.lexsort((positions, rows))
@@ -215,12 +215,12 @@ def _choose_tokens(count: int, tokens: int, settings: EvaluationSettings) -> tup
 
 def _choose_drawn(count: int, settings: EvaluationSettings) -> np.ndarray:
     drawn = np.zeros(count, dtype=bool)
-    drawn[named_permutation(count, seed=settings.seed, stream="drawn samples")[: settings.draw_samples]] = (
-        True
-    )
+    drawn[
+        stateless_permutation(count, seed=settings.seed, stream="drawn samples")[: settings.draw_samples]
+    ] = True
     return drawn
 
 
 def _choose_gallery(count: int, settings: EvaluationSettings) -> np.ndarray:
-    order = named_permutation(count, seed=settings.seed, stream="gallery samples")
+    order = stateless_permutation(count, seed=settings.seed, stream="gallery samples")
     return np.sort(order[: settings.gallery_samples])

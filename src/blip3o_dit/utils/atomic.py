@@ -17,8 +17,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from blip3o_dit.errors import WriteError
-from blip3o_dit.files import read_json, reason, show
+from blip3o_dit.utils.errors import WriteError
+from blip3o_dit.utils.json_files import read_json, reason, show
 
 CHECKSUMS_FILE = "checksums.json"
 ASIDE, REPLACED = ".partial", ".replaced"

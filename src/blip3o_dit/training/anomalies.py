@@ -48,7 +48,7 @@ class HostCopy:
         return self._value
 
 
-class LossWatch:
+class LossMonitor:
     """Takes in the loss of every micro-batch and looks at it.
 
     Args:

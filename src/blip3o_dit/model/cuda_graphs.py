@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_dit.model.nextdit import EncodedCondition
+from blip3o_dit.model.transformer import EncodedCondition
 
 logger = logging.getLogger(__name__)
 

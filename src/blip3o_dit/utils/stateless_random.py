@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 
-def named_generator(*name: int | str) -> np.random.Generator:
+def stateless_generator(*name: int | str) -> np.random.Generator:
     """A generator whose whole stream is a function of `name`."""
     plain = tuple(part if isinstance(part, str) else int(part) for part in name)  # numpy's ints as well
     digest = blake2b(repr(plain).encode(), digest_size=16).digest()
@@ -26,16 +26,16 @@ def named_generator(*name: int | str) -> np.random.Generator:
 
 def named_seed(*name: int | str) -> int:
     """A seed for a generator that is not ours, in [0, 2^63)."""
-    return int(named_generator(*name).integers(2**63))
+    return int(stateless_generator(*name).integers(2**63))
 
 
-def named_normal(
+def stateless_normal(
     indices: Sequence[int],
     shape: Sequence[int],
     *,
     seed: int,
     stream: str,
-    pass_index: int = 0,
+    counter: int = 0,
     repeats: Sequence[int] | None = None,
 ) -> Tensor:
     """N(0, 1) of shape [len(indices), *shape], float32, on the CPU; row i belongs to sample indices[i].
@@ -44,21 +44,21 @@ def named_normal(
     """
     out = np.empty((len(indices), *shape), dtype=np.float32)
     for row, name in zip(out, _names(indices, repeats), strict=True):
-        named_generator(seed, stream, pass_index, *name).standard_normal(out=row, dtype=np.float32)
+        stateless_generator(seed, stream, counter, *name).standard_normal(out=row, dtype=np.float32)
     return torch.from_numpy(out)
 
 
-def named_uniform(
+def stateless_uniform(
     indices: Sequence[int],
     *,
     seed: int,
     stream: str,
-    pass_index: int = 0,
+    counter: int = 0,
     repeats: Sequence[int] | None = None,
 ) -> Tensor:
     """U[0, 1) of shape [len(indices)], float32, on the CPU; entry i belongs to sample indices[i]."""
     draws = [
-        named_generator(seed, stream, pass_index, *name).random(dtype=np.float32)
+        stateless_generator(seed, stream, counter, *name).random(dtype=np.float32)
         for name in _names(indices, repeats)
     ]
     return torch.tensor(draws, dtype=torch.float32)
@@ -70,6 +70,6 @@ def _names(indices: Sequence[int], repeats: Sequence[int] | None) -> Iterator[tu
         yield (int(index), int(repeat)) if repeat else (int(index),)
 
 
-def named_permutation(n: int, *, seed: int, stream: str, pass_index: int = 0) -> np.ndarray:
+def stateless_permutation(n: int, *, seed: int, stream: str, counter: int = 0) -> np.ndarray:
     """A permutation of 0..n-1, int64."""
-    return named_generator(seed, stream, pass_index).permutation(n)
+    return stateless_generator(seed, stream, counter).permutation(n)

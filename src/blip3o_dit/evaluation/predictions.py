@@ -14,28 +14,28 @@ import torch
 from torch import Tensor
 
 from blip3o_dit.data.store import batches
-from blip3o_dit.distributed import ALONE, Processes
-from blip3o_dit.evaluation.methods import Method, ModelMethod
-from blip3o_dit.evaluation.metrics import (
+from blip3o_dit.evaluation.reference import (
+    ReferenceSet,
+    Track,
+    check_finite,
+    keep_vectors,
+    probe_is_right,
+)
+from blip3o_dit.evaluation.samplers import ModelSampler, Sampler
+from blip3o_dit.metrics.fidelity import (
     FidelitySums,
     TokenMeasures,
     energy_score,
     spread_and_error,
 )
-from blip3o_dit.evaluation.truth import (
-    Track,
-    Truth,
-    check_finite,
-    keep_vectors,
-    probe_is_right,
-)
+from blip3o_dit.utils.distributed import SINGLE_PROCESS, Processes
 
 
 @dataclass
-class Answers:
+class Predictions:
     """One method's answers, reduced to what the figures need; rows are the held-out samples."""
 
-    method: Method
+    method: Sampler
     sums: dict[str, FidelitySums]
     columns: dict[str, np.ndarray]
     pooled: Tensor
@@ -64,22 +64,24 @@ class Batch:
 
 
 @torch.no_grad()
-def ask(method: Method, truth: Truth, piece: range) -> Batch:
+def predict_batch(method: Sampler, truth: ReferenceSet, piece: range) -> Batch:
     """A method's answers for the held-out samples in `piece`."""
     indices = truth.indices[piece.start : piece.stop]
     eva, clip = truth.source.fetch(indices)
     started = time.perf_counter()
     generated = method.sample(eva, indices.tolist(), 0)
     seconds = time.perf_counter() - started
-    guess = method.best_guess(eva, indices.tolist())
+    guess = method.predict_mean(eva, indices.tolist())
     rows = np.flatnonzero(truth.drawn[piece.start : piece.stop])
     further = range(1, truth.settings.draws if method.random and len(rows) else 1)
-    draws = [method.sample(eva[rows], indices[rows].tolist(), draw) for draw in further]
+    draws = [method.sample(eva[rows], indices[rows].tolist(), sample_number) for sample_number in further]
     return Batch(clip, generated, guess, rows, draws, seconds)
 
 
 @torch.no_grad()
-def collect_answers(method: Method, truth: Truth, track: Track, processes: Processes = ALONE) -> Answers:
+def collect_predictions(
+    method: Sampler, truth: ReferenceSet, track: Track, processes: Processes = SINGLE_PROCESS
+) -> Predictions:
     """Ask a method about every held-out sample.
 
     Args:
@@ -89,7 +91,7 @@ def collect_answers(method: Method, truth: Truth, track: Track, processes: Proce
         ValueError: for NaN or infinity among the answers, naming method and sample.
     """
     width = truth.tokens.shape[1]
-    answers = Answers(
+    answers = Predictions(
         method,
         sums={},
         columns={},
@@ -99,7 +101,7 @@ def collect_answers(method: Method, truth: Truth, track: Track, processes: Proce
         position_cosines=torch.zeros(truth.source.num_tokens, dtype=torch.float64),
     )
     pieces = track(list(batches(range(len(truth.indices)), truth.settings.batch_size)), method.name)
-    for piece, found in processes.in_order(pieces, partial(ask, method, truth)):
+    for piece, found in processes.map_in_order(pieces, partial(predict_batch, method, truth)):
         indices, generated = truth.indices[piece.start : piece.stop], found.generated
         answers.seconds += found.seconds
         answers.batch_milliseconds.append(1000 * found.seconds / len(indices))
@@ -118,21 +120,21 @@ def collect_answers(method: Method, truth: Truth, track: Track, processes: Proce
     return answers
 
 
-def without_vectors(answers: Answers) -> Answers:
+def without_vectors(answers: Predictions) -> Predictions:
     """The same without pooled vectors and tokens, which only `describe` needs."""
     return replace(answers, pooled=torch.empty(0), tokens=torch.empty(0))
 
 
-def peak_memory_mib(method: Method | None = None) -> float:
+def peak_memory_mib(method: Sampler | None = None) -> float:
     """Peak of the GPU's allocations for a model on one, else of the process so far."""
-    if isinstance(method, ModelMethod) and method.model.device.type == "cuda":
+    if isinstance(method, ModelSampler) and method.model.device.type == "cuda":
         return torch.cuda.max_memory_allocated(method.model.device) / 2**20
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def _measure(
-    answers: Answers, truth: Truth, piece: range, variant: str, generated: Tensor, clip: Tensor
+    answers: Predictions, truth: ReferenceSet, piece: range, variant: str, generated: Tensor, clip: Tensor
 ) -> TokenMeasures:
     """Fidelity of one batch, streamed and per sample."""
     sums = answers.sums.setdefault(variant, FidelitySums(truth.mean))
@@ -150,7 +152,7 @@ def _measure(
     return found
 
 
-def _measure_draws(answers: Answers, truth: Truth, piece: range, found: Batch) -> None:
+def _measure_draws(answers: Predictions, truth: ReferenceSet, piece: range, found: Batch) -> None:
     """What several draws say together, for the samples that got them."""
     rows, clip = found.rows, found.clip
     if not len(rows):
@@ -185,7 +187,7 @@ def _bin_columns(draws: Tensor, truth: Tensor) -> dict[str, Tensor]:
     return {"bin_order": order, "bin_spread": found.spread, "bin_error": found.error}
 
 
-def standardized_and_flat(truth: Truth, draws: Tensor, clip: Tensor) -> tuple[Tensor, Tensor]:
+def standardized_and_flat(truth: ReferenceSet, draws: Tensor, clip: Tensor) -> tuple[Tensor, Tensor]:
     """Standardised and flattened: [K, n, N C] and [n, N C]."""
     return truth.standardize(draws).flatten(2), truth.standardize(clip).flatten(1)
 

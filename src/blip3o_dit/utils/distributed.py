@@ -19,7 +19,7 @@ import torch.distributed
 from accelerate import PartialState
 from torch import Tensor
 
-from blip3o_dit.launch import check_launch
+from blip3o_dit.utils.launch import check_launch
 
 # The first process fits baselines and writes files while the others wait for it; torch would give up on it
 # after ten minutes. A process that died ends the wait too: the launcher stops the rest.
@@ -40,11 +40,11 @@ class Processes:
     device: torch.device = _CPU
 
     @property
-    def is_first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that collects, writes and reports."""
         return self.rank == 0
 
-    def share(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, bool]]:
+    def shard(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, bool]]:
         """This process's pieces, and whether each one counts.
 
         All processes get equally many, as calls of a model whose weights are sharded must be: a process that
@@ -54,7 +54,7 @@ class Processes:
             mine = start + self.rank
             yield pieces[min(mine, len(pieces) - 1)], mine < len(pieces)
 
-    def in_order(
+    def map_in_order(
         self, pieces: Iterable[Piece], work: Callable[[Piece], Result]
     ) -> Iterator[tuple[Piece, Result]]:
         """(piece, work(piece)) in the order of the pieces, on the first process; the others get none.
@@ -74,7 +74,7 @@ class Processes:
         torch.distributed.all_reduce(tensor)
         return tensor.cpu()
 
-    def from_first(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The first process's value, on all of them."""
         if self.count == 1:
             return value
@@ -82,7 +82,7 @@ class Processes:
         torch.distributed.broadcast_object_list(held, src=0)
         return held[0]
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all processes are here."""
         if self.count > 1:
             torch.distributed.barrier()
@@ -91,12 +91,12 @@ class Processes:
         """Every process's value, on the first one; elsewhere nothing."""
         if self.count == 1:
             return [value]
-        found: list[Any] | None = [None] * self.count if self.is_first else None
+        found: list[Any] | None = [None] * self.count if self.is_main else None
         torch.distributed.gather_object(value, found)
         return found or []
 
 
-ALONE = Processes()
+SINGLE_PROCESS = Processes()
 
 
 def join_processes(device: str = "auto") -> Processes:

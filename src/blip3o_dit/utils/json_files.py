@@ -8,7 +8,7 @@ import reprlib
 from pathlib import Path
 from typing import Any, NoReturn
 
-MOST_JSON = 2**26
+MAX_JSON_BYTES = 2**26
 """Largest JSON file that is read whole, in bytes; a manifest of a hundred thousand shards has half of it."""
 
 # What an empty list or object takes in memory, and how much of that a file may ask for beyond its own size:
@@ -28,8 +28,8 @@ def read_json(file: Path, *, non_finite: bool = False) -> Any:
             gives a name twice.
     """
     size = file.stat().st_size
-    if size > MOST_JSON:
-        raise ValueError(f"{file}: expected at most {MOST_JSON} bytes of JSON, found {size}")
+    if size > MAX_JSON_BYTES:
+        raise ValueError(f"{file}: expected at most {MAX_JSON_BYTES} bytes of JSON, found {size}")
     return parse_json(file, file.read_bytes(), non_finite=non_finite)
 
 

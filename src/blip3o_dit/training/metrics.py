@@ -8,10 +8,10 @@ from torch import Tensor
 
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss, LossOutput
 from blip3o_dit.flow.path import PathSample, convert_prediction
-from blip3o_dit.model.source import AffineSource
+from blip3o_dit.flow.source import AffineSource
 
 
-class TrainingMonitor:
+class TrainingMetrics:
     """Sums of step quantities, on the device of the step.
 
     * `flow_matching_loss`, `regularization_loss`: the parts of the loss.
@@ -43,7 +43,7 @@ class TrainingMonitor:
         prediction = prediction.detach().float()
         source, path = loss_fn.prediction_type, loss_fn.path
         x_1, velocity = (
-            convert_prediction(prediction, sample.x_t, sample.t, path, source=source, target=target)
+            convert_prediction(prediction, sample.x_t, sample.t, path, from_type=source, to_type=target)
             for target in ("sample", "v_prediction")
         )
         estimate, truth = flow_source.from_flow(x_1), flow_source.from_flow(sample.x_1)

@@ -13,23 +13,23 @@ import torch
 from torch import Tensor
 
 from blip3o_dit.data.checks import Indices, Record, check_indices, check_pair
-from blip3o_dit.data.pickle_file import load_pickle
+from blip3o_dit.data.safe_unpickler import load_pickle
 from blip3o_dit.data.store import (
-    EmbeddingSource,
+    Embeddings,
     EmbeddingStore,
     StoreWriter,
     batches,
     check_shard_count,
     dump_atomically,
 )
-from blip3o_dit.files import show, show_names
-from blip3o_dit.folders import sha256
+from blip3o_dit.utils.atomic import sha256
+from blip3o_dit.utils.json_files import show, show_names
 
 EVA_KEY = "eva_blip3o_embeddings"
 CLIP_KEY = "clip_blip3o_embeddings"
 
 
-def open_embeddings(path: str | Path, *, verify: str = "first") -> EmbeddingSource:
+def open_embeddings(path: str | Path, *, verify: str = "first") -> Embeddings:
     """A store folder or a documented pickle file, checked; `verify` as for `EmbeddingStore`.
 
     Raises:
@@ -46,7 +46,7 @@ class TransformedEmbeddings:
 
     def __init__(
         self,
-        source: EmbeddingSource,
+        source: Embeddings,
         condition: Callable[[Tensor], Tensor],
         target: Callable[[Tensor], Tensor],
     ) -> None:
@@ -57,16 +57,16 @@ class TransformedEmbeddings:
         self.shard_starts = source.shard_starts
 
     def fetch(self, indices: Indices) -> tuple[Tensor, Tensor]:
-        """See `EmbeddingSource.fetch`."""
+        """See `Embeddings.fetch`."""
         eva, clip = self.source.fetch(indices)
         return self.condition(eva), self.target(clip)
 
     def records(self, indices: Indices | None = None) -> list[Record]:
-        """See `EmbeddingSource.records`."""
+        """See `Embeddings.records`."""
         return self.source.records(indices)
 
 
-def check_sizes(source: EmbeddingSource, expected: tuple[int, int, int], model: str | Path) -> None:
+def check_sizes(source: Embeddings, expected: tuple[int, int, int], model: str | Path) -> None:
     """Refuse (ValueError) a source whose (tokens, condition width, target width) are not the model's."""
     found = (source.num_tokens, source.condition_dim, source.target_dim)
     if found != expected:
@@ -111,7 +111,7 @@ class PickledEmbeddings:
         return self._fingerprint
 
     def fetch(self, indices: Indices) -> tuple[Tensor, Tensor]:
-        """See `EmbeddingSource.fetch`."""
+        """See `Embeddings.fetch`."""
         eva, clip = self.fetch_stored(indices)
         return eva.float(), clip.float()
 
@@ -122,7 +122,7 @@ class PickledEmbeddings:
         return self._eva[rows], self._clip[rows]
 
     def records(self, indices: Indices | None = None) -> list[Record]:
-        """See `EmbeddingSource.records`."""
+        """See `Embeddings.records`."""
         if indices is None:
             return list(self._records)
         return [self._records[int(index)] for index in indices]
@@ -156,7 +156,7 @@ def convert_pickle(
     return EmbeddingStore(target)
 
 
-def write_pickle(source: EmbeddingSource, path: str | Path) -> None:
+def write_pickle(source: Embeddings, path: str | Path) -> None:
     """Write embeddings as the documented pickle of NumPy arrays, which holds all of them in memory."""
     path = Path(path)
     shapes = [(source.num_tokens, source.condition_dim), (source.num_tokens, source.target_dim)]
@@ -239,7 +239,7 @@ def _column(path: Path, content: dict[Any, Any], name: str, count: int) -> list[
     return list(values)
 
 
-MOST_CONFIG = 10_000
+MAX_CONFIG_BYTES = 10_000
 """Values in a pickle's config that a store takes over."""
 
 
@@ -247,16 +247,16 @@ def _plain_config(pickled: PickledEmbeddings) -> Any:
     """What JSON can hold of the config, the rest as short text.
 
     Raises:
-        ValueError: for more than `MOST_CONFIG` values: containers that hold one another many times over
+        ValueError: for more than `MAX_CONFIG_BYTES` values: containers that hold one another many times over
             would have no end as text.
     """
-    left = MOST_CONFIG
+    left = MAX_CONFIG_BYTES
 
     def plain(value: Any, depth: int) -> Any:
         nonlocal left
         left -= 1
         if left < 0 or depth > 50:
-            raise ValueError(f"{pickled.path}: config: expected at most {MOST_CONFIG} values, 50 deep")
+            raise ValueError(f"{pickled.path}: config: expected at most {MAX_CONFIG_BYTES} values, 50 deep")
         if isinstance(value, dict):
             return {k if isinstance(k, str) else show(k): plain(v, depth + 1) for k, v in value.items()}
         if isinstance(value, list | tuple):

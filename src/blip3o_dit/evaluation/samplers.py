@@ -13,7 +13,7 @@ from blip3o_dit.flow.solvers import CALLS_PER_STEP
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 
 
-class Method(Protocol):
+class Sampler(Protocol):
     """Something that answers conditions [n, L, C_eva] with tokens [n, N, C], in the units of the data.
 
     `name` is short and unique, `about` is for people, `is_model` tells models from baselines, `calls` is
@@ -35,15 +35,15 @@ class Method(Protocol):
     @property
     def random(self) -> bool: ...
 
-    def best_guess(self, eva: Tensor, indices: Sequence[int]) -> Tensor | None:
+    def predict_mean(self, eva: Tensor, indices: Sequence[int]) -> Tensor | None:
         """The average answer; None when the method has none of its own."""
 
-    def sample(self, eva: Tensor, indices: Sequence[int], draw: int) -> Tensor:
+    def sample(self, eva: Tensor, indices: Sequence[int], sample_number: int) -> Tensor:
         """One possible answer; draws 0, 1, ... are independent, and named by the samples' indices."""
 
 
 @dataclass(frozen=True)
-class ModelMethod:
+class ModelSampler:
     """A trained `BLIP3oDiTModel` with sampling settings.
 
     Its best guess is the one-call estimate at t = 0, where the network predicts the average answer; a
@@ -68,12 +68,12 @@ class ModelMethod:
     def calls(self) -> int:
         return self.num_inference_steps * CALLS_PER_STEP[self.solver]
 
-    def best_guess(self, eva: Tensor, indices: Sequence[int]) -> Tensor | None:
+    def predict_mean(self, eva: Tensor, indices: Sequence[int]) -> Tensor | None:
         if self.model.config.flow.prediction_type == "epsilon" or self.model.config.flow.student_steps:
             return None
-        return self.model.estimate(eva, seed=self.seed, sample_index=indices).cpu()
+        return self.model.predict_mean(eva, seed=self.seed, sample_index=indices).cpu()
 
-    def sample(self, eva: Tensor, indices: Sequence[int], draw: int) -> Tensor:
+    def sample(self, eva: Tensor, indices: Sequence[int], sample_number: int) -> Tensor:
         generated = self.model.generate(
             eva,
             num_inference_steps=self.num_inference_steps,
@@ -81,11 +81,11 @@ class ModelMethod:
             guidance_scale=self.guidance_scale,
             seed=self.seed,
             sample_index=indices,
-            draw=draw,
+            sample_number=sample_number,
         )
         return generated.cpu()
 
-    def with_calls(self, solver: str, calls: int) -> ModelMethod:
+    def with_calls(self, solver: str, calls: int) -> ModelSampler:
         """The same model sampled with so many network calls."""
         return replace(self, solver=solver, num_inference_steps=calls // CALLS_PER_STEP[solver])
 
@@ -106,14 +106,14 @@ class BaselineMethod:
     def random(self) -> bool:
         return self.residual is not None
 
-    def best_guess(self, eva: Tensor, indices: Sequence[int]) -> Tensor | None:
+    def predict_mean(self, eva: Tensor, indices: Sequence[int]) -> Tensor | None:
         return self.baseline.predict(eva)
 
-    def sample(self, eva: Tensor, indices: Sequence[int], draw: int) -> Tensor:
+    def sample(self, eva: Tensor, indices: Sequence[int], sample_number: int) -> Tensor:
         guess = self.baseline.predict(eva)
         if self.residual is None:
             return guess
-        return guess + self.residual.sample(indices, seed=self.seed, draw=draw)
+        return guess + self.residual.sample(indices, seed=self.seed, sample_number=sample_number)
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,8 @@ class NeighbourMethod:
             f"among {len(self.baseline.bank)}"
         )
 
-    def best_guess(self, eva: Tensor, indices: Sequence[int]) -> Tensor | None:
+    def predict_mean(self, eva: Tensor, indices: Sequence[int]) -> Tensor | None:
         return self.baseline.predict(eva)
 
-    def sample(self, eva: Tensor, indices: Sequence[int], draw: int) -> Tensor:
-        return self.baseline.sample(eva, indices, seed=self.seed, draw=draw)
+    def sample(self, eva: Tensor, indices: Sequence[int], sample_number: int) -> Tensor:
+        return self.baseline.sample(eva, indices, seed=self.seed, sample_number=sample_number)

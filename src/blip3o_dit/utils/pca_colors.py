@@ -9,7 +9,7 @@ import numpy as np
 COMPONENTS_TO_RGB = np.array([[1, 1, 1], [1, 1, -2], [1, -1, 0]]) / np.sqrt([[3], [6], [2]])
 
 
-def token_colours(tokens: np.ndarray, true_tokens: np.ndarray) -> np.ndarray:
+def pca_colors(tokens: np.ndarray, true_tokens: np.ndarray) -> np.ndarray:
     """Tokens [..., W] as RGB in 0..1 [..., 3], by three principal components of the true tokens.
 
     Centre, basis and scale are those of the true tokens, so that equal colours mean equal tokens

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from blip3o_dit.randomness import named_generator
+from blip3o_dit.utils.stateless_random import stateless_generator
 
 LEVEL = 0.95
 FEWEST = 20  # with fewer samples a bootstrap says nothing
@@ -59,7 +59,7 @@ class Bootstrap:
         """The median of one value per sample, [n]."""
         if self.count < FEWEST:
             return Estimate(float(np.median(values)))
-        generator = named_generator(self.seed, "bootstrap of medians")
+        generator = stateless_generator(self.seed, "bootstrap of medians")
         found = [
             np.median(values[generator.integers(0, self.count, self.count)]) for _ in range(self.replicates)
         ]
@@ -72,7 +72,7 @@ class Bootstrap:
         return Estimate(value, float(low), float(high))
 
     def _weights(self) -> Iterator[np.ndarray]:
-        generator = named_generator(self.seed, "bootstrap")
+        generator = stateless_generator(self.seed, "bootstrap")
         for _ in range(self.replicates):
             chosen = generator.integers(0, self.count, self.count)
             yield np.bincount(chosen, minlength=self.count) / self.count
@@ -85,7 +85,7 @@ def half_samples(count: int, *, replicates: int, seed: int) -> Iterator[np.ndarr
     are smooth in the data; Shao and Tu 1995, chapter 5), and a half holds no vector twice: duplicates
     would break nearest-neighbour balls and kernel sums.
     """
-    generator = named_generator(seed, "half samples")
+    generator = stateless_generator(seed, "half samples")
     for _ in range(replicates):
         yield np.sort(generator.permutation(count)[: count // 2])
 

@@ -25,17 +25,17 @@ from blip3o_dit.config import (
     check_range,
 )
 from blip3o_dit.data.dataset import split_samples
-from blip3o_dit.data.source import check_sizes, open_embeddings
-from blip3o_dit.data.store import EmbeddingSource
-from blip3o_dit.flow.distillation import Lesson, trajectory_lessons
-from blip3o_dit.flow.path import convert_prediction, path_of
-from blip3o_dit.folders import written_aside
-from blip3o_dit.launch import check_alone
+from blip3o_dit.data.embeddings import check_sizes, open_embeddings
+from blip3o_dit.data.store import Embeddings
+from blip3o_dit.flow.distillation import DistillationTarget, trajectory_targets
+from blip3o_dit.flow.path import convert_prediction, make_path
+from blip3o_dit.flow.source import AffineSource
 from blip3o_dit.model.blip3o_dit import EMA_FILE, EMA_VARIANT, BLIP3oDiTModel, pick_weights
-from blip3o_dit.model.source import AffineSource
-from blip3o_dit.randomness import named_normal, named_permutation
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.memory import check_room, distillation_forecast, room_on
+from blip3o_dit.utils.atomic import written_aside
+from blip3o_dit.utils.launch import check_alone
+from blip3o_dit.utils.stateless_random import stateless_normal, stateless_permutation
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,9 @@ def distill(
     source = open_embeddings(embeddings)
     check_sizes(source, teacher.config.data_sizes, model_path)
     train = split_samples(source, eval_split=run.eval_split, seed=run.seed, split_by=run.split_by).train
-    student, average = teach(teacher.to(config.device).eval(), source, train, config, progress=progress)
+    student, average = train_student(
+        teacher.to(config.device).eval(), source, train, config, progress=progress
+    )
     taught = replace(
         run,
         output_dir=str(output),
@@ -125,14 +127,14 @@ def _check_memory(model: BLIP3oDiTConfig, config: DistillationConfig) -> None:
     """Refuse (ValueError) what does not fit, before any of it is built."""
     device = torch.device(config.device)
     needed = distillation_forecast(
-        model, device, batch=config.batch_size, lessons=config.steps, averages=config.ema_decay > 0
+        model, device, batch=config.batch_size, targets=config.steps, averages=config.ema_decay > 0
     )
     check_room(needed, room_on(device), "less is taken with a smaller --batch_size, --ema_decay 0")
 
 
-def teach(
+def train_student(
     teacher: BLIP3oDiTModel,
-    source: EmbeddingSource,
+    source: Embeddings,
     train: np.ndarray,
     config: DistillationConfig,
     *,
@@ -166,8 +168,8 @@ def teach(
     batches = _batches(train, config)
     bar = tqdm(range(config.train_steps), desc="distilling", unit="step", disable=not progress)
     for step in bar:
-        lesson, condition, start = _lessons(teacher, source, next(batches), step, config)
-        loss = _loss(student, lesson, condition, start)
+        target, condition, start = _targets(teacher, source, next(batches), step, config)
+        loss = _loss(student, target, condition, start)
         if not torch.isfinite(loss):
             raise ValueError(f"step {step + 1}: expected a finite loss, found {loss.item()} (lower the rate)")
         optimizer.zero_grad()
@@ -183,60 +185,62 @@ def teach(
     return student.eval(), average
 
 
-def _lessons(
+def _targets(
     teacher: BLIP3oDiTModel,
-    source: EmbeddingSource,
+    source: Embeddings,
     indices: np.ndarray,
     step: int,
     config: DistillationConfig,
-) -> tuple[Lesson, Tensor, AffineSource]:
+) -> tuple[DistillationTarget, Tensor, AffineSource]:
     """All lessons of one batch in one, their conditions, and where their paths start."""
     eva = source.fetch(indices)[0].to(teacher.device)
     condition = teacher.normalize_condition(eva)
-    start = teacher.source_of(condition)
+    start = teacher.source_distribution(condition)
     shape = (teacher.config.num_tokens, teacher.config.in_channels)
-    noise = named_normal(
-        indices.tolist(), shape, seed=config.seed, stream="distillation noise", pass_index=step
+    noise = stateless_normal(
+        indices.tolist(), shape, seed=config.seed, stream="distillation noise", counter=step
     )
     flow = teacher.config.flow
-    path = path_of(flow)
-    lessons = trajectory_lessons(
-        teacher.velocity_of(condition, start),
+    path = make_path(flow)
+    targets = trajectory_targets(
+        teacher.make_velocity_fn(condition, start),
         path.source(noise.to(teacher.device)),
         student_steps=config.steps,
         teacher_steps=max(1, -(-config.teacher_steps // config.steps)),
         solver=config.teacher_solver,
         time_shift=flow.time_shift,
     )
-    together = Lesson(
-        t=torch.cat([lesson.t for lesson in lessons]),
-        x=torch.cat([lesson.x for lesson in lessons]),
-        velocity=torch.cat([lesson.velocity for lesson in lessons]),
+    together = DistillationTarget(
+        t=torch.cat([target.t for target in targets]),
+        x=torch.cat([target.x for target in targets]),
+        velocity=torch.cat([target.velocity for target in targets]),
     )
-    return together, condition.repeat(len(lessons), 1, 1), start.repeat(len(lessons))
+    return together, condition.repeat(len(targets), 1, 1), start.repeat(len(targets))
 
 
-def _loss(student: BLIP3oDiTModel, lesson: Lesson, condition: Tensor, start: AffineSource) -> Tensor:
+def _loss(
+    student: BLIP3oDiTModel, target: DistillationTarget, condition: Tensor, start: AffineSource
+) -> Tensor:
     """Mean squared error of the velocity, in the flow's units."""
     flow = student.config.flow
-    prediction = student(start.from_flow(lesson.x), lesson.t, condition, start.mean)
+    prediction = student(start.from_flow(target.x), target.t, condition, start.mean)
     velocity = convert_prediction(
         prediction,
-        lesson.x,
-        lesson.t,
-        path_of(flow),
-        source=flow.prediction_type,
-        target="v_prediction",
+        target.x,
+        target.t,
+        make_path(flow),
+        from_type=flow.prediction_type,
+        to_type="v_prediction",
     )
-    return (velocity - lesson.velocity).square().mean()
+    return (velocity - target.velocity).square().mean()
 
 
 def _batches(train: np.ndarray, config: DistillationConfig) -> Iterator[np.ndarray]:
     """Shuffled passes over the training samples, without end; a pass's short rest is left out."""
     size, number = min(config.batch_size, len(train)), 0
     while True:
-        order = named_permutation(
-            len(train), seed=config.seed, stream="distillation order", pass_index=number
+        order = stateless_permutation(
+            len(train), seed=config.seed, stream="distillation order", counter=number
         )
         for start in range(0, len(train) - size + 1, size):
             yield train[order[start : start + size]]

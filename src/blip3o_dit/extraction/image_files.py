@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from blip3o_dit.files import plain, reason, show
+from blip3o_dit.utils.json_files import plain, reason, show
 
 IMAGE_SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"]
@@ -24,7 +24,7 @@ IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png", "path")
 
 
 @dataclass(frozen=True, slots=True)
-class PictureRef:
+class ImageRef:
     """One picture, not read yet. Small and picklable.
 
     `key` is unique in its list. `location` is for people. `offset` and `size` say which bytes of `file` it
@@ -57,9 +57,9 @@ class PictureRef:
         return data
 
 
-def list_pictures(
+def list_images(
     path: str | Path, *, image_column: str | None = None, caption_column: str | None = None
-) -> list[PictureRef]:
+) -> list[ImageRef]:
     """Every picture at `path`, in an order that does not depend on the file system.
 
     * a folder: pictures below it by their suffix, captions from a .txt beside them; hidden files ignored.
@@ -95,7 +95,7 @@ def list_pictures(
     return refs
 
 
-def _list_folder(path: Path, image_column: str | None, caption_column: str | None) -> list[PictureRef]:
+def _list_folder(path: Path, image_column: str | None, caption_column: str | None) -> list[ImageRef]:
     files = sorted(_walk(path), key=lambda file: os.fsencode(file.relative_to(path).as_posix()))
     if (path / "dataset_info.json").is_file() or (path / "state.json").is_file():
         tables = [file for file in files if file.suffix == ".arrow"]
@@ -120,7 +120,7 @@ def _list_folder(path: Path, image_column: str | None, caption_column: str | Non
         return [ref for table in tables for ref in _list_table(table, image_column, caption_column)]
     texts = {file.with_suffix("") for file in files if file.suffix.lower() == ".txt"}
     return [
-        PictureRef(
+        ImageRef(
             key=file.relative_to(path).as_posix(),
             caption=_text(file.with_suffix(".txt")) if file.with_suffix("") in texts else None,
             file=str(file),
@@ -144,7 +144,7 @@ def _text(file: Path) -> str | None:
         return None
 
 
-def _list_file(path: Path) -> list[PictureRef]:
+def _list_file(path: Path) -> list[ImageRef]:
     reader = {".csv": _csv_rows, ".jsonl": _json_rows}.get(path.suffix.lower(), _plain_rows)
     seen: dict[str, int] = {}
     given: dict[str, int] = {}
@@ -164,7 +164,7 @@ def _list_file(path: Path) -> list[PictureRef]:
             key = name if seen[name] == 1 else f"{name}#{seen[name]}"
         file = str(path.parent / name)
         label = row.get("label")
-        refs.append(PictureRef(key=key, caption=_plain(caption), file=file, label=_plain(label)))
+        refs.append(ImageRef(key=key, caption=_plain(caption), file=file, label=_plain(label)))
     return refs
 
 
@@ -210,7 +210,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
-def _list_tar(path: Path) -> list[PictureRef]:
+def _list_tar(path: Path) -> list[ImageRef]:
     """Members of one tar, by stem; only headers and captions are read, nothing is unpacked."""
     images: dict[str, tarfile.TarInfo] = {}
     captions: dict[str, str] = {}
@@ -236,7 +236,7 @@ def _list_tar(path: Path) -> list[PictureRef]:
     except (tarfile.TarError, EOFError, OSError) as error:
         raise ValueError(f"{path}: not a whole tar: {reason(error)}") from error
     return [
-        PictureRef(
+        ImageRef(
             key=f"{path.stem}/{stem}",
             caption=captions.get(stem),
             file=str(path),
@@ -262,7 +262,7 @@ def _tar_caption(tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> 
     return str(found[0]) if found else None
 
 
-def _list_table(path: Path, image_column: str | None, caption_column: str | None) -> list[PictureRef]:
+def _list_table(path: Path, image_column: str | None, caption_column: str | None) -> list[ImageRef]:
     names, count, column_of = _open_table(str(path))
     image = image_column or next((name for name in IMAGE_COLUMNS if name in names), None)
     if image is None or image not in names:
@@ -274,7 +274,7 @@ def _list_table(path: Path, image_column: str | None, caption_column: str | None
     captions = column_of(caption) if caption else [None] * count
     labels = column_of("label") if "label" in names else [None] * count
     return [
-        PictureRef(
+        ImageRef(
             key=f"{path.stem}/{row}",
             caption=_plain(captions[row]),
             file=str(path),
@@ -365,7 +365,7 @@ def _pyarrow() -> Any:
     return pyarrow
 
 
-def _check_unique(path: Path, refs: Sequence[PictureRef]) -> None:
+def _check_unique(path: Path, refs: Sequence[ImageRef]) -> None:
     seen: dict[str, str] = {}
     for ref in refs:
         if ref.key in seen:

@@ -12,10 +12,10 @@ def pictures_by_key(where: str | None) -> Callable[[list[str]], list[Any]]:
     Raises:
         FileNotFoundError, ValueError: when nothing can be listed at `where`.
     """
-    from blip3o_dit.extraction.pictures import UnreadablePictureError, decode_picture
-    from blip3o_dit.extraction.sources import list_pictures
+    from blip3o_dit.extraction.image_decoding import UnreadablePictureError, decode_picture
+    from blip3o_dit.extraction.image_files import list_images
 
-    refs = {ref.key: ref for ref in list_pictures(where)} if where else {}
+    refs = {ref.key: ref for ref in list_images(where)} if where else {}
 
     def read(keys: list[str]) -> list[Any]:
         found: list[Any] = []

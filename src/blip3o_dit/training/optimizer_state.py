@@ -23,8 +23,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from blip3o_dit.files import reason, show
 from blip3o_dit.training.checkpoint import OPTIMIZER_NUMBERS, OPTIMIZER_TENSORS, read_object
+from blip3o_dit.utils.json_files import reason, show
 
 EIGHT_BIT_PARTS = ("codes", "scale", "qmap")
 

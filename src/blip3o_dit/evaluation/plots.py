@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from blip3o_dit.token_colours import token_colours
+from blip3o_dit.utils.pca_colors import pca_colors
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -115,7 +115,7 @@ def sample_figure(
         label.set_wrap(True)
         for column in range(count):
             if name in rows:
-                colours = token_colours(rows[name][column], true).reshape(side, side, 3)
+                colours = pca_colors(rows[name][column], true).reshape(side, side, 3)
                 grid[row, column].imshow(colours, interpolation="nearest")
             elif pictures is not None and pictures[column] is not None:
                 grid[row, column].imshow(_small(pictures[column]))

@@ -24,7 +24,7 @@ from blip3o_dit.data.store import (
     write_atomically,
     write_manifest,
 )
-from blip3o_dit.files import read_json, show
+from blip3o_dit.utils.json_files import read_json, show
 
 SETTINGS_FILE = "extraction.json"
 SKIPPED_FILE = "skipped.jsonl"

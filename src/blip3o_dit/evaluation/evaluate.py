@@ -18,17 +18,23 @@ from tqdm.auto import tqdm
 
 from blip3o_dit.config import TRAINING_CONFIG_FILE, TrainingConfig
 from blip3o_dit.data.dataset import split_samples
-from blip3o_dit.data.source import TransformedEmbeddings
-from blip3o_dit.data.store import EmbeddingSource
-from blip3o_dit.distributed import ALONE, Processes, join_processes
-from blip3o_dit.evaluation import engine, figures, report
-from blip3o_dit.evaluation.answers import Answers, collect_answers, without_vectors
+from blip3o_dit.data.embeddings import TransformedEmbeddings
+from blip3o_dit.data.store import Embeddings
+from blip3o_dit.evaluation import plots, report, scores
 from blip3o_dit.evaluation.fitting import fit_baselines
-from blip3o_dit.evaluation.methods import Method, ModelMethod
+from blip3o_dit.evaluation.predictions import Predictions, collect_predictions, without_vectors
+from blip3o_dit.evaluation.reference import (
+    EvaluationSettings,
+    ReferenceSet,
+    Track,
+    collect_reference,
+    fit_probe,
+)
+from blip3o_dit.evaluation.samplers import ModelSampler, Sampler
 from blip3o_dit.evaluation.summary import summarize
-from blip3o_dit.evaluation.truth import EvaluationSettings, Track, Truth, fit_probe, gather_truth
 from blip3o_dit.inference.pipeline import BLIP3oInference, check_writable, target_statistics
-from blip3o_dit.randomness import named_permutation
+from blip3o_dit.utils.distributed import SINGLE_PROCESS, Processes, join_processes
+from blip3o_dit.utils.stateless_random import stateless_permutation
 
 FORMAT = "blip3o-dit evaluation"
 FORMAT_VERSION = 1
@@ -115,10 +121,10 @@ def evaluate_models(
         FileNotFoundError, ValueError: one line naming what was expected and found.
     """
     config = config or EvaluationConfig()
-    figures.require_matplotlib()
+    plots.require_matplotlib()
     folder = Path(models[0] if output_dir is None else output_dir)
     processes = join_processes(config.device)
-    if processes.is_first:
+    if processes.is_main:
         check_writable(folder / report.METRICS_FILE)
     loaded = [
         BLIP3oInference(path, device=config.device, dtype=config.dtype, weights=config.weights)
@@ -129,7 +135,7 @@ def evaluate_models(
     for other in loaded[1:]:
         other.open(embeddings)
     methods = _model_methods(loaded, config)
-    if not processes.is_first:
+    if not processes.is_main:
         _help_sampling(methods, source, indices, config, processes)
         return {}
     fit_on, train = _fit_source(loaded, source, embeddings, config)
@@ -159,11 +165,11 @@ def evaluate_models(
 
 
 def evaluate_methods(
-    methods: Sequence[Method],
-    source: EmbeddingSource,
+    methods: Sequence[Sampler],
+    source: Embeddings,
     indices: np.ndarray,
     *,
-    fit_source: tuple[EmbeddingSource, np.ndarray],
+    fit_source: tuple[Embeddings, np.ndarray],
     config: EvaluationConfig,
     statistics: tuple[torch.Tensor, torch.Tensor],
     source_samples: int = 0,
@@ -171,7 +177,7 @@ def evaluate_methods(
     regression_like: BLIP3oInference | None = None,
     pictures: Callable[[list[str]], list[Any]] | None = None,
     progress: bool = True,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> tuple[dict[str, Any], report.ShownSamples | None]:
     """Measure any methods beside the baselines. `fit_source` is (embeddings, training indices).
 
@@ -185,11 +191,11 @@ def evaluate_methods(
     """
     track = _track(progress)
     mean, std = (value.float().cpu() for value in statistics)
-    truth = gather_truth(source, indices, mean=mean, std=std, settings=config.measure, track=track)
+    truth = collect_reference(source, indices, mean=mean, std=std, settings=config.measure, track=track)
     fit_on, train = fit_source
     if fit_on is source:
         fit_probe(truth, train, track)
-    floor = engine.true_floor(truth, fit_on, train) if len(train) >= 2 else None
+    floor = scores.real_vs_real(truth, fit_on, train) if len(train) >= 2 else None
     most = min(len(train), config.fit_samples or max(FEWEST_FIT_SAMPLES, source_samples))
     everything = [*methods]
     if len(train):
@@ -205,9 +211,9 @@ def evaluate_methods(
         )
     described, found = [], []
     for method in everything:
-        shared = processes if any(method is asked for asked in methods) else ALONE
-        answers = collect_answers(method, truth, track, shared)
-        described.append(engine.describe(answers, truth))
+        shared = processes if any(method is asked for asked in methods) else SINGLE_PROCESS
+        answers = collect_predictions(method, truth, track, shared)
+        described.append(scores.score(answers, truth))
         found.append(without_vectors(answers))
     result: dict[str, Any] = {
         "format": FORMAT,
@@ -234,8 +240,8 @@ def evaluate_methods(
 
 
 def _help_sampling(
-    methods: Sequence[Method],
-    source: EmbeddingSource,
+    methods: Sequence[Sampler],
+    source: Embeddings,
     indices: np.ndarray,
     config: EvaluationConfig,
     processes: Processes,
@@ -243,17 +249,19 @@ def _help_sampling(
     """What `evaluate_methods` shares out, in its order, for a process that is not the first."""
     nothing = torch.zeros(source.target_dim)  # statistics are for measuring, which the first process does
     track = _track(False)
-    truth = gather_truth(source, indices, mean=nothing, std=nothing, settings=config.measure, track=track)
+    truth = collect_reference(
+        source, indices, mean=nothing, std=nothing, settings=config.measure, track=track
+    )
     for method in methods:
-        collect_answers(method, truth, track, processes)
+        collect_predictions(method, truth, track, processes)
     _curves(methods, truth, config, track, processes)
 
 
-def _differences(found: Sequence[Answers], config: EvaluationConfig) -> dict[str, Any]:
+def _differences(found: Sequence[Predictions], config: EvaluationConfig) -> dict[str, Any]:
     """Model -> other method -> figure -> paired difference."""
     return {
         model.method.name: {
-            other.method.name: engine.paired_differences(model, other, config.measure)
+            other.method.name: scores.paired_differences(model, other, config.measure)
             for other in found
             if other is not model
         }
@@ -263,10 +271,14 @@ def _differences(found: Sequence[Answers], config: EvaluationConfig) -> dict[str
 
 
 def _curves(
-    methods: Sequence[Method], truth: Truth, config: EvaluationConfig, track: Track, processes: Processes
+    methods: Sequence[Sampler],
+    truth: ReferenceSet,
+    config: EvaluationConfig,
+    track: Track,
+    processes: Processes,
 ) -> dict[str, Any]:
     return {
-        method.name: engine.quality_curve(
+        method.name: scores.quality_curve(
             method,
             truth,
             calls=config.curve_calls,
@@ -275,20 +287,20 @@ def _curves(
             processes=processes,
         )
         for method in methods
-        if isinstance(method, ModelMethod)
+        if isinstance(method, ModelSampler)
     }
 
 
 def _shown(
-    methods: Sequence[Method],
-    truth: Truth,
+    methods: Sequence[Sampler],
+    truth: ReferenceSet,
     config: EvaluationConfig,
     pictures: Callable[[list[str]], list[Any]] | None,
 ) -> report.ShownSamples | None:
     """Tokens of a few samples: true, two draws and the best guess of each model, and ridge's guess."""
     if not config.shown:
         return None
-    order = named_permutation(len(truth.indices), seed=config.seed, stream="shown samples")
+    order = stateless_permutation(len(truth.indices), seed=config.seed, stream="shown samples")
     indices = truth.indices[np.sort(order[: config.shown])]
     eva, clip = truth.source.fetch(indices)
     rows = {"true": clip}
@@ -297,7 +309,7 @@ def _shown(
             rows[f"{method.name}, sample 1"] = method.sample(eva, indices.tolist(), 0)
             rows[f"{method.name}, sample 2"] = method.sample(eva, indices.tolist(), 1)
         guess = (
-            method.best_guess(eva, indices.tolist()) if method.is_model or method.name == "ridge" else None
+            method.predict_mean(eva, indices.tolist()) if method.is_model or method.name == "ridge" else None
         )
         if guess is not None:
             rows[f"{method.name}, best guess"] = guess
@@ -334,23 +346,23 @@ def _check_comparable(loaded: Sequence[BLIP3oInference], config: EvaluationConfi
 
 def _held_out(
     model: BLIP3oInference, embeddings: str | Path, config: EvaluationConfig
-) -> tuple[EmbeddingSource, np.ndarray, int]:
+) -> tuple[Embeddings, np.ndarray, int]:
     """The embeddings, the samples to measure, and how many there were to choose from."""
     source = model.open(embeddings)
     indices = np.asarray(model.choose(source, config.split, None))
     available = len(indices)
     if config.num_samples is not None:
-        order = named_permutation(available, seed=config.seed, stream="evaluated samples")
+        order = stateless_permutation(available, seed=config.seed, stream="evaluated samples")
         indices = np.sort(indices[order[: config.num_samples]])
     return _as_trained_on(model, source), indices, available
 
 
 def _fit_source(
     loaded: Sequence[BLIP3oInference],
-    source: EmbeddingSource,
+    source: Embeddings,
     embeddings: str | Path,
     config: EvaluationConfig,
-) -> tuple[EmbeddingSource, np.ndarray]:
+) -> tuple[Embeddings, np.ndarray]:
     """(embeddings, indices) for baselines, statistics, probe and floor: nothing that is measured."""
     runs = [
         TrainingConfig.from_folder(model.model_path)
@@ -404,16 +416,18 @@ def _source_samples(loaded: Sequence[BLIP3oInference]) -> int:
     return max(counts)
 
 
-def _as_trained_on(model: BLIP3oInference, source: EmbeddingSource) -> EmbeddingSource:
+def _as_trained_on(model: BLIP3oInference, source: Embeddings) -> Embeddings:
     if not model.model.config.normalize_embeddings:
         return source
-    return TransformedEmbeddings(source, model.model.as_trained_on, model.model.as_trained_on)
+    return TransformedEmbeddings(
+        source, model.model.l2_normalize_if_configured, model.model.l2_normalize_if_configured
+    )
 
 
-def _model_methods(loaded: Sequence[BLIP3oInference], config: EvaluationConfig) -> list[ModelMethod]:
+def _model_methods(loaded: Sequence[BLIP3oInference], config: EvaluationConfig) -> list[ModelSampler]:
     names = ["DiT"] if len(loaded) == 1 else _unique([found.model_path.resolve() for found in loaded])
     return [
-        ModelMethod(
+        ModelSampler(
             found.model,
             name=name,
             num_inference_steps=config.num_inference_steps or found.model.config.default_steps,
@@ -446,7 +460,7 @@ def _about(name: str, found: BLIP3oInference) -> dict[str, Any]:
     }
 
 
-def _data(source: EmbeddingSource, truth: Truth, config: EvaluationConfig) -> dict[str, Any]:
+def _data(source: Embeddings, truth: ReferenceSet, config: EvaluationConfig) -> dict[str, Any]:
     return {
         "path": str(source.path),
         "split": config.split,
