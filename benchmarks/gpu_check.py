@@ -36,11 +36,12 @@ from torch import Tensor
 
 from benchmarks.measure import Row, described, machine, markdown, paper_config, synchronize, untrained
 from benchmarks.our_step import RandomEmbeddings, our_step, random_batch
-from blip3o_dit.config import LOW_MEMORY_DEFAULTS, BLIP3oDiTConfig, TrainingConfig
 from blip3o_dit.data.embeddings import open_embeddings
 from blip3o_dit.data.store import StoreWriter
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.config import BLIP3oDiTConfig
+from blip3o_dit.training.config import LOW_MEMORY_DEFAULTS, TrainingConfig
 from blip3o_dit.training.memory import GIB, forecast
 from blip3o_dit.training.run import train, train_on
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.linear_gaussian import train_and_compare
 from benchmarks.measure import Row
-from blip3o_dit.config import PREDICTION_TYPES
+from blip3o_dit.flow.config import PREDICTION_TYPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

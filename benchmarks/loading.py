@@ -28,7 +28,6 @@ import torch.multiprocessing
 from torch.utils.data import DataLoader
 
 from benchmarks.measure import Row
-from blip3o_dit.config import SHUFFLES
 from blip3o_dit.data.dataset import (
     BatchNoise,
     EmbeddingDataset,
@@ -40,6 +39,7 @@ from blip3o_dit.data.dataset import (
 from blip3o_dit.data.embeddings import open_embeddings
 from blip3o_dit.data.statistics import streamed_statistics
 from blip3o_dit.data.store import EmbeddingStore, write_manifest, write_shard
+from blip3o_dit.training.config import SHUFFLES
 
 SIZES = TOKENS, CONDITION, TARGET = 64, 1280, 768
 BYTES_PER_SAMPLE = 2 * TOKENS * (CONDITION + TARGET)

@@ -7,7 +7,7 @@ import tempfile
 
 from benchmarks.linear_gaussian import LinearGaussian
 from benchmarks.measure import Row
-from blip3o_dit.config import LOW_MEMORY_DEFAULTS, TrainingConfig
+from blip3o_dit.training.config import LOW_MEMORY_DEFAULTS, TrainingConfig
 from blip3o_dit.training.run import train_on
 
 

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blip3o_dit.config import BLIP3oDiTConfig
 from blip3o_dit.evaluation.predictions import peak_memory_mib
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.config import BLIP3oDiTConfig
 
 Row = dict[str, Any]
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import device
-from blip3o_dit.config import PAPER_RECIPE, TrainingConfig
 from blip3o_dit.data.checks import Indices, Record
 from blip3o_dit.data.dataset import BatchNoise, EmbeddingDataset
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.training.arguments import training_arguments
+from blip3o_dit.training.config import PAPER_RECIPE, TrainingConfig
 from blip3o_dit.training.trainer import BLIP3oTrainer
 
 

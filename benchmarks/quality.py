@@ -26,7 +26,6 @@ import torch
 from transformers import TrainerCallback
 
 from benchmarks.quality_data import SETS, MemorySource, Modes
-from blip3o_dit.config import PAPER_RECIPE, TrainingConfig
 from blip3o_dit.data.dataset import Split
 from blip3o_dit.evaluation.fitting import fit_baselines
 from blip3o_dit.evaluation.predictions import collect_predictions
@@ -36,6 +35,7 @@ from blip3o_dit.evaluation.scores import score
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.training import run as training_run
 from blip3o_dit.training.callbacks import ConsoleCallback
+from blip3o_dit.training.config import PAPER_RECIPE, TrainingConfig
 from blip3o_dit.training.distillation import DistillationConfig, train_student
 from blip3o_dit.training.trainer import BLIP3oTrainer
 

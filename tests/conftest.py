@@ -11,8 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from blip3o_dit.config import BLIP3oDiTConfig
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.precision import BFLOAT16_VARIABLE
 
 torch.set_num_threads(1)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from blip3o_dit.config import PAPER_RECIPE, TrainingConfig
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.evaluation.evaluate import EvaluationConfig, evaluate_models
 from blip3o_dit.evaluation.reference import EvaluationSettings
@@ -27,6 +26,7 @@ from blip3o_dit.model.conversion import from_official_state_dict, to_official_st
 from blip3o_dit.model.precision import BFLOAT16_VARIABLE, has_native_matmul
 from blip3o_dit.model.transformer import NextDiTBlock
 from blip3o_dit.training.callbacks import read_log
+from blip3o_dit.training.config import PAPER_RECIPE, TrainingConfig
 from blip3o_dit.training.distillation import DistillationConfig, distill
 from blip3o_dit.training.run import train
 from tests.conftest import randomize, tiny_config

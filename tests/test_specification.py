@@ -35,8 +35,10 @@ from safetensors.torch import load_file
 
 from blip3o_dit.cli import generate
 from blip3o_dit.cli.train import main
-from blip3o_dit.config import BLIP3oDiTConfig, FlowMatchingConfig, TrainingConfig
+from blip3o_dit.flow.config import FlowMatchingConfig
 from blip3o_dit.model import transformer
+from blip3o_dit.model.config import BLIP3oDiTConfig
+from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.trainer import BLIP3oTrainer
 
 ROOT = Path(__file__).parents[1]

@@ -20,7 +20,6 @@ from PIL import Image
 
 from blip3o_dit.cli.command import set_up_logging
 from blip3o_dit.cli.images import pictures_by_key
-from blip3o_dit.config import TrainingConfig
 from blip3o_dit.data.dataset import Split, split_permutation
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.evaluation.baselines import PositionMean, TokenRidge
@@ -29,6 +28,7 @@ from blip3o_dit.evaluation.reference import EvaluationSettings
 from blip3o_dit.extraction.extract import ExtractionConfig, extract
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.training.callbacks import LOG_FILE, read_log
+from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.run import train
 from examples.digits.figure import draw_demo_figure
 from examples.digits.towers import ClipTower, EvaTower, digit_towers, load_digit_pictures, save_tower

@@ -11,9 +11,9 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "BLIP3oDiTConfig": "blip3o_dit.config",
-    "FlowMatchingConfig": "blip3o_dit.config",
-    "TrainingConfig": "blip3o_dit.config",
+    "BLIP3oDiTConfig": "blip3o_dit.model.config",
+    "FlowMatchingConfig": "blip3o_dit.flow.config",
+    "TrainingConfig": "blip3o_dit.training.config",
     "BLIP3oDiTModel": "blip3o_dit.model.blip3o_dit",
     "BLIP3oFlowMatchingLoss": "blip3o_dit.flow.loss",
     "BLIP3oInference": "blip3o_dit.inference.pipeline",

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from blip3o_dit.config import PREDICTION_TYPES
+from blip3o_dit.flow.config import PREDICTION_TYPES
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
 from blip3o_dit.flow.path import (
     PATHS,

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from blip3o_dit.config import BLIP3oDiTConfig, TrainingConfig, naming
 from blip3o_dit.data.dataset import split_samples
 from blip3o_dit.data.embeddings import convert_pickle, open_embeddings
 from blip3o_dit.data.store import MANIFEST, StoreWriter
@@ -28,6 +27,9 @@ from blip3o_dit.extraction.image_files import list_images
 from blip3o_dit.extraction.inspection import format_inspection, inspect_embeddings
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model.blip3o_dit import EMA_FILE, EMA_VARIANT, BLIP3oDiTModel
+from blip3o_dit.model.config import BLIP3oDiTConfig
+from blip3o_dit.training.config import TrainingConfig
+from blip3o_dit.utils.validation import error_context
 from tests.conftest import randomize, tiny_config
 from tests.data.test_pickle_file import HOSTILE
 from tests.fuzz.judge import Trial
@@ -327,7 +329,7 @@ def training_config_maker(folder: Path, seed: int) -> Make:
 
     def act() -> None:
         config = TrainingConfig.from_folder(model)
-        with naming(file):  # sizes that do not fit each other are found when the model is built
+        with error_context(file):  # sizes that do not fit each other are found when the model is built
             config.model(num_tokens=4, condition_dim=CONDITION, target_dim=TARGET)
 
     def make(number: int) -> Trial:

@@ -21,7 +21,6 @@ from PIL import Image
 
 from blip3o_dit.cli.main import main
 from blip3o_dit.cli.tf32 import use_tf32
-from blip3o_dit.config import TrainingConfig
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
 from blip3o_dit.evaluation import evaluate, scores
 from blip3o_dit.evaluation.evaluate import EvaluationConfig, evaluate_models
@@ -31,6 +30,7 @@ from blip3o_dit.evaluation.summary import compare, summarize
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.metrics.fidelity import retrieval_ranks
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.run import train
 from blip3o_dit.utils.atomic import seal
 from tests.stores import write_linear_store

@@ -12,11 +12,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from blip3o_dit.config import BLIP3oDiTConfig, TrainingConfig
 from blip3o_dit.data.safe_unpickler import load_pickle
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model.blip3o_dit import GENERATION_STREAM, BLIP3oDiTModel
+from blip3o_dit.model.config import BLIP3oDiTConfig
+from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.utils.distributed import pick_device
 from blip3o_dit.utils.stateless_random import stateless_normal

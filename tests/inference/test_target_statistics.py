@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from blip3o_dit.config import PAPER_RECIPE, BLIP3oDiTConfig, TrainingConfig
 from blip3o_dit.data.dataset import split_samples
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
 from blip3o_dit.evaluation.evaluate import EvaluationConfig, evaluate_models
@@ -19,7 +18,9 @@ from blip3o_dit.evaluation.reference import EvaluationSettings
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.metrics.fidelity import FidelitySums, fidelity
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.training.callbacks import read_log
+from blip3o_dit.training.config import PAPER_RECIPE, TrainingConfig
 from blip3o_dit.training.run import build_trainer, train
 from blip3o_dit.utils.atomic import seal
 from tests.stores import write_linear_store

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from blip3o_dit.config import BLIP3oDiTConfig
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.conversion import (
     OFFICIAL_PREFIXES,
     from_diffusers_state_dict,

@@ -15,7 +15,6 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
-from blip3o_dit.config import TrainingConfig
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.evaluation.evaluate import EvaluationConfig, evaluate_models
 from blip3o_dit.evaluation.reference import EvaluationSettings
@@ -24,6 +23,7 @@ from blip3o_dit.model import transformer
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.precision import BFLOAT16_VARIABLE
 from blip3o_dit.training.anomalies import NonFiniteLossError
+from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.fsdp import check_sharding, keep_the_dtype_rule, let_generate
 from blip3o_dit.training.run import build_trainer, train

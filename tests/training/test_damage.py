@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from blip3o_dit.config import TrainingConfig
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.training.checkpoint import verify_checkpoint
+from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.run import train
 from blip3o_dit.utils.atomic import CHECKSUMS_FILE
 from tests.fuzz.mutators import flip_bytes

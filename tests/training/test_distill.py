@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from blip3o_dit.cli.main import main
-from blip3o_dit.config import FlowMatchingConfig, TrainingConfig
 from blip3o_dit.data.store import EmbeddingStore
+from blip3o_dit.flow.config import FlowMatchingConfig
 from blip3o_dit.flow.distillation import trajectory_targets
 from blip3o_dit.flow.path import convert_prediction, make_path
 from blip3o_dit.flow.solvers import integrate
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model.blip3o_dit import EMA_FILE, BLIP3oDiTModel
+from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.distillation import DistillationConfig, train_student
 from blip3o_dit.utils.atomic import verify
 from tests.conftest import randomize, tiny_config

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from blip3o_dit.cli.train import main as train_main
-from blip3o_dit.config import BLIP3oDiTConfig, TrainingConfig
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.model import transformer
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.training import memory
+from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.distillation import DistillationConfig, distill
 from blip3o_dit.training.memory import GIB, Activations, Room, forecast
 from blip3o_dit.training.run import train
@@ -121,7 +122,7 @@ import json, sys
 from blip3o_dit.utils.logging import quiet_torchao
 quiet_torchao()
 import torch
-from blip3o_dit.config import TrainingConfig
+from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training import run
 torch.set_num_threads(1)
 forecast, found = run.forecast, []

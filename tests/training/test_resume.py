@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from blip3o_dit.cli import command
-from blip3o_dit.config import TrainingConfig
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model.blip3o_dit import EMA_FILE
@@ -27,6 +26,7 @@ from blip3o_dit.training.anomalies import NonFiniteLossError
 from blip3o_dit.training.arguments import resolve_config
 from blip3o_dit.training.callbacks import LOG_FILE, read_log
 from blip3o_dit.training.checkpoint import checkpoints, keep_newest, newest_whole
+from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.run import train
 from blip3o_dit.training.stopping import outlive_stops
 from blip3o_dit.training.trainer import BLIP3oTrainer

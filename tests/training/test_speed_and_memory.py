@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
-from blip3o_dit.config import TrainingConfig
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.model.blip3o_dit import EMA_FILE, BLIP3oDiTModel
 from blip3o_dit.model.transformer import NextDiTBlock
@@ -28,6 +27,7 @@ from blip3o_dit.training import arguments
 from blip3o_dit.training.anomalies import HostCopy, LossMonitor, NonFiniteLossError
 from blip3o_dit.training.arguments import resolve_config
 from blip3o_dit.training.callbacks import read_log
+from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.run import train
 from blip3o_dit.training.throughput import Throughput, forward_flops, matmul_rate

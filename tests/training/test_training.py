@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from blip3o_dit.cli.train import main as train_main
-from blip3o_dit.config import TrainingConfig
 from blip3o_dit.data.dataset import EmbeddingDataset, split_samples, training_sampler
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.flow.path import LinearPath, preconditioning
@@ -24,6 +23,7 @@ from blip3o_dit.training.anomalies import NonFiniteLossError
 from blip3o_dit.training.arguments import resolve_config, training_arguments
 from blip3o_dit.training.callbacks import read_log
 from blip3o_dit.training.checkpoint import LoopState, best_saved, check_checkpoint
+from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.distillation import DistillationConfig, distill
 from blip3o_dit.training.run import build_trainer, train
 from blip3o_dit.training.trainer import BLIP3oTrainer

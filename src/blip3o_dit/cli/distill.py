@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from blip3o_dit.config import SOLVER_NAMES
+from blip3o_dit.flow.config import SOLVER_NAMES
 
 DESCRIPTION = "Distil a trained model into one that needs a few network calls."
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from blip3o_dit.cli.tf32 import add_tf32, use_tf32
-from blip3o_dit.config import SOLVER_NAMES
+from blip3o_dit.flow.config import SOLVER_NAMES
 
 DESCRIPTION = "Measure trained models beside baselines on held-out samples, and write a report."
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from blip3o_dit.cli.tf32 import add_tf32, use_tf32
-from blip3o_dit.config import SOLVER_NAMES
+from blip3o_dit.flow.config import SOLVER_NAMES
 
 DESCRIPTION = "Generate CLIP tokens for the samples of an embedding store or pickle."
 

@@ -13,7 +13,7 @@ from types import UnionType
 from typing import Any
 
 from blip3o_dit.cli.command import run_command
-from blip3o_dit.config import TrainingConfig
+from blip3o_dit.training.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
 

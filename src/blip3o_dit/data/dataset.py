@@ -14,17 +14,18 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from blip3o_dit.config import SHUFFLES, SPLIT_RULES, check_name, check_split
 from blip3o_dit.data.checks import Record
 from blip3o_dit.data.embeddings import open_embeddings
 from blip3o_dit.data.statistics import streamed_statistics
 from blip3o_dit.data.store import Embeddings, EmbeddingStore, fetch_stored
+from blip3o_dit.training.config import SHUFFLES, SPLIT_RULES, check_split
 from blip3o_dit.utils.stateless_random import (
     stateless_generator,
     stateless_normal,
     stateless_permutation,
     stateless_uniform,
 )
+from blip3o_dit.utils.validation import check_name
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blip3o_dit.config import VERIFY_CHOICES, check_name
 from blip3o_dit.data.checks import (
     AnyIndices,
     Indices,
@@ -38,8 +37,10 @@ from blip3o_dit.data.checks import (
     check_square,
 )
 from blip3o_dit.data.verified import Identity, check_once, identity
+from blip3o_dit.training.config import VERIFY_CHOICES
 from blip3o_dit.utils.atomic import sha256
 from blip3o_dit.utils.json_files import MAX_JSON_BYTES, read_json, reason, show
+from blip3o_dit.utils.validation import check_name
 
 MANIFEST = "manifest.json"
 FORMAT = "blip3o-dit embedding store"

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blip3o_dit.config import neighbour_components
 from blip3o_dit.data.dataset import choose_samples
 from blip3o_dit.data.store import Embeddings, batches
 from blip3o_dit.flow.source import neighbourhood_features
 from blip3o_dit.metrics.distances import symmetric_root
+from blip3o_dit.model.config import neighbour_components
 from blip3o_dit.utils.stateless_random import stateless_generator, stateless_normal
 
 PENALTIES = tuple(10.0**exponent for exponent in range(-6, 3))

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from blip3o_dit.config import TRAINING_CONFIG_FILE, TrainingConfig
 from blip3o_dit.data.dataset import split_samples
 from blip3o_dit.data.embeddings import TransformedEmbeddings
 from blip3o_dit.data.store import Embeddings
@@ -33,6 +32,7 @@ from blip3o_dit.evaluation.reference import (
 from blip3o_dit.evaluation.samplers import ModelSampler, Sampler
 from blip3o_dit.evaluation.summary import summarize
 from blip3o_dit.inference.pipeline import BLIP3oInference, check_writable, target_statistics
+from blip3o_dit.training.config import TRAINING_CONFIG_FILE, TrainingConfig
 from blip3o_dit.utils.distributed import SINGLE_PROCESS, Processes, join_processes
 from blip3o_dit.utils.stateless_random import stateless_permutation
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from blip3o_dit.config import check_name
 from blip3o_dit.data.checks import check_pair
 from blip3o_dit.data.store import (
     DTYPES,
@@ -38,6 +37,7 @@ from blip3o_dit.extraction.pooling import pool_tokens
 from blip3o_dit.extraction.resume import claim_folder, clean_up, finish_store, read_entry, write_entry
 from blip3o_dit.extraction.vision_towers import Preprocessing, VisionEncoder, load_encoder, tiny_encoder
 from blip3o_dit.utils.distributed import join_processes
+from blip3o_dit.utils.validation import check_name
 
 DEFAULT_EVA = "BAAI/EVA-CLIP-8B"
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"

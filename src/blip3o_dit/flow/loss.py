@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from blip3o_dit.config import FlowMatchingConfig
+from blip3o_dit.flow.config import FlowMatchingConfig
 from blip3o_dit.flow.path import PathSample, make_path, preconditioning, velocity_scale
 
 

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blip3o_dit.config import PREDICTION_TYPES, FlowMatchingConfig, check_name, check_sigmas
+from blip3o_dit.flow.config import PREDICTION_TYPES, FlowMatchingConfig, check_sigmas
 from blip3o_dit.flow.timesteps import time_grid
+from blip3o_dit.utils.validation import check_name
 
 # Near t = 1 the noise, and near t = 0 the data, cannot be read off x_t: the division by sigma / sigma_max
 # or alpha stops here. The value is JiT's (arXiv 2511.13720).

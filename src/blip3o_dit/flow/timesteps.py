@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from blip3o_dit.config import FlowMatchingConfig
+from blip3o_dit.flow.config import FlowMatchingConfig
 
 
 def shift_time(t: Tensor, alpha: float) -> Tensor:

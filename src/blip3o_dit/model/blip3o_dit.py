@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from blip3o_dit.config import BLIP3oDiTConfig, check_name, is_hub_id
 from blip3o_dit.flow.path import convert_prediction, make_path
 from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER, Velocity, integrate, integrate_adaptive
 from blip3o_dit.flow.source import AffineSource, source_features
+from blip3o_dit.model.config import BLIP3oDiTConfig, is_hub_id
 from blip3o_dit.model.cuda_graphs import GraphedPredict, Predict
 from blip3o_dit.model.precision import without_autocast
 from blip3o_dit.model.transformer import NextDiT
@@ -28,6 +28,7 @@ from blip3o_dit.utils.atomic import is_sealed, verify
 from blip3o_dit.utils.json_files import plain, reason
 from blip3o_dit.utils.logging import quiet_transformers
 from blip3o_dit.utils.stateless_random import stateless_normal
+from blip3o_dit.utils.validation import check_name
 
 logger = logging.getLogger(__name__)
 

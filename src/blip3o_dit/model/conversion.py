@@ -15,8 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from blip3o_dit.config import BLIP3oDiTConfig, FlowMatchingConfig
+from blip3o_dit.flow.config import FlowMatchingConfig
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.official_convention import flip_velocity_sign
 from blip3o_dit.utils.json_files import reason, weight_files_of
 

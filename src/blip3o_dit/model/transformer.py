@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from blip3o_dit.config import BLIP3oDiTConfig, default_ffn_dim
+from blip3o_dit.model.config import BLIP3oDiTConfig, default_ffn_dim
 from blip3o_dit.model.linear import Linear, lay_together, products
 from blip3o_dit.model.norms import LayerNorm, RMSNorm
 from blip3o_dit.model.official_convention import official_timestep

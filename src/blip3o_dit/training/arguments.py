@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from blip3o_dit.config import LOW_MEMORY_DEFAULTS, PAPER_RECIPE, TrainingConfig
 from blip3o_dit.model.blip3o_dit import check_compiler
+from blip3o_dit.training.config import LOW_MEMORY_DEFAULTS, PAPER_RECIPE, TrainingConfig
 from blip3o_dit.utils.launch import check_launch
 from blip3o_dit.utils.logging import quiet_torchao
 

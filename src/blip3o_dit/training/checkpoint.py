@@ -24,10 +24,11 @@ from typing import Any
 
 from transformers import TrainerState
 
-from blip3o_dit.config import BLIP3oDiTConfig, TrainingConfig
 from blip3o_dit.data.store import Embeddings
 from blip3o_dit.model.blip3o_dit import check_weights
+from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.training.anomalies import SPIKES_FILE
+from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.utils.atomic import ASIDE, REPLACED, restore_replaced, verify
 from blip3o_dit.utils.json_files import finite_or_none, read_json, show, show_names
 

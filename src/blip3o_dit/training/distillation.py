@@ -16,26 +16,22 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from blip3o_dit.config import (
-    SOLVER_NAMES,
-    TRAINING_CONFIG_FILE,
-    BLIP3oDiTConfig,
-    TrainingConfig,
-    check_name,
-    check_range,
-)
 from blip3o_dit.data.dataset import split_samples
 from blip3o_dit.data.embeddings import check_sizes, open_embeddings
 from blip3o_dit.data.store import Embeddings
+from blip3o_dit.flow.config import SOLVER_NAMES
 from blip3o_dit.flow.distillation import DistillationTarget, trajectory_targets
 from blip3o_dit.flow.path import convert_prediction, make_path
 from blip3o_dit.flow.source import AffineSource
 from blip3o_dit.model.blip3o_dit import EMA_FILE, EMA_VARIANT, BLIP3oDiTModel, pick_weights
+from blip3o_dit.model.config import BLIP3oDiTConfig
+from blip3o_dit.training.config import TRAINING_CONFIG_FILE, TrainingConfig
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.memory import check_room, distillation_forecast, room_on
 from blip3o_dit.utils.atomic import written_aside
 from blip3o_dit.utils.launch import check_alone
 from blip3o_dit.utils.stateless_random import stateless_normal, stateless_permutation
+from blip3o_dit.utils.validation import check_name, check_range
 
 logger = logging.getLogger(__name__)
 

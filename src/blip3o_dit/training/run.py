@@ -15,12 +15,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
-from blip3o_dit.config import BLIP3oDiTConfig, TrainingConfig
 from blip3o_dit.data.dataset import EmbeddingDataset, Split, choose_samples, split_samples
 from blip3o_dit.data.embeddings import open_embeddings
 from blip3o_dit.data.statistics import streamed_statistics
 from blip3o_dit.data.store import Embeddings, EmbeddingStore
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.training.arguments import make_deterministic, training_arguments, use_cpu
 from blip3o_dit.training.callbacks import CurvesCallback
 from blip3o_dit.training.checkpoint import (
@@ -31,6 +31,7 @@ from blip3o_dit.training.checkpoint import (
     fingerprint,
     global_batch,
 )
+from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.fit_source import SourceFolds, fit_source, threads_of_all
 from blip3o_dit.training.memory import check_room, forecast, return_freed_memory, room_on, ways_to_fit
 from blip3o_dit.training.trainer import BLIP3oTrainer

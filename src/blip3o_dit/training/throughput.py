@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-from blip3o_dit.config import BLIP3oDiTConfig
+from blip3o_dit.model.config import BLIP3oDiTConfig
 
 # One backward pass forms two products for each one of the forward pass.
 PASSES_PER_STEP = 3

@@ -20,7 +20,6 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArg
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
-from blip3o_dit.config import TRAINING_CONFIG_FILE, TrainingConfig
 from blip3o_dit.data.dataset import (
     BatchNoise,
     EmbeddingDataset,
@@ -61,6 +60,7 @@ from blip3o_dit.training.checkpoint import (
     keep_newest,
     save_trainer_state,
 )
+from blip3o_dit.training.config import TRAINING_CONFIG_FILE, TrainingConfig
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.fit_source import SourceFolds, load_folds
 from blip3o_dit.training.fsdp import check_sharding, keep_the_dtype_rule

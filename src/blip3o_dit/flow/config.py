@@ -1,0 +1,98 @@
+"""What is trained on: the path, its start, the prediction type, and how times are drawn."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from blip3o_dit.utils.json_files import show, show_names
+from blip3o_dit.utils.validation import check_integer, check_name, check_range
+
+SCHEDULE_TYPES = ("linear", "cosine")
+
+
+PREDICTION_TYPES = ("v_prediction", "epsilon", "sample", "preconditioned")
+
+
+TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
+
+
+SOURCES = ("noise", "ridge", "ridge_3x3")
+
+
+SOLVER_NAMES = ("euler", "midpoint", "heun")
+
+
+def check_sigmas(sigma_min: float, sigma_max: float) -> None:
+    """Raises ValueError unless 0 <= sigma_min < sigma_max < infinity."""
+    check_range("sigma_max", sigma_max, 0.0, math.inf)
+    check_range("sigma_min", sigma_min, 0.0, sigma_max)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowMatchingConfig:
+    """The path, where it starts, what the network predicts on it, and how times are drawn.
+
+    Args:
+        schedule_type: "linear" (optimal transport) or "cosine" (trigonometric).
+        sigma_min, sigma_max: noise at t = 1 and at t = 0; 0 <= sigma_min < sigma_max.
+        prediction_type: "v_prediction", "epsilon", "sample" or "preconditioned" (see `flow/path.py`).
+        source: what the path starts from. "noise" is N(0, I). "ridge" and "ridge_3x3" are informed: a ridge
+            regression from the condition, plus noise of its residual's deviation (see `model/source.py`).
+        source_components: principal components of a neighbour that "ridge_3x3" uses; 0 for other sources.
+        time_distribution: how training draws times, "uniform" or "logit_normal".
+        time_mean, time_std: of the logit of the noise level, for "logit_normal".
+        time_shift: alpha of the shift of the noise level, in training and in the sampler's grid; 1 is none.
+        regularization_weight: weight of the mean square of the network's output in the loss.
+        condition_dropout: probability with which training replaces a sample's condition by the null
+            condition; classifier-free guidance needs it above zero. BLIP3-o uses 0.1.
+        student_steps: for a distilled model the Euler steps that it was taught, on whose intervals its
+            velocity is an average; 0 for every other model.
+
+    Raises:
+        ValueError: names the field, what it expects and what it found.
+    """
+
+    schedule_type: str = "linear"
+    sigma_min: float = 1e-4
+    sigma_max: float = 1.0
+    prediction_type: str = "v_prediction"
+    regularization_weight: float = 0.0
+    condition_dropout: float = 0.1
+    source: str = "noise"
+    source_components: int = 0
+    time_distribution: str = "uniform"
+    time_mean: float = 0.0
+    time_std: float = 1.0
+    time_shift: float = 1.0
+    student_steps: int = 0
+
+    def __post_init__(self) -> None:
+        check_name("source", self.source, SOURCES)
+        check_integer("student_steps", self.student_steps, 0)
+        check_integer("source_components", self.source_components, int(self.source == "ridge_3x3"))
+        if self.source != "ridge_3x3" and self.source_components:
+            raise ValueError(
+                f"source_components: expected 0 for source {self.source!r}, found {self.source_components}"
+            )
+        check_name("time_distribution", self.time_distribution, TIME_DISTRIBUTIONS)
+        check_range("time_mean", self.time_mean, -20.0, 20.0)
+        check_range("time_std", self.time_std, 1e-3, 20.0)
+        check_range("time_shift", self.time_shift, 1e-3, 1e3)
+        check_name("schedule_type", self.schedule_type, SCHEDULE_TYPES)
+        check_name("prediction_type", self.prediction_type, PREDICTION_TYPES)
+        check_sigmas(self.sigma_min, self.sigma_max)
+        check_range("regularization_weight", self.regularization_weight, 0.0, math.inf)
+        check_range("condition_dropout", self.condition_dropout, 0.0, 1.0)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> FlowMatchingConfig:
+        """Raises ValueError for an unknown key, listing the known ones."""
+        if not isinstance(values, dict):
+            raise ValueError(f"flow_matching: expected an object, found {show(values)}")
+        known = [f.name for f in fields(cls)]
+        unknown = set(values) - set(known)
+        if unknown:
+            raise ValueError(f"flow_matching: unknown {show_names(unknown)}; known are {known}")
+        return cls(**values)

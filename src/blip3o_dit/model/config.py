@@ -1,0 +1,264 @@
+"""The sizes of the network and all that generation needs to know; what config.json holds."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from blip3o_dit.flow.config import SOLVER_NAMES, FlowMatchingConfig
+from blip3o_dit.utils.json_files import read_json, show, show_names
+from blip3o_dit.utils.validation import check_name, check_size, error_context, is_number
+
+CONFIG_FILE = "config.json"
+
+
+# Most features of a ridge regression on a 3x3 neighbourhood, whose normal equations hold their square.
+MAX_RIDGE_FEATURES = 2560
+
+
+# What a config.json holds beside our own fields, as Hugging Face and its Trainer write it. Not: names of
+# attention kernels or of Python files, which Hugging Face would look up on the hub.
+_WRITTEN_EXTRAS = (
+    *("model_type", "architectures", "dtype", "torch_dtype"),
+    *("transformers_version", "_name_or_path", "use_cache"),
+)
+
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+# Keyword arguments that PreTrainedConfig consumes without having a dataclass field for them.
+_PRETRAINED_EXTRAS = frozenset(
+    [
+        "model_type",
+        "name_or_path",
+        "_name_or_path",
+        "torch_dtype",
+        "attn_implementation",
+        "output_attentions",
+        "num_labels",
+        "_commit_hash",
+        "experts_implementation",
+        "use_cache",
+    ]
+)
+
+
+class BLIP3oDiTConfig(PreTrainedConfig):
+    """Sizes of the diffusion transformer, and everything else that generation needs to know.
+
+    Args:
+        model_dim: hidden width d. num_layers, num_heads: blocks and attention heads.
+        num_kv_heads: heads of keys and values (grouped-query attention); None means `num_heads`.
+        ffn_dim: inner width of the feed-forward layers; None means int(8 d / 3) rounded up to a multiple
+            of 256, which is 4864 for d = 1792 as in the released weights.
+        in_channels: width of a target (CLIP) token. eva_embedding_size: width of a condition token.
+        input_size: side of the square grid of target tokens; 8 means 64 tokens.
+        norm_eps: of the RMS norms. rope_theta: base of the rotary embedding.
+        gradient_checkpointing: recompute each block in the backward pass to save memory.
+        normalize_embeddings: tokens were L2-normalised before training, and conditions must be again.
+        standardize: the network sees tokens standardised with the training split's statistics. Without it the
+            statistics are there too, but only for measuring.
+        flow_matching: the fields of `FlowMatchingConfig`, as a dict (JSON) or as that class.
+        default_solver, default_steps: what `generate` does when it is not told; a distilled model says
+            here how few steps it was made for.
+
+    Raises:
+        ValueError: for an unknown name, or sizes that do not fit each other; says both numbers.
+    """
+
+    model_type = "blip3o-dit"
+
+    model_dim: int = 1792
+    num_layers: int = 24
+    num_heads: int = 28
+    num_kv_heads: int | None = None
+    ffn_dim: int | None = None
+    in_channels: int = 768
+    eva_embedding_size: int = 1280
+    input_size: int = 8
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    gradient_checkpointing: bool = False
+    normalize_embeddings: bool = False
+    standardize: bool = True
+    flow_matching: dict[str, Any] | None = None
+    default_solver: str = "euler"
+    default_steps: int = 50
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self._refuse_unknown(kwargs)
+        if self.num_kv_heads is None:
+            self.num_kv_heads = self.num_heads
+        self._check_types()
+        if self.ffn_dim is None:
+            self.ffn_dim = default_ffn_dim(self.model_dim)
+        flow = self.flow_matching if self.flow_matching is not None else FlowMatchingConfig()
+        if not isinstance(flow, FlowMatchingConfig):
+            flow = FlowMatchingConfig.from_dict(flow)
+        self.flow_matching = asdict(flow)
+        self._check_sizes()
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> Any:
+        """As `PreTrainedConfig.from_pretrained`; a folder's file is read and checked here.
+
+        Raises:
+            FileNotFoundError: no such folder, and the name is no hub id (see `is_hub_id`).
+            ValueError: one line naming the file: not JSON, another model's, an unknown field, a bad value.
+        """
+        where = pretrained_model_name_or_path
+        if is_hub_id(where):
+            return super().from_pretrained(where, *args, **kwargs)
+        file = _config_file(where)
+        values = read_json(file)
+        _check_written(file, values)
+        kwargs["local_files_only"] = True
+        with error_context(file):
+            # Built once before Hugging Face sees the values, which copies and converts them unchecked.
+            cls(**{name: value for name, value in values.items() if name in cls.own_fields()})
+            return super().from_pretrained(where, *args, **kwargs)
+
+    @classmethod
+    def own_fields(cls) -> list[str]:
+        """Names of this class's fields, without those every Hugging Face configuration has."""
+        inherited = {f.name for f in fields(PreTrainedConfig)}
+        return [f.name for f in fields(cls) if f.name not in inherited]
+
+    @property
+    def flow(self) -> FlowMatchingConfig:
+        return FlowMatchingConfig.from_dict(self.flow_matching or {})
+
+    @property
+    def num_tokens(self) -> int:
+        """Target tokens per sample, N = input_size^2."""
+        return self.input_size**2
+
+    @property
+    def data_sizes(self) -> tuple[int, int, int]:
+        """(tokens, condition width, target width) of the embeddings this model takes."""
+        return self.num_tokens, self.eva_embedding_size, self.in_channels
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of all keys or values of a token."""
+        return (self.num_kv_heads or self.num_heads) * self.head_dim
+
+    @property
+    def time_embed_dim(self) -> int:
+        """Width of the time and pooled-condition embedding, min(d, 1024)."""
+        return min(self.model_dim, 1024)
+
+    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
+        unknown = set(kwargs) - _PRETRAINED_EXTRAS
+        if unknown:
+            raise ValueError(
+                f"BLIP3oDiTConfig: unknown {show_names(unknown)}; known are {sorted(self.own_fields())}"
+            )
+
+    def _check_types(self) -> None:
+        for name in SIZE_FIELDS:
+            value = getattr(self, name)
+            if value is None and name == "ffn_dim":
+                continue
+            check_size(name, value)
+        check_name("default_solver", self.default_solver, SOLVER_NAMES)
+        for name in ("norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if not is_number(value) or not 0 < value < math.inf:
+                raise ValueError(f"{name}: expected a positive number, found {show(value)}")
+        for name in ("gradient_checkpointing", "normalize_embeddings", "standardize"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected true or false, found {show(getattr(self, name))}")
+
+    def _check_sizes(self) -> None:
+        if self.model_dim % self.num_heads:
+            raise ValueError(
+                f"model_dim must be a multiple of num_heads, "
+                f"found model_dim={self.model_dim}, num_heads={self.num_heads}"
+            )
+        if self.head_dim % 4:
+            raise ValueError(
+                f"2-D rotary embedding needs a head width that is a multiple of 4, "
+                f"found model_dim / num_heads = {self.model_dim} / {self.num_heads} = {self.head_dim}"
+            )
+        if self.num_heads % (self.num_kv_heads or 1):
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads, "
+                f"found num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
+            )
+
+
+SIZE_FIELDS = (
+    *("model_dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim"),
+    *("in_channels", "eva_embedding_size", "input_size", "default_steps"),
+)
+
+
+def is_hub_id(name: str | os.PathLike[str]) -> bool:
+    """Whether the user named a hub repository (`model` or `owner/model`) rather than a folder.
+
+    A path object never is one, nor a name whose folder, or whose parent folder, is there: a mistyped
+    folder must not become a request to somebody else's server.
+    """
+    if not isinstance(name, str) or name.count("/") > 1 or name.startswith((".", "/", "~")) or not name:
+        return False
+    return not Path(name).exists() and not ("/" in name and Path(name).parent.exists())
+
+
+def _config_file(folder: str | os.PathLike[str]) -> Path:
+    """The configuration in a folder, or this file itself."""
+    path = Path(folder)
+    if path.is_file():
+        return path
+    if not (path / CONFIG_FILE).is_file():
+        raise FileNotFoundError(f"{path}: expected a model folder with {CONFIG_FILE}, found none")
+    return path / CONFIG_FILE
+
+
+def _check_written(file: Path, values: Any) -> None:
+    """What Hugging Face reads of a config.json by itself, before our fields are looked at."""
+    if not isinstance(values, dict) or values.get("model_type") != BLIP3oDiTConfig.model_type:
+        found = show(values.get("model_type")) if isinstance(values, dict) else show(values)
+        raise ValueError(f"{file}: expected model_type {BLIP3oDiTConfig.model_type!r}, found {found}")
+    known = {*BLIP3oDiTConfig.own_fields(), *_WRITTEN_EXTRAS}
+    unknown = set(values) - known
+    if unknown:
+        raise ValueError(f"{file}: unknown {show_names(unknown)}; known are {sorted(known)}")
+    for name in ("dtype", "torch_dtype"):
+        if values.get(name) is not None:
+            with error_context(file):
+                check_name(name, values[name], _DTYPES)
+    for name in ("transformers_version", "_name_or_path"):
+        if not isinstance(values.get(name, ""), str):
+            raise ValueError(f"{file}: {name}: expected text, found {show(values[name])}")
+    if not isinstance(values.get("use_cache", False), bool):
+        raise ValueError(f"{file}: use_cache: expected true or false, found {show(values['use_cache'])}")
+    architectures = values.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise ValueError(f"{file}: architectures: expected a list of names, found {show(architectures)}")
+
+
+def default_ffn_dim(model_dim: int, multiple_of: int = 256) -> int:
+    """int(8 d / 3) rounded up to a multiple of 256: 4864 for d = 1792, the width of the released weights.
+
+    diffusers >= 0.33 reads the official file as 7168 instead (BLIP3-o issues 29 and 93).
+    """
+    return multiple_of * math.ceil(int(8 * model_dim / 3) / multiple_of)
+
+
+def neighbour_components(condition_dim: int) -> int:
+    """Principal components of each of 8 neighbours, so that a ridge has at most `MAX_RIDGE_FEATURES`."""
+    return min(condition_dim, max(1, (MAX_RIDGE_FEATURES - condition_dim) // 8))

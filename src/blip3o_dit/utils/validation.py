@@ -1,0 +1,55 @@
+"""Checks of values that users give: one line each, with what was expected and what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from blip3o_dit.utils.json_files import show
+
+# No size of a network, and no number of steps, reaches this; the products of such sizes fit 64 bits.
+MAX_SIZE = 2**20
+
+
+def check_name(field_name: str, value: Any, known: tuple[str, ...]) -> None:
+    """Raises ValueError, listing the known names, unless `value` is one of them."""
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{field_name}: expected one of {known}, found {show(value)}")
+
+
+def check_range(field_name: str, value: Any, low: float, high: float) -> None:
+    """Raises ValueError unless `value` is a number in [low, high)."""
+    if not is_number(value) or not low <= value < high:
+        raise ValueError(f"{field_name}: expected a number in [{low}, {high}), found {show(value)}")
+
+
+def check_integer(field_name: str, value: Any, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{field_name}: expected an integer >= {low}, found {show(value)}")
+    if value >= 2**53:
+        raise ValueError(f"{field_name}: expected an integer below 2^53, found {show(value)}")
+
+
+def check_size(field_name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{field_name}: expected a positive integer, found {show(value)}")
+    if value > MAX_SIZE:
+        raise ValueError(f"{field_name}: expected at most {MAX_SIZE}, found {show(value)}")
+
+
+def is_number(value: Any) -> bool:
+    """An int or a float that every float can stand for; JSON's integers have no end."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) <= 2**53
+    return isinstance(value, float)
+
+
+@contextmanager
+def error_context(file: Path) -> Iterator[None]:
+    """A ValueError about a value says which file the value is from."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
