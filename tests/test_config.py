@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from blip3o_dit.flow.config import FlowMatchingConfig
-from blip3o_dit.model.config import BLIP3oDiTConfig, default_ffn_dim, is_hub_id
+from blip3o_dit.model.config import BLIP3oDiTConfig, default_ffn_dim
 from blip3o_dit.training.config import TrainingConfig
+from blip3o_dit.utils.validation import is_hub_id
 
 
 def test_defaults_are_the_official_sizes_at_our_widths() -> None:

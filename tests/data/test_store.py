@@ -629,7 +629,7 @@ def test_memory_does_not_grow_with_the_shards_read(tmp_path: Path) -> None:
 def test_a_store_of_more_shards_than_a_manifest_lists_is_refused_while_it_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "MOST_SHARDS", 3)
+    monkeypatch.setattr(store_module, "MAX_SHARDS", 3)
     write(tmp_path / "enough", 9)
     expected = "shard_size: expected at least 4 for 10 samples (a store has at most 3 shards), found 3"
     assert expected in refused(lambda: write(tmp_path / "s", 10))

@@ -313,7 +313,7 @@ def test_baselines_are_not_measured_on_what_they_were_fitted_on(
         fitted.append(train)
         return []
 
-    monkeypatch.setattr(evaluate, "gather_truth", gather)
+    monkeypatch.setattr(evaluate, "collect_reference", gather)
     monkeypatch.setattr(evaluate, "fit_baselines", fit)
     store = folder / "store"
     found = small([folder / "a"], store, tmp_path / "out", split="train")
@@ -525,7 +525,7 @@ def test_the_page_in_a_real_browser(server: tuple[str, list[str]], tmp_path: Pat
 
 def test_one_network_call_estimates_the_average_answer(tiny_model: Any) -> None:
     eva = torch.randn(3, 9, 12)
-    estimate = tiny_model.estimate(eva, seed=1)
+    estimate = tiny_model.predict_mean(eva, seed=1)
     one_step = tiny_model.generate(eva, num_inference_steps=1, seed=1)
     # Euler's single step from t = 0 to 1 lands on x_0 + v, the estimate but for sigma_min
     torch.testing.assert_close(estimate, one_step, rtol=1e-3, atol=1e-3)

@@ -298,7 +298,7 @@ def test_held_out_figures_are_of_a_named_choice_of_bounded_size(
         seen["generated"] += sample_index
         return generate(*args, sample_index=sample_index, **kwargs)
 
-    monkeypatch.setattr(trainer, "draw", drawing)
+    monkeypatch.setattr(trainer, "flow_batch", drawing)
     monkeypatch.setattr(trainer.dit, "generate", generating)
     held_out = trainer.eval_dataset.indices.tolist()
     figures = [trainer.evaluate()["eval_loss"] for _ in range(2)]

@@ -18,14 +18,17 @@ from blip3o_dit.data.checks import Record
 from blip3o_dit.data.embeddings import open_embeddings
 from blip3o_dit.data.statistics import streamed_statistics
 from blip3o_dit.data.store import Embeddings, EmbeddingStore, fetch_stored
-from blip3o_dit.training.config import SHUFFLES, SPLIT_RULES, check_split
+from blip3o_dit.utils.json_files import show
 from blip3o_dit.utils.stateless_random import (
     stateless_generator,
     stateless_normal,
     stateless_permutation,
     stateless_uniform,
 )
-from blip3o_dit.utils.validation import check_name
+from blip3o_dit.utils.validation import check_name, is_number
+
+SPLIT_RULES = ("permutation", "key_hash")
+SHUFFLES = ("exact", "window")
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,22 @@ def split_permutation(num_samples: int, *, eval_split: float, seed: int) -> Spli
     return Split(train=np.sort(order[count:]), eval=np.sort(order[:count]))
 
 
+def check_split(eval_split: Any, split_by: str) -> None:
+    """Raises ValueError unless `eval_split` is a share below 1 or a count of samples.
+
+    Hashes take shares only: with a count, a sample would change its side when data is appended.
+    """
+    known = is_number(eval_split) and 0 <= eval_split <= 2**53
+    if not known or (eval_split >= 1 and eval_split != int(eval_split)):
+        raise ValueError(
+            f"eval_split: expected a share in [0, 1) or a whole number of samples, found {show(eval_split)}"
+        )
+    if split_by == "key_hash" and eval_split >= 1:
+        raise ValueError(
+            f"eval_split: expected a share in [0, 1) with split_by key_hash, found {show(eval_split)}"
+        )
+
+
 def choose_samples(indices: np.ndarray, *, most: int, seed: int) -> np.ndarray:
     """At most `most` of these samples, in an order named by the seed, for what is fitted before training.
 
@@ -103,7 +122,7 @@ class BatchNoise:
 
         `repeats` says how often each sample came before in the pass: a repetition has draws of its own.
         """
-        name: dict[str, Any] = {"seed": self.seed, "epoch": epoch, "repeats": repeats}
+        name: dict[str, Any] = {"seed": self.seed, "counter": epoch, "repeats": repeats}
         return {
             "noise": stateless_normal(indices, shape, stream=f"{self.stream} noise", **name),
             "u_time": stateless_uniform(indices, stream=f"{self.stream} time", **name),
@@ -206,7 +225,7 @@ class WindowShuffledSampler(ShuffledSampler):
         self.window = window
 
     def _pieces(self, epoch: int) -> Iterator[np.ndarray]:
-        name: dict[str, Any] = {"seed": self.seed, "epoch": epoch}
+        name: dict[str, Any] = {"seed": self.seed, "counter": epoch}
         lengths = np.diff(self.starts)
         order = stateless_permutation(len(lengths), stream="order of shards", **name)
         ends = np.cumsum(lengths[order])  # in the sequence of shards; `shift` leads from there to positions

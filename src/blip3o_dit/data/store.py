@@ -37,12 +37,12 @@ from blip3o_dit.data.checks import (
     check_square,
 )
 from blip3o_dit.data.verified import Identity, check_once, identity
-from blip3o_dit.training.config import VERIFY_CHOICES
 from blip3o_dit.utils.atomic import sha256
 from blip3o_dit.utils.json_files import MAX_JSON_BYTES, read_json, reason, show
 from blip3o_dit.utils.validation import check_name
 
 MANIFEST = "manifest.json"
+VERIFY_CHOICES = ("first", "never")
 FORMAT = "blip3o-dit embedding store"
 FORMAT_VERSION = 1
 MAX_SHARDS = 150_000

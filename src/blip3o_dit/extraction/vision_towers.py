@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from blip3o_dit.extraction.eva_clip import EvaClipConfig, EvaClipVision, load_eva_clip
-from blip3o_dit.model.config import is_hub_id
 from blip3o_dit.utils.json_files import read_json
 from blip3o_dit.utils.logging import quiet_transformers
-from blip3o_dit.utils.validation import check_name
+from blip3o_dit.utils.validation import check_name, is_hub_id
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

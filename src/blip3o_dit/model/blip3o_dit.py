@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from blip3o_dit.flow.path import convert_prediction, make_path
 from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER, Velocity, integrate, integrate_adaptive
 from blip3o_dit.flow.source import AffineSource, source_features
-from blip3o_dit.model.config import BLIP3oDiTConfig, is_hub_id
+from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.cuda_graphs import GraphedPredict, Predict
 from blip3o_dit.model.precision import without_autocast
 from blip3o_dit.model.transformer import NextDiT
@@ -28,7 +28,7 @@ from blip3o_dit.utils.atomic import is_sealed, verify
 from blip3o_dit.utils.json_files import plain, reason
 from blip3o_dit.utils.logging import quiet_transformers
 from blip3o_dit.utils.stateless_random import stateless_normal
-from blip3o_dit.utils.validation import check_name
+from blip3o_dit.utils.validation import check_name, is_hub_id
 
 logger = logging.getLogger(__name__)
 
@@ -458,7 +458,7 @@ class BLIP3oDiTModel(PreTrainedModel):
         """As `PreTrainedModel.from_pretrained`, but weights that do not fit the config are refused.
 
         Weights are read as safetensors. A folder is read without touching the network; what is no folder is
-        looked up on the hub only if it can be meant as an id there (`config.is_hub_id`).
+        looked up on the hub only if it can be meant as an id there (`is_hub_id`).
 
         Raises:
             FileNotFoundError: no such folder.

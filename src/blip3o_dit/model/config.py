@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from blip3o_dit.flow.config import SOLVER_NAMES, FlowMatchingConfig
 from blip3o_dit.utils.json_files import read_json, show, show_names
-from blip3o_dit.utils.validation import check_name, check_size, error_context, is_number
+from blip3o_dit.utils.validation import check_name, check_size, error_context, is_hub_id, is_number
 
 CONFIG_FILE = "config.json"
 
@@ -205,17 +205,6 @@ SIZE_FIELDS = (
     *("model_dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim"),
     *("in_channels", "eva_embedding_size", "input_size", "default_steps"),
 )
-
-
-def is_hub_id(name: str | os.PathLike[str]) -> bool:
-    """Whether the user named a hub repository (`model` or `owner/model`) rather than a folder.
-
-    A path object never is one, nor a name whose folder, or whose parent folder, is there: a mistyped
-    folder must not become a request to somebody else's server.
-    """
-    if not isinstance(name, str) or name.count("/") > 1 or name.startswith((".", "/", "~")) or not name:
-        return False
-    return not Path(name).exists() and not ("/" in name and Path(name).parent.exists())
 
 
 def _config_file(folder: str | os.PathLike[str]) -> Path:

@@ -162,7 +162,8 @@ def write_diagnosis(
         "samples": [{"index": i, "key": key} for i, key in zip(samples, keys(samples), strict=True)],
         "first_layer": _first_bad_layer(model, batches, forward) if forward else None,
         "inputs": {
-            name: [_finite(batch[name]) for batch in batches] for name in ("eva", "clip", "noise", "time")
+            name: [_finite(batch[key]) for batch in batches]
+            for name, key in (("eva", "eva"), ("clip", "clip"), ("noise", "noise"), ("time", "u_time"))
         },
         "weights": _bad_tensors((name, p.detach()) for name, p in model.named_parameters()),
         "gradients": [

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from blip3o_dit.data.dataset import SHUFFLES, SPLIT_RULES, check_split
+from blip3o_dit.data.store import VERIFY_CHOICES
 from blip3o_dit.flow.config import (
     PREDICTION_TYPES,
     SCHEDULE_TYPES,
@@ -31,15 +33,6 @@ from blip3o_dit.utils.validation import (
 TRAINING_CONFIG_FILE = "training_config.json"
 
 
-SPLIT_RULES = ("permutation", "key_hash")
-
-
-SHUFFLES = ("exact", "window")
-
-
-VERIFY_CHOICES = ("first", "never")
-
-
 MEMORY_MODES = ("default", "low")
 
 
@@ -48,22 +41,6 @@ BEST_METRICS = ("loss", "cosine_similarity_mean", "r2")
 
 # The time shift sqrt(N d / 4096) is 1 for this many numbers a sample (RAE, arXiv 2510.11690).
 SHIFT_REFERENCE = 4096
-
-
-def check_split(eval_split: Any, split_by: str) -> None:
-    """Raises ValueError unless `eval_split` is a share below 1 or a count of samples.
-
-    Hashes take shares only: with a count, a sample would change its side when data is appended.
-    """
-    known = is_number(eval_split) and 0 <= eval_split <= 2**53
-    if not known or (eval_split >= 1 and eval_split != int(eval_split)):
-        raise ValueError(
-            f"eval_split: expected a share in [0, 1) or a whole number of samples, found {show(eval_split)}"
-        )
-    if split_by == "key_hash" and eval_split >= 1:
-        raise ValueError(
-            f"eval_split: expected a share in [0, 1) with split_by key_hash, found {show(eval_split)}"
-        )
 
 
 def _option(default: Any, help_text: str, *, choices: tuple[str, ...] | None = None) -> Any:

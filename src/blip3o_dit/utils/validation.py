@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,3 +54,14 @@ def error_context(file: Path) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+def is_hub_id(name: str | os.PathLike[str]) -> bool:
+    """Whether the user named a hub repository (`model` or `owner/model`) rather than a folder.
+
+    A path object never is one, nor a name whose folder, or whose parent folder, is there: a mistyped
+    folder must not become a request to somebody else's server.
+    """
+    if not isinstance(name, str) or name.count("/") > 1 or name.startswith((".", "/", "~")) or not name:
+        return False
+    return not Path(name).exists() and not ("/" in name and Path(name).parent.exists())
