@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from blip3o_dit.utils.json_files import plain, read_json, show, show_names
+from blip3o_dit.utils.json_files import printable, read_json, short_repr, show_names
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     ids=range(6),
 )
 def test_what_is_shown_is_short_and_on_one_line(value: object) -> None:
-    for text in (show(value), show([value]), plain("a\x1b[2J")):
+    for text in (short_repr(value), short_repr([value]), printable("a\x1b[2J")):
         assert len(text) < 200 and text.isprintable()
 
 

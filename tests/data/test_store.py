@@ -18,16 +18,9 @@ from torch.utils.data import DataLoader
 
 from blip3o_dit.data import store as store_module
 from blip3o_dit.data.dataset import EmbeddingDataset, identity_collate, split_samples
-from blip3o_dit.data.embeddings import convert_pickle, write_pickle
-from blip3o_dit.data.store import (
-    DTYPES,
-    MANIFEST,
-    EmbeddingStore,
-    StoreWriter,
-    batches,
-    dump_atomically,
-    write_atomically,
-)
+from blip3o_dit.data.embeddings import batches, convert_pickle, write_pickle
+from blip3o_dit.data.store import DTYPES, MANIFEST, EmbeddingStore, StoreWriter
+from blip3o_dit.utils.atomic import dump_atomically, write_atomically
 from blip3o_dit.utils.json_files import MAX_JSON_BYTES
 
 SIZES = dict(num_tokens=4, condition_dim=6, target_dim=3)

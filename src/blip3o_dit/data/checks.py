@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip3o_dit.utils.json_files import show
+from blip3o_dit.utils.json_files import short_repr
 
 Indices = Sequence[int] | np.ndarray
 AnyIndices = TypeVar("AnyIndices", bound=Indices)
@@ -59,7 +59,7 @@ def check_pair(
             first = int(bad[0])
             raise ValueError(
                 f"{where}: {name}: NaN or infinity in {len(bad)} samples, "
-                f"first in sample {offset + first} (key {show(records[first].get('key'))})"
+                f"first in sample {offset + first} (key {short_repr(records[first].get('key'))})"
             )
     for row, record in enumerate(records):
         check_record(where, offset + row, record)
@@ -68,12 +68,12 @@ def check_pair(
 def check_record(where: Path, sample: int, record: Any) -> None:
     """Refuse what is no record: an object with a string key, and a caption that is text if there is one."""
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: sample {sample}: expected an object, found {show(record)}")
+        raise ValueError(f"{where}: sample {sample}: expected an object, found {short_repr(record)}")
     key, caption = record.get("key"), record.get("caption")
     if not isinstance(key, str):
-        raise ValueError(f"{where}: sample {sample}: expected a string key, found {show(key)}")
+        raise ValueError(f"{where}: sample {sample}: expected a string key, found {short_repr(key)}")
     if caption is not None and not isinstance(caption, str):
-        raise ValueError(f"{where}: sample {sample}: expected text as caption, found {show(caption)}")
+        raise ValueError(f"{where}: sample {sample}: expected text as caption, found {short_repr(caption)}")
 
 
 def check_square(where: Path, num_tokens: int) -> None:

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from blip3o_dit.data.checks import Record
-from blip3o_dit.data.embeddings import open_embeddings
+from blip3o_dit.data.embeddings import Embeddings, fetch_stored, open_embeddings
 from blip3o_dit.data.statistics import streamed_statistics
-from blip3o_dit.data.store import Embeddings, EmbeddingStore, fetch_stored
-from blip3o_dit.utils.json_files import show
+from blip3o_dit.data.store import EmbeddingStore
+from blip3o_dit.utils.json_files import short_repr
 from blip3o_dit.utils.stateless_random import (
     stateless_generator,
     stateless_normal,
@@ -85,11 +85,11 @@ def check_split(eval_split: Any, split_by: str) -> None:
     known = is_number(eval_split) and 0 <= eval_split <= 2**53
     if not known or (eval_split >= 1 and eval_split != int(eval_split)):
         raise ValueError(
-            f"eval_split: expected a share in [0, 1) or a whole number of samples, found {show(eval_split)}"
+            f"eval_split: expected a share in [0, 1) or a whole number of samples, found {short_repr(eval_split)}"
         )
     if split_by == "key_hash" and eval_split >= 1:
         raise ValueError(
-            f"eval_split: expected a share in [0, 1) with split_by key_hash, found {show(eval_split)}"
+            f"eval_split: expected a share in [0, 1) with split_by key_hash, found {short_repr(eval_split)}"
         )
 
 

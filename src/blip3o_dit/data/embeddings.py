@@ -4,29 +4,52 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from blip3o_dit.data.checks import Indices, Record, check_indices, check_pair
+from blip3o_dit.data.checks import AnyIndices, Indices, Record, check_indices, check_pair
 from blip3o_dit.data.safe_unpickler import load_pickle
-from blip3o_dit.data.store import (
-    Embeddings,
-    EmbeddingStore,
-    StoreWriter,
-    batches,
-    check_shard_count,
-    dump_atomically,
-)
-from blip3o_dit.utils.atomic import sha256
-from blip3o_dit.utils.json_files import show, show_names
+from blip3o_dit.data.store import EmbeddingStore, StoreWriter, check_shard_count
+from blip3o_dit.utils.atomic import dump_atomically, sha256
+from blip3o_dit.utils.json_files import short_repr, show_names
 
 EVA_KEY = "eva_blip3o_embeddings"
 CLIP_KEY = "clip_blip3o_embeddings"
+
+
+class Embeddings(Protocol):
+    """What training, generation and evaluation read: a store, or a pickle in memory."""
+
+    path: Path
+    num_samples: int
+    num_tokens: int
+    condition_dim: int
+    target_dim: int
+    shard_starts: np.ndarray
+    """[shards + 1], int64: the first sample of each shard, then `num_samples`."""
+
+    def fetch(self, indices: Indices) -> tuple[Tensor, Tensor]:
+        """Conditions [n, L, C_eva] and targets [n, N, C_clip], float32, in the order asked for."""
+
+    def records(self, indices: Indices | None = None) -> list[Record]:
+        """The records of these samples, or of all."""
+
+
+def fetch_stored(source: Embeddings, indices: Indices) -> tuple[Tensor, Tensor]:
+    """As `Embeddings.fetch`, but in the dtype that the tokens are stored in, if the source has it."""
+    own = getattr(source, "fetch_stored", None)
+    return own(indices) if callable(own) else source.fetch(indices)
+
+
+def batches(indices: AnyIndices, batch_size: int) -> Iterator[AnyIndices]:
+    """Consecutive pieces of `indices`, the last one perhaps shorter."""
+    for start in range(0, len(indices), batch_size):
+        yield indices[start : start + batch_size]  # type: ignore[misc]
 
 
 def open_embeddings(path: str | Path, *, verify: str = "first") -> Embeddings:
@@ -222,7 +245,7 @@ def _text(path: Path, name: str, row: int, value: Any) -> str:
     number = isinstance(value, float | np.integer | np.floating)
     if isinstance(value, str) or number or (isinstance(value, int) and abs(value) < 2**63):
         return str(value)
-    raise ValueError(f"{path}: {name}: sample {row}: expected text, found {show(value)}")
+    raise ValueError(f"{path}: {name}: sample {row}: expected text, found {short_repr(value)}")
 
 
 def _column(path: Path, content: dict[Any, Any], name: str, count: int) -> list[Any] | None:
@@ -258,13 +281,13 @@ def _plain_config(pickled: PickledEmbeddings) -> Any:
         if left < 0 or depth > 50:
             raise ValueError(f"{pickled.path}: config: expected at most {MAX_CONFIG_BYTES} values, 50 deep")
         if isinstance(value, dict):
-            return {k if isinstance(k, str) else show(k): plain(v, depth + 1) for k, v in value.items()}
+            return {k if isinstance(k, str) else short_repr(k): plain(v, depth + 1) for k, v in value.items()}
         if isinstance(value, list | tuple):
             return [plain(v, depth + 1) for v in value]
         if isinstance(value, np.generic | torch.dtype):
             return str(value)[:200]
         small = isinstance(value, int) and abs(value) < 2**63
         finite = isinstance(value, float) and math.isfinite(value)
-        return value if value is None or small or finite or isinstance(value, str) else show(value)
+        return value if value is None or small or finite or isinstance(value, str) else short_repr(value)
 
     return plain(pickled.config, 0)

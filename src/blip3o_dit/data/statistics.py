@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blip3o_dit.data.store import Embeddings, batches
+from blip3o_dit.data.embeddings import Embeddings, batches
 
 # A channel that never varies must come back as its constant: its generated deviation from the mean is
 # scaled by this share of the median deviation of those that vary.

@@ -13,13 +13,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
-import pickle
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +25,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from blip3o_dit.data.checks import (
-    AnyIndices,
     Indices,
     Record,
     check_indices,
@@ -37,8 +33,8 @@ from blip3o_dit.data.checks import (
     check_square,
 )
 from blip3o_dit.data.verified import Identity, check_once, identity
-from blip3o_dit.utils.atomic import sha256
-from blip3o_dit.utils.json_files import MAX_JSON_BYTES, read_json, reason, show
+from blip3o_dit.utils.atomic import sha256, write_atomically
+from blip3o_dit.utils.json_files import MAX_JSON_BYTES, one_line, read_json, short_repr
 from blip3o_dit.utils.validation import check_name
 
 MANIFEST = "manifest.json"
@@ -48,30 +44,6 @@ FORMAT_VERSION = 1
 MAX_SHARDS = 150_000
 """A manifest of so many, at up to 350 bytes each, is read whole: `files.MAX_JSON_BYTES`."""
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-class Embeddings(Protocol):
-    """What training, generation and evaluation read: a store, or a pickle in memory."""
-
-    path: Path
-    num_samples: int
-    num_tokens: int
-    condition_dim: int
-    target_dim: int
-    shard_starts: np.ndarray
-    """[shards + 1], int64: the first sample of each shard, then `num_samples`."""
-
-    def fetch(self, indices: Indices) -> tuple[Tensor, Tensor]:
-        """Conditions [n, L, C_eva] and targets [n, N, C_clip], float32, in the order asked for."""
-
-    def records(self, indices: Indices | None = None) -> list[Record]:
-        """The records of these samples, or of all."""
-
-
-def fetch_stored(source: Embeddings, indices: Indices) -> tuple[Tensor, Tensor]:
-    """As `Embeddings.fetch`, but in the dtype that the tokens are stored in, if the source has it."""
-    own = getattr(source, "fetch_stored", None)
-    return own(indices) if callable(own) else source.fetch(indices)
 
 
 UNMAP_AFTER = 2**26
@@ -205,7 +177,7 @@ class EmbeddingStore:
             with safe_open(file, framework="pt") as tensors:
                 eva, clip = tensors.get_tensor("eva"), tensors.get_tensor("clip")
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: not a readable shard: {reason(error)}") from error
+            raise ValueError(f"{file}: not a readable shard: {one_line(error)}") from error
         widths = {"eva": self.condition_dim, "clip": self.target_dim}
         for (name, width), tensor in zip(widths.items(), (eva, clip), strict=True):
             expected = [count, self.num_tokens, width]
@@ -424,40 +396,9 @@ def _read_record(file: Path, sample: int, line: bytes) -> Record:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: sample {sample}: not readable JSON: {reason(error)}") from error
+        raise ValueError(f"{file}: sample {sample}: not readable JSON: {one_line(error)}") from error
     check_record(file, sample, record)
     return record
-
-
-def batches(indices: AnyIndices, batch_size: int) -> Iterator[AnyIndices]:
-    """Consecutive pieces of `indices`, the last one perhaps shorter."""
-    for start in range(0, len(indices), batch_size):
-        yield indices[start : start + batch_size]  # type: ignore[misc]
-
-
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """All of the content or the previous file, never a part: write aside, flush, rename."""
-    with _atomic_file(Path(path)) as file:
-        file.write(content)
-
-
-def dump_atomically(path: str | Path, content: object) -> None:
-    """The same with a pickle of the content."""
-    with _atomic_file(Path(path)) as file:
-        pickle.dump(content, file, protocol=4)
-
-
-@contextmanager
-def _atomic_file(path: Path) -> Iterator[BinaryIO]:
-    if path.exists() and not path.is_file():  # a rename would put a file in the place of /dev/null
-        raise ValueError(f"{path}: expected a file to write, found a folder or a device")
-    aside = path.with_name(path.name + ".partial")
-    aside.unlink(missing_ok=True)
-    with open(aside, "xb") as file:  # a link that somebody left there would lead out of the folder
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -480,11 +421,13 @@ def _check_manifest(file: Path, manifest: Any) -> None:
         raise ValueError(f"{file}: expected format {FORMAT!r}, found another file")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise ValueError(
-            f"{file}: expected format version {FORMAT_VERSION}, found {show(manifest.get('format_version'))}"
+            f"{file}: expected format version {FORMAT_VERSION}, found {short_repr(manifest.get('format_version'))}"
         )
     _check_fields(file, manifest, dict.fromkeys(_MANIFEST_COUNTS, int) | {"shards": list, "dtype": str})
     if manifest["dtype"] not in DTYPES:
-        raise ValueError(f"{file}: dtype: expected one of {tuple(DTYPES)}, found {show(manifest['dtype'])}")
+        raise ValueError(
+            f"{file}: dtype: expected one of {tuple(DTYPES)}, found {short_repr(manifest['dtype'])}"
+        )
     _check_encoders(file, manifest.get("encoders", {}))
     check_square(file, manifest["num_tokens"])
     widths = manifest["condition_dim"] + manifest["target_dim"]
@@ -494,7 +437,7 @@ def _check_manifest(file: Path, manifest: Any) -> None:
         # The sizes say how much memory a batch takes: no more than the shards have.
         if shard["num_samples"] * bytes_per_sample > shard["bytes"]:
             raise ValueError(
-                f"{file}: {show(shard['file'])}: expected at least {bytes_per_sample} bytes for each of "
+                f"{file}: {short_repr(shard['file'])}: expected at least {bytes_per_sample} bytes for each of "
                 f"{shard['num_samples']} samples, found {shard['bytes']}"
             )
     total = sum(shard["num_samples"] for shard in manifest["shards"])
@@ -507,7 +450,7 @@ def check_shard_entry(file: Path, shard: Any) -> None:
     _check_fields(file, shard, _SHARD_FIELDS)
     for name in (shard["file"], shard["table"]):
         if Path(name).name != name or not name.isprintable() or len(name) > 100:
-            raise ValueError(f"{file}: expected a plain file name, found {show(name)}")
+            raise ValueError(f"{file}: expected a plain file name, found {short_repr(name)}")
 
 
 def _check_encoders(file: Path, encoders: Any) -> None:
@@ -515,7 +458,7 @@ def _check_encoders(file: Path, encoders: Any) -> None:
     if not isinstance(encoders, dict) or not all(
         isinstance(encoders.get(side, {}), dict) for side in ("eva", "clip")
     ):
-        raise ValueError(f"{file}: encoders: expected an object for each side, found {show(encoders)}")
+        raise ValueError(f"{file}: encoders: expected an object for each side, found {short_repr(encoders)}")
 
 
 _MANIFEST_COUNTS = ("num_samples", "num_tokens", "condition_dim", "target_dim")
@@ -536,7 +479,7 @@ def _check_fields(file: Path, values: Any, kinds: Mapping[str, type]) -> None:
         if not isinstance(value, kind) or isinstance(value, bool) or not in_range:
             raise ValueError(
                 f"{file}: {name}: expected {'a positive ' if kind is int else 'a '}"
-                f"{kind.__name__}, found {show(value)}"
+                f"{kind.__name__}, found {short_repr(value)}"
             )
 
 

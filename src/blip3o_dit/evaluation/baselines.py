@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blip3o_dit.data.dataset import choose_samples
-from blip3o_dit.data.store import Embeddings, batches
+from blip3o_dit.data.embeddings import Embeddings, batches
 from blip3o_dit.flow.source import neighbourhood_features
 from blip3o_dit.metrics.distances import symmetric_root
 from blip3o_dit.model.config import neighbour_components

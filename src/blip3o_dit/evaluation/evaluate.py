@@ -17,8 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from blip3o_dit.data.dataset import split_samples
-from blip3o_dit.data.embeddings import TransformedEmbeddings
-from blip3o_dit.data.store import Embeddings
+from blip3o_dit.data.embeddings import Embeddings, TransformedEmbeddings
 from blip3o_dit.evaluation import plots, report, scores
 from blip3o_dit.evaluation.fitting import fit_baselines
 from blip3o_dit.evaluation.predictions import Predictions, collect_predictions, without_vectors

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
-from blip3o_dit.data.store import Embeddings
+from blip3o_dit.data.embeddings import Embeddings
 from blip3o_dit.evaluation.baselines import (
     Baseline,
     NearestNeighbours,

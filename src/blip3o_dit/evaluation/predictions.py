@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip3o_dit.data.store import batches
+from blip3o_dit.data.embeddings import batches
 from blip3o_dit.evaluation.reference import (
     ReferenceSet,
     Track,

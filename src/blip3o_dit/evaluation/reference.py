@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip3o_dit.data.store import Embeddings, batches
+from blip3o_dit.data.embeddings import Embeddings, batches
 from blip3o_dit.metrics.bootstrap import Bootstrap, Estimate
 from blip3o_dit.metrics.fidelity import (
     LinearProbe,

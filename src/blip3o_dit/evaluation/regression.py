@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
-from blip3o_dit.data.store import Embeddings
+from blip3o_dit.data.embeddings import Embeddings
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.utils.stateless_random import stateless_generator
 

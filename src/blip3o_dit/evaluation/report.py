@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader
 
-from blip3o_dit.data.store import write_atomically
 from blip3o_dit.evaluation import plots
 from blip3o_dit.evaluation.metric_tables import TABLES, Metric, MetricTable
+from blip3o_dit.utils.atomic import write_atomically
 
 METRICS_FILE = "metrics.json"
 REPORT_FILE = "report.html"

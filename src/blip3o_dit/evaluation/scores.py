@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip3o_dit.data.store import Embeddings, batches
+from blip3o_dit.data.embeddings import Embeddings, batches
 from blip3o_dit.evaluation.predictions import Predictions, peak_memory_mib, standardized_and_flat
 from blip3o_dit.evaluation.reference import (
     EvaluationSettings,

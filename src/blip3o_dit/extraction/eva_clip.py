@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from blip3o_dit.utils.json_files import reason, weight_files_of
+from blip3o_dit.utils.json_files import one_line, weight_files_of
 
 TEXT_TOWER = ("text_model.", "text_projection.", "logit_scale", "text.")
 _UNSUPPORTED = ("use_rope", "use_swiglu_mlp", "use_sub_ln", "q_bias", "k_bias", "v_bias")
@@ -242,7 +242,7 @@ def read_tensors(folder: Path) -> Iterable[tuple[str, Tensor]]:
                     for name in tensors.keys():  # noqa: SIM118 - not a mapping
                         yield name, tensors.get_tensor(name)
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file}: not readable weights: {reason(error)}") from error
+                raise ValueError(f"{file}: not readable weights: {one_line(error)}") from error
         else:
             yield from _read_bin(file)
 
@@ -251,7 +251,7 @@ def _read_bin(file: Path) -> Iterable[tuple[str, Tensor]]:
     try:
         state_dict = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise ValueError(f"{file}: not readable weights: {reason(error)}") from error
+        raise ValueError(f"{file}: not readable weights: {one_line(error)}") from error
     except pickle.UnpicklingError as error:
         raise ValueError(f"{file}: refused: it holds more than weights") from error
     yield from state_dict.items()

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from blip3o_dit.utils.json_files import plain, reason, show
+from blip3o_dit.utils.json_files import one_line, printable, short_repr
 
 IMAGE_SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"]
@@ -157,7 +157,9 @@ def _list_file(path: Path) -> list[ImageRef]:
         if row.get("key"):
             key = str(row["key"])
             if key in given:
-                raise ValueError(f"{path}: line {number}: key {show(key)} is on line {given[key]} already")
+                raise ValueError(
+                    f"{path}: line {number}: key {short_repr(key)} is on line {given[key]} already"
+                )
             given[key] = number
         else:
             seen[name] = seen.get(name, 0) + 1
@@ -191,12 +193,12 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             names = reader.fieldnames or []
             if not set(names) & set(PATH_NAMES):
                 raise ValueError(
-                    f"{path}: line 1: expected a header with one of {PATH_NAMES}, found {show(names)}"
+                    f"{path}: line 1: expected a header with one of {PATH_NAMES}, found {short_repr(names)}"
                 )
             for row in reader:
                 yield reader.line_num, dict(row)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not a readable CSV: {reason(error)}") from error
+        raise ValueError(f"{path}: not a readable CSV: {one_line(error)}") from error
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -204,7 +206,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: line {number}: not readable JSON: {reason(error)}") from error
+            raise ValueError(f"{path}: line {number}: not readable JSON: {one_line(error)}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}: line {number}: expected an object, found {type(row).__name__}")
         yield number, row
@@ -234,7 +236,7 @@ def _list_tar(path: Path) -> list[ImageRef]:
                     labels[stem] = file.read(2**10).decode("utf-8", errors="replace").strip() if file else ""
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header it has read
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: not a whole tar: {reason(error)}") from error
+        raise ValueError(f"{path}: not a whole tar: {one_line(error)}") from error
     return [
         ImageRef(
             key=f"{path.stem}/{stem}",
@@ -369,6 +371,6 @@ def _check_unique(path: Path, refs: Sequence[ImageRef]) -> None:
     seen: dict[str, str] = {}
     for ref in refs:
         if ref.key in seen:
-            both = f"{plain(seen[ref.key])} and {plain(ref.location)}"
-            raise ValueError(f"{path}: key {show(ref.key)} belongs to both {both}")
+            both = f"{printable(seen[ref.key])} and {printable(ref.location)}"
+            raise ValueError(f"{path}: key {short_repr(ref.key)} belongs to both {both}")
         seen[ref.key] = ref.location

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from blip3o_dit.data.embeddings import Embeddings, batches
 from blip3o_dit.data.statistics import ChannelAccumulator
-from blip3o_dit.data.store import Embeddings, batches
-from blip3o_dit.utils.json_files import plain
+from blip3o_dit.utils.json_files import printable
 from blip3o_dit.utils.pca_colors import pca_colors
 
 SHOWN = 3  # outliers named per kind
@@ -138,10 +138,13 @@ def format_inspection(inspection: Inspection) -> str:
     ]
     for name in ("dtype", "pooling", "skipped"):
         if inspection.about.get(name) is not None:
-            lines.append(f"  {name}: {plain(inspection.about[name])}")
+            lines.append(f"  {name}: {printable(inspection.about[name])}")
     for name, side in inspection.sides.items():
         tower = inspection.about.get("encoders", {}).get(name, {})
-        lines += ["", f"{name}: {side.width} wide" + (f", {plain(tower['name'])}" if "name" in tower else "")]
+        lines += [
+            "",
+            f"{name}: {side.width} wide" + (f", {printable(tower['name'])}" if "name" in tower else ""),
+        ]
         lines.append(
             f"  token norm {side.norm_mean:.4g} +- {side.norm_std:.3g}, "
             f"from {side.norm_min:.4g} to {side.norm_max:.4g}"
@@ -162,12 +165,12 @@ def warnings_of(inspection: Inspection) -> list[str]:
         if side.non_finite_samples:
             found.append(
                 f"warning: {name}: NaN or infinity in {side.non_finite_samples} samples, "
-                f"first {plain(side.first_non_finite)}"
+                f"first {printable(side.first_non_finite)}"
             )
         if inspection.about.get("encoders", {}).get(name, {}).get("meaningful") is False:
             found.append(f"warning: {name}: tower from scratch, these tokens mean nothing")
     if inspection.duplicate_keys:
-        examples = ", ".join(map(plain, inspection.duplicate_examples))
+        examples = ", ".join(map(printable, inspection.duplicate_examples))
         found.append(f"warning: {inspection.duplicate_keys} keys are there more than once: {examples}")
     return found or ["no NaN, no infinity, no duplicate keys"]
 

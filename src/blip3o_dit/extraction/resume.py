@@ -17,14 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from blip3o_dit.data.store import (
-    MANIFEST,
-    EmbeddingStore,
-    check_shard_entry,
-    write_atomically,
-    write_manifest,
-)
-from blip3o_dit.utils.json_files import read_json, show
+from blip3o_dit.data.store import MANIFEST, EmbeddingStore, check_shard_entry, write_manifest
+from blip3o_dit.utils.atomic import write_atomically
+from blip3o_dit.utils.json_files import read_json, short_repr
 
 SETTINGS_FILE = "extraction.json"
 SKIPPED_FILE = "skipped.jsonl"
@@ -143,7 +138,8 @@ def _difference(found: Any, wanted: dict[str, Any]) -> str:
     there, here = _flat(found), _flat(wanted)
     names = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
     return "; ".join(
-        f"{name} is {show(there.get(name))} there, {show(here.get(name))} here" for name in names[:4]
+        f"{name} is {short_repr(there.get(name))} there, {short_repr(here.get(name))} here"
+        for name in names[:4]
     )
 
 
@@ -164,7 +160,9 @@ def _check_skipped(file: Path, skipped: Any) -> None:
     expected = {"key", "location", "reason"}
     for picture in skipped if isinstance(skipped, list) else [skipped]:
         if not isinstance(picture, dict) or not all(isinstance(picture.get(name), str) for name in expected):
-            raise ValueError(f"{file}: expected skipped pictures with a reason each, found {show(picture)}")
+            raise ValueError(
+                f"{file}: expected skipped pictures with a reason each, found {short_repr(picture)}"
+            )
 
 
 def _read(file: Path) -> Any:

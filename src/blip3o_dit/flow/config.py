@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from blip3o_dit.utils.json_files import show, show_names
+from blip3o_dit.utils.json_files import short_repr, show_names
 from blip3o_dit.utils.validation import check_integer, check_name, check_range
 
 SCHEDULE_TYPES = ("linear", "cosine")
@@ -90,7 +90,7 @@ class FlowMatchingConfig:
     def from_dict(cls, values: dict[str, Any]) -> FlowMatchingConfig:
         """Raises ValueError for an unknown key, listing the known ones."""
         if not isinstance(values, dict):
-            raise ValueError(f"flow_matching: expected an object, found {show(values)}")
+            raise ValueError(f"flow_matching: expected an object, found {short_repr(values)}")
         known = [f.name for f in fields(cls)]
         unknown = set(values) - set(known)
         if unknown:

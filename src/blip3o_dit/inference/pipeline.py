@@ -13,9 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from blip3o_dit.data.dataset import choose_samples, split_samples
-from blip3o_dit.data.embeddings import check_sizes, open_embeddings
+from blip3o_dit.data.embeddings import Embeddings, batches, check_sizes, open_embeddings
 from blip3o_dit.data.statistics import ChannelStatistics, streamed_statistics
-from blip3o_dit.data.store import Embeddings, batches, dump_atomically
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
 from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER
 from blip3o_dit.flow.timesteps import training_times
@@ -24,6 +23,7 @@ from blip3o_dit.metrics.fidelity import FidelitySums
 from blip3o_dit.model.blip3o_dit import EMA_VARIANT, BLIP3oDiTModel, pick_weights
 from blip3o_dit.model.precision import has_native_matmul
 from blip3o_dit.training.config import TrainingConfig
+from blip3o_dit.utils.atomic import dump_atomically
 from blip3o_dit.utils.distributed import Processes, join_processes, pick_device
 from blip3o_dit.utils.stateless_random import stateless_normal, stateless_permutation, stateless_uniform
 from blip3o_dit.utils.validation import check_name

@@ -25,7 +25,7 @@ from blip3o_dit.model.cuda_graphs import GraphedPredict, Predict
 from blip3o_dit.model.precision import without_autocast
 from blip3o_dit.model.transformer import NextDiT
 from blip3o_dit.utils.atomic import is_sealed, verify
-from blip3o_dit.utils.json_files import plain, reason
+from blip3o_dit.utils.json_files import one_line, printable
 from blip3o_dit.utils.logging import quiet_transformers
 from blip3o_dit.utils.stateless_random import stateless_normal
 from blip3o_dit.utils.validation import check_name, is_hub_id
@@ -570,7 +570,7 @@ def check_weights(file: Path, config: BLIP3oDiTConfig) -> None:
             found = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
             kinds = {tensors.get_slice(name).get_dtype() for name in found}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not readable weights: {reason(error)}") from error
+        raise ValueError(f"{file}: not readable weights: {one_line(error)}") from error
     if not kinds <= WEIGHT_DTYPES:
         raise ValueError(f"{file}: expected weights in {sorted(WEIGHT_DTYPES)}, found {sorted(kinds)}")
     if config.num_layers > len(found):
@@ -608,7 +608,7 @@ def refuse_misfits(where: str, loading_info: dict[str, Any]) -> None:
         keys = loading_info.get(kind) or ()
         names = sorted(key if isinstance(key, str) else str(key[0]) for key in keys)
         if names:
-            shown = ", ".join(map(plain, names[:3])) + (", ..." if len(names) > 3 else "")
+            shown = ", ".join(map(printable, names[:3])) + (", ..." if len(names) > 3 else "")
             problems.append(f"{len(names)} {kind.replace('_keys', '')} ({shown})")
     if problems:
         raise ValueError(f"{where}: weights do not fit the configuration: " + "; ".join(problems))

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from blip3o_dit.flow.config import SOLVER_NAMES, FlowMatchingConfig
-from blip3o_dit.utils.json_files import read_json, show, show_names
+from blip3o_dit.utils.json_files import read_json, short_repr, show_names
 from blip3o_dit.utils.validation import check_name, check_size, error_context, is_hub_id, is_number
 
 CONFIG_FILE = "config.json"
@@ -178,10 +178,10 @@ class BLIP3oDiTConfig(PreTrainedConfig):
         for name in ("norm_eps", "rope_theta"):
             value = getattr(self, name)
             if not is_number(value) or not 0 < value < math.inf:
-                raise ValueError(f"{name}: expected a positive number, found {show(value)}")
+                raise ValueError(f"{name}: expected a positive number, found {short_repr(value)}")
         for name in ("gradient_checkpointing", "normalize_embeddings", "standardize"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}: expected true or false, found {show(getattr(self, name))}")
+                raise ValueError(f"{name}: expected true or false, found {short_repr(getattr(self, name))}")
 
     def _check_sizes(self) -> None:
         if self.model_dim % self.num_heads:
@@ -220,7 +220,7 @@ def _config_file(folder: str | os.PathLike[str]) -> Path:
 def _check_written(file: Path, values: Any) -> None:
     """What Hugging Face reads of a config.json by itself, before our fields are looked at."""
     if not isinstance(values, dict) or values.get("model_type") != BLIP3oDiTConfig.model_type:
-        found = show(values.get("model_type")) if isinstance(values, dict) else show(values)
+        found = short_repr(values.get("model_type")) if isinstance(values, dict) else short_repr(values)
         raise ValueError(f"{file}: expected model_type {BLIP3oDiTConfig.model_type!r}, found {found}")
     known = {*BLIP3oDiTConfig.own_fields(), *_WRITTEN_EXTRAS}
     unknown = set(values) - known
@@ -232,12 +232,16 @@ def _check_written(file: Path, values: Any) -> None:
                 check_name(name, values[name], _DTYPES)
     for name in ("transformers_version", "_name_or_path"):
         if not isinstance(values.get(name, ""), str):
-            raise ValueError(f"{file}: {name}: expected text, found {show(values[name])}")
+            raise ValueError(f"{file}: {name}: expected text, found {short_repr(values[name])}")
     if not isinstance(values.get("use_cache", False), bool):
-        raise ValueError(f"{file}: use_cache: expected true or false, found {show(values['use_cache'])}")
+        raise ValueError(
+            f"{file}: use_cache: expected true or false, found {short_repr(values['use_cache'])}"
+        )
     architectures = values.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
-        raise ValueError(f"{file}: architectures: expected a list of names, found {show(architectures)}")
+        raise ValueError(
+            f"{file}: architectures: expected a list of names, found {short_repr(architectures)}"
+        )
 
 
 def default_ffn_dim(model_dim: int, multiple_of: int = 256) -> int:

@@ -19,7 +19,7 @@ from blip3o_dit.flow.config import FlowMatchingConfig
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.official_convention import flip_velocity_sign
-from blip3o_dit.utils.json_files import reason, weight_files_of
+from blip3o_dit.utils.json_files import one_line, weight_files_of
 
 OFFICIAL_PREFIXES = ("model.dit.model.", "dit.model.", "model.", "")
 CONDITION_PREFIX = "caption_projection."
@@ -244,4 +244,4 @@ def _tensor_names(file: Path) -> list[str]:
         with safe_open(file, framework="pt") as tensors:
             return list(tensors.keys())
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not readable weights: {reason(error)}") from error
+        raise ValueError(f"{file}: not readable weights: {one_line(error)}") from error

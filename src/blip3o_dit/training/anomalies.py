@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from blip3o_dit.data.store import write_atomically
+from blip3o_dit.utils.atomic import write_atomically
 
 DIAGNOSIS_FILE = "diagnosis.json"
 SPIKES_FILE = "loss_spikes.jsonl"

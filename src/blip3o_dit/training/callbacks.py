@@ -16,9 +16,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from blip3o_dit.data.store import write_atomically
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.fsdp import let_generate
+from blip3o_dit.utils.atomic import write_atomically
 from blip3o_dit.utils.json_files import finite_or_none
 
 LOG_FILE = "training_log.jsonl"

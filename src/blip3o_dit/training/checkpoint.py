@@ -24,13 +24,13 @@ from typing import Any
 
 from transformers import TrainerState
 
-from blip3o_dit.data.store import Embeddings
+from blip3o_dit.data.embeddings import Embeddings
 from blip3o_dit.model.blip3o_dit import check_weights
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.training.anomalies import SPIKES_FILE
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.utils.atomic import ASIDE, REPLACED, restore_replaced, verify
-from blip3o_dit.utils.json_files import finite_or_none, read_json, show, show_names
+from blip3o_dit.utils.json_files import finite_or_none, read_json, short_repr, show_names
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def read_object(file: Path, *, non_finite: bool = False) -> dict[str, Any]:
     """The object in a JSON file. Raises ValueError, naming the file, for anything else."""
     values = read_json(file, non_finite=non_finite)
     if not isinstance(values, dict):
-        raise ValueError(f"{file}: expected an object, found {show(values)}")
+        raise ValueError(f"{file}: expected an object, found {short_repr(values)}")
     return values
 
 
@@ -180,14 +180,14 @@ def check_checkpoint(checkpoint: Path, model_config: BLIP3oDiTConfig, run: RunId
         saved["standardize"] = TrainingConfig.from_folder(checkpoint).standardize
     names = set(BLIP3oDiTConfig.own_fields()) - {"gradient_checkpointing"}
     different = [
-        f"{name} is {show(saved.get(name))} there, {wanted[name]!r} here"
+        f"{name} is {short_repr(saved.get(name))} there, {wanted[name]!r} here"
         for name in sorted(names)
         if saved.get(name) != wanted[name]
     ]
     theirs = asdict(LoopState.read(checkpoint).run)
     for name, mine in asdict(run).items():
         if theirs[name] != mine:
-            different.append(f"{_RUN_NAMES[name]} was {show(theirs[name])}, now {show(mine)}")
+            different.append(f"{_RUN_NAMES[name]} was {short_repr(theirs[name])}, now {short_repr(mine)}")
     if different:
         raise ValueError(f"{checkpoint}: the checkpoint does not fit this run: " + "; ".join(different))
     check_weights(checkpoint / "model.safetensors", model_config)
@@ -227,6 +227,6 @@ def _check_trainer_state(file: Path) -> None:
         raise ValueError(f"{file}: unknown {show_names(unknown)}")
     step, log = state.get("global_step"), state.get("log_history")
     if not isinstance(step, int) or isinstance(step, bool) or step < 1:
-        raise ValueError(f"{file}: global_step: expected a positive integer, found {show(step)}")
+        raise ValueError(f"{file}: global_step: expected a positive integer, found {short_repr(step)}")
     if not isinstance(log, list) or not all(isinstance(entry, dict) for entry in log):
         raise ValueError(f"{file}: log_history: expected a list of objects")

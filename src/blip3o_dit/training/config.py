@@ -20,7 +20,7 @@ from blip3o_dit.flow.config import (
 )
 from blip3o_dit.model.config import SIZE_FIELDS, BLIP3oDiTConfig, neighbour_components
 from blip3o_dit.utils.atomic import is_sealed, verify
-from blip3o_dit.utils.json_files import read_json, show, show_names
+from blip3o_dit.utils.json_files import read_json, short_repr, show_names
 from blip3o_dit.utils.validation import (
     check_integer,
     check_name,
@@ -179,7 +179,7 @@ class TrainingConfig:
             value = getattr(self, name)
             no_limit = name == "max_hours" and value is None
             if not no_limit and not (is_number(value) and 0 < value < math.inf):
-                raise ValueError(f"{name}: expected a number above 0, found {show(value)}")
+                raise ValueError(f"{name}: expected a number above 0, found {short_repr(value)}")
         for name in ("learning_rate", "weight_decay", "max_grad_norm"):
             check_range(name, getattr(self, name), 0.0, math.inf)
         check_range("ema_decay", self.ema_decay, 0.0, 1.0)
@@ -198,10 +198,10 @@ class TrainingConfig:
             value = getattr(self, option.name)
             if isinstance(option.default, bool):
                 if not isinstance(value, bool):
-                    raise ValueError(f"{option.name}: expected true or false, found {show(value)}")
+                    raise ValueError(f"{option.name}: expected true or false, found {short_repr(value)}")
             elif option.type in ("str", "str | None"):
                 if not isinstance(value, str) and not (value is None and option.type != "str"):
-                    raise ValueError(f"{option.name}: expected text, found {show(value)}")
+                    raise ValueError(f"{option.name}: expected text, found {short_repr(value)}")
             elif option.name in SIZE_FIELDS and not (value is None and "None" in str(option.type)):
                 check_size(option.name, value)
         check_range("time_shift", self.time_shift, 0.0, 1e3)
@@ -224,7 +224,7 @@ class TrainingConfig:
             verify(Path(folder), [TRAINING_CONFIG_FILE])
         values = read_json(file)
         if not isinstance(values, dict):
-            raise ValueError(f"{file}: expected an object, found {show(values)}")
+            raise ValueError(f"{file}: expected an object, found {short_repr(values)}")
         known = {f.name for f in fields(cls)}
         unknown = set(values) - known
         if unknown:

@@ -17,8 +17,7 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from blip3o_dit.data.dataset import split_samples
-from blip3o_dit.data.embeddings import check_sizes, open_embeddings
-from blip3o_dit.data.store import Embeddings
+from blip3o_dit.data.embeddings import Embeddings, check_sizes, open_embeddings
 from blip3o_dit.flow.config import SOLVER_NAMES
 from blip3o_dit.flow.distillation import DistillationTarget, trajectory_targets
 from blip3o_dit.flow.path import convert_prediction, make_path

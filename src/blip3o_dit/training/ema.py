@@ -13,7 +13,7 @@ from torch import Tensor
 
 from blip3o_dit.model.blip3o_dit import EMA_FILE, EMA_VARIANT, BLIP3oDiTModel
 from blip3o_dit.training.fsdp import own_part, shard_like, sharded_parameters, whole_tensors
-from blip3o_dit.utils.json_files import reason
+from blip3o_dit.utils.json_files import one_line
 
 
 class ExponentialMovingAverage:
@@ -104,7 +104,7 @@ class ExponentialMovingAverage:
         try:
             saved = load_file(file)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: not readable weights: {reason(error)}") from error
+            raise ValueError(f"{file}: not readable weights: {one_line(error)}") from error
         for name, average in self.weights.items():
             if name not in saved or saved[name].shape != average.shape:
                 raise ValueError(f"{file}: {name}: expected shape {list(average.shape)}")

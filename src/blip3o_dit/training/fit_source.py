@@ -22,13 +22,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from blip3o_dit.data.dataset import choose_samples
-from blip3o_dit.data.embeddings import TransformedEmbeddings
-from blip3o_dit.data.store import Embeddings, batches
+from blip3o_dit.data.embeddings import Embeddings, TransformedEmbeddings, batches
 from blip3o_dit.evaluation.baselines import Moments, principal_components, search_penalty
 from blip3o_dit.flow.source import AffineSource, source_features
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.precision import without_autocast
-from blip3o_dit.utils.json_files import reason
+from blip3o_dit.utils.json_files import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +100,7 @@ def load_folds(folder: Path, model: BLIP3oDiTModel) -> SourceFolds | None:
     try:
         found = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not readable tensors: {reason(error)}") from error
+        raise ValueError(f"{file}: not readable tensors: {one_line(error)}") from error
     folds, samples = (len(found.get(name, ())) for name in ("weight", "samples"))
     expected = {
         "weight": (torch.float32, [folds, *model.source_weight.shape]),

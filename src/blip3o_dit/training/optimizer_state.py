@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from blip3o_dit.training.checkpoint import OPTIMIZER_NUMBERS, OPTIMIZER_TENSORS, read_object
-from blip3o_dit.utils.json_files import reason, show
+from blip3o_dit.utils.json_files import one_line, short_repr
 
 EIGHT_BIT_PARTS = ("codes", "scale", "qmap")
 
@@ -85,7 +85,7 @@ def load_optimizer(
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not readable tensors: {reason(error)}") from error
+        raise ValueError(f"{file}: not readable tensors: {one_line(error)}") from error
     _check_groups(folder / OPTIMIZER_NUMBERS, optimizer, numbers.get("param_groups"))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = _state(file, tensors, numbers.get("eight_bit"), parameters)
@@ -111,7 +111,7 @@ def _check_groups(file: Path, optimizer: Optimizer, found: Any) -> None:
     if counts != expected:
         raise ValueError(
             f"{file}: param_groups: expected {expected} parameters with and without weight decay, found "
-            f"{show(counts)} (earlier versions with --weight_decay also let norms and gates decay)"
+            f"{short_repr(counts)} (earlier versions with --weight_decay also let norms and gates decay)"
         )
 
 
@@ -164,7 +164,9 @@ def _like(where: str, current: Any, found: Any) -> Any:
         return found
     if type(current) is type(found) and not isinstance(found, dict | list):
         return found
-    raise ValueError(f"{where}: expected a value like {show(_plain(current))}, found {show(found)}")
+    raise ValueError(
+        f"{where}: expected a value like {short_repr(_plain(current))}, found {short_repr(found)}"
+    )
 
 
 def _state(
@@ -176,10 +178,14 @@ def _state(
     for key, tensor in _joined(file, tensors, eight_bit).items():
         number, _, name = key.partition(".")
         if number not in by_number:
-            raise ValueError(f"{file}: expected states of {len(by_number)} parameters, found {show(key)}")
+            raise ValueError(
+                f"{file}: expected states of {len(by_number)} parameters, found {short_repr(key)}"
+            )
         expected = list(by_number[number].shape)
         if tensor.ndim and list(tensor.shape) != expected:
-            raise ValueError(f"{file}: {show(key)}: expected shape {expected}, found {list(tensor.shape)}")
+            raise ValueError(
+                f"{file}: {short_repr(key)}: expected shape {expected}, found {list(tensor.shape)}"
+            )
         state.setdefault(int(number), {})[name] = tensor
     if state and len(state) != len(parameters):
         raise ValueError(f"{file}: expected states of {len(parameters)} parameters, found {len(state)}")
@@ -199,8 +205,10 @@ def _joined(file: Path, tensors: dict[str, Tensor], eight_bit: Any) -> dict[str,
         parts = [joined.pop(f"{key}.{part}", None) for part in EIGHT_BIT_PARTS]
         codes, scale, qmap = parts
         if codes is None or scale is None or qmap is None:
-            raise ValueError(f"{file}: {show(key)}: expected {', '.join(EIGHT_BIT_PARTS)}")
+            raise ValueError(f"{file}: {short_repr(key)}: expected {', '.join(EIGHT_BIT_PARTS)}")
         if codes.dtype != torch.uint8 or qmap.numel() != 256 or codes.numel() % max(1, scale.numel()):
-            raise ValueError(f"{file}: {show(key)}: expected an 8-bit state, found other shapes or types")
+            raise ValueError(
+                f"{file}: {short_repr(key)}: expected an 8-bit state, found other shapes or types"
+            )
         joined[key] = OptimState8bit(codes, scale, qmap, bool(signed))
     return joined

@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from blip3o_dit.data.dataset import EmbeddingDataset, Split, choose_samples, split_samples
-from blip3o_dit.data.embeddings import open_embeddings
+from blip3o_dit.data.embeddings import Embeddings, open_embeddings
 from blip3o_dit.data.statistics import streamed_statistics
-from blip3o_dit.data.store import Embeddings, EmbeddingStore
+from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.training.arguments import make_deterministic, training_arguments, use_cpu

@@ -27,7 +27,7 @@ from blip3o_dit.data.dataset import (
     identity_collate,
     training_sampler,
 )
-from blip3o_dit.data.store import batches
+from blip3o_dit.data.embeddings import batches
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
 from blip3o_dit.flow.path import PathSample
 from blip3o_dit.flow.source import AffineSource

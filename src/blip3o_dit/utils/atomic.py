@@ -10,15 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 
 from blip3o_dit.utils.errors import WriteError
-from blip3o_dit.utils.json_files import read_json, reason, show
+from blip3o_dit.utils.json_files import one_line, read_json, short_repr
 
 CHECKSUMS_FILE = "checksums.json"
 ASIDE, REPLACED = ".partial", ".replaced"
@@ -114,7 +116,9 @@ def verify(folder: Path, names: Iterable[str] | None = None) -> None:
     known = _read_checksums(folder)
     for name in known if names is None else names:
         if name not in known:
-            raise ValueError(f"{folder / CHECKSUMS_FILE}: expected the checksum of {show(name)}, found none")
+            raise ValueError(
+                f"{folder / CHECKSUMS_FILE}: expected the checksum of {short_repr(name)}, found none"
+            )
         size, digest = known[name]
         file = folder / name
         if not file.is_file():
@@ -164,12 +168,14 @@ def _read_checksums(folder: Path) -> dict[str, tuple[int, str]]:
     content = read_json(file)
     files = content.get("files") if isinstance(content, dict) else None
     if not isinstance(files, dict):
-        raise ValueError(f"{file}: expected sizes and checksums of files, found {show(content)}")
+        raise ValueError(f"{file}: expected sizes and checksums of files, found {short_repr(content)}")
     for name, entry in files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts or len(name) > LONGEST_NAME:
-            raise ValueError(f"{file}: expected names of files in the folder, found {show(name)}")
+            raise ValueError(f"{file}: expected names of files in the folder, found {short_repr(name)}")
         if not isinstance(entry, dict) or {type(entry.get("bytes")), type(entry.get("sha256"))} != {int, str}:
-            raise ValueError(f"{file}: {show(name)}: expected bytes and sha256, found {show(entry)}")
+            raise ValueError(
+                f"{file}: {short_repr(name)}: expected bytes and sha256, found {short_repr(entry)}"
+            )
     return {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
 
 
@@ -181,7 +187,32 @@ def _write_errors(target: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         if isinstance(error, WriteError):
             raise
-        found = getattr(error, "strerror", None) or reason(error)
+        found = getattr(error, "strerror", None) or one_line(error)
         raise WriteError(
             f"{target}: expected to write it whole, found: {found}; what was there before is untouched"
         ) from error
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """All of the content or the previous file, never a part: write aside, flush, rename."""
+    with _atomic_file(Path(path)) as file:
+        file.write(content)
+
+
+def dump_atomically(path: str | Path, content: object) -> None:
+    """The same with a pickle of the content."""
+    with _atomic_file(Path(path)) as file:
+        pickle.dump(content, file, protocol=4)
+
+
+@contextmanager
+def _atomic_file(path: Path) -> Iterator[BinaryIO]:
+    if path.exists() and not path.is_file():  # a rename would put a file in the place of /dev/null
+        raise ValueError(f"{path}: expected a file to write, found a folder or a device")
+    aside = path.with_name(path.name + ".partial")
+    aside.unlink(missing_ok=True)
+    with open(aside, "xb") as file:  # a link that somebody left there would lead out of the folder
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)

@@ -42,7 +42,7 @@ def parse_json(where: str | Path, content: bytes, *, non_finite: bool = False) -
         constant = float if non_finite else _no_constant
         return json.loads(content, object_pairs_hook=_unique, parse_constant=constant)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not readable JSON: {reason(error)}") from error
+        raise ValueError(f"{where}: not readable JSON: {one_line(error)}") from error
 
 
 def finite_or_none(value: Any) -> Any:
@@ -59,7 +59,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in values if names.count(name) > 1)
-        raise ValueError(f"expected each name once, found {show(twice)} more than once")
+        raise ValueError(f"expected each name once, found {short_repr(twice)} more than once")
     return values
 
 
@@ -87,31 +87,31 @@ def weight_files_of(index: Path) -> list[Path]:
     values = read_json(index)
     names = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise ValueError(f"{index}: expected a weight_map of file names, found {show(names)}")
+        raise ValueError(f"{index}: expected a weight_map of file names, found {short_repr(names)}")
     for name in names.values():
         if Path(name).name != name or not name.isprintable() or len(name) > 100:
-            raise ValueError(f"{index}: expected plain file names, found {show(name)}")
+            raise ValueError(f"{index}: expected plain file names, found {short_repr(name)}")
     return [index.parent / name for name in sorted(set(names.values()))]
 
 
-def reason(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """Another library's message, which may repeat a file's content, short and on one line."""
     text = " ".join(str(error).split())[:200] or type(error).__name__
     return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
-def show(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """A value out of a file, as Python writes it, short enough for a message and on one line."""
     return _SHORT.repr(value)
 
 
-def plain(value: Any) -> str:
+def printable(value: Any) -> str:
     """Text out of a file for a terminal, where control characters would act."""
     text = str(value)[:200]
-    return text if text.isprintable() else show(text)
+    return text if text.isprintable() else short_repr(text)
 
 
 def show_names(names: Any) -> str:
     """The first of these names, sorted, as a list."""
     listed = sorted(map(str, names))
-    return show(listed[:4])[:-1] + (f", ... {len(listed) - 4} more]" if len(listed) > 4 else "]")
+    return short_repr(listed[:4])[:-1] + (f", ... {len(listed) - 4} more]" if len(listed) > 4 else "]")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from blip3o_dit.utils.json_files import show
+from blip3o_dit.utils.json_files import short_repr
 
 # No size of a network, and no number of steps, reaches this; the products of such sizes fit 64 bits.
 MAX_SIZE = 2**20
@@ -17,27 +17,27 @@ MAX_SIZE = 2**20
 def check_name(field_name: str, value: Any, known: tuple[str, ...]) -> None:
     """Raises ValueError, listing the known names, unless `value` is one of them."""
     if not isinstance(value, str) or value not in known:
-        raise ValueError(f"{field_name}: expected one of {known}, found {show(value)}")
+        raise ValueError(f"{field_name}: expected one of {known}, found {short_repr(value)}")
 
 
 def check_range(field_name: str, value: Any, low: float, high: float) -> None:
     """Raises ValueError unless `value` is a number in [low, high)."""
     if not is_number(value) or not low <= value < high:
-        raise ValueError(f"{field_name}: expected a number in [{low}, {high}), found {show(value)}")
+        raise ValueError(f"{field_name}: expected a number in [{low}, {high}), found {short_repr(value)}")
 
 
 def check_integer(field_name: str, value: Any, low: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ValueError(f"{field_name}: expected an integer >= {low}, found {show(value)}")
+        raise ValueError(f"{field_name}: expected an integer >= {low}, found {short_repr(value)}")
     if value >= 2**53:
-        raise ValueError(f"{field_name}: expected an integer below 2^53, found {show(value)}")
+        raise ValueError(f"{field_name}: expected an integer below 2^53, found {short_repr(value)}")
 
 
 def check_size(field_name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{field_name}: expected a positive integer, found {show(value)}")
+        raise ValueError(f"{field_name}: expected a positive integer, found {short_repr(value)}")
     if value > MAX_SIZE:
-        raise ValueError(f"{field_name}: expected at most {MAX_SIZE}, found {show(value)}")
+        raise ValueError(f"{field_name}: expected at most {MAX_SIZE}, found {short_repr(value)}")
 
 
 def is_number(value: Any) -> bool:
