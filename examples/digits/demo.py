@@ -22,11 +22,12 @@ from blip3o_dit.cli.command import set_up_logging
 from blip3o_dit.cli.images import pictures_by_key
 from blip3o_dit.data.dataset import Split, split_permutation
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.evaluation.baselines import PositionMean, TokenRidge
+from blip3o_dit.evaluation.baselines import PositionMean
 from blip3o_dit.evaluation.evaluate import EvaluationConfig, evaluate_models
 from blip3o_dit.evaluation.reference import EvaluationSettings
 from blip3o_dit.extraction.extract import ExtractionConfig, extract
 from blip3o_dit.inference.pipeline import BLIP3oInference
+from blip3o_dit.ridge import TokenRidge
 from blip3o_dit.training.callbacks import LOG_FILE, read_log
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.run import train

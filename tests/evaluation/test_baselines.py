@@ -14,16 +14,14 @@ from torch import Tensor
 
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
 from blip3o_dit.evaluation.baselines import (
-    PENALTIES,
     NearestNeighbours,
-    NeighbourhoodRidge,
     PositionMean,
     Procrustes,
     ResidualGaussian,
-    TokenRidge,
     TrainingMean,
     split_validation,
 )
+from blip3o_dit.ridge import PENALTIES, NeighbourhoodRidge, TokenRidge
 
 TRAIN = np.random.default_rng(0).permutation(80)[:60]
 TEST = np.setdiff1d(np.arange(80), TRAIN)
@@ -246,7 +244,7 @@ def test_wide_neighbours_enter_by_their_principal_components(
 ) -> None:
     eva, clip, _ = grid_data(width=6)
     store = write(tmp_path / "s", eva * torch.tensor([9.0, 8, 1e-3, 1e-3, 1e-3, 1e-3]), clip)
-    monkeypatch.setattr("blip3o_dit.model.config.MAX_RIDGE_FEATURES", 6 + 8 * 2)
+    monkeypatch.setattr("blip3o_dit.ridge.MAX_RIDGE_FEATURES", 6 + 8 * 2)
     found = NeighbourhoodRidge.fit(store, np.arange(80), penalty=1e-9)
     assert found.components.shape == (6, 2)
     assert float(found.components[:2].square().sum()) == pytest.approx(2.0, rel=1e-4)

@@ -11,8 +11,9 @@ import torch
 from benchmarks.linear_gaussian import LinearGaussian
 from blip3o_dit.flow.config import FlowMatchingConfig
 from blip3o_dit.flow.path import LinearPath, convert_prediction, make_path
-from blip3o_dit.flow.source import AffineSource, neighbourhood_features
+from blip3o_dit.flow.source import AffineSource
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.ridge import neighbourhood_features
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.fit_source import fit_source
 from tests.conftest import randomize, tiny_config

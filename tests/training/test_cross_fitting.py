@@ -17,8 +17,8 @@ from torch import Tensor
 from blip3o_dit.data.embeddings import TransformedEmbeddings
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.evaluation import baselines
-from blip3o_dit.evaluation.baselines import TokenRidge
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.ridge import TokenRidge
 from blip3o_dit.training.fit_source import (
     FOLDS,
     FOLDS_FILE,

@@ -85,7 +85,8 @@ def check_split(eval_split: Any, split_by: str) -> None:
     known = is_number(eval_split) and 0 <= eval_split <= 2**53
     if not known or (eval_split >= 1 and eval_split != int(eval_split)):
         raise ValueError(
-            f"eval_split: expected a share in [0, 1) or a whole number of samples, found {short_repr(eval_split)}"
+            "eval_split: expected a share in [0, 1) or a whole number of samples, "
+            f"found {short_repr(eval_split)}"
         )
     if split_by == "key_hash" and eval_split >= 1:
         raise ValueError(

@@ -421,7 +421,8 @@ def _check_manifest(file: Path, manifest: Any) -> None:
         raise ValueError(f"{file}: expected format {FORMAT!r}, found another file")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise ValueError(
-            f"{file}: expected format version {FORMAT_VERSION}, found {short_repr(manifest.get('format_version'))}"
+            f"{file}: expected format version {FORMAT_VERSION}, "
+            f"found {short_repr(manifest.get('format_version'))}"
         )
     _check_fields(file, manifest, dict.fromkeys(_MANIFEST_COUNTS, int) | {"shards": list, "dtype": str})
     if manifest["dtype"] not in DTYPES:
@@ -437,7 +438,8 @@ def _check_manifest(file: Path, manifest: Any) -> None:
         # The sizes say how much memory a batch takes: no more than the shards have.
         if shard["num_samples"] * bytes_per_sample > shard["bytes"]:
             raise ValueError(
-                f"{file}: {short_repr(shard['file'])}: expected at least {bytes_per_sample} bytes for each of "
+                f"{file}: {short_repr(shard['file'])}: "
+                f"expected at least {bytes_per_sample} bytes for each of "
                 f"{shard['num_samples']} samples, found {shard['bytes']}"
             )
     total = sum(shard["num_samples"] for shard in manifest["shards"])

@@ -11,11 +11,9 @@ from blip3o_dit.data.embeddings import Embeddings
 from blip3o_dit.evaluation.baselines import (
     Baseline,
     NearestNeighbours,
-    NeighbourhoodRidge,
     PositionMean,
     Procrustes,
     ResidualGaussian,
-    TokenRidge,
     TrainingMean,
     split_validation,
 )
@@ -23,6 +21,7 @@ from blip3o_dit.evaluation.reference import Track
 from blip3o_dit.evaluation.regression import NetworkRegression
 from blip3o_dit.evaluation.samplers import BaselineMethod, NeighbourMethod, Sampler
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.ridge import NeighbourhoodRidge, TokenRidge
 
 
 def fit_baselines(

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -36,27 +34,3 @@ class AffineSource:
     def repeat(self, times: int) -> AffineSource:
         """The same batch, so many times one after the other."""
         return AffineSource(None if self.mean is None else self.mean.repeat(times, 1, 1), self.std)
-
-
-def source_features(condition: Tensor, components: Tensor | None) -> Tensor:
-    """What R is linear in, [B, N, F]: the tokens of a normalised condition [B, N, C], and with `components`
-    their neighbours'."""
-    return condition if components is None else neighbourhood_features(condition, components)
-
-
-def neighbourhood_features(centred: Tensor, components: Tensor) -> Tensor:
-    """Centred tokens [n, N, C] -> [n, N, C + 8 r]: the token, then its neighbours' components, row-major.
-
-    Args:
-        components: [C, r]; a neighbour enters as its projection on them. Outside the grid is zero.
-    """
-    side = int(centred.shape[1] ** 0.5)
-    grid = (centred @ components).reshape(len(centred), side, side, -1)
-    padded = F.pad(grid, (0, 0, 1, 1, 1, 1))
-    around = [
-        padded[:, 1 + dy : 1 + dy + side, 1 + dx : 1 + dx + side].flatten(1, 2)
-        for dy in (-1, 0, 1)
-        for dx in (-1, 0, 1)
-        if (dy, dx) != (0, 0)
-    ]
-    return torch.cat([centred, *around], dim=-1)

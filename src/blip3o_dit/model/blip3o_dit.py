@@ -19,11 +19,12 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from blip3o_dit.flow.path import convert_prediction, make_path
 from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER, Velocity, integrate, integrate_adaptive
-from blip3o_dit.flow.source import AffineSource, source_features
+from blip3o_dit.flow.source import AffineSource
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.cuda_graphs import GraphedPredict, Predict
 from blip3o_dit.model.precision import without_autocast
 from blip3o_dit.model.transformer import NextDiT
+from blip3o_dit.ridge import source_features
 from blip3o_dit.utils.atomic import is_sealed, verify
 from blip3o_dit.utils.json_files import one_line, printable
 from blip3o_dit.utils.logging import quiet_transformers

@@ -17,10 +17,6 @@ from blip3o_dit.utils.validation import check_name, check_size, error_context, i
 CONFIG_FILE = "config.json"
 
 
-# Most features of a ridge regression on a 3x3 neighbourhood, whose normal equations hold their square.
-MAX_RIDGE_FEATURES = 2560
-
-
 # What a config.json holds beside our own fields, as Hugging Face and its Trainer write it. Not: names of
 # attention kernels or of Python files, which Hugging Face would look up on the hub.
 _WRITTEN_EXTRAS = (
@@ -250,8 +246,3 @@ def default_ffn_dim(model_dim: int, multiple_of: int = 256) -> int:
     diffusers >= 0.33 reads the official file as 7168 instead (BLIP3-o issues 29 and 93).
     """
     return multiple_of * math.ceil(int(8 * model_dim / 3) / multiple_of)
-
-
-def neighbour_components(condition_dim: int) -> int:
-    """Principal components of each of 8 neighbours, so that a ridge has at most `MAX_RIDGE_FEATURES`."""
-    return min(condition_dim, max(1, (MAX_RIDGE_FEATURES - condition_dim) // 8))

@@ -18,7 +18,8 @@ from blip3o_dit.flow.config import (
     TIME_DISTRIBUTIONS,
     FlowMatchingConfig,
 )
-from blip3o_dit.model.config import SIZE_FIELDS, BLIP3oDiTConfig, neighbour_components
+from blip3o_dit.model.config import SIZE_FIELDS, BLIP3oDiTConfig
+from blip3o_dit.ridge import neighbour_components
 from blip3o_dit.utils.atomic import is_sealed, verify
 from blip3o_dit.utils.json_files import read_json, short_repr, show_names
 from blip3o_dit.utils.validation import (

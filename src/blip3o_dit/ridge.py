@@ -1,0 +1,316 @@
+"""Ridge regression of target tokens on condition tokens, streamed: features, moments, fit, prediction."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from blip3o_dit.data.embeddings import Embeddings, batches
+
+# Most features of a ridge regression on a 3x3 neighbourhood, whose normal equations hold their square.
+MAX_RIDGE_FEATURES = 2560
+
+
+def neighbour_components(condition_dim: int) -> int:
+    """Principal components of each of 8 neighbours, so that a ridge has at most `MAX_RIDGE_FEATURES`."""
+    return min(condition_dim, max(1, (MAX_RIDGE_FEATURES - condition_dim) // 8))
+
+
+def source_features(condition: Tensor, components: Tensor | None) -> Tensor:
+    """What R is linear in, [B, N, F]: the tokens of a normalised condition [B, N, C], and with `components`
+    their neighbours'."""
+    return condition if components is None else neighbourhood_features(condition, components)
+
+
+def neighbourhood_features(centred: Tensor, components: Tensor) -> Tensor:
+    """Centred tokens [n, N, C] -> [n, N, C + 8 r]: the token, then its neighbours' components, row-major.
+
+    Args:
+        components: [C, r]; a neighbour enters as its projection on them. Outside the grid is zero.
+    """
+    side = int(centred.shape[1] ** 0.5)
+    grid = (centred @ components).reshape(len(centred), side, side, -1)
+    padded = F.pad(grid, (0, 0, 1, 1, 1, 1))
+    around = [
+        padded[:, 1 + dy : 1 + dy + side, 1 + dx : 1 + dx + side].flatten(1, 2)
+        for dy in (-1, 0, 1)
+        for dx in (-1, 0, 1)
+        if (dy, dx) != (0, 0)
+    ]
+    return torch.cat([centred, *around], dim=-1)
+
+
+PENALTIES = tuple(10.0**exponent for exponent in range(-6, 3))
+
+
+class Moments:
+    """Sums of products of features [F] and targets [C], taken about an origin near the data, float64.
+
+    Two of them can be added, and answer how well any linear map does on what they have seen.
+    """
+
+    def __init__(self, width: int, target_dim: int, device: torch.device | None = None) -> None:
+        self.gram = torch.zeros(width + 1, width + 1, dtype=torch.float64, device=device)
+        self.cross = torch.zeros(width + 1, target_dim, dtype=torch.float64, device=device)
+        self.target_squares = torch.zeros(target_dim, dtype=torch.float64, device=device)
+
+    @property
+    def count(self) -> Tensor:
+        """Rows that were added, a scalar."""
+        return self.gram[-1, -1]
+
+    def add(self, features: Tensor, targets: Tensor) -> None:
+        """features [rows, F], targets [rows, C], both less their origins."""
+        rows = F.pad(features.double(), (0, 1), value=1.0)
+        targets = targets.double()
+        self.gram += rows.T @ rows
+        self.cross += rows.T @ targets
+        self.target_squares += targets.square().sum(dim=0)
+
+    def merge(self, other: Moments) -> None:
+        self.gram += other.gram
+        self.cross += other.cross
+        self.target_squares += other.target_squares
+
+    def without(self, other: Moments) -> Moments:
+        """Those of the rows that are not among `other`'s, which are a part of these."""
+        rest = copy.copy(self)
+        rest.gram, rest.cross = self.gram - other.gram, self.cross - other.cross
+        rest.target_squares = self.target_squares - other.target_squares
+        return rest
+
+    def solve(self, penalty: float) -> tuple[Tensor, Tensor]:
+        """(W [F, C], bias [C]) for a ridge penalty in units of each feature's variance."""
+        covariance, cross_covariance, mean_c, mean_x = self.centred()
+        covariance.diagonal().mul_(1 + penalty).clamp_(min=1e-12 * penalty)
+        weight = _solve_symmetric(covariance, cross_covariance)
+        return weight, mean_x - mean_c @ weight
+
+    def centred(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Covariance [F, F], cross-covariance [F, C], mean of the features [F] and of the targets [C]."""
+        count = self.gram[-1, -1]
+        mean_c, mean_x = self.gram[-1, :-1] / count, self.cross[-1] / count
+        covariance = self.gram[:-1, :-1] / count - torch.outer(mean_c, mean_c)
+        cross_covariance = self.cross[:-1] / count - torch.outer(mean_c, mean_x)
+        return covariance, cross_covariance, mean_c, mean_x
+
+    def squared_error(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """Mean of (x - W^T c - bias)^2 per channel, [C]."""
+        full = torch.cat([weight, bias[None]])
+        count = self.gram[-1, -1]
+        explained = (full * (self.gram @ full)).sum(dim=0)
+        return (self.target_squares - 2 * (full * self.cross).sum(dim=0) + explained) / count
+
+
+class Ridge:
+    """What both ridge regressions share; a subclass brings `fit_twice`."""
+
+    fit_twice: ClassVar[Any]
+
+    @classmethod
+    def fit(cls, source: Embeddings, indices: np.ndarray, **options: Any) -> Any:
+        """The map fitted on everything, a `cls`; for the options see `fit_twice`."""
+        return cls.fit_twice(source, indices, **options)[0]
+
+
+@dataclass(frozen=True)
+class TokenRidge(Ridge):
+    """Ridge regression from each condition token to the target token at its position.
+
+    One map for all positions, x = W^T (c - origin) + bias, that minimises the mean of |x - x_hat|^2 plus
+    penalty |W|^2 over standardised conditions (Hoerl and Kennard, 1970), by normal equations in float64.
+    """
+
+    origin: Tensor
+    weight: Tensor
+    bias: Tensor
+    penalty: float
+
+    @classmethod
+    def fit_twice(
+        cls,
+        source: Embeddings,
+        indices: np.ndarray,
+        *,
+        penalty: float | None = None,
+        validation: np.ndarray | None = None,
+        batch_size: int = 16,
+    ) -> tuple[TokenRidge, TokenRidge]:
+        """The map fitted on everything, and with the same penalty the one that saw no validation sample.
+
+        Streamed over the samples at `indices`, and those at `validation`, if any.
+
+        Args:
+            penalty: relative to each condition channel's variance. None takes the one of `PENALTIES` that
+                does best on the validation samples, and 1e-3 without any.
+        """
+        origin, x_origin = _origins(source, indices)
+
+        def moments(rows: np.ndarray) -> Moments:
+            return _token_moments(source, rows, (origin, x_origin), batch_size)
+
+        final, before = (
+            cls(origin.float(), weight.float(), (bias + x_origin).float(), chosen)
+            for weight, bias, chosen in _fit_ridge(moments, indices, validation, penalty)
+        )
+        return final, before
+
+    def predict(self, eva: Tensor) -> Tensor:
+        """[n, N, C_eva] -> [n, N, C]."""
+        return (eva.float() - self.origin) @ self.weight + self.bias
+
+
+@dataclass(frozen=True)
+class NeighbourhoodRidge(Ridge):
+    """Ridge regression from the 3x3 condition tokens around a position to the target token there.
+
+    The token itself enters whole. Its eight neighbours enter whole while there are at most 2,560 features,
+    and by their leading principal components above (`neighbour_components`). Outside the grid is
+    the mean token.
+    """
+
+    mean: Tensor
+    components: Tensor
+    weight: Tensor
+    bias: Tensor
+    penalty: float
+
+    @classmethod
+    def fit_twice(
+        cls,
+        source: Embeddings,
+        indices: np.ndarray,
+        *,
+        penalty: float | None = None,
+        validation: np.ndarray | None = None,
+        mean: Tensor | None = None,
+        batch_size: int = 16,
+    ) -> tuple[NeighbourhoodRidge, NeighbourhoodRidge]:
+        """As `TokenRidge.fit_twice`; `mean` [C_eva] stands outside the grid, None for the samples' own."""
+        own_mean, components = principal_components(source, indices, batch_size)
+        mean = own_mean if mean is None else mean.double()
+        x_origin = _origins(source, indices)[1]
+
+        def moments(rows: np.ndarray) -> Moments:
+            sums = Moments(source.condition_dim + 8 * components.shape[1], source.target_dim)
+            for eva, clip in _fetched(source, rows, batch_size):
+                features = neighbourhood_features(eva - mean, components)
+                sums.add(features.flatten(0, 1), clip.flatten(0, 1) - x_origin)
+            return sums
+
+        final, before = (
+            cls(mean.float(), components.float(), weight.float(), (bias + x_origin).float(), chosen)
+            for weight, bias, chosen in _fit_ridge(moments, indices, validation, penalty)
+        )
+        return final, before
+
+    def predict(self, eva: Tensor) -> Tensor:
+        """[n, N, C_eva] -> [n, N, C]."""
+        return neighbourhood_features(eva.float() - self.mean, self.components) @ self.weight + self.bias
+
+
+def _fit_ridge(
+    moments_of: Callable[[np.ndarray], Moments],
+    indices: np.ndarray,
+    validation: np.ndarray | None,
+    penalty: float | None,
+) -> tuple[tuple[Tensor, Tensor, float], tuple[Tensor, Tensor, float]]:
+    """(W, bias, penalty) fitted on everything, then the same without the validation samples.
+
+    An open penalty is chosen on the validation samples.
+    """
+    moments = moments_of(indices)
+    if validation is None or not len(validation):
+        penalty = 1e-3 if penalty is None else penalty
+        final = before = moments.solve(penalty)
+    else:
+        held_back = moments_of(validation)
+        if penalty is None:
+            penalty, before = search_penalty(moments, held_back)
+        else:
+            before = moments.solve(penalty)
+        moments.merge(held_back)
+        final = moments.solve(penalty)
+    return (*final, penalty), (*before, penalty)
+
+
+def search_penalty(moments: Moments, held_back: Moments) -> tuple[float, tuple[Tensor, Tensor]]:
+    """The penalty of `PENALTIES` with the least error on what was held back, and its map.
+
+    Walks from the middle of the list while the error falls: as a function of the penalty it has one valley in
+    practice, and at full width each penalty costs half a second.
+    """
+    found: dict[int, tuple[float, tuple[Tensor, Tensor]]] = {}
+
+    def error(place: int) -> float:
+        if place not in found:
+            solution = moments.solve(PENALTIES[place])
+            found[place] = _standardized_error(held_back, *solution), solution
+        return found[place][0]
+
+    place = len(PENALTIES) // 2
+    for step in (-1, 1):
+        while 0 <= place + step < len(PENALTIES) and error(place + step) < error(place):
+            place += step
+    return PENALTIES[place], found[place][1]
+
+
+def _solve_symmetric(matrix: Tensor, right: Tensor) -> Tensor:
+    """By Cholesky's factor, and by elimination where rounding leaves the matrix not quite positive."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    return torch.linalg.solve(matrix, right) if failed else torch.cholesky_solve(right, factor)
+
+
+def _standardized_error(moments: Moments, weight: Tensor, bias: Tensor) -> float:
+    """Mean over the channels of the error in units of the channel's variance."""
+    count = moments.gram[-1, -1]
+    variance = moments.target_squares / count - (moments.cross[-1] / count).square()
+    varies = variance > 1e-12 * variance.max()
+    error = moments.squared_error(weight, bias)[varies] / variance[varies]
+    return float(error.mean()) if len(error) else 0.0
+
+
+def _origins(source: Embeddings, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Some token of each side: moments about zero would drown a small variance in a large mean."""
+    eva, clip = source.fetch(indices[:1])
+    return eva[0, 0].double(), clip[0, 0].double()
+
+
+def _token_moments(
+    source: Embeddings, rows: np.ndarray, origin: tuple[Tensor, Tensor], batch_size: int
+) -> Moments:
+    sums = Moments(source.condition_dim, source.target_dim)
+    for eva, clip in _fetched(source, rows, batch_size):
+        sums.add(eva.flatten(0, 1) - origin[0], clip.flatten(0, 1) - origin[1])
+    return sums
+
+
+def principal_components(source: Embeddings, indices: np.ndarray, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Mean condition token [C_eva], and leading principal directions [C_eva, r] (all while they fit)."""
+    width = source.condition_dim
+    kept = neighbour_components(width)
+    origin = _origins(source, indices)[0]
+    total, gram, count = torch.zeros_like(origin), origin.new_zeros(width, width), 0
+    for eva, _ in _fetched(source, indices, batch_size):
+        rows = eva.flatten(0, 1) - origin
+        total += rows.sum(dim=0)
+        gram += rows.T @ rows
+        count += len(rows)
+    mean = total / count
+    if kept == width:
+        return mean + origin, torch.eye(width, dtype=torch.float64, device=mean.device)
+    _, directions = torch.linalg.eigh(gram / count - torch.outer(mean, mean))
+    return mean + origin, directions[:, -kept:]
+
+
+def _fetched(source: Embeddings, rows: np.ndarray, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for piece in batches(rows, batch_size):
+        eva, clip = source.fetch(piece)
+        yield eva.double(), clip.double()
