@@ -16,7 +16,7 @@ from random import Random
 from PIL import Image
 
 from blip3o_dit.cli.main import COMMANDS, main
-from tests.data.test_pickle_file import HOSTILE
+from tests.data.test_safe_unpickler import HOSTILE
 from tests.fuzz.formats import Make, documented, write_model, write_store
 from tests.fuzz.judge import Trial
 

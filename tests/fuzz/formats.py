@@ -31,7 +31,7 @@ from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.utils.validation import error_context
 from tests.conftest import randomize, tiny_config
-from tests.data.test_pickle_file import HOSTILE
+from tests.data.test_safe_unpickler import HOSTILE
 from tests.fuzz.judge import Trial
 from tests.fuzz.mutators import HOSTILE_NAMES, mutate_bytes, mutate_json, mutate_safetensors
 

@@ -16,7 +16,7 @@ from blip3o_dit.cli.main import main
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.conversion import load_official_checkpoint
-from tests.data.test_pickle_file import HOSTILE
+from tests.data.test_safe_unpickler import HOSTILE
 
 
 @pytest.fixture
