@@ -23,8 +23,9 @@ from blip3o_dit.data.dataset import (
     split_samples,
     training_sampler,
 )
-from blip3o_dit.data.embeddings import PickledEmbeddings, write_pickle
-from blip3o_dit.data.store import DTYPES, EmbeddingStore, StoreWriter
+from blip3o_dit.data.manifest import DTYPES
+from blip3o_dit.data.pickle_format import PickledEmbeddings, write_pickle
+from blip3o_dit.data.store import EmbeddingStore, StoreWriter
 from blip3o_dit.utils.stateless_random import stateless_normal
 
 SIZES = dict(num_tokens=4, condition_dim=6, target_dim=3)

@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from blip3o_dit.data import store as store_module
+from blip3o_dit.data import manifest as manifest_module
 from blip3o_dit.data.dataset import EmbeddingDataset, identity_collate, split_samples
-from blip3o_dit.data.embeddings import batches, convert_pickle, write_pickle
-from blip3o_dit.data.store import DTYPES, MANIFEST, EmbeddingStore, StoreWriter
+from blip3o_dit.data.embeddings import batches
+from blip3o_dit.data.manifest import DTYPES, MANIFEST
+from blip3o_dit.data.pickle_format import convert_pickle, write_pickle
+from blip3o_dit.data.store import EmbeddingStore, StoreWriter
 from blip3o_dit.utils.atomic import dump_atomically, write_atomically
 from blip3o_dit.utils.json_files import MAX_JSON_BYTES
 
@@ -622,7 +624,7 @@ def test_memory_does_not_grow_with_the_shards_read(tmp_path: Path) -> None:
 def test_a_store_of_more_shards_than_a_manifest_lists_is_refused_while_it_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "MAX_SHARDS", 3)
+    monkeypatch.setattr(manifest_module, "MAX_SHARDS", 3)
     write(tmp_path / "enough", 9)
     expected = "shard_size: expected at least 4 for 10 samples (a store has at most 3 shards), found 3"
     assert expected in refused(lambda: write(tmp_path / "s", 10))
@@ -640,10 +642,10 @@ def test_the_most_shards_make_a_manifest_that_is_read(tmp_path: Path) -> None:
     entry = {"file": "shard-149999.safetensors", "num_samples": 1024, "bytes": 268435456, "sha256": digest}
     entry |= {"table": "shard-149999.jsonl", "table_sha256": digest}
     one, two = (len(json.dumps({"shards": [entry] * count}, indent=2)) for count in (1, 2))
-    assert (two - one) * store_module.MAX_SHARDS < 0.9 * MAX_JSON_BYTES
+    assert (two - one) * manifest_module.MAX_SHARDS < 0.9 * MAX_JSON_BYTES
     about = {"encoders": {"eva": {"name": "x" * MAX_JSON_BYTES}}}
     assert "bytes to write" in refused(
-        lambda: store_module.write_manifest(tmp_path, (4, 6, 3), "float16", [], about)
+        lambda: manifest_module.write_manifest(tmp_path, (4, 6, 3), "float16", [], about)
     )
 
 

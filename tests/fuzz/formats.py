@@ -20,8 +20,10 @@ import torch
 from PIL import Image
 
 from blip3o_dit.data.dataset import split_samples
-from blip3o_dit.data.embeddings import convert_pickle, open_embeddings
-from blip3o_dit.data.store import MANIFEST, StoreWriter
+from blip3o_dit.data.embeddings import open_embeddings
+from blip3o_dit.data.manifest import MANIFEST
+from blip3o_dit.data.pickle_format import convert_pickle
+from blip3o_dit.data.store import StoreWriter
 from blip3o_dit.extraction.image_decoding import UnreadablePictureError, decode_picture
 from blip3o_dit.extraction.image_files import list_images
 from blip3o_dit.extraction.inspection import format_inspection, inspect_embeddings

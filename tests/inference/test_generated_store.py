@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from blip3o_dit.data.store import MANIFEST, EmbeddingStore
+from blip3o_dit.data.manifest import MANIFEST
+from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.inference import generated_store
 from blip3o_dit.inference.generated_store import GeneratedStore
 from blip3o_dit.inference.pipeline import BLIP3oInference

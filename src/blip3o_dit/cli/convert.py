@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from blip3o_dit.data.embeddings import convert_pickle
+    from blip3o_dit.data.pickle_format import convert_pickle
 
     store = convert_pickle(
         arguments.pickle,

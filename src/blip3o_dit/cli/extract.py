@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from blip3o_dit.data.embeddings import write_pickle
+    from blip3o_dit.data.pickle_format import write_pickle
     from blip3o_dit.extraction.extract import DEFAULT_CLIP, DEFAULT_EVA, ExtractionConfig, extract
 
     as_pickle = arguments.format == "pickle"

@@ -32,25 +32,17 @@ from blip3o_dit.data.checks import (
     check_record,
     check_square,
 )
+from blip3o_dit.data.manifest import DTYPES, MANIFEST, check_shard_count, read_manifest, write_manifest
 from blip3o_dit.data.verified import Identity, check_once, identity
-from blip3o_dit.utils.atomic import sha256, write_atomically
-from blip3o_dit.utils.json_files import MAX_JSON_BYTES, one_line, read_json, short_repr
+from blip3o_dit.utils.atomic import sha256
+from blip3o_dit.utils.json_files import one_line
 from blip3o_dit.utils.validation import check_name
 
-MANIFEST = "manifest.json"
 VERIFY_CHOICES = ("first", "never")
-FORMAT = "blip3o-dit embedding store"
-FORMAT_VERSION = 1
-MAX_SHARDS = 150_000
-"""A manifest of so many, at up to 350 bytes each, is read whole: `files.MAX_JSON_BYTES`."""
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
-
+# Bytes (as float32) a store hands out before it drops its maps; mapping again costs microseconds a shard.
+# Scattered reads map about five times what they read, as the kernel maps pages around each.
 UNMAP_AFTER = 2**26
-"""Bytes (as float32) a store hands out before it drops its maps; mapping again costs microseconds a shard.
-
-Scattered reads map about five times what they read, as the kernel maps pages around each.
-"""
 
 
 class EmbeddingStore:
@@ -71,7 +63,7 @@ class EmbeddingStore:
         check_name("verify", verify, VERIFY_CHOICES)
         self.path = Path(path)
         self.verified_first = verify == "first"
-        self.manifest = _read_manifest(self.path)
+        self.manifest = read_manifest(self.path)
         self.num_samples: int = self.manifest["num_samples"]
         self.num_tokens: int = self.manifest["num_tokens"]
         self.condition_dim: int = self.manifest["condition_dim"]
@@ -142,9 +134,9 @@ class EmbeddingStore:
             self._bytes_read = 0
 
     def unverified(self) -> EmbeddingStore:
-        """The same store for a look at few samples of many shards, which checksums would read whole.
+        """A view that skips checksums, for sparse reads over many shards: a checksum reads its shard whole.
 
-        For what is read again later, by way of the store itself: a damaged shard is found then.
+        For samples that are read again later from the store itself, which finds a damaged shard then.
         """
         other = copy.copy(self)
         other._maps, other._verified, other.verified_first = {}, {}, False
@@ -311,16 +303,6 @@ class StoreWriter:
         self._pending, self._pending_lines = [], []
 
 
-def check_shard_count(folder: Path, samples: int, shard_size: int) -> None:
-    """Refuse (ValueError) so many samples in shards of this size that no manifest could list them."""
-    shards = -(-samples // shard_size)
-    if shards > MAX_SHARDS:
-        raise ValueError(
-            f"{folder}: shard_size: expected at least {-(-samples // MAX_SHARDS)} for {samples} samples "
-            f"(a store has at most {MAX_SHARDS} shards), found {shard_size}"
-        )
-
-
 def write_shard(folder: Path, number: int, eva: Tensor, clip: Tensor, lines: Sequence[str]) -> dict[str, Any]:
     """Write one shard and its table; returns its manifest entry. Tensors in the dtype of the store."""
     file, table = folder / f"shard-{number:05d}.safetensors", folder / f"shard-{number:05d}.jsonl"
@@ -334,39 +316,6 @@ def write_shard(folder: Path, number: int, eva: Tensor, clip: Tensor, lines: Seq
         "table": table.name,
         "table_sha256": sha256(table),
     }
-
-
-def write_manifest(
-    folder: Path,
-    sizes: tuple[int, int, int],
-    dtype: str,
-    shards: Sequence[Mapping[str, Any]],
-    about: Mapping[str, Any],
-) -> None:
-    """Make the folder a store: the manifest, written last and atomically.
-
-    Args:
-        sizes: (tokens, condition width, target width). shards: what `write_shard` returned, in order.
-        about: how the tokens were made, any JSON values.
-    """
-    num_tokens, condition_dim, target_dim = sizes
-    manifest = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "num_samples": sum(shard["num_samples"] for shard in shards),
-        "num_tokens": num_tokens,
-        "condition_dim": condition_dim,
-        "target_dim": target_dim,
-        "dtype": dtype,
-        **about,
-        "shards": list(shards),
-    }
-    content = json.dumps(manifest, indent=2).encode()
-    if len(content) > MAX_JSON_BYTES:
-        raise ValueError(
-            f"{folder / MANIFEST}: expected at most {MAX_JSON_BYTES} bytes to write, found {len(content)}"
-        )
-    write_atomically(folder / MANIFEST, content)
 
 
 def to_disk(where: Path, tokens: Tensor, name: str, dtype: str) -> Tensor:
@@ -399,98 +348,6 @@ def _read_record(file: Path, sample: int, line: bytes) -> Record:
         raise ValueError(f"{file}: sample {sample}: not readable JSON: {one_line(error)}") from error
     check_record(file, sample, record)
     return record
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    file = path / MANIFEST
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: expected an embedding store folder, found none")
-    if not file.is_file():
-        raise ValueError(
-            f"{path}: expected {MANIFEST}, found none: not an embedding store, or an unfinished one"
-        )
-    manifest = read_json(file)
-    _check_manifest(file, manifest)
-    for shard in manifest["shards"]:
-        _check_file(path / shard["file"], shard["bytes"])
-    return manifest
-
-
-def _check_manifest(file: Path, manifest: Any) -> None:
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{file}: expected format {FORMAT!r}, found another file")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{file}: expected format version {FORMAT_VERSION}, "
-            f"found {short_repr(manifest.get('format_version'))}"
-        )
-    _check_fields(file, manifest, dict.fromkeys(_MANIFEST_COUNTS, int) | {"shards": list, "dtype": str})
-    if manifest["dtype"] not in DTYPES:
-        raise ValueError(
-            f"{file}: dtype: expected one of {tuple(DTYPES)}, found {short_repr(manifest['dtype'])}"
-        )
-    _check_encoders(file, manifest.get("encoders", {}))
-    check_square(file, manifest["num_tokens"])
-    widths = manifest["condition_dim"] + manifest["target_dim"]
-    bytes_per_sample = manifest["num_tokens"] * widths * DTYPES[manifest["dtype"]].itemsize
-    for shard in manifest["shards"]:
-        check_shard_entry(file, shard)
-        # The sizes say how much memory a batch takes: no more than the shards have.
-        if shard["num_samples"] * bytes_per_sample > shard["bytes"]:
-            raise ValueError(
-                f"{file}: {short_repr(shard['file'])}: "
-                f"expected at least {bytes_per_sample} bytes for each of "
-                f"{shard['num_samples']} samples, found {shard['bytes']}"
-            )
-    total = sum(shard["num_samples"] for shard in manifest["shards"])
-    if total != manifest["num_samples"] or total < 1:
-        raise ValueError(f"{file}: num_samples is {manifest['num_samples']}, its shards hold {total}")
-
-
-def check_shard_entry(file: Path, shard: Any) -> None:
-    """Refuse (ValueError) what `write_shard` did not return; `file` is where it was read from."""
-    _check_fields(file, shard, _SHARD_FIELDS)
-    for name in (shard["file"], shard["table"]):
-        if Path(name).name != name or not name.isprintable() or len(name) > 100:
-            raise ValueError(f"{file}: expected a plain file name, found {short_repr(name)}")
-
-
-def _check_encoders(file: Path, encoders: Any) -> None:
-    """What is said of the towers is shown to people, side by side."""
-    if not isinstance(encoders, dict) or not all(
-        isinstance(encoders.get(side, {}), dict) for side in ("eva", "clip")
-    ):
-        raise ValueError(f"{file}: encoders: expected an object for each side, found {short_repr(encoders)}")
-
-
-_MANIFEST_COUNTS = ("num_samples", "num_tokens", "condition_dim", "target_dim")
-_SHARD_FIELDS = {
-    "file": str,
-    "num_samples": int,
-    "bytes": int,
-    "sha256": str,
-    "table": str,
-    "table_sha256": str,
-}
-
-
-def _check_fields(file: Path, values: Any, kinds: Mapping[str, type]) -> None:
-    for name, kind in kinds.items():
-        value = values.get(name) if isinstance(values, dict) else None
-        in_range = not isinstance(value, int) or 1 <= value < 2**48
-        if not isinstance(value, kind) or isinstance(value, bool) or not in_range:
-            raise ValueError(
-                f"{file}: {name}: expected {'a positive ' if kind is int else 'a '}"
-                f"{kind.__name__}, found {short_repr(value)}"
-            )
-
-
-def _check_file(file: Path, size: int) -> None:
-    if not file.is_file():
-        raise ValueError(f"{file}: expected a shard, found no file")
-    found = file.stat().st_size
-    if found != size:
-        raise ValueError(f"{file}: expected {size} bytes, found {found}: truncated or altered")
 
 
 def _identity(file: Path) -> Identity:

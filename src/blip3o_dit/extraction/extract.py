@@ -22,15 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from blip3o_dit.data.checks import check_pair
-from blip3o_dit.data.store import (
-    DTYPES,
-    MANIFEST,
-    EmbeddingStore,
-    check_shard_count,
-    json_line,
-    to_disk,
-    write_shard,
-)
+from blip3o_dit.data.manifest import DTYPES, MANIFEST, check_shard_count
+from blip3o_dit.data.store import EmbeddingStore, json_line, to_disk, write_shard
 from blip3o_dit.extraction.image_decoding import MOST_PIXELS, UnreadablePictureError, decode_picture
 from blip3o_dit.extraction.image_files import ImageRef, list_images
 from blip3o_dit.extraction.pooling import pool_tokens

@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from blip3o_dit.data.store import MANIFEST, EmbeddingStore, check_shard_entry, write_manifest
+from blip3o_dit.data.manifest import MANIFEST, check_shard_entry, write_manifest
+from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.utils.atomic import write_atomically
 from blip3o_dit.utils.json_files import read_json, short_repr
 

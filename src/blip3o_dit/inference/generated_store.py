@@ -13,7 +13,8 @@ from torch import Tensor
 
 from blip3o_dit.data.checks import Record, check_pair
 from blip3o_dit.data.embeddings import Embeddings, batches
-from blip3o_dit.data.store import DTYPES, StoreWriter, json_line, to_disk, write_manifest, write_shard
+from blip3o_dit.data.manifest import DTYPES, write_manifest
+from blip3o_dit.data.store import StoreWriter, json_line, to_disk, write_shard
 
 DTYPE = "float32"
 SHARD_BYTES = 2**28

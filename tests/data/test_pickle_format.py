@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from blip3o_dit.data.embeddings import CLIP_KEY, EVA_KEY, PickledEmbeddings, convert_pickle, open_embeddings
+from blip3o_dit.data.embeddings import open_embeddings
+from blip3o_dit.data.manifest import DTYPES
+from blip3o_dit.data.pickle_format import CLIP_KEY, EVA_KEY, PickledEmbeddings, convert_pickle
 from blip3o_dit.data.safe_unpickler import UnsafePickleError
-from blip3o_dit.data.store import DTYPES, EmbeddingStore, StoreWriter
+from blip3o_dit.data.store import StoreWriter
 
 KEYS = [f"k{row}" for row in range(5)]
 CAPTIONS = ["a", "two\nlines", "naïve 🦊", "", "e"]
@@ -198,16 +200,6 @@ def test_an_index_out_of_range_is_refused_like_the_stores(tmp_path: Path) -> Non
         for index in (5, -1):
             with pytest.raises(IndexError):
                 source.fetch([0, index])
-
-
-def test_the_path_decides_between_store_and_pickle(tmp_path: Path) -> None:
-    path = dump(tmp_path / "e.pkl", documented())
-    convert_pickle(path, tmp_path / "store")
-    assert isinstance(open_embeddings(str(path)), PickledEmbeddings)
-    assert isinstance(open_embeddings(str(tmp_path / "store")), EmbeddingStore)
-    with pytest.raises(FileNotFoundError, match=r"none\.pkl"):
-        open_embeddings(tmp_path / "none.pkl")
-    assert "expected manifest.json, found none" in refused(lambda: open_embeddings(tmp_path))
 
 
 # Conversion

@@ -1,0 +1,160 @@
+"""A store's manifest: the list of its shards and how the tokens were made. Written, read and checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blip3o_dit.data.checks import check_square
+from blip3o_dit.utils.atomic import write_atomically
+from blip3o_dit.utils.json_files import MAX_JSON_BYTES, read_json, short_repr
+
+MANIFEST = "manifest.json"
+FORMAT = "blip3o-dit embedding store"
+FORMAT_VERSION = 1
+# A manifest of so many, at up to 350 bytes each, is read whole: `json_files.MAX_JSON_BYTES`.
+MAX_SHARDS = 150_000
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+_MANIFEST_COUNTS = ("num_samples", "num_tokens", "condition_dim", "target_dim")
+_SHARD_FIELDS = {
+    "file": str,
+    "num_samples": int,
+    "bytes": int,
+    "sha256": str,
+    "table": str,
+    "table_sha256": str,
+}
+
+
+def write_manifest(
+    folder: Path,
+    sizes: tuple[int, int, int],
+    dtype: str,
+    shards: Sequence[Mapping[str, Any]],
+    about: Mapping[str, Any],
+) -> None:
+    """Make the folder a store: the manifest, written last and atomically.
+
+    Args:
+        sizes: (tokens, condition width, target width). shards: what `write_shard` returned, in order.
+        about: how the tokens were made, any JSON values.
+    """
+    num_tokens, condition_dim, target_dim = sizes
+    manifest = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "num_samples": sum(shard["num_samples"] for shard in shards),
+        "num_tokens": num_tokens,
+        "condition_dim": condition_dim,
+        "target_dim": target_dim,
+        "dtype": dtype,
+        **about,
+        "shards": list(shards),
+    }
+    content = json.dumps(manifest, indent=2).encode()
+    if len(content) > MAX_JSON_BYTES:
+        raise ValueError(
+            f"{folder / MANIFEST}: expected at most {MAX_JSON_BYTES} bytes to write, found {len(content)}"
+        )
+    write_atomically(folder / MANIFEST, content)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the store at `path`, checked, and that its shards are there in the right sizes.
+
+    Raises:
+        FileNotFoundError, ValueError: one line naming the file, what was expected and what was found.
+    """
+    file = path / MANIFEST
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: expected an embedding store folder, found none")
+    if not file.is_file():
+        raise ValueError(
+            f"{path}: expected {MANIFEST}, found none: not an embedding store, or an unfinished one"
+        )
+    manifest = read_json(file)
+    _check_manifest(file, manifest)
+    for shard in manifest["shards"]:
+        _check_file(path / shard["file"], shard["bytes"])
+    return manifest
+
+
+def _check_manifest(file: Path, manifest: Any) -> None:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{file}: expected format {FORMAT!r}, found another file")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{file}: expected format version {FORMAT_VERSION}, "
+            f"found {short_repr(manifest.get('format_version'))}"
+        )
+    _check_fields(file, manifest, dict.fromkeys(_MANIFEST_COUNTS, int) | {"shards": list, "dtype": str})
+    if manifest["dtype"] not in DTYPES:
+        raise ValueError(
+            f"{file}: dtype: expected one of {tuple(DTYPES)}, found {short_repr(manifest['dtype'])}"
+        )
+    _check_encoders(file, manifest.get("encoders", {}))
+    check_square(file, manifest["num_tokens"])
+    widths = manifest["condition_dim"] + manifest["target_dim"]
+    bytes_per_sample = manifest["num_tokens"] * widths * DTYPES[manifest["dtype"]].itemsize
+    for shard in manifest["shards"]:
+        check_shard_entry(file, shard)
+        # The sizes say how much memory a batch takes: no more than the shards have.
+        if shard["num_samples"] * bytes_per_sample > shard["bytes"]:
+            raise ValueError(
+                f"{file}: {short_repr(shard['file'])}: "
+                f"expected at least {bytes_per_sample} bytes for each of "
+                f"{shard['num_samples']} samples, found {shard['bytes']}"
+            )
+    total = sum(shard["num_samples"] for shard in manifest["shards"])
+    if total != manifest["num_samples"] or total < 1:
+        raise ValueError(f"{file}: num_samples is {manifest['num_samples']}, its shards hold {total}")
+
+
+def check_shard_entry(file: Path, shard: Any) -> None:
+    """Refuse (ValueError) what `write_shard` did not return; `file` is where it was read from."""
+    _check_fields(file, shard, _SHARD_FIELDS)
+    for name in (shard["file"], shard["table"]):
+        if Path(name).name != name or not name.isprintable() or len(name) > 100:
+            raise ValueError(f"{file}: expected a plain file name, found {short_repr(name)}")
+
+
+def _check_encoders(file: Path, encoders: Any) -> None:
+    """What is said of the towers is shown to people, side by side."""
+    if not isinstance(encoders, dict) or not all(
+        isinstance(encoders.get(side, {}), dict) for side in ("eva", "clip")
+    ):
+        raise ValueError(f"{file}: encoders: expected an object for each side, found {short_repr(encoders)}")
+
+
+def _check_fields(file: Path, values: Any, kinds: Mapping[str, type]) -> None:
+    for name, kind in kinds.items():
+        value = values.get(name) if isinstance(values, dict) else None
+        in_range = not isinstance(value, int) or 1 <= value < 2**48
+        if not isinstance(value, kind) or isinstance(value, bool) or not in_range:
+            raise ValueError(
+                f"{file}: {name}: expected {'a positive ' if kind is int else 'a '}"
+                f"{kind.__name__}, found {short_repr(value)}"
+            )
+
+
+def _check_file(file: Path, size: int) -> None:
+    if not file.is_file():
+        raise ValueError(f"{file}: expected a shard, found no file")
+    found = file.stat().st_size
+    if found != size:
+        raise ValueError(f"{file}: expected {size} bytes, found {found}: truncated or altered")
+
+
+def check_shard_count(folder: Path, samples: int, shard_size: int) -> None:
+    """Refuse (ValueError) so many samples in shards of this size that no manifest could list them."""
+    shards = -(-samples // shard_size)
+    if shards > MAX_SHARDS:
+        raise ValueError(
+            f"{folder}: shard_size: expected at least {-(-samples // MAX_SHARDS)} for {samples} samples "
+            f"(a store has at most {MAX_SHARDS} shards), found {shard_size}"
+        )
