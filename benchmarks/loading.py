@@ -141,7 +141,7 @@ def measure_start(path: Path, shuffle: str) -> list[Row]:
     split = split_samples(source, eval_split=0.1, seed=SEED)
     times.append(time.perf_counter())
     assert isinstance(source, EmbeddingStore)
-    chosen = choose_samples(split.train, most=STATISTICS, seed=SEED)
+    chosen = choose_samples(split.train, max_samples=STATISTICS, seed=SEED)
     streamed_statistics(source.unverified(), chosen, normalize=False)
     times.append(time.perf_counter())
     draws = BatchNoise(SEED, "training")

@@ -1,4 +1,4 @@
-"""Splits, passes and batches: every sample where it belongs, whatever the workers or the order."""
+"""Splits, epochs and batches: every sample where it belongs, whatever the workers or the order."""
 
 from __future__ import annotations
 
@@ -200,15 +200,15 @@ def test_a_numpy_integer_is_the_same_seed(store: EmbeddingStore) -> None:
     assert same(plain, split_samples(store, eval_split=0.3, seed=np.int64(3)))  # type: ignore[arg-type]
 
 
-# Passes
+# Epochs
 
 
-def order_of(passes: ShuffledSampler, epoch: int) -> list[tuple[int, int]]:
-    passes.set_epoch(epoch)
-    return list(passes)
+def order_of(sampler: ShuffledSampler, epoch: int) -> list[tuple[int, int]]:
+    sampler.set_epoch(epoch)
+    return list(sampler)
 
 
-def test_a_pass_holds_each_position_once_under_its_index() -> None:
+def test_an_epoch_holds_each_position_once() -> None:
     order = order_of(ShuffledSampler(40, seed=0), 3)
     assert sorted(position for _, position in order) == list(range(40))
     assert {index for index, _ in order} == {3}
@@ -216,7 +216,7 @@ def test_a_pass_holds_each_position_once_under_its_index() -> None:
     assert len(ShuffledSampler(40, seed=0)) == 40
 
 
-def test_the_order_is_a_function_of_seed_and_pass() -> None:
+def test_the_order_is_a_function_of_seed_and_epoch() -> None:
     positions = {
         (seed, index): [position for _, position in order_of(ShuffledSampler(40, seed=seed), index)]
         for seed in (0, 1)
@@ -229,7 +229,7 @@ def test_the_order_is_a_function_of_seed_and_pass() -> None:
     assert [position for _, position in order_of(resumed, 2)] == positions[1, 2]
 
 
-def test_the_first_pass_needs_no_set_epoch() -> None:
+def test_the_first_epoch_needs_no_set_epoch() -> None:
     assert list(ShuffledSampler(9, seed=0)) == order_of(ShuffledSampler(9, seed=0), 0)
 
 
@@ -244,12 +244,12 @@ def windows(seed: int, epoch: int, *, starts: np.ndarray = STARTS, window: int =
 
 
 @pytest.mark.parametrize("window", [1, 3, 7, 20, 50, 1000])
-def test_a_windowed_pass_holds_each_position_once(window: int) -> None:
+def test_a_window_shuffled_epoch_holds_each_position_once(window: int) -> None:
     assert np.array_equal(np.sort(windows(0, 2, window=window)), np.arange(50))
     assert len(WindowShuffledSampler(STARTS, window=window, seed=0)) == 50
 
 
-def test_the_windowed_order_is_a_function_of_seed_and_pass() -> None:
+def test_the_window_shuffled_order_is_a_function_of_seed_and_epoch() -> None:
     orders = {(seed, index): windows(seed, index).tolist() for seed in (0, 1) for index in (0, 1, 2)}
     assert len({tuple(order) for order in orders.values()}) == 6
     torch.manual_seed(7)
@@ -275,7 +275,7 @@ def test_a_window_moves_on_a_shard_at_a_time() -> None:
     assert all(not (read_by[k] & later) for k in range(len(read_by)) for later in read_by[k + 2 :])
 
 
-def test_a_window_of_one_shard_is_in_another_order_in_another_pass() -> None:
+def test_one_shard_is_shuffled_differently_in_each_epoch() -> None:
     orders = [windows(0, index, starts=np.array([0, 12]), window=1000) for index in (0, 1)]
     assert orders[0].tolist() != orders[1].tolist()
 
@@ -321,7 +321,7 @@ def test_the_exact_order_is_the_default_one_and_other_names_are_refused(store: E
 
 
 @pytest.mark.parametrize("size", [3, 8, 23, 50])
-def test_a_pass_is_filled_up_with_the_samples_that_began_it(size: int) -> None:
+def test_the_first_samples_of_an_epoch_fill_its_last_batch(size: int) -> None:
     """In turn again and again where the split is smaller than a batch."""
     starts = np.array([0, 10, 20, 23])
     for plain, filled in (
@@ -342,7 +342,7 @@ def test_a_pass_is_filled_up_with_the_samples_that_began_it(size: int) -> None:
 @pytest.mark.parametrize(
     ("processes", "batch", "accumulation"), [(1, 32, 1), (2, 16, 1), (4, 8, 1), (1, 8, 4), (2, 8, 2)]
 )
-def test_processes_share_out_the_batches_of_one(processes: int, batch: int, accumulation: int) -> None:
+def test_processes_split_the_batches_of_one_process(processes: int, batch: int, accumulation: int) -> None:
     """What accelerate deals out makes, step by step, the global batch that one process would take."""
     sampler = ShuffledSampler(75, seed=0, global_batch=32)
     expected = [order_of(sampler, 1)[first : first + 32] for first in range(0, 96, 32)]
@@ -360,15 +360,15 @@ def test_processes_share_out_the_batches_of_one(processes: int, batch: int, accu
 # What is fitted before training
 
 
-def test_chosen_samples_are_named_by_the_seed() -> None:
+def test_chosen_samples_are_a_function_of_the_seed() -> None:
     indices = np.arange(100, 400, 3)
-    chosen = choose_samples(indices, most=20, seed=0)
+    chosen = choose_samples(indices, max_samples=20, seed=0)
     assert len(np.unique(chosen)) == 20
     assert set(chosen.tolist()) < set(indices.tolist())
     torch.manual_seed(9)
-    assert np.array_equal(chosen, choose_samples(indices, most=20, seed=0))
-    assert not np.array_equal(np.sort(chosen), np.sort(choose_samples(indices, most=20, seed=1)))
-    assert np.array_equal(np.sort(choose_samples(indices, most=100, seed=0)), indices)
+    assert np.array_equal(chosen, choose_samples(indices, max_samples=20, seed=0))
+    assert not np.array_equal(np.sort(chosen), np.sort(choose_samples(indices, max_samples=20, seed=1)))
+    assert np.array_equal(np.sort(choose_samples(indices, max_samples=100, seed=0)), indices)
 
 
 # Batches
@@ -382,7 +382,7 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
 INDICES = np.array([1, 3, 4, 9, 10, 11, 17, 20, 29, 33, 35, 41, 49])
 
 
-def passes(
+def epochs(
     store: EmbeddingStore, *, workers: int, batch_size: int, seed: int = 0
 ) -> list[list[dict[str, Any]]]:
     sampler = ShuffledSampler(len(INDICES), seed=seed)
@@ -406,8 +406,8 @@ def flat(batches: list[dict[str, Any]]) -> list[int]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_each_pass_brings_each_sample_once_in_another_order(big: EmbeddingStore, workers: int) -> None:
-    first, second = passes(big, workers=workers, batch_size=5)
+def test_each_epoch_loads_each_sample_once_in_another_order(big: EmbeddingStore, workers: int) -> None:
+    first, second = epochs(big, workers=workers, batch_size=5)
     assert [len(batch["index"]) for batch in first] == [5, 5, 3]
     assert sorted(flat(first)) == sorted(flat(second)) == INDICES.tolist()
     assert flat(first) != flat(second)
@@ -421,13 +421,13 @@ def test_each_pass_brings_each_sample_once_in_another_order(big: EmbeddingStore,
 
 
 def test_the_order_does_not_depend_on_workers_or_batch_size(big: EmbeddingStore) -> None:
-    reference = [flat(batches) for batches in passes(big, workers=0, batch_size=5)]
-    assert [flat(batches) for batches in passes(big, workers=2, batch_size=4)] == reference
-    assert [flat(batches) for batches in passes(big, workers=0, batch_size=13)] == reference
-    assert [flat(batches) for batches in passes(big, workers=0, batch_size=5, seed=1)] != reference
+    reference = [flat(batches) for batches in epochs(big, workers=0, batch_size=5)]
+    assert [flat(batches) for batches in epochs(big, workers=2, batch_size=4)] == reference
+    assert [flat(batches) for batches in epochs(big, workers=0, batch_size=13)] == reference
+    assert [flat(batches) for batches in epochs(big, workers=0, batch_size=5, seed=1)] != reference
 
 
-def test_plain_positions_are_pass_zero_in_the_order_of_the_split(big: EmbeddingStore) -> None:
+def test_plain_positions_mean_epoch_zero(big: EmbeddingStore) -> None:
     loader: DataLoader = DataLoader(EmbeddingDataset(big, INDICES), batch_size=4, collate_fn=identity_collate)
     batches = list(loader)
     assert flat(batches) == INDICES.tolist()
@@ -493,28 +493,28 @@ def test_the_check_refuses_a_file_that_is_no_data_set(tmp_path: Path) -> None:
         dataset.test_blip3o_dataset(tmp_path / "none.pkl")
 
 
-def test_draws_are_named_by_the_sample_and_made_with_the_batch(tmp_path: Path) -> None:
+def test_noise_is_a_function_of_the_sample_and_part_of_the_batch(tmp_path: Path) -> None:
     store = write(tmp_path / "store", names(48))
-    drawn = EmbeddingDataset(store, np.arange(48), BatchNoise(5, "training"))
-    batch = drawn.__getitems__([(2, 7), (2, 30)])
+    dataset = EmbeddingDataset(store, np.arange(48), BatchNoise(5, "training"))
+    batch = dataset.__getitems__([(2, 7), (2, 30)])
     assert batch["noise"].shape == (2, 4, 3) and batch["u_time"].shape == batch["u_dropout"].shape == (2,)
     expected = stateless_normal([30], (4, 3), seed=5, stream="training noise", counter=2)
     assert torch.equal(batch["noise"][1:], expected)
-    assert torch.equal(drawn.__getitems__([(2, 30)])["u_time"], batch["u_time"][1:])
-    assert not torch.equal(drawn.__getitems__([(3, 30)])["u_time"], batch["u_time"][1:])
+    assert torch.equal(dataset.__getitems__([(2, 30)])["u_time"], batch["u_time"][1:])
+    assert not torch.equal(dataset.__getitems__([(3, 30)])["u_time"], batch["u_time"][1:])
     assert batch["u_time"][0] != batch["u_dropout"][0]
 
 
-def test_a_repetition_has_draws_of_its_own(tmp_path: Path) -> None:
-    """A split smaller than a batch still trains on as many draws as the batch has samples."""
-    drawn = EmbeddingDataset(write(tmp_path / "store", names(3)), np.arange(3), BatchNoise(5, "training"))
+def test_a_repeated_sample_gets_other_noise(tmp_path: Path) -> None:
+    """A split smaller than a batch still trains on as many noise samples as the batch has items."""
+    dataset = EmbeddingDataset(write(tmp_path / "store", names(3)), np.arange(3), BatchNoise(5, "training"))
     items = order_of(ShuffledSampler(3, seed=0, global_batch=8), 2)
-    batch = drawn.__getitems__(items)
+    batch = dataset.__getitems__(items)
     assert batch["index"] == (batch["index"][:3] * 3)[:8]
     for name in ("noise", "u_time", "u_dropout"):
         assert len(np.unique(batch[name].flatten(1).numpy() if name == "noise" else batch[name], axis=0)) == 8
     for rows in (slice(0, 3), slice(5, 6), slice(7, 8)):  # whatever batch they travel in
-        alone = drawn.__getitems__(items[rows])
+        alone = dataset.__getitems__(items[rows])
         assert torch.equal(alone["noise"], batch["noise"][rows])
         assert torch.equal(alone["u_time"], batch["u_time"][rows])
     first = stateless_normal(batch["index"][:3], (4, 3), seed=5, stream="training noise", counter=2)

@@ -154,6 +154,6 @@ def test_the_progress_bar_sees_every_sample_once(store: EmbeddingStore) -> None:
             seen.extend(piece.tolist())
             yield piece
 
-    found = streamed_statistics(store, np.arange(50), normalize=False, batch_size=10, track=track)
+    found = streamed_statistics(store, np.arange(50), normalize=False, batch_size=10, progress=track)
     assert seen == list(range(50))
     check(found[0], store.fetch(range(50))[0])

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     source = open_embeddings(arguments.embeddings)
     if arguments.samples < 1:
         raise ValueError(f"--samples: expected at least 1, found {arguments.samples}")
-    inspection = inspect_embeddings(source, track=partial(tqdm, unit="batch", desc="reading", leave=False))
+    inspection = inspect_embeddings(source, progress=partial(tqdm, unit="batch", desc="reading", leave=False))
     sys.stdout.write(format_inspection(inspection))
     if arguments.json:
         arguments.json.write_text(json.dumps(inspection.to_json(), indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""From embeddings at rest to batches: the split, the order of a pass, batched fetching."""
+"""From embeddings on disk to training batches: the split, the order of an epoch, batches with their noise."""
 
 from __future__ import annotations
 
@@ -94,19 +94,19 @@ def check_split(eval_split: Any, split_by: str) -> None:
         )
 
 
-def choose_samples(indices: np.ndarray, *, most: int, seed: int) -> np.ndarray:
-    """At most `most` of these samples, in an order named by the seed, for what is fitted before training.
+def choose_samples(indices: np.ndarray, *, max_samples: int, seed: int) -> np.ndarray:
+    """A random subset, the same for statistics, ridge source and baselines, so that its shards are read once.
 
-    The same seed chooses the same samples for all that is fitted, so a disk reads them once.
+    At most `max_samples` of `indices`, in random order; the seed alone decides.
     """
-    return stateless_generator(seed, "baseline samples").permutation(np.asarray(indices))[:most]
+    return stateless_generator(seed, "baseline samples").permutation(np.asarray(indices))[:max_samples]
 
 
 @dataclass(frozen=True)
 class BatchNoise:
-    """Everything random about a batch, named by (seed, pass, sample index).
+    """The random numbers of a batch, each a function of (seed, stream, epoch, sample index).
 
-    They are made where the batch is read, so that data-loader processes take this work off the step's.
+    They are made where the batch is read, so that data-loader workers do this instead of the training step.
     """
 
     seed: int
@@ -119,9 +119,14 @@ class BatchNoise:
         shape: Sequence[int],
         repeats: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
-        """`noise` [B, *shape] from N(0, 1), `time` and `drop` [B] from U[0, 1): uniform, not yet a time.
+        """`noise` [B, *shape] from N(0, 1); `u_time` and `u_dropout` [B] from U[0, 1).
 
-        `repeats` says how often each sample came before in the pass: a repetition has draws of its own.
+        These two are uniform numbers: training maps `u_time` to a time t, and compares `u_dropout` with the
+        dropout rate of the condition.
+
+        Args:
+            repeats: how many times each sample came before in this epoch, 0 for all by default; each time it
+                gets other numbers.
         """
         name: dict[str, Any] = {"seed": self.seed, "counter": epoch, "repeats": repeats}
         return {
@@ -132,18 +137,22 @@ class BatchNoise:
 
 
 class EmbeddingDataset(Dataset):
-    """Samples of a source as batches; an item is asked for as (pass index, position in the split), and as
-    (pass index, position, n) when it is the n-th repetition of that sample in the pass.
+    """The samples `indices` of a source, fetched batch by batch.
+
+    A sampler asks for an item as (epoch, position in `indices`), or as (epoch, position, n) when this sample
+    comes for the n-th time after its first in that epoch; a plain position means epoch 0.
 
     A batch is a dict: `eva` [B, L, C_eva] and `clip` [B, N, C_clip] in the units of the data and in the dtype
-    they are stored in (what takes a batch converts it where it computes), `index`, a list of B sample indices
-    in the source, `epoch`, an int, and what `draws` adds.
+    they are stored in (whoever computes with a batch converts it), `index`, a list of B sample indices in the
+    source, `epoch`, an int, and the random numbers of `batch_noise`, if given.
     """
 
-    def __init__(self, source: Embeddings, indices: np.ndarray, draws: BatchNoise | None = None) -> None:
+    def __init__(
+        self, source: Embeddings, indices: np.ndarray, batch_noise: BatchNoise | None = None
+    ) -> None:
         self.source = source
         self.indices = indices
-        self.draws = draws
+        self.batch_noise = batch_noise
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -152,26 +161,26 @@ class EmbeddingDataset(Dataset):
         return self.__getitems__([item])
 
     def __getitems__(self, items: Sequence[tuple[int, ...] | int]) -> dict[str, Any]:
-        passes, positions, repeats = zip(*map(_whole_item, items), strict=True)
-        epoch, index = passes[0], self.indices[list(positions)]
+        epochs, positions, repeats = zip(*map(_full_item, items), strict=True)
+        epoch, index = epochs[0], self.indices[list(positions)]
         eva, clip = fetch_stored(self.source, index)
         batch = {"eva": eva, "clip": clip, "index": index.tolist(), "epoch": epoch}
-        if self.draws is not None:
-            batch |= self.draws.of(batch["index"], epoch, clip.shape[1:], repeats)
+        if self.batch_noise is not None:
+            batch |= self.batch_noise.of(batch["index"], epoch, clip.shape[1:], repeats)
         return batch
 
 
-def _whole_item(item: tuple[int, ...] | int) -> tuple[int, ...]:
-    """(pass index, position, repetition) of an item, whose parts are 0 where it has them not."""
+def _full_item(item: tuple[int, ...] | int) -> tuple[int, ...]:
+    """(epoch, position, repetition) of an item; a part that it does not have is 0."""
     return (*item, 0)[:3] if isinstance(item, tuple) else (0, item, 0)
 
 
 class ShuffledSampler(Sampler):
-    """Items (pass index, position): a permutation of the split named by (seed, pass index).
+    """Shuffles the whole split anew each epoch, as items (epoch, position): a function of (seed, epoch).
 
-    A pass is whole global batches, so that it takes the same steps however a batch is cut up among processes
-    and accumulation: the samples that began the pass fill the last one up, in turn again and again if the
-    split is smaller than a batch. Such an item also has the number of its repetition, from 1.
+    An epoch is whole global batches, so that it has the same steps however a batch is divided among processes
+    and gradient accumulation. The first samples of the epoch come again to fill the last batch, several times
+    if the split is smaller than a batch; such an item is (epoch, position, n), n from 1 on.
 
     Args:
         global_batch: samples per optimizer step, of all processes and micro-batches together.
@@ -180,42 +189,42 @@ class ShuffledSampler(Sampler):
     def __init__(self, num_samples: int, *, seed: int, global_batch: int = 1) -> None:
         self.num_samples = num_samples
         self.seed = seed
-        self.fill = -num_samples % global_batch
+        self.num_repeated = -num_samples % global_batch
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer before each pass."""
+        """Called by the Trainer before each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.num_samples + self.fill
+        return self.num_samples + self.num_repeated
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
         epoch = self.epoch
-        began: list[tuple[int, ...]] = []
+        first_items: list[tuple[int, ...]] = []
         for item in ((epoch, int(position)) for piece in self._pieces(epoch) for position in piece):
-            if len(began) < self.fill:
-                began.append(item)
+            if len(first_items) < self.num_repeated:
+                first_items.append(item)
             yield item
-        again = ((*item, repeat) for repeat in count(1) for item in began)
-        yield from islice(again, self.fill)
+        again = ((*item, repeat) for repeat in count(1) for item in first_items)
+        yield from islice(again, self.num_repeated)
 
     def _pieces(self, epoch: int) -> Iterator[np.ndarray]:
-        """The positions of a pass, in pieces that follow one another."""
+        """The positions of an epoch in order, as consecutive arrays."""
         yield stateless_permutation(self.num_samples, seed=self.seed, stream="order", counter=epoch)
 
 
 class WindowShuffledSampler(ShuffledSampler):
-    """Items like those of `ShuffledSampler`, in an order that reads a disk nearly in sequence.
+    """Shuffles the shards, then the samples within each window of that sequence, to read nearly in sequence.
 
-    Shards follow one another in an order named by (seed, pass index), and every `window` samples of that
-    sequence are permuted among themselves, so about window / shard size shards are read at a time. Shards
-    larger than a quarter of the window (a pickle is one shard) are cut into pieces of that size, which
-    take the place of shards: otherwise a window would hold neighbours only, the same ones in every pass.
+    Both are functions of (seed, epoch), and about window / shard size shards are read at a time. Items are
+    those of `ShuffledSampler`. A shard larger than a quarter of the window (a pickle is one shard) is cut
+    into pieces of that size, which are shuffled like shards: otherwise a window would hold neighbours only,
+    the same ones in every epoch.
 
     Args:
         starts: [shards + 1], the first position of each shard, then the number of samples.
-        window: samples that are permuted among themselves.
+        window: number of samples that are shuffled among themselves; windows do not overlap.
     """
 
     def __init__(self, starts: np.ndarray, *, window: int, seed: int, global_batch: int = 1) -> None:
@@ -249,7 +258,7 @@ def training_sampler(
 
 
 def identity_collate(batch: dict[str, Any]) -> dict[str, Any]:
-    """Collator for a dataset whose `__getitems__` already returns the batch."""
+    """Collate function for a dataset whose `__getitems__` returns the whole batch."""
     return batch
 
 

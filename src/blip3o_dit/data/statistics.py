@@ -60,13 +60,13 @@ def streamed_statistics(
     *,
     normalize: bool,
     batch_size: int = 256,
-    track: Callable[[Iterable[np.ndarray]], Iterable[np.ndarray]] | None = None,
+    progress: Callable[[Iterable[np.ndarray]], Iterable[np.ndarray]] | None = None,
 ) -> tuple[ChannelStatistics, ChannelStatistics]:
     """(condition, target) statistics over the tokens of these samples.
 
     Args:
         normalize: L2-normalise each token first, as training with `--normalize_embeddings` does.
-        track: wraps the iterable of batches, for a progress bar.
+        progress: wraps the iterable of batches in a progress bar.
 
     Raises:
         ValueError: for NaN or infinity, naming the first such sample.
@@ -74,7 +74,7 @@ def streamed_statistics(
     condition = ChannelAccumulator(source.condition_dim)
     target = ChannelAccumulator(source.target_dim)
     pieces: Iterable[np.ndarray] = list(batches(np.sort(indices), batch_size))
-    for piece in track(pieces) if track else pieces:
+    for piece in progress(pieces) if progress else pieces:
         eva, clip = source.fetch(piece)
         for name, tokens, accumulator in (("eva", eva, condition), ("clip", clip, target)):
             finite = torch.isfinite(tokens).flatten(1).all(dim=1)

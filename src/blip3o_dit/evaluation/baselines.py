@@ -192,6 +192,6 @@ class ResidualGaussian:
 
 def split_validation(indices: np.ndarray, *, most: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(fit, validation): at most `most` of the samples, a tenth of them for validation, both ascending."""
-    order = choose_samples(indices, most=most, seed=seed)
+    order = choose_samples(indices, max_samples=most, seed=seed)
     held_back = max(1, len(order) // 10) if len(order) > 1 else 0
     return np.sort(order[held_back:]), np.sort(order[:held_back])

@@ -103,7 +103,7 @@ def inspect_embeddings(
     source: Embeddings,
     *,
     batch_size: int = 256,
-    track: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
 ) -> Inspection:
     """Read every sample once, in bounded memory, and say what is there.
 
@@ -112,7 +112,7 @@ def inspect_embeddings(
     sides = {"eva": _Side(source.condition_dim, source.num_tokens)}
     sides["clip"] = _Side(source.target_dim, source.num_tokens)
     pieces: Iterable[range] = list(batches(range(source.num_samples), batch_size))
-    for piece in track(pieces) if track else pieces:
+    for piece in progress(pieces) if progress else pieces:
         for side, tokens in zip(sides.values(), source.fetch(piece), strict=True):
             side.add(tokens, piece)
     records = source.records()

@@ -370,7 +370,7 @@ def target_statistics(
 
     With `normalize`, of L2-normalised tokens.
     """
-    chosen = choose_samples(train, most=STATISTICS_SAMPLES, seed=seed)
+    chosen = choose_samples(train, max_samples=STATISTICS_SAMPLES, seed=seed)
     return streamed_statistics(source, chosen, normalize=normalize)[1]
 
 

@@ -142,7 +142,7 @@ def fit_source(
         lambda eva: model.normalize_condition(eva).to(device),
         lambda clip: model.normalize_target(clip).to(device),
     )
-    chosen = choose_samples(train, most=most, seed=seed)
+    chosen = choose_samples(train, max_samples=most, seed=seed)
     folds = [np.sort(chosen[first::FOLDS]) for first in range(min(FOLDS, len(chosen)))]
     components = None
     if model.config.flow.source_components:

@@ -125,7 +125,7 @@ def build_trainer(
     # Few samples of perhaps all shards: training itself verifies every shard that it reads.
     unverified_copy = source.unverified() if isinstance(source, EmbeddingStore) else source
     if not fitted:  # also without standardising: held-out figures are measured with them
-        fitted_on = choose_samples(split.train, most=config.statistics_samples, seed=config.seed)
+        fitted_on = choose_samples(split.train, max_samples=config.statistics_samples, seed=config.seed)
         _set_statistics(model, unverified_copy, fitted_on, arguments)
     folds = None
     if config.source != "noise" and not fitted:
@@ -177,7 +177,7 @@ def _set_statistics(
     if processes.is_main:
         track = partial(tqdm, desc="statistics of the training split", unit="batch", leave=False)
         normalize = model.config.normalize_embeddings
-        found = streamed_statistics(source, indices, normalize=normalize, track=track)
+        found = streamed_statistics(source, indices, normalize=normalize, progress=track)
     condition, target = processes.broadcast(found)
     model.set_statistics(condition=(condition.mean, condition.std), target=(target.mean, target.std))
 
