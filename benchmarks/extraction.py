@@ -78,7 +78,7 @@ def profile(pictures: Path, output: Path, broken: set[str]) -> Path:
     Extractor._decoded, Extractor.__init__ = timed_decoded, with_timed_towers  # type: ignore[method-assign]
     started = time.perf_counter()
     config = ExtractionConfig(
-        pictures=str(pictures),
+        images=str(pictures),
         output=str(output),
         towers_from_scratch=True,
         shard_size=int(SHARD),

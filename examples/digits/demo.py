@@ -110,7 +110,7 @@ def extract_store(
     shutil.rmtree(output / "store", ignore_errors=True)  # an earlier demo's, of other towers perhaps
     store = extract(
         ExtractionConfig(
-            pictures=str(folder / "digits.jsonl"),
+            images=str(folder / "digits.jsonl"),
             output=str(output / "store"),
             eva=str(output / "towers" / "eva"),
             clip=str(output / "towers" / "clip"),

@@ -23,7 +23,7 @@ from blip3o_dit.data.embeddings import open_embeddings
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.extraction import extract as engine
 from blip3o_dit.extraction.extract import ExtractionConfig, Extractor, extract, load_towers
-from blip3o_dit.extraction.image_decoding import decode_picture
+from blip3o_dit.extraction.image_decoding import decode_image
 from blip3o_dit.extraction.image_files import list_images
 from blip3o_dit.extraction.pooling import pool_tokens
 from blip3o_dit.extraction.resume import SKIPPED_FILE, read_entry
@@ -35,7 +35,7 @@ TINY = ["--towers-from-scratch", "--batch_size", "4", "--shard_size", "6", "--de
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
     generator = np.random.default_rng(0)
     for index in range(COUNT):
@@ -49,9 +49,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def settings(pictures: Path, output: Path, **changes: Any) -> ExtractionConfig:
+def settings(images: Path, output: Path, **changes: Any) -> ExtractionConfig:
     config = ExtractionConfig(
-        pictures=str(pictures),
+        images=str(images),
         output=str(output),
         towers_from_scratch=True,
         batch_size=4,
@@ -67,34 +67,34 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def whole(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted extraction on one process."""
     output = tmp_path_factory.mktemp("whole") / "store"
-    extract(settings(pictures, output), progress=False)
+    extract(settings(images, output), progress=False)
     return output
 
 
-def test_tokens_are_those_of_the_towers(pictures: Path, whole: Path) -> None:
+def test_tokens_are_those_of_the_towers(images: Path, whole: Path) -> None:
     store = EmbeddingStore(whole)
     keys = [record["key"] for record in store.records()]
-    expected = sorted(path.relative_to(pictures).as_posix() for path in pictures.rglob("*.png"))
+    expected = sorted(path.relative_to(images).as_posix() for path in images.rglob("*.png"))
     assert keys == [key for key in expected if key not in BROKEN]
     assert store.records([0])[0]["caption"] == "the first picture"
     assert "caption" not in store.records([1])[0]
-    picture = decode_picture((pictures / keys[9]).read_bytes())
+    image = decode_image((images / keys[9]).read_bytes())
     found = dict(zip(("eva", "clip"), store.fetch([9]), strict=True))
     for side, tokens in found.items():
         tower = tiny_encoder(side).eval()
         with torch.no_grad():
-            direct = pool_tokens(tower(tower.preprocessing(picture)[None]), 64)
+            direct = pool_tokens(tower(tower.preprocessing(image)[None]), 64)
         torch.testing.assert_close(tokens, direct, rtol=2e-3, atol=2e-3)
         assert tokens.std() > 0.01
 
 
 def test_the_skip_list_is_exact(whole: Path) -> None:
     skipped = [json.loads(line) for line in (whole / SKIPPED_FILE).read_text().splitlines()]
-    assert {picture["key"] for picture in skipped} == set(BROKEN)
-    assert all(picture["reason"] and picture["location"] for picture in skipped)
+    assert {image["key"] for image in skipped} == set(BROKEN)
+    assert all(image["reason"] and image["location"] for image in skipped)
     manifest = EmbeddingStore(whole).manifest
     assert (manifest["skipped"], manifest["num_samples"]) == (2, COUNT - 2)
 
@@ -110,7 +110,7 @@ def test_the_finished_store_holds_nothing_of_its_making(whole: Path) -> None:
 
 @pytest.mark.parametrize("interrupted_at", [0, 1, 3])
 def test_an_interrupted_extraction_continues_to_the_same_bytes(
-    pictures: Path, whole: Path, tmp_path: Path, interrupted_at: int, monkeypatch: pytest.MonkeyPatch
+    images: Path, whole: Path, tmp_path: Path, interrupted_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_entry = engine.write_entry
     done: list[int] = []
@@ -123,7 +123,7 @@ def test_an_interrupted_extraction_continues_to_the_same_bytes(
         write_entry(output, unit, *rest)
 
     monkeypatch.setattr(engine, "write_entry", failing)
-    config = settings(pictures, tmp_path / "store")
+    config = settings(images, tmp_path / "store")
     with pytest.raises(KeyboardInterrupt):
         extract(config, progress=False)
     with pytest.raises(ValueError, match="not an embedding store, or an unfinished one"):
@@ -134,10 +134,8 @@ def test_an_interrupted_extraction_continues_to_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_it_writes_the_same_bytes(
-    pictures: Path, whole: Path, tmp_path: Path
-) -> None:
-    command = [sys.executable, "extract_embeddings_production.py", str(pictures), *TINY]
+def test_killed_and_started_again_it_writes_the_same_bytes(images: Path, whole: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "extract_embeddings_production.py", str(images), *TINY]
     command += ["--output", str(tmp_path / "store"), "--workers", "1"]
     first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
     started = time.monotonic()
@@ -151,74 +149,74 @@ def test_killed_and_started_again_it_writes_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_same_bytes(pictures: Path, whole: Path, tmp_path: Path) -> None:
+def test_two_processes_write_the_same_bytes(images: Path, whole: Path, tmp_path: Path) -> None:
     launcher = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, "extract_embeddings_production.py", str(pictures), *TINY]
+    command = [*launcher, "extract_embeddings_production.py", str(images), *TINY]
     command += ["--output", str(tmp_path / "store"), "--workers", "0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-1500:]
     assert content(tmp_path / "store") == content(whole)
 
 
-def test_each_process_writes_its_own_units_only(pictures: Path, tmp_path: Path) -> None:
-    config = settings(pictures, tmp_path)
+def test_each_process_writes_its_own_units_only(images: Path, tmp_path: Path) -> None:
+    config = settings(images, tmp_path)
     towers = load_towers(config, torch.device("cpu"))
-    Extractor(config, list_images(pictures), towers).run(1, 2, progress=False)
+    Extractor(config, list_images(images), towers).run(1, 2, progress=False)
     assert [unit for unit in range(4) if read_entry(tmp_path, unit)] == [1, 3]
 
 
-def test_keeping_every_patch_token(pictures: Path, tmp_path: Path) -> None:
-    store = extract(settings(pictures / "a", tmp_path / "store", tokens=256), progress=False)
+def test_keeping_every_patch_token(images: Path, tmp_path: Path) -> None:
+    store = extract(settings(images / "a", tmp_path / "store", tokens=256), progress=False)
     assert store is not None and (store.num_samples, store.num_tokens) == (5, 256)
 
 
-def test_repeating_a_finished_command_changes_nothing(pictures: Path, whole: Path) -> None:
+def test_repeating_a_finished_command_changes_nothing(images: Path, whole: Path) -> None:
     before = {name: (whole / name).stat().st_mtime_ns for name in content(whole)}
-    extract(settings(pictures, whole), progress=False)
+    extract(settings(images, whole), progress=False)
     assert {name: (whole / name).stat().st_mtime_ns for name in content(whole)} == before
 
 
 class TestRefusals:
-    def test_another_command_on_the_same_folder(self, pictures: Path, whole: Path) -> None:
+    def test_another_command_on_the_same_folder(self, images: Path, whole: Path) -> None:
         with pytest.raises(ValueError, match=r"settings\.tokens is 64 there, 16 here"):
-            extract(settings(pictures, whole, tokens=16), progress=False)
+            extract(settings(images, whole, tokens=16), progress=False)
 
-    def test_other_pictures(self, pictures: Path, whole: Path) -> None:
+    def test_other_images(self, images: Path, whole: Path) -> None:
         with pytest.raises(ValueError, match=r"pictures\.count is 22 there, 5 here"):
-            extract(settings(pictures / "a", whole), progress=False)
+            extract(settings(images / "a", whole), progress=False)
 
-    def test_a_folder_with_other_files(self, pictures: Path, tmp_path: Path) -> None:
+    def test_a_folder_with_other_files(self, images: Path, tmp_path: Path) -> None:
         (tmp_path / "notes.txt").write_text("mine")
         with pytest.raises(ValueError, match="expected an empty folder or a begun extraction"):
-            extract(settings(pictures, tmp_path), progress=False)
+            extract(settings(images, tmp_path), progress=False)
         assert (tmp_path / "notes.txt").read_text() == "mine"
 
-    def test_strict(self, pictures: Path, tmp_path: Path) -> None:
+    def test_strict(self, images: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"b/07\.png.*--strict"):
-            extract(settings(pictures, tmp_path / "store", strict=True), progress=False)
+            extract(settings(images, tmp_path / "store", strict=True), progress=False)
 
-    def test_no_readable_picture(self, tmp_path: Path) -> None:
+    def test_no_readable_image(self, tmp_path: Path) -> None:
         (tmp_path / "in").mkdir()
         (tmp_path / "in" / "a.png").write_bytes(b"")
         with pytest.raises(ValueError, match="expected at least one readable picture, found none of 1"):
             extract(settings(tmp_path / "in", tmp_path / "out"), progress=False)
 
     @pytest.mark.parametrize("tokens", [60, 49, 1024])
-    def test_tokens_that_do_not_pool(self, pictures: Path, tmp_path: Path, tokens: int) -> None:
+    def test_tokens_that_do_not_pool(self, images: Path, tmp_path: Path, tokens: int) -> None:
         with pytest.raises(ValueError, match=str(tokens)):
-            extract(settings(pictures, tmp_path / "out", tokens=tokens), progress=False)
+            extract(settings(images, tmp_path / "out", tokens=tokens), progress=False)
         assert not (tmp_path / "out").exists()
 
     def test_bad_settings(self) -> None:
         with pytest.raises(ValueError, match="batch_size: expected an integer >= 1, found 0"):
-            ExtractionConfig(pictures="a", output="b", batch_size=0)
+            ExtractionConfig(images="a", output="b", batch_size=0)
         with pytest.raises(ValueError, match="store_dtype: expected one of"):
-            ExtractionConfig(pictures="a", output="b", store_dtype="int8")
+            ExtractionConfig(images="a", output="b", store_dtype="int8")
 
 
-def test_the_command_writes_the_documented_pickle(pictures: Path, whole: Path, tmp_path: Path) -> None:
+def test_the_command_writes_the_documented_pickle(images: Path, whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "embeddings" / "blip3o_grid_embeddings.pkl"
-    words = ["extract", str(pictures), "--output", str(output), "--format", "pickle", *TINY]
+    words = ["extract", str(images), "--output", str(output), "--format", "pickle", *TINY]
     assert main([*words, "--workers", "0"]) == 0
     documented = pickle.loads(output.read_bytes())
     assert documented["eva_blip3o_embeddings"].shape == (20, 64, 64)

@@ -58,14 +58,14 @@ def test_warnings(tmp_path: Path) -> None:
     ]
 
 
-def test_colours_tell_tokens_apart_as_the_data_does() -> None:
+def test_pca_colors_tell_tokens_apart_as_the_data_does() -> None:
     tokens = torch.zeros(2, 4, 5)
     tokens[0, 0] = 1.0
     tokens[1, 0] = 1.0
     noisy = (tokens + 1e-3 * torch.randn(2, 4, 5)).numpy()
-    colours = pca_colors(noisy, noisy).reshape(2, 2, 2, 3)
-    assert colours.shape == (2, 2, 2, 3) and colours.min() >= 0 and colours.max() <= 1
-    first = colours.sum(axis=-1)  # the first component is lightness
+    colors = pca_colors(noisy, noisy).reshape(2, 2, 2, 3)
+    assert colors.shape == (2, 2, 2, 3) and colors.min() >= 0 and colors.max() <= 1
+    first = colors.sum(axis=-1)  # the first component is lightness
     assert abs(first[0, 0, 0] - first[1, 0, 0]) < 0.1 < 0.8 < abs(first[0, 0, 0] - first[0, 1, 1])
 
 
@@ -77,8 +77,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main([*words, "--json", str(tmp_path / "found.json"), "--samples", "3"]) == 0
     assert "samples 3, tokens 4" in capsys.readouterr().out
     assert json.loads((tmp_path / "found.json").read_text())["num_samples"] == 3
-    picture = Image.open(tmp_path / "store_inspection.png")
-    assert picture.size[0] > 500
-    assert (np.asarray(picture.convert("RGB")) == (255, 0, 0)).all(
+    image = Image.open(tmp_path / "store_inspection.png")
+    assert image.size[0] > 500
+    assert (np.asarray(image.convert("RGB")) == (255, 0, 0)).all(
         axis=-1
-    ).sum() > 1000  # the red picture is shown
+    ).sum() > 1000  # the red image is shown

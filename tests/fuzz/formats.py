@@ -24,7 +24,7 @@ from blip3o_dit.data.embeddings import open_embeddings
 from blip3o_dit.data.manifest import MANIFEST
 from blip3o_dit.data.pickle_format import convert_pickle
 from blip3o_dit.data.store import StoreWriter
-from blip3o_dit.extraction.image_decoding import UnreadablePictureError, decode_picture
+from blip3o_dit.extraction.image_decoding import UnreadableImageError, decode_image
 from blip3o_dit.extraction.image_files import list_images
 from blip3o_dit.extraction.inspection import format_inspection, inspect_embeddings
 from blip3o_dit.inference.pipeline import BLIP3oInference
@@ -424,8 +424,8 @@ def pictures_maker(folder: Path, seed: int) -> Make:
         def act() -> None:
             for ref in itertools.islice(list_images(file), 20):
                 try:
-                    decode_picture(ref.read())
-                except (UnreadablePictureError, OSError, ValueError):
+                    decode_image(ref.read())
+                except (UnreadableImageError, OSError, ValueError):
                     continue  # what becomes a line of skipped.jsonl
 
         return Trial(act, file.stat().st_size, folder)

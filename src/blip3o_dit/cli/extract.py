@@ -13,6 +13,22 @@ from blip3o_dit.cli.command import run_command
 DESCRIPTION = "Extract EVA-CLIP and CLIP tokens from pictures into an embedding store."
 DEFAULT_STORE = Path("embeddings/store")
 DEFAULT_PICKLE = Path("embeddings/blip3o_grid_embeddings.pkl")
+# Flags that are fields of ExtractionConfig by the same name
+SAME_NAMES = (
+    "eva_revision",
+    "clip_revision",
+    "towers_from_scratch",
+    "tokens",
+    "dtype",
+    "store_dtype",
+    "batch_size",
+    "shard_size",
+    "workers",
+    "device",
+    "strict",
+    "max_pixels",
+    "seed",
+)
 
 logger = logging.getLogger(__name__)
 
@@ -56,31 +72,24 @@ def run(arguments: argparse.Namespace) -> None:
     as_pickle = arguments.format == "pickle"
     output: Path = arguments.output or (DEFAULT_PICKLE if as_pickle else DEFAULT_STORE)
     store_path = output.with_suffix(".store") if as_pickle else output
-    same: tuple[str, ...] = (
-        "tokens",
-        "dtype",
-        "store_dtype",
-        "batch_size",
-        "shard_size",
-        "workers",
-        "device",
-        "strict",
-    )
-    same += ("device", "strict", "max_pixels", "seed", "towers_from_scratch", "eva_revision", "clip_revision")
     store = extract(
         ExtractionConfig(
-            pictures=arguments.pictures,
+            images=arguments.pictures,
             output=str(store_path),
             eva=arguments.eva or DEFAULT_EVA,
             clip=arguments.clip or DEFAULT_CLIP,
-            **{name: getattr(arguments, name) for name in same},
+            **{name: getattr(arguments, name) for name in SAME_NAMES},
         )
     )
     if store is None:
         return
     logger.info(
         "%s: %d pictures, %d tokens of %d and %d",
-        *(store.path, store.num_samples, store.num_tokens, store.condition_dim, store.target_dim),
+        store.path,
+        store.num_samples,
+        store.num_tokens,
+        store.condition_dim,
+        store.target_dim,
     )
     if as_pickle:
         write_pickle(store, output)

@@ -1,4 +1,4 @@
-"""Pictures for the samples on a page or a sheet."""
+"""Images for the samples on a page or a sheet."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def pictures_by_key(where: str | None) -> Callable[[list[str]], list[Any]]:
     Raises:
         FileNotFoundError, ValueError: when nothing can be listed at `where`.
     """
-    from blip3o_dit.extraction.image_decoding import UnreadablePictureError, decode_picture
+    from blip3o_dit.extraction.image_decoding import UnreadableImageError, decode_image
     from blip3o_dit.extraction.image_files import list_images
 
     refs = {ref.key: ref for ref in list_images(where)} if where else {}
@@ -21,8 +21,8 @@ def pictures_by_key(where: str | None) -> Callable[[list[str]], list[Any]]:
         found: list[Any] = []
         for key in keys:
             try:
-                found.append(decode_picture(refs[key].read()) if key in refs else None)
-            except (UnreadablePictureError, OSError):
+                found.append(decode_image(refs[key].read()) if key in refs else None)
+            except (UnreadableImageError, OSError):
                 found.append(None)
         return found
 

@@ -56,5 +56,5 @@ def _draw(source: Any, target: Path, arguments: argparse.Namespace) -> None:
     records = source.records(chosen)
     eva, clip = source.fetch(chosen)
     titles = [f"{r['key'][-28:]}\n{(r.get('caption') or '')[:28]}" for r in records]
-    pictures = pictures_by_key(arguments.pictures)([record["key"] for record in records])
-    draw_contact_sheet(target, eva=eva, clip=clip, pictures=pictures, titles=titles)
+    images = pictures_by_key(arguments.pictures)([record["key"] for record in records])
+    draw_contact_sheet(target, eva=eva, clip=clip, images=images, titles=titles)

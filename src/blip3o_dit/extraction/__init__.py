@@ -1,1 +1,1 @@
-"""From pictures to embeddings: sources, decoding, vision towers, pooling, the engine."""
+"""From images to embeddings: listing, decoding, vision towers, pooling, the resumable extraction."""

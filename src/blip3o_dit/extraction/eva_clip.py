@@ -85,7 +85,7 @@ class EvaClipVision(nn.Module):
 class VisionTransformer(nn.Module):
     def __init__(self, config: EvaClipConfig) -> None:
         super().__init__()
-        self.embeddings = Embeddings(config)
+        self.embeddings = PatchEmbeddings(config)
         self.encoder = Encoder(config)
         self.post_layernorm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
 
@@ -102,7 +102,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
 
 
-class Embeddings(nn.Module):
+class PatchEmbeddings(nn.Module):
     """Patches by a strided convolution, the class token before them, a learned position for each."""
 
     def __init__(self, config: EvaClipConfig) -> None:
@@ -115,8 +115,8 @@ class Embeddings(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # [B, T - 1, d]
-        first = self.class_embedding.expand(len(pixels), 1, -1)  # [B, 1, d]
-        return torch.cat([first, patches], dim=1) + self.position_embedding.weight
+        cls_token = self.class_embedding.expand(len(pixels), 1, -1)  # [B, 1, d]
+        return torch.cat([cls_token, patches], dim=1) + self.position_embedding.weight
 
 
 class EncoderLayer(nn.Module):

@@ -1,7 +1,7 @@
-"""From pictures to an embedding store, resumable and shared out over processes.
+"""From images to an embedding store, resumable and divided among processes.
 
-The list of pictures is cut into units of `shard_size`; a unit becomes one shard, whichever process works on
-it and however often it is interrupted (`progress.py`).
+The list of images is cut into units of `shard_size`; a unit becomes one shard, whichever process works on
+it and however often it is interrupted (`resume.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from blip3o_dit.data.checks import check_pair
 from blip3o_dit.data.manifest import DTYPES, MANIFEST, check_shard_count
 from blip3o_dit.data.store import EmbeddingStore, json_line, to_disk, write_shard
-from blip3o_dit.extraction.image_decoding import MOST_PIXELS, UnreadablePictureError, decode_picture
+from blip3o_dit.extraction.image_decoding import MAX_PIXELS, UnreadableImageError, decode_image
 from blip3o_dit.extraction.image_files import ImageRef, list_images
 from blip3o_dit.extraction.pooling import pool_tokens
 from blip3o_dit.extraction.resume import claim_folder, clean_up, finish_store, read_entry, write_entry
@@ -38,8 +38,8 @@ DECODE_BATCH = 16
 
 logger = logging.getLogger(__name__)
 
+# By side, "eva" and "clip"
 Towers = dict[str, VisionEncoder]
-"""By side, "eva" and "clip"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,24 +47,24 @@ class ExtractionConfig:
     """What to extract, from what, into what.
 
     Args:
-        pictures: folder, list file, webdataset tars, parquet or Hugging Face dataset folder.
+        images: folder, list file, webdataset tars, parquet or Hugging Face dataset folder.
         output: the store's folder.
         eva, clip: the towers, as `load_encoder` takes them. eva_revision, clip_revision: hub revisions.
         towers_from_scratch: tiny, seeded, random towers instead, to try the pipeline: their tokens mean
             nothing, and the manifest says so.
-        tokens: per picture after pooling, a square.
+        tokens: per image after pooling, a square.
         dtype: in which the towers compute. store_dtype: on disk.
-        batch_size: pictures per call of a tower. shard_size: pictures per shard.
+        batch_size: images per call of a tower. shard_size: images per shard.
         workers: decoding processes per process. device: "auto", "cpu", "cuda", ...
-        strict: the first unreadable picture is an error instead of a line in `skipped.jsonl`.
-        max_pixels: larger pictures are refused before they are decoded.
+        strict: the first unreadable image is an error instead of a line in `skipped.jsonl`.
+        max_pixels: larger images are refused before they are decoded.
         seed: of towers from scratch.
 
     Raises:
         ValueError: names the field, what it expects and what it found.
     """
 
-    pictures: str
+    images: str
     output: str
     eva: str = DEFAULT_EVA
     clip: str = DEFAULT_CLIP
@@ -79,29 +79,29 @@ class ExtractionConfig:
     workers: int = 2
     device: str = "auto"
     strict: bool = False
-    max_pixels: int = MOST_PIXELS
+    max_pixels: int = MAX_PIXELS
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_name("dtype", self.dtype, tuple(DTYPES))
         check_name("store_dtype", self.store_dtype, tuple(DTYPES))
-        for name, low in _LOWEST.items():
+        for name, low in _MINIMUM.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise ValueError(f"{name}: expected an integer >= {low}, found {value!r}")
-        if self.max_pixels > MOST_PIXELS:
-            raise ValueError(f"max_pixels: expected at most {MOST_PIXELS}, found {self.max_pixels}")
+        if self.max_pixels > MAX_PIXELS:
+            raise ValueError(f"max_pixels: expected at most {MAX_PIXELS}, found {self.max_pixels}")
 
 
-_LOWEST = {"tokens": 1, "batch_size": 1, "shard_size": 1, "max_pixels": 1, "workers": 0, "seed": 0}
+_MINIMUM = {"tokens": 1, "batch_size": 1, "shard_size": 1, "max_pixels": 1, "workers": 0, "seed": 0}
 
-# What may differ between a run and its continuation: it does not change what is written.
-_HARMLESS = ("pictures", "output", "workers", "device")
+# Settings that may differ between a run and its continuation: they do not change what is written.
+RESUMABLE_CHANGES = ("images", "output", "workers", "device")
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A picture ready for both towers ([3, size, size] each), or the reason why it is not."""
+    """An image ready for both towers ([3, size, size] each), or the reason why it is not."""
 
     index: int
     eva: Tensor | None = None
@@ -111,7 +111,7 @@ class Decoded:
 
 @dataclass
 class Unit:
-    """What a unit has collected so far: tokens by side, table lines, skipped pictures."""
+    """What a unit has collected so far: tokens by side, table lines, skipped images."""
 
     eva: list[Tensor] = field(default_factory=list)
     clip: list[Tensor] = field(default_factory=list)
@@ -129,7 +129,7 @@ def extract(config: ExtractionConfig, *, progress: bool = True) -> EmbeddingStor
             for a folder that holds an extraction with other settings.
     """
     processes = join_processes(config.device)
-    refs = list_images(config.pictures)
+    refs = list_images(config.images)
     check_shard_count(Path(config.output), len(refs), config.shard_size)
     towers = load_towers(config, processes.device)
     settings = _settings(config, refs, towers)
@@ -149,7 +149,7 @@ def extract(config: ExtractionConfig, *, progress: bool = True) -> EmbeddingStor
                 dtype=config.store_dtype,
                 pooling=_pooling(config.tokens, towers),
                 settings=settings,
-                pictures=config.pictures,
+                images=config.images,
             )
     if not processes.is_main:
         return None
@@ -175,7 +175,7 @@ def load_towers(config: ExtractionConfig, device: torch.device) -> Towers:
 
 
 class Extractor:
-    """Works through the units that fall to one process."""
+    """Extracts the units of one process."""
 
     def __init__(self, config: ExtractionConfig, refs: Sequence[ImageRef], towers: Towers) -> None:
         self.config = config
@@ -186,10 +186,10 @@ class Extractor:
 
     def run(self, rank: int, world_size: int, *, progress: bool) -> None:
         """Write every unfinished unit whose number is `rank` modulo `world_size`."""
-        mine = range(rank, self.num_units, world_size)
-        todo = [unit for unit in mine if read_entry(self.output, unit) is None]
-        indices = [index for unit in todo for index in self._indices(unit)]
-        total = sum(len(self._indices(unit)) for unit in mine)
+        units = range(rank, self.num_units, world_size)
+        unfinished = [unit for unit in units if read_entry(self.output, unit) is None]
+        indices = [index for unit in unfinished for index in self._indices(unit)]
+        total = sum(len(self._indices(unit)) for unit in units)
         bar = tqdm(total=total, initial=total - len(indices), unit="picture", disable=not progress)
         written = 0
         with bar:
@@ -205,7 +205,7 @@ class Extractor:
         return decoded.index // self.config.shard_size
 
     def _decoded(self, indices: Sequence[int]) -> Iterator[Decoded]:
-        """The pictures in order, decoded ahead of the towers by worker processes."""
+        """The images in order, decoded ahead of the towers by worker processes."""
         preprocessing = {side: tower.preprocessing for side, tower in self.towers.items()}
         loader: Iterable[list[Decoded]] = DataLoader(
             DecodingDataset(self.refs, indices, preprocessing, self.config.max_pixels),
@@ -219,12 +219,12 @@ class Extractor:
     def _encode(self, decoded: Iterable[Decoded], bar: tqdm) -> Unit:
         unit = Unit()
         batch: list[Decoded] = []
-        for picture in decoded:
+        for image in decoded:
             bar.update()
-            if picture.reason is not None:
-                unit.skipped.append(self._skip(picture.index, picture.reason))
+            if image.reason is not None:
+                unit.skipped.append(self._skip(image.index, image.reason))
                 continue
-            batch.append(picture)
+            batch.append(image)
             if len(batch) == self.config.batch_size:
                 self._run_towers(batch, unit)
                 batch = []
@@ -240,12 +240,12 @@ class Extractor:
 
     @torch.inference_mode()
     def _run_towers(self, batch: Sequence[Decoded], unit: Unit) -> None:
-        """Tokens of a batch of pictures, pooled, checked and in the dtype of the store."""
-        records = [_record(self.refs[picture.index]) for picture in batch]
+        """Tokens of a batch of images, pooled, checked and in the dtype of the store."""
+        records = [_record(self.refs[image.index]) for image in batch]
         tokens: dict[str, Tensor] = {}
         for side, tower in self.towers.items():
             weight = next(tower.parameters())
-            pixels = torch.stack([getattr(picture, side) for picture in batch])  # [B, 3, size, size]
+            pixels = torch.stack([getattr(image, side) for image in batch])  # [B, 3, size, size]
             grid = tower(pixels.to(weight.device, weight.dtype))  # [B, grid * grid, C]
             tokens[side] = pool_tokens(grid.float(), self.config.tokens).cpu()  # [B, tokens, C]
         check_pair(self.output, tokens["eva"], tokens["clip"], records, offset=batch[0].index)
@@ -263,7 +263,7 @@ class Extractor:
 
 
 class DecodingDataset(Dataset):
-    """Reads, decodes and preprocesses pictures; runs in the data loader's processes."""
+    """Reads, decodes and preprocesses images; runs in the data loader's processes."""
 
     def __init__(
         self,
@@ -283,22 +283,22 @@ class DecodingDataset(Dataset):
     def __getitem__(self, position: int) -> Decoded:
         index = self.indices[position]
         try:
-            picture = decode_picture(self.refs[index].read(), max_pixels=self.max_pixels)
-        except UnreadablePictureError as error:
+            image = decode_image(self.refs[index].read(), max_pixels=self.max_pixels)
+        except UnreadableImageError as error:
             return Decoded(index, reason=str(error))
         except (OSError, ValueError) as error:
             return Decoded(index, reason=f"cannot be read: {error}")
-        pixels = {side: prepare(picture) for side, prepare in self.preprocessing.items()}
+        pixels = {side: prepare(image) for side, prepare in self.preprocessing.items()}
         return Decoded(index, eva=pixels["eva"], clip=pixels["clip"])
 
 
 def _settings(config: ExtractionConfig, refs: Sequence[ImageRef], towers: Towers) -> dict[str, Any]:
-    """All that decides the content of the store."""
+    """Everything that decides the content of the store, as JSON values."""
     digest = hashlib.sha256()
     for ref in refs:
         digest.update(json.dumps([ref.key, ref.caption, ref.label]).encode() + b"\n")
     return {
-        "settings": {name: value for name, value in asdict(config).items() if name not in _HARMLESS},
+        "settings": {name: value for name, value in asdict(config).items() if name not in RESUMABLE_CHANGES},
         "pictures": {"count": len(refs), "sha256": digest.hexdigest()},
         "towers": {side: tower.describe() for side, tower in towers.items()},
     }

@@ -1,4 +1,4 @@
-"""Bytes to an RGB picture, or the reason why not. Never a stand-in picture."""
+"""Bytes to an RGB image, or the reason why not. Never a placeholder image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-MOST_PIXELS = 178_956_970  # Pillow refuses more than this by itself
+MAX_PIXELS = 178_956_970  # Pillow refuses more than this by itself
 
 # What Pillow raises on files that it cannot read, format by format.
 _UNREADABLE = (
@@ -30,64 +30,64 @@ _UNREADABLE = (
 )
 
 
-class UnreadablePictureError(ValueError):
-    """The bytes are no picture that can be shown; the message is the reason, without a file name."""
+class UnreadableImageError(ValueError):
+    """The bytes cannot be decoded to an image; the message is the reason, without a file name."""
 
 
-def decode_picture(data: bytes, *, max_pixels: int = MOST_PIXELS) -> Image.Image:
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """RGB, 8 bits a channel, upright (EXIF orientation applied), first frame, transparency over white.
 
     Args:
-        max_pixels: larger pictures are refused by their header, before anything is decoded.
+        max_pixels: larger images are refused by their header, before anything is decoded.
 
     Raises:
-        UnreadablePictureError: with the reason in one short line.
+        UnreadableImageError: with the reason in one short line.
     """
     if not data:
-        raise UnreadablePictureError("empty file")
+        raise UnreadableImageError("empty file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's bomb and EXIF warnings; the size is checked here
-            with Image.open(BytesIO(data)) as picture:
-                _check_size(picture, max_pixels)
-                picture.load()
-                return _to_rgb(ImageOps.exif_transpose(picture))
-    except UnreadablePictureError:
+            with Image.open(BytesIO(data)) as image:
+                _check_size(image, max_pixels)
+                image.load()
+                return _to_rgb(ImageOps.exif_transpose(image))
+    except UnreadableImageError:
         raise
     except Image.DecompressionBombError as error:  # Pillow's own limit, twice its MAX_IMAGE_PIXELS
-        raise UnreadablePictureError(f"too large: {error}") from None
+        raise UnreadableImageError(f"too large: {error}") from None
     except UnidentifiedImageError:
-        raise UnreadablePictureError("not a picture, or of an unknown format") from None
+        raise UnreadableImageError("not a picture, or of an unknown format") from None
     except _UNREADABLE as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise UnreadablePictureError(f"damaged: {reason}") from error
+        raise UnreadableImageError(f"damaged: {reason}") from error
 
 
-def _check_size(picture: Image.Image, max_pixels: int) -> None:
-    width, height = picture.size
+def _check_size(image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
     if width < 1 or height < 1:
-        raise UnreadablePictureError(f"no area: {width} x {height}")
+        raise UnreadableImageError(f"no area: {width} x {height}")
     if width * height > max_pixels:
-        raise UnreadablePictureError(f"too large: {width} x {height} is above {max_pixels} pixels")
+        raise UnreadableImageError(f"too large: {width} x {height} is above {max_pixels} pixels")
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I") or picture.mode == "F":
-        picture = _to_eight_bits(picture)
-    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
-        over = picture.convert("RGBA")
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_eight_bits(image)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        over = image.convert("RGBA")
         white = Image.new("RGBA", over.size, "white")
         return Image.alpha_composite(white, over).convert("RGB")
-    return picture.convert("RGB")
+    return image.convert("RGB")
 
 
-def _to_eight_bits(picture: Image.Image) -> Image.Image:
+def _to_eight_bits(image: Image.Image) -> Image.Image:
     """16-bit grey (and 32-bit containers of it) scaled to 0..255; Pillow's own conversion would clip."""
-    values = np.asarray(picture).astype(np.float64)
+    values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all() or values.min() < 0:
-        raise UnreadablePictureError(f"pixel values out of range: {values.min()} to {values.max()}")
+        raise UnreadableImageError(f"pixel values out of range: {values.min()} to {values.max()}")
     if values.max() > 65535:
-        raise UnreadablePictureError(f"pixel values out of range: up to {values.max():.0f}")
-    floating = picture.mode == "F" and values.max() <= 1.0
+        raise UnreadableImageError(f"pixel values out of range: up to {values.max():.0f}")
+    floating = image.mode == "F" and values.max() <= 1.0
     scale = 255.0 if floating else 255.0 / 65535.0
     return Image.fromarray(np.rint(values * scale).astype(np.uint8), mode="L")

@@ -1,4 +1,4 @@
-"""Where pictures come from: folders, list files, webdataset tars, parquet and Hugging Face datasets."""
+"""Where images come from: folders, list files, webdataset tars, parquet and Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png", "path")
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """One picture, not read yet. Small and picklable.
+    """One image, not read yet. Small and picklable.
 
     `key` is unique in its list. `location` is for people. `offset` and `size` say which bytes of `file` it
     is (size -1: all of them), `row` and `column` which cell of a table file.
@@ -46,7 +46,7 @@ class ImageRef:
         return f"{self.file}:{self.member}" if self.member else self.file
 
     def read(self) -> bytes:
-        """The picture's bytes. Raises OSError, or ValueError with the reason."""
+        """The image's bytes. Raises OSError, or ValueError with the reason."""
         if self.row >= 0:
             return _read_cell(self.file, self.row, self.column)
         with open(self.file, "rb") as file:
@@ -60,9 +60,9 @@ class ImageRef:
 def list_images(
     path: str | Path, *, image_column: str | None = None, caption_column: str | None = None
 ) -> list[ImageRef]:
-    """Every picture at `path`, in an order that does not depend on the file system.
+    """Every image at `path`, in an order that does not depend on the file system.
 
-    * a folder: pictures below it by their suffix, captions from a .txt beside them; hidden files ignored.
+    * a folder: images below it by their suffix, captions from a .txt beside them; hidden files ignored.
     * .txt or .tsv: one `path<TAB>caption` a line. .csv: a header with path (or image, file_name) and
       caption (or text), perhaps key and label. .jsonl: objects with these names. Relative to the list file.
     * a .tar or a folder of them (webdataset): an image and a .txt or .json by stem, read in place.
@@ -122,7 +122,7 @@ def _list_folder(path: Path, image_column: str | None, caption_column: str | Non
     return [
         ImageRef(
             key=file.relative_to(path).as_posix(),
-            caption=_text(file.with_suffix(".txt")) if file.with_suffix("") in texts else None,
+            caption=_read_caption(file.with_suffix(".txt")) if file.with_suffix("") in texts else None,
             file=str(file),
         )
         for file in kinds["pictures"]
@@ -136,7 +136,7 @@ def _walk(path: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in files if not name.startswith("."))
 
 
-def _text(file: Path) -> str | None:
+def _read_caption(file: Path) -> str | None:
     """A caption file's text; None when it is missing or not text."""
     try:
         return file.read_text(encoding="utf-8").strip() or None
@@ -145,7 +145,7 @@ def _text(file: Path) -> str | None:
 
 
 def _list_file(path: Path) -> list[ImageRef]:
-    reader = {".csv": _csv_rows, ".jsonl": _json_rows}.get(path.suffix.lower(), _plain_rows)
+    reader = {".csv": _csv_rows, ".jsonl": _json_rows}.get(path.suffix.lower(), _text_rows)
     seen: dict[str, int] = {}
     given: dict[str, int] = {}
     refs = []
@@ -166,7 +166,7 @@ def _list_file(path: Path) -> list[ImageRef]:
             key = name if seen[name] == 1 else f"{name}#{seen[name]}"
         file = str(path.parent / name)
         label = row.get("label")
-        refs.append(ImageRef(key=key, caption=_plain(caption), file=file, label=_plain(label)))
+        refs.append(ImageRef(key=key, caption=_text_or_none(caption), file=file, label=_text_or_none(label)))
     return refs
 
 
@@ -180,7 +180,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise ValueError(f"{path}: expected UTF-8 text: {error}") from error
 
 
-def _plain_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _text_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in _lines(path):
         name, _, caption = line.partition("\t")
         yield number, {"path": name.strip(), "caption": caption.strip() or None}
@@ -245,7 +245,7 @@ def _list_tar(path: Path) -> list[ImageRef]:
             member=member.name,
             offset=member.offset_data,
             size=member.size,
-            label=_plain(labels.get(stem)),
+            label=_text_or_none(labels.get(stem)),
         )
         for stem, member in images.items()
     ]
@@ -278,18 +278,18 @@ def _list_table(path: Path, image_column: str | None, caption_column: str | None
     return [
         ImageRef(
             key=f"{path.stem}/{row}",
-            caption=_plain(captions[row]),
+            caption=_text_or_none(captions[row]),
             file=str(path),
             member=f"row {row}",
             row=row,
             column=image,
-            label=_plain(labels[row]),
+            label=_text_or_none(labels[row]),
         )
         for row in range(count)
     ]
 
 
-def _plain(value: Any) -> str | None:
+def _text_or_none(value: Any) -> str | None:
     return None if value is None or value == "" else str(value)
 
 
@@ -338,7 +338,7 @@ def _row_group(file: str, row: int) -> tuple[int, int]:
     return group, starts[group]
 
 
-@lru_cache(maxsize=2)  # pictures are read in order: decode a row group once, not once per row
+@lru_cache(maxsize=2)  # images are read in order: decode a row group once, not once per row
 def _group_column(file: str, group: int, column: str) -> Any:
     return _pyarrow().parquet.ParquetFile(file).read_row_group(group, [column]).column(0)
 

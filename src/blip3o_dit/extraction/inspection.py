@@ -1,7 +1,8 @@
-"""What is in a store: counts, norms, outliers, and a sheet of pictures beside their token maps."""
+"""What is in a store: counts, norms, outliers, and a sheet of images beside their token maps."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,7 +19,8 @@ from blip3o_dit.data.statistics import ChannelAccumulator
 from blip3o_dit.utils.json_files import printable
 from blip3o_dit.utils.pca_colors import pca_colors
 
-SHOWN = 3  # outliers named per kind
+# Outliers listed per kind
+SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Inspection:
         return asdict(self)
 
 
-class _Side:
+class _SideAccumulator:
     """Streamed sums over one side."""
 
     def __init__(self, width: int, num_tokens: int) -> None:
@@ -109,8 +111,8 @@ def inspect_embeddings(
 
     NaN and infinity are counted, not refused; a damaged shard is refused (ValueError).
     """
-    sides = {"eva": _Side(source.condition_dim, source.num_tokens)}
-    sides["clip"] = _Side(source.target_dim, source.num_tokens)
+    sides = {"eva": _SideAccumulator(source.condition_dim, source.num_tokens)}
+    sides["clip"] = _SideAccumulator(source.target_dim, source.num_tokens)
     pieces: Iterable[range] = list(batches(range(source.num_samples), batch_size))
     for piece in progress(pieces) if progress else pieces:
         for side, tokens in zip(sides.values(), source.fetch(piece), strict=True):
@@ -151,10 +153,10 @@ def format_inspection(inspection: Inspection) -> str:
         )
         lines.append("  channel means {:.3g} to {:.3g}".format(*side.channel_mean_range))
         lines.append("  channel deviations {:.3g} to {:.3g}".format(*side.channel_std_range))
-        lines.append("  strongest channels " + _named(side.outlier_channels))
-        grid = int(inspection.num_tokens**0.5)
+        lines.append("  strongest channels " + _format_outliers(side.outlier_channels))
+        grid = math.isqrt(inspection.num_tokens)
         cells = [(f"row {i // grid} column {i % grid}", ratio) for i, ratio in side.outlier_positions]
-        lines.append("  strongest tokens " + _named(cells))
+        lines.append("  strongest tokens " + _format_outliers(cells))
     return "\n".join([*lines, "", *warnings_of(inspection)]) + "\n"
 
 
@@ -180,14 +182,14 @@ def draw_contact_sheet(
     *,
     eva: Tensor,
     clip: Tensor,
-    pictures: Sequence[Image.Image | None],
+    images: Sequence[Image.Image | None],
     titles: Sequence[str],
 ) -> None:
-    """A PNG with one row per sample: the picture, and PCA-to-RGB maps of its EVA and CLIP tokens.
+    """A PNG with one row per sample: the image, and PCA-to-RGB maps of its EVA and CLIP tokens.
 
     Args:
-        eva, clip: [k, N, C]; the principal components and the colour scale are those of all k samples.
-        pictures: None where the picture is not known.
+        eva, clip: [k, N, C]; the principal components and the color scale are those of all k samples.
+        images: None where the image is not known.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -201,25 +203,25 @@ def draw_contact_sheet(
     grid = figure.subplots(rows, 3, squeeze=False)
     for column, heading in enumerate(("picture", "EVA tokens", "CLIP tokens")):
         grid[0, column].set_title(heading)
-    maps = (_maps(eva), _maps(clip))
+    maps = (_color_maps(eva), _color_maps(clip))
     for row in range(rows):
         for axes in grid[row]:
             axes.set_xticks([])
             axes.set_yticks([])
-        picture = pictures[row]
-        if picture is None:
+        image = images[row]
+        if image is None:
             grid[row, 0].text(0.5, 0.5, "not known", ha="center", va="center", color="0.5")
         else:
-            grid[row, 0].imshow(np.asarray(picture))
+            grid[row, 0].imshow(np.asarray(image))
         grid[row, 0].set_ylabel(titles[row], fontsize=8)
-        for column, colours in enumerate(maps, start=1):
-            grid[row, column].imshow(colours[row], interpolation="nearest")
+        for column, colors in enumerate(maps, start=1):
+            grid[row, column].imshow(colors[row], interpolation="nearest")
     figure.savefig(path, dpi=110)
 
 
-def _maps(tokens: Tensor) -> np.ndarray:
+def _color_maps(tokens: Tensor) -> np.ndarray:
     """[k, N, C] -> [k, n, n, 3]."""
-    side = int(tokens.shape[1] ** 0.5)
+    side = math.isqrt(tokens.shape[1])
     return pca_colors(tokens.numpy(), tokens.numpy()).reshape(len(tokens), side, side, 3)
 
 
@@ -230,5 +232,5 @@ def _outliers(strength: Tensor) -> list[tuple[int, float]]:
     return [(int(i), float(strength[i]) / median if median else float("inf")) for i in order]
 
 
-def _named(outliers: Sequence[tuple[Any, float]]) -> str:
+def _format_outliers(outliers: Sequence[tuple[Any, float]]) -> str:
     return ", ".join(f"{name} ({ratio:.3g} x the median)" for name, ratio in outliers)

@@ -1,11 +1,11 @@
-"""What a half-finished extraction leaves on disk, and how it becomes a store.
+"""Resuming: what an unfinished extraction leaves on disk, and how that becomes a store.
 
-    extraction.json           the settings and the pictures this folder belongs to, while it is unfinished
-    shard-00003.entry.json    unit 3 is finished: its manifest entry and the pictures it skipped
-    skipped.jsonl             in the finished store: key, location and reason of every skipped picture
+    extraction.json           the settings and the images this folder belongs to, while it is unfinished
+    shard-00003.entry.json    unit 3 is finished: its manifest entry and the images it skipped
+    skipped.jsonl             in the finished store: key, location and reason of every skipped image
 
-An entry is written atomically after its shard, the manifest after all entries. So the finished store does
-not tell how many processes wrote it, or how often they were killed.
+An entry is written atomically after its shard, the manifest after all entries. So the finished store is the
+same however many processes wrote it, and however often they were killed.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def claim_folder(output: Path, settings: dict[str, Any]) -> None:
 
 
 def write_entry(output: Path, unit: int, shard: dict[str, Any] | None, skipped: list[dict[str, str]]) -> None:
-    """Declare a unit finished. `shard` is its manifest entry, None when no picture of it was readable."""
+    """Declare a unit finished. `shard` is its manifest entry, None when no image of it was readable."""
     content = json.dumps({"shard": shard, "skipped": skipped})
     write_atomically(_entry_file(output, unit), content.encode())
 
@@ -84,27 +84,27 @@ def finish_store(
     dtype: str,
     pooling: str,
     settings: Mapping[str, Any],
-    pictures: str,
+    images: str,
 ) -> None:
-    """Write the list of skipped pictures, then the manifest, and sum up the skipped ones in one line.
+    """Write the list of skipped images, then the manifest, and sum up the skipped ones in one line.
 
-    `pictures` is where they were read from, for commands that show some of them.
+    `images` is where the images were read from, for commands that show some of them.
 
     Raises:
-        ValueError: when a unit is unfinished, or no picture was readable.
+        ValueError: when a unit is unfinished, or no image was readable.
     """
     entries = [read_entry(output, unit) for unit in range(num_units)]
     missing = [unit for unit, entry in enumerate(entries) if entry is None]
     if missing:
         raise ValueError(f"{output}: expected {num_units} finished units, found {missing[:5]} unfinished")
-    skipped = [picture for entry in entries if entry for picture in entry["skipped"]]
+    skipped = [image for entry in entries if entry for image in entry["skipped"]]
     shards = [entry["shard"] for entry in entries if entry and entry["shard"]]
     if not shards:
         raise ValueError(
             f"{output}: expected at least one readable picture, found none of {len(skipped)}, "
             f"the first {skipped[0]['location']}: {skipped[0]['reason']}"
         )
-    lines = "".join(json.dumps(picture) + "\n" for picture in skipped)
+    lines = "".join(json.dumps(image) + "\n" for image in skipped)
     write_atomically(output / SKIPPED_FILE, lines.encode())
     about = {
         "encoders": settings["towers"],
@@ -112,10 +112,10 @@ def finish_store(
         "normalization": "none",
         "skipped": len(skipped),
         "extraction": settings,
-        "pictures": pictures,
+        "pictures": images,
     }
     write_manifest(output, sizes, dtype, shards, about)
-    _say_skipped(skipped, output)
+    _log_skipped(skipped, output)
 
 
 def clean_up(output: Path) -> None:
@@ -125,10 +125,10 @@ def clean_up(output: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def _say_skipped(skipped: Sequence[Mapping[str, str]], output: Path) -> None:
+def _log_skipped(skipped: Sequence[Mapping[str, str]], output: Path) -> None:
     if not skipped:
         return
-    kinds = Counter(picture["reason"].split(":")[0] for picture in skipped)
+    kinds = Counter(image["reason"].split(":")[0] for image in skipped)
     common = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
     logger.warning("%d pictures skipped (%s): see %s", len(skipped), common, output / SKIPPED_FILE)
 
@@ -159,10 +159,10 @@ def _entry_file(output: Path, unit: int) -> Path:
 
 def _check_skipped(file: Path, skipped: Any) -> None:
     expected = {"key", "location", "reason"}
-    for picture in skipped if isinstance(skipped, list) else [skipped]:
-        if not isinstance(picture, dict) or not all(isinstance(picture.get(name), str) for name in expected):
+    for image in skipped if isinstance(skipped, list) else [skipped]:
+        if not isinstance(image, dict) or not all(isinstance(image.get(name), str) for name in expected):
             raise ValueError(
-                f"{file}: expected skipped pictures with a reason each, found {short_repr(picture)}"
+                f"{file}: expected skipped pictures with a reason each, found {short_repr(image)}"
             )
 
 

@@ -22,15 +22,21 @@ from blip3o_dit.utils.validation import check_name, is_hub_id
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
-HUB_FILES = ["*.json", "*.safetensors", "*.bin"]  # never code
+# Pillow's numbers, which preprocessor_config.json holds
+RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+# Downloaded from the hub: never code
+HUB_FILES = ["*.json", "*.safetensors", "*.bin"]
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From a picture to a tower's input.
+    """From an image to a tower's input, bit for bit as transformers' CLIP and SigLIP image processors.
 
-    `resize` "shortest" scales the shorter side to `size` and crops the centre, "squash" ignores the aspect.
+    `resize` "shortest" scales the shorter side to `size` and crops the center, "squash" ignores the aspect
+    ratio. A checkpoint that scales to more than it crops (DINOv2: 256, then 224) is scaled to the crop.
+
+    Not `AutoImageProcessor`: it refuses a folder whose preprocessor_config.json names no processor, unless
+    it knows the config's model type, and `clip_vision_model` is not among those.
     """
 
     size: int
@@ -39,26 +45,26 @@ class Preprocessing:
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
 
-    def __call__(self, picture: Image.Image) -> Tensor:
-        """RGB picture -> float32 [3, size, size]."""
+    def __call__(self, image: Image.Image) -> Tensor:
+        """RGB image -> float32 [3, size, size]."""
         resampling = Image.Resampling(RESAMPLING[self.resample])
         if self.resize == "squash":
-            picture = picture.resize((self.size, self.size), resampling)
+            image = image.resize((self.size, self.size), resampling)
         else:
-            picture = self._crop_centre(self._shortest_to_size(picture, resampling))
-        pixels = torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1) / 255.0
+            image = self._crop_center(self._shortest_to_size(image, resampling))
+        pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255.0
         return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
 
-    def _shortest_to_size(self, picture: Image.Image, resampling: Image.Resampling) -> Image.Image:
-        width, height = picture.size
+    def _shortest_to_size(self, image: Image.Image, resampling: Image.Resampling) -> Image.Image:
+        width, height = image.size
         short, long = min(width, height), max(width, height)
         scaled = int(self.size * long / short)  # truncated, as transformers' CLIP image processor does
         size = (self.size, scaled) if width <= height else (scaled, self.size)
-        return picture.resize(size, resampling)
+        return image.resize(size, resampling)
 
-    def _crop_centre(self, picture: Image.Image) -> Image.Image:
-        left, top = (picture.width - self.size) // 2, (picture.height - self.size) // 2
-        return picture.crop((left, top, left + self.size, top + self.size))
+    def _crop_center(self, image: Image.Image) -> Image.Image:
+        left, top = (image.width - self.size) // 2, (image.height - self.size) // 2
+        return image.crop((left, top, left + self.size, top + self.size))
 
 
 class VisionEncoder(nn.Module):
@@ -137,7 +143,7 @@ class EvaClipEncoder(VisionEncoder):
         return self.model(pixels)
 
 
-class AutoEncoder(VisionEncoder):
+class AutoModelEncoder(VisionEncoder):
     """Any vision model of transformers' AutoModel: its last hidden patch tokens."""
 
     def __init__(
@@ -146,15 +152,15 @@ class AutoEncoder(VisionEncoder):
         grid = about["preprocessing"].size // patch_size
         super().__init__(grid=grid, width=hidden_size, tokens="last hidden state", **about)
         self.model = model
-        self.most_prefix = 1 + registers
+        self.max_prefix_tokens = 1 + registers
 
     def forward(self, pixels: Tensor) -> Tensor:
         hidden = self.model(pixel_values=pixels).last_hidden_state  # [B, prefix + grid * grid, d]
         prefix = hidden.shape[1] - self.grid**2  # CLS and registers come first
-        if hidden.ndim != 3 or not 0 <= prefix <= self.most_prefix:
+        if hidden.ndim != 3 or not 0 <= prefix <= self.max_prefix_tokens:
             raise ValueError(
                 f"{self.name}: expected {self.grid**2} patch tokens ({self.grid}x{self.grid}) and at most "
-                f"{self.most_prefix} others, found shape {list(hidden.shape)}"
+                f"{self.max_prefix_tokens} others, found shape {list(hidden.shape)}"
             )
         return hidden[:, prefix:]
 
@@ -192,7 +198,7 @@ def load_encoder(
     about: dict[str, Any] = {"name": spec, "revision": revision, "meaningful": True}
     if "EvaCLIP" in architectures:
         model = load_eva_clip(folder, config, dtype)
-        about["preprocessing"] = _preprocessing(folder, model.config.image_size)
+        about["preprocessing"] = _read_preprocessing(folder, model.config.image_size)
         return EvaClipEncoder(model, **about)
     if config.get("model_type") in ("clip", "clip_vision_model"):
         return _load_clip(folder, dtype, about)
@@ -246,11 +252,11 @@ def _load_clip(folder: Path, dtype: torch.dtype, about: dict[str, Any]) -> ClipE
         )
     model, info = loaded
     _refuse_incomplete(str(folder), info)
-    about["preprocessing"] = _preprocessing(folder, model.config.image_size)
+    about["preprocessing"] = _read_preprocessing(folder, model.config.image_size)
     return ClipEncoder(model, **about)
 
 
-def _load_auto(folder: Path, dtype: torch.dtype, about: dict[str, Any]) -> AutoEncoder:
+def _load_auto(folder: Path, dtype: torch.dtype, about: dict[str, Any]) -> AutoModelEncoder:
     with quiet_transformers():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         loaded: Any = AutoModel.from_pretrained(
@@ -271,13 +277,13 @@ def _load_auto(folder: Path, dtype: torch.dtype, about: dict[str, Any]) -> AutoE
     sides = set(image_size) if isinstance(image_size, list | tuple) else {image_size or 224}
     if len(sides) != 1:
         raise ValueError(f"{folder}: expected a square image_size, found {list(image_size or [])}")
-    preprocessing = _preprocessing(folder, sides.pop())
+    preprocessing = _read_preprocessing(folder, sides.pop())
     if preprocessing.size % patch_size:
         raise ValueError(
             f"{folder}: {preprocessing.size} pixels are not a multiple of the patch size {patch_size}"
         )
     about |= {"preprocessing": preprocessing, "registers": getattr(vision, "num_register_tokens", 0) or 0}
-    return AutoEncoder(tower, patch_size=patch_size, hidden_size=vision.hidden_size, **about)
+    return AutoModelEncoder(tower, patch_size=patch_size, hidden_size=vision.hidden_size, **about)
 
 
 def _refuse_incomplete(where: str, info: dict[str, Any]) -> None:
@@ -291,7 +297,7 @@ def _refuse_incomplete(where: str, info: dict[str, Any]) -> None:
         )
 
 
-def _preprocessing(folder: Path, image_size: int) -> Preprocessing:
+def _read_preprocessing(folder: Path, image_size: int) -> Preprocessing:
     """From preprocessor_config.json, read as plain JSON; CLIP's where the file is missing."""
     file = folder / "preprocessor_config.json"
     if not file.is_file():

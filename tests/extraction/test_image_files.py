@@ -1,4 +1,4 @@
-"""Where pictures come from: order, keys, captions, and one line for what cannot be understood."""
+"""Where images come from: order, keys, captions, and one line for what cannot be understood."""
 
 from __future__ import annotations
 

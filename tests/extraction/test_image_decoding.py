@@ -14,22 +14,22 @@ import pytest
 from PIL import Image
 
 from benchmarks.mixed_pictures import write_mixed_pictures
-from blip3o_dit.extraction.image_decoding import UnreadablePictureError, decode_picture
+from blip3o_dit.extraction.image_decoding import UnreadableImageError, decode_image
 
 
-def encoded(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     out = BytesIO()
-    picture.save(out, kind, **options)
+    image.save(out, kind, **options)
     return out.getvalue()
 
 
 def pixels(data: bytes) -> np.ndarray:
-    picture = decode_picture(data)
-    assert picture.mode == "RGB"
-    return np.asarray(picture).astype(int)
+    image = decode_image(data)
+    assert image.mode == "RGB"
+    return np.asarray(image).astype(int)
 
 
-def corner_picture() -> Image.Image:
+def corner_image() -> Image.Image:
     """4 wide, 6 high; red at the top left, blue at the bottom right."""
     array = np.full((6, 4, 3), 128, dtype=np.uint8)
     array[0, 0] = (255, 0, 0)
@@ -48,10 +48,10 @@ def test_every_exif_orientation_comes_out_upright(orientation: int) -> None:
         7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_270,
     }
-    stored = corner_picture() if orientation == 1 else corner_picture().transpose(undo[orientation])
+    stored = corner_image() if orientation == 1 else corner_image().transpose(undo[orientation])
     exif = Image.Exif()
     exif[0x0112] = orientation
-    assert np.array_equal(pixels(encoded(stored, exif=exif)), np.asarray(corner_picture()))
+    assert np.array_equal(pixels(encoded(stored, exif=exif)), np.asarray(corner_image()))
 
 
 def test_cmyk_red_is_red() -> None:
@@ -108,34 +108,34 @@ def test_what_cannot_be_read_is_refused_with_its_reason(name: str) -> None:
     data, reason = REFUSED[name]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(UnreadablePictureError, match=reason) as caught:
-            decode_picture(data, max_pixels=10**8)
+        with pytest.raises(UnreadableImageError, match=reason) as caught:
+            decode_image(data, max_pixels=10**8)
     assert "\n" not in str(caught.value)
 
 
 def test_the_limit_on_pixels_is_the_callers() -> None:
-    with pytest.raises(UnreadablePictureError, match="40 x 40 is above 1599 pixels"):
-        decode_picture(WHOLE, max_pixels=1599)
-    assert decode_picture(WHOLE, max_pixels=1600).size == (40, 40)
+    with pytest.raises(UnreadableImageError, match="40 x 40 is above 1599 pixels"):
+        decode_image(WHOLE, max_pixels=1599)
+    assert decode_image(WHOLE, max_pixels=1600).size == (40, 40)
 
 
-def test_every_flipped_byte_gives_a_picture_or_a_reason() -> None:
+def test_every_flipped_byte_gives_an_image_or_a_reason() -> None:
     for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"):
         data = encoded(Image.open(BytesIO(WHOLE)).resize((12, 12)), kind)
         for position in range(0, len(data), max(1, len(data) // 60)):
             changed = bytearray(data)
             changed[position] ^= 0xFF
-            with contextlib.suppress(UnreadablePictureError):
-                assert decode_picture(bytes(changed), max_pixels=10**6).mode == "RGB"
+            with contextlib.suppress(UnreadableImageError):
+                assert decode_image(bytes(changed), max_pixels=10**6).mode == "RGB"
 
 
-def test_mixed_pictures_are_read_and_exactly_the_broken_ones_refused(tmp_path: Path) -> None:
+def test_mixed_images_are_read_and_exactly_the_broken_ones_refused(tmp_path: Path) -> None:
     broken = write_mixed_pictures(tmp_path, count=120, broken=0.2, seed=3)
     assert len(broken) == 24
     refused = set()
     for file in (file for file in tmp_path.rglob("*") if file.is_file()):
         try:
-            decode_picture(file.read_bytes())
-        except UnreadablePictureError:
+            decode_image(file.read_bytes())
+        except UnreadableImageError:
             refused.add(file.relative_to(tmp_path).as_posix())
     assert refused == broken
