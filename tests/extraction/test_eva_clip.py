@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from blip3o_dit.extraction.eva_clip import (
+    TEXT_TOWER,
     EvaClipConfig,
     EvaClipVision,
     assign_weights,
-    from_reference_state_dict,
 )
 from blip3o_dit.extraction.vision_towers import load_encoder
 
@@ -61,6 +63,39 @@ def reference_weights(seed: int = 0) -> dict[str, Tensor]:
             block + "mlp.fc2.bias": normal(32),
         }
     return weights
+
+
+def from_reference_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names of baaivision/EVA's own layout (`visual.blocks...`) -> those of this module."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state_dict.items():
+        name = name.removeprefix("visual.")
+        if name.startswith(TEXT_TOWER):
+            continue
+        if match := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.weight", name):
+            for part, weight in zip("qkv", tensor.chunk(3), strict=True):
+                renamed[f"vision_model.encoder.layers.{match[1]}.self_attn.{part}_proj.weight"] = weight
+            continue
+        for pattern, replacement in _REFERENCE_NAMES:
+            name = re.sub(pattern, replacement, name)
+        if name.endswith("class_embedding"):
+            tensor = tensor.flatten()
+        elif name.endswith("position_embedding.weight"):
+            tensor = tensor.squeeze(0)
+        renamed[name] = tensor
+    return renamed
+
+
+_REFERENCE_NAMES = (
+    (r"^cls_token$", "vision_model.embeddings.class_embedding"),
+    (r"^pos_embed$", "vision_model.embeddings.position_embedding.weight"),
+    (r"^patch_embed\.proj\.", "vision_model.embeddings.patch_embedding."),
+    (r"^blocks\.(\d+)\.norm([12])\.", r"vision_model.encoder.layers.\1.layer_norm\2."),
+    (r"^blocks\.(\d+)\.attn\.proj\.", r"vision_model.encoder.layers.\1.self_attn.out_proj."),
+    (r"^blocks\.(\d+)\.mlp\.", r"vision_model.encoder.layers.\1.mlp."),
+    (r"^norm\.", "vision_model.post_layernorm."),
+    (r"^head\.", "visual_projection."),
+)
 
 
 def functional_tokens(weights: dict[str, Tensor], pixels: Tensor, *, post_norm: bool) -> Tensor:

@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from blip3o_dit.cli.command import run_command
@@ -13,22 +14,6 @@ from blip3o_dit.cli.command import run_command
 DESCRIPTION = "Extract EVA-CLIP and CLIP tokens from pictures into an embedding store."
 DEFAULT_STORE = Path("embeddings/store")
 DEFAULT_PICKLE = Path("embeddings/blip3o_grid_embeddings.pkl")
-# Flags that are fields of ExtractionConfig by the same name
-SAME_NAMES = (
-    "eva_revision",
-    "clip_revision",
-    "towers_from_scratch",
-    "tokens",
-    "dtype",
-    "store_dtype",
-    "batch_size",
-    "shard_size",
-    "workers",
-    "device",
-    "strict",
-    "max_pixels",
-    "seed",
-)
 
 logger = logging.getLogger(__name__)
 
@@ -72,15 +57,14 @@ def run(arguments: argparse.Namespace) -> None:
     as_pickle = arguments.format == "pickle"
     output: Path = arguments.output or (DEFAULT_PICKLE if as_pickle else DEFAULT_STORE)
     store_path = output.with_suffix(".store") if as_pickle else output
-    store = extract(
-        ExtractionConfig(
-            images=arguments.pictures,
-            output=str(store_path),
-            eva=arguments.eva or DEFAULT_EVA,
-            clip=arguments.clip or DEFAULT_CLIP,
-            **{name: getattr(arguments, name) for name in SAME_NAMES},
-        )
-    )
+    given = {
+        "images": arguments.pictures,
+        "output": str(store_path),
+        "eva": arguments.eva or DEFAULT_EVA,
+        "clip": arguments.clip or DEFAULT_CLIP,
+    }
+    same_names = {field.name for field in fields(ExtractionConfig)} - given.keys()
+    store = extract(ExtractionConfig(**given, **{name: getattr(arguments, name) for name in same_names}))
     if store is None:
         return
     logger.info(

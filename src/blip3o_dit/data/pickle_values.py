@@ -9,6 +9,7 @@ import math
 import re
 import reprlib
 import sys
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import numpy as np
@@ -18,6 +19,9 @@ ALLOWED = (
     "only NumPy arrays, torch tensors and plain containers (dict, list, tuple, set, str, bytes, "
     "numbers, None) are allowed"
 )
+# Module names of NumPy 1.x and 2.x, and of Python 3 and 2: protocols 2 and 3 write the latter
+NUMPY_CORES = ("numpy.core", "numpy._core")
+BUILTINS = ("builtins", "__builtin__")
 
 
 class UnsafePickleError(ValueError):
@@ -38,6 +42,10 @@ class StandIn:
 
     def __setstate__(self, state: object) -> None:
         refuse(f"tries to alter a {type(self).__name__}")
+
+
+# What a file may name, as (module, name)
+StandIns = Mapping[tuple[str, str], StandIn]
 
 
 class Name(StandIn):
@@ -109,7 +117,7 @@ class ArrayValue(Value):
         object.__setattr__(self, "value", make_array(shape, dtype, "F" if fortran else "C", data))
 
 
-NDARRAY = Name(np.ndarray)
+_NDARRAY = Name(np.ndarray)
 TORCH_DTYPES = {
     torch.bool: "Bool",
     torch.uint8: "Byte",
@@ -126,25 +134,25 @@ STORAGE_TYPES = {("torch", f"{n}Storage"): StorageType(d) for d, n in TORCH_DTYP
 _DTYPE_CODE = re.compile(r"b1|[iu][1248]|f[248]|[SU]\d{1,9}|O[48]")
 
 
-def torch_size(sizes: Any) -> tuple[int, ...]:
+def _torch_size(sizes: Any) -> tuple[int, ...]:
     check_sizes("a torch.Size", sizes)
     return sizes
 
 
-def numpy_dtype(code: Any, align: Any = False, copy: Any = False) -> DTypeValue:
+def _numpy_dtype(code: Any, align: Any = False, copy: Any = False) -> DTypeValue:
     # align and copy change nothing in a dtype without fields
     if type(code) is not str or not _DTYPE_CODE.fullmatch(code):
         raise ValueError(f"expected a bool, integer, float or text dtype, found {show(code)}")
     return DTypeValue(np.dtype(object if code.startswith("O") else code))
 
 
-def numpy_reconstruct(kind: Any, shape: Any, code: Any) -> ArrayValue:
-    if kind is not NDARRAY or shape != (0,) or code != b"b":
+def _numpy_reconstruct(kind: Any, shape: Any, code: Any) -> ArrayValue:
+    if kind is not _NDARRAY or shape != (0,) or code != b"b":
         raise ValueError("expected an empty numpy.ndarray to fill, found another")
     return ArrayValue()
 
 
-def numpy_frombuffer(data: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> Value:
+def _numpy_frombuffer(data: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> Value:
     if dtype_of(dtype).hasobject:
         raise ValueError("expected a buffer of numbers or text, found objects")
     if order == "K" and type(axes) is tuple:
@@ -212,7 +220,7 @@ def check_sizes(what: str, sizes: Any) -> None:
         raise ValueError(f"expected {what} of integers >= 0, found {show(sizes)}")
 
 
-def rebuild_tensor(
+def _rebuild_tensor(
     storage: Any,
     offset: Any,
     size: Any,
@@ -248,10 +256,39 @@ def _check_view(offset: Any, size: Any, stride: Any, available: int) -> None:
         )
 
 
-def rebuild_parameter(data: Any, requires_grad: Any, hooks: Any) -> TensorValue:
+def _rebuild_parameter(data: Any, requires_grad: Any, hooks: Any) -> TensorValue:
     if type(data) is not TensorValue or hooks != {}:
         raise ValueError("expected a Parameter's tensor without hooks, found another")
     return data
+
+
+def _empty_dict() -> dict[object, object]:
+    return {}
+
+
+def _empty_bytes() -> bytes:
+    return b""
+
+
+def _names() -> dict[tuple[str, str], StandIn]:
+    calls: dict[tuple[str, str], Callable[..., object]] = {
+        ("numpy", "dtype"): _numpy_dtype,
+        ("collections", "OrderedDict"): _empty_dict,
+        ("torch", "Size"): _torch_size,
+        ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+        ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    }
+    for core in NUMPY_CORES:
+        calls[f"{core}.multiarray", "_reconstruct"] = _numpy_reconstruct
+        calls[f"{core}.numeric", "_frombuffer"] = _numpy_frombuffer
+    for builtins in BUILTINS:
+        calls[builtins, "bytes"] = _empty_bytes
+    dtypes = {("torch", str(dtype).removeprefix("torch.")): Value(dtype) for dtype in TORCH_DTYPES}
+    return {name: Function(call) for name, call in calls.items()} | dtypes | {("numpy", "ndarray"): _NDARRAY}
+
+
+# What a file may name of NumPy and torch; the names that cost memory or time are `safe_unpickler`'s.
+ALLOWED_NAMES = _names()
 
 
 def refuse(reason: str) -> NoReturn:

@@ -22,7 +22,7 @@ import pickle
 import struct
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,11 +38,12 @@ from blip3o_dit.data.pickle_budget import (
 )
 from blip3o_dit.data.pickle_values import (
     ALLOWED,
-    NDARRAY,
+    ALLOWED_NAMES,
+    BUILTINS,
+    NUMPY_CORES,
     STORAGE_TYPES,
-    TORCH_DTYPES,
     Function,
-    StandIn,
+    StandIns,
     Storage,
     StorageType,
     UnsafePickleError,
@@ -51,18 +52,9 @@ from blip3o_dit.data.pickle_values import (
     check_sizes,
     dtype_of,
     make_array,
-    numpy_dtype,
-    numpy_frombuffer,
-    numpy_reconstruct,
-    rebuild_parameter,
-    rebuild_tensor,
     refuse,
     show,
-    torch_size,
 )
-
-# What a file may name, as (module, name)
-Names = Mapping[tuple[str, str], StandIn]
 
 # What the pickle machine, NumPy, torch and zipfile raise on bytes that they cannot read.
 _UNREADABLE = (
@@ -165,7 +157,7 @@ def _check_records(records: Iterable[zipfile.ZipInfo], size: int) -> None:
             raise ValueError(f"expected zip records inside the file, found {name} outside")
 
 
-def _load_torch_stream(file: BinaryIO, size: int, builder: _Builder, names: Names) -> object:
+def _load_torch_stream(file: BinaryIO, size: int, builder: _Builder, names: StandIns) -> object:
     """`torch.save`'s older format: five pickles, then each storage's length and its raw numbers."""
     magic, version, system = (_unpickle(file, size, {}) for _ in range(3))
     if magic != _STREAM_MAGIC or version != _STREAM_VERSION or type(system) is not dict:
@@ -215,7 +207,9 @@ def _expect_end(file: Any, size: int) -> None:
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: BinaryIO, names: Names, open_storage: Callable[[object], object] | None) -> None:
+    def __init__(
+        self, file: BinaryIO, names: StandIns, open_storage: Callable[[object], object] | None
+    ) -> None:
         super().__init__(file)
         self._names = names
         self._open_storage = open_storage
@@ -233,7 +227,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _unpickle(
-    file: BinaryIO, size: int, names: Names, open_storage: Callable[[object], object] | None = None
+    file: BinaryIO, size: int, names: StandIns, open_storage: Callable[[object], object] | None = None
 ) -> object:
     start = file.tell()
     end = scan_opcodes(file, size, with_storages=open_storage is not None)
@@ -247,35 +241,24 @@ def _unpickle(
 
 
 class _Builder:
-    """The functions behind the allowed names, and how many bytes they may still make together."""
+    """The allowed functions that copy or hash their arguments, and how much of that they may still do."""
 
     def __init__(self, budget: int) -> None:
         self._bytes_left = budget
         self._hash_steps_left = MAX_HASH_STEPS
         self.names = self._names()
 
-    def _names(self) -> Names:
+    def _names(self) -> StandIns:
         calls: dict[tuple[str, str], Callable[..., object]] = {
-            ("numpy", "dtype"): numpy_dtype,
             ("_codecs", "encode"): self.encode,
-            ("collections", "OrderedDict"): _empty_dict,
-            ("torch", "Size"): torch_size,
             ("torch.storage", "_load_from_bytes"): self.load_from_bytes,
-            ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
-            ("torch._utils", "_rebuild_parameter"): rebuild_parameter,
         }
-        for core in ("numpy.core", "numpy._core"):  # NumPy 1.x and 2.x
-            calls[f"{core}.multiarray", "_reconstruct"] = numpy_reconstruct
+        for core in NUMPY_CORES:
             calls[f"{core}.multiarray", "scalar"] = self.scalar
-            calls[f"{core}.numeric", "_frombuffer"] = numpy_frombuffer
-        for builtins in ("builtins", "__builtin__"):  # protocols 2 and 3 have no opcodes for these
-            calls[builtins, "bytes"] = _empty_bytes
+        for builtins in BUILTINS:
             calls[builtins, "set"] = self.make_set
             calls[builtins, "frozenset"] = self.make_frozenset
-        names: dict[tuple[str, str], StandIn] = {}
-        names.update((name, Function(call)) for name, call in calls.items())
-        names.update((("torch", str(d).removeprefix("torch.")), Value(d)) for d in TORCH_DTYPES)
-        return {**names, ("numpy", "ndarray"): NDARRAY}
+        return ALLOWED_NAMES | {name: Function(call) for name, call in calls.items()}
 
     def spend(self, n: int) -> None:
         """Counts `n` bytes: one call repeated on one object must not fill the memory."""
@@ -324,14 +307,6 @@ class _Builder:
         if type(storage) is not Storage:
             raise ValueError(f"expected a torch storage, found {type(storage).__name__}")
         return storage
-
-
-def _empty_dict() -> dict[object, object]:
-    return {}
-
-
-def _empty_bytes() -> bytes:
-    return b""
 
 
 class _Storages:

@@ -8,7 +8,6 @@ left alone. In the shape comments B is the batch, T = patches + 1, d the hidden 
 from __future__ import annotations
 
 import pickle
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -175,39 +174,6 @@ def load_eva_clip(folder: Path, config: Mapping[str, Any], dtype: torch.dtype) -
         tower = EvaClipVision(EvaClipConfig.from_dict(str(folder / "config.json"), config))
     assign_weights(tower, read_tensors(folder), where=str(folder), dtype=dtype)
     return tower
-
-
-def from_reference_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names of baaivision/EVA's own layout (`visual.blocks...`) -> those of this module."""
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in state_dict.items():
-        name = name.removeprefix("visual.")
-        if name.startswith(TEXT_TOWER):
-            continue
-        if match := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.weight", name):
-            for part, weight in zip("qkv", tensor.chunk(3), strict=True):
-                renamed[f"vision_model.encoder.layers.{match[1]}.self_attn.{part}_proj.weight"] = weight
-            continue
-        for pattern, replacement in _REFERENCE_NAMES:
-            name = re.sub(pattern, replacement, name)
-        if name.endswith("class_embedding"):
-            tensor = tensor.flatten()
-        elif name.endswith("position_embedding.weight"):
-            tensor = tensor.squeeze(0)
-        renamed[name] = tensor
-    return renamed
-
-
-_REFERENCE_NAMES = (
-    (r"^cls_token$", "vision_model.embeddings.class_embedding"),
-    (r"^pos_embed$", "vision_model.embeddings.position_embedding.weight"),
-    (r"^patch_embed\.proj\.", "vision_model.embeddings.patch_embedding."),
-    (r"^blocks\.(\d+)\.norm([12])\.", r"vision_model.encoder.layers.\1.layer_norm\2."),
-    (r"^blocks\.(\d+)\.attn\.proj\.", r"vision_model.encoder.layers.\1.self_attn.out_proj."),
-    (r"^blocks\.(\d+)\.mlp\.", r"vision_model.encoder.layers.\1.mlp."),
-    (r"^norm\.", "vision_model.post_layernorm."),
-    (r"^head\.", "visual_projection."),
-)
 
 
 def assign_weights(
