@@ -31,7 +31,7 @@ def model(tiny_model: BLIP3oDiTModel, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def inference(model: Path, monkeypatch: pytest.MonkeyPatch) -> BLIP3oInference:
-    monkeypatch.setattr(generated_store, "SHARD_BYTES", 12 * SAMPLE)
+    monkeypatch.setattr(generated_store, "MAX_SHARD_BYTES", 12 * SAMPLE)
     return BLIP3oInference(model, device="cpu", dtype=torch.float32)
 
 
@@ -119,7 +119,7 @@ def test_a_store_that_is_there_is_refused_before_anything_is_generated(
 def test_shards_are_whole_batches_and_as_many_for_each_process(
     processes: int, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generated_store, "SHARD_BYTES", 40 * SAMPLE)
+    monkeypatch.setattr(generated_store, "MAX_SHARD_BYTES", 40 * SAMPLE)
     size = GeneratedStore(Path("x"), (9, 12, 8)).shard_size(count, batch_size=4, processes=processes)
     assert size % 4 == 0 and 0 < size <= 40 + 4
     shards, batches = -(-count // size), -(-count // 4)

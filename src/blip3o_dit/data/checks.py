@@ -1,4 +1,4 @@
-"""What samples must be to be trained on; every refusal names the file, the expectation and the finding."""
+"""Checks of samples before they are stored or trained on; errors name the file, expectation and finding."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from blip3o_dit.utils.json_files import short_repr
 Indices = Sequence[int] | np.ndarray
 AnyIndices = TypeVar("AnyIndices", bound=Indices)
 
+# What is known of a sample beside its tokens: "key" (str), and perhaps "caption", "label", ...
 Record = dict[str, Any]
-"""What is known of a sample beside its tokens: "key" (str), and perhaps "caption", "label", ..."""
 
 
 def check_pair(

@@ -21,8 +21,8 @@ class Embeddings(Protocol):
     num_tokens: int
     condition_dim: int
     target_dim: int
+    # [shards + 1], int64: the first sample of each shard, then `num_samples`
     shard_starts: np.ndarray
-    """[shards + 1], int64: the first sample of each shard, then `num_samples`."""
 
     def fetch(self, indices: Indices) -> tuple[Tensor, Tensor]:
         """Conditions [n, L, C_eva] and targets [n, N, C_clip], float32, in the order asked for."""
@@ -58,7 +58,7 @@ def open_embeddings(path: str | Path, *, verify: str = "first") -> Embeddings:
 
 
 class TransformedEmbeddings:
-    """A source whose conditions and targets are seen through a function each, [n, N, C] -> [n, N, C]."""
+    """A view of embeddings that applies a function each to conditions and targets, [n, N, C] -> [n, N, C]."""
 
     def __init__(
         self,

@@ -97,7 +97,7 @@ class EmbeddingStore:
         wanted = np.asarray(indices, dtype=np.int64)
         eva = torch.empty(len(wanted), self.num_tokens, self.condition_dim, dtype=dtype)
         clip = torch.empty(len(wanted), self.num_tokens, self.target_dim, dtype=dtype)
-        shards, inside = self._places(wanted)
+        shards, inside = self._locate(wanted)
         # In the order of the files, and each sample straight from its map to its place: gathering a batch
         # and converting it would go over the same bytes three times.
         for row in np.argsort(wanted).tolist():
@@ -112,7 +112,7 @@ class EmbeddingStore:
         if indices is None:
             return [record for shard in range(len(self.shard_starts) - 1) for record in self._table(shard)]
         wanted = np.asarray(indices, dtype=np.int64)
-        shards, inside = self._places(wanted)
+        shards, inside = self._locate(wanted)
         found: dict[int, Record] = {}
         for shard in np.unique(shards):
             table = self._table(int(shard))
@@ -120,7 +120,7 @@ class EmbeddingStore:
                 found[int(wanted[row])] = table[inside[row]]
         return [found[int(index)] for index in wanted]
 
-    def _places(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _locate(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The shard of each sample, and its row there."""
         shards = np.searchsorted(self.shard_starts, wanted, side="right") - 1
         return shards, wanted - self.shard_starts[shards]

@@ -31,9 +31,9 @@ if os.name == "posix":
 
 logger = logging.getLogger(__name__)
 
+# Seconds since a file's last change before a record of it is kept: clocks of file systems tick so slowly that
+# a second change might leave the same time behind.
 SETTLED_AFTER = 2.0
-"""Seconds since a file's last change before a record of it is kept: clocks of file systems tick so slowly
-that a second change might leave the same time behind."""
 
 _SLOT = 32  # bytes of a record
 

@@ -1,4 +1,4 @@
-"""Generation piece by piece, in bounded memory: the work on a piece, and the store it is written to."""
+"""Generation in bounded memory: samples are generated piece by piece, and a piece is written as a shard."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from blip3o_dit.data.manifest import DTYPES, write_manifest
 from blip3o_dit.data.store import StoreWriter, json_line, to_disk, write_shard
 
 DTYPE = "float32"
-SHARD_BYTES = 2**28
-"""Most bytes of a shard, give or take a batch; a process holds one shard at a time."""
+# Size of a shard at most, give or take a batch; a process holds one shard at a time.
+MAX_SHARD_BYTES = 2**28
 
 
 class GeneratedStore:
-    """Conditions and generated tokens, shard by shard; the manifest comes last and makes it a store.
+    """Writes conditions and generated tokens shard by shard; the manifest comes last and makes it a store.
 
     Args:
         path: folder to create, which all processes see.
@@ -34,10 +34,10 @@ class GeneratedStore:
         self.sizes = sizes
 
     def claim(self) -> None:
-        """Make the folder, without what an interrupted generation left; on one process, before any writes.
+        """Make the folder, without an interrupted generation's files; on one process, before others write.
 
         Raises:
-            ValueError: there is a store already, or no folder.
+            ValueError: when there is a store already, or a file in place of the folder.
         """
         num_tokens, condition_dim, target_dim = self.sizes
         StoreWriter(
@@ -45,14 +45,15 @@ class GeneratedStore:
         )
 
     def shard_size(self, count: int, *, batch_size: int, processes: int) -> int:
-        """Samples of a shard: whole batches, so few that each of the processes gets equally many shards.
+        """Samples per shard: a multiple of `batch_size` that gives each process equally many shards.
 
-        The batches are then those of one process, and with them the samples, bit for bit.
+        The batches are then the same as on one process, and so are the samples, bit for bit.
         """
         num_tokens, condition_dim, target_dim = self.sizes
-        most = max(1, SHARD_BYTES // (num_tokens * (condition_dim + target_dim) * DTYPES[DTYPE].itemsize))
-        rounds = math.ceil(count / (most * processes))
-        return batch_size * math.ceil(count / (rounds * processes * batch_size))
+        bytes_per_sample = num_tokens * (condition_dim + target_dim) * DTYPES[DTYPE].itemsize
+        max_samples = max(1, MAX_SHARD_BYTES // bytes_per_sample)
+        shards_per_process = math.ceil(count / (max_samples * processes))
+        return batch_size * math.ceil(count / (shards_per_process * processes * batch_size))
 
     def write(
         self, number: int, first: int, eva: Tensor, generated: Tensor, records: Sequence[Record]
@@ -60,7 +61,7 @@ class GeneratedStore:
         """Write a shard, [n, L, C_eva] and [n, N, C]; returns its manifest entry.
 
         Args:
-            first: samples in the shards before it.
+            first: number of samples in the shards before it.
 
         Raises:
             ValueError: for NaN or infinity and bad records, naming the sample.
@@ -79,7 +80,7 @@ class GeneratedStore:
 
 
 class Piece(NamedTuple):
-    """Of a piece: its shard's `entry`, what each batch adds to the metrics, and the `tokens` if kept."""
+    """The result for a piece: its shard's manifest entry, each batch's metric sums, the tokens if kept."""
 
     entry: dict[str, Any] | None
     added: list[Tensor]
@@ -88,15 +89,15 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class PieceWork:
-    """One process's work on a piece of the samples: generate batch by batch, then write the shard or keep it.
+    """Generates a piece of the samples batch by batch, then writes it as a shard, or keeps it, or both.
 
     Args:
-        indices: all samples in the source. batch_size: samples at a time.
-        size: samples of a piece, a shard's if there is a store.
+        indices: all samples to generate, as indices of the source. batch_size: samples at a time.
+        size: samples per piece; the store's shard size if there is one.
         generate: conditions and their indices -> tokens [n, N, C].
-        measure: generated and true tokens -> what they add to the metrics, or None.
-        keep: return the tokens.
-        advance: called with the size of each batch that is done.
+        measure: generated and true tokens -> their sums for the metrics, or None.
+        keep: whether to return the tokens.
+        advance: called with the size of each finished batch, for a progress bar.
     """
 
     source: Embeddings
@@ -110,10 +111,10 @@ class PieceWork:
     advance: Callable[[int], Any]
 
     def __call__(self, piece: range) -> Piece:
-        """Work on the samples at these positions of `indices`."""
-        mine = self.indices[piece.start : piece.stop]
+        """Generate the samples at these positions of `indices`."""
+        indices = self.indices[piece.start : piece.stop]
         conditions, parts, added = [], [], []
-        for batch in batches(mine, self.batch_size):
+        for batch in batches(indices, self.batch_size):
             eva, clip = self.source.fetch(batch)
             parts.append(self.generate(eva, batch))
             added.append(self.measure(parts[-1], clip))
@@ -122,7 +123,7 @@ class PieceWork:
             self.advance(len(batch))
         tokens, entry = torch.cat(parts), None
         if self.store is not None:
-            number, records = piece.start // self.size, self.source.records(mine)
+            number, records = piece.start // self.size, self.source.records(indices)
             entry = self.store.write(number, piece.start, torch.cat(conditions), tokens, records)
-        found = [values for values in added if values is not None]
-        return Piece(entry, found, tokens if self.keep else None)
+        measured = [values for values in added if values is not None]
+        return Piece(entry, measured, tokens if self.keep else None)
