@@ -214,7 +214,7 @@ def _entry(name: str) -> tuple[int, Callable[[Ledger, str, int], None] | None]:
 _ENTRIES = {name: _entry(name) for name in _EFFECTS}
 
 
-def steps_to_hash(value: Any, done: dict[int, int]) -> int:
+def hash_steps(value: Any, done: dict[int, int]) -> int:
     """The ledger's hash cost for an object that is built already; `done` has those of the tuples so far."""
     if type(value) is int:
         return int(value.bit_length() > 64)
@@ -223,7 +223,7 @@ def steps_to_hash(value: Any, done: dict[int, int]) -> int:
     if type(value) is not tuple:
         return 0
     if id(value) not in done:
-        done[id(value)] = _tuple_cost(len(value), sum(steps_to_hash(item, done) for item in value))
+        done[id(value)] = _tuple_cost(len(value), sum(hash_steps(item, done) for item in value))
     return done[id(value)]
 
 

@@ -29,13 +29,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from blip3o_dit.data.pickle_budget import (
-    GROWTH,
-    MAX_HASH_STEPS,
-    check_hash_steps,
-    scan_opcodes,
-    steps_to_hash,
-)
+from blip3o_dit.data.pickle_budget import GROWTH, MAX_HASH_STEPS, check_hash_steps, hash_steps, scan_opcodes
 from blip3o_dit.data.pickle_values import (
     ALLOWED,
     ALLOWED_NAMES,
@@ -287,7 +281,7 @@ class _Builder:
     def _hash(self, items: list[object]) -> None:
         self.spend(len(items))
         done: dict[int, int] = {}
-        self._hash_steps_left -= sum(steps_to_hash(item, done) for item in items)
+        self._hash_steps_left -= sum(hash_steps(item, done) for item in items)
         check_hash_steps(self._hash_steps_left)
 
     def scalar(self, dtype: Any, data: Any) -> Value:

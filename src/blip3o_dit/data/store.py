@@ -23,14 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blip3o_dit.data.checks import (
-    Indices,
-    Record,
-    check_indices,
-    check_pair,
-    check_record,
-    check_square,
-)
+from blip3o_dit.data.checks import Indices, Record, check_indices, check_pair, check_record, check_square
 from blip3o_dit.data.manifest import DTYPES, MANIFEST, check_shard_count, read_manifest, write_manifest
 from blip3o_dit.data.verified import Identity, check_once, identity
 from blip3o_dit.utils.atomic import sha256
