@@ -15,7 +15,8 @@ from torch import Tensor
 from blip3o_dit.data.checks import AnyIndices, Indices, Record, check_indices, check_pair
 from blip3o_dit.data.safe_unpickler import load_pickle
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter, check_shard_count
-from blip3o_dit.utils.atomic import dump_atomically, sha256
+from blip3o_dit.utils.atomic import dump_atomically
+from blip3o_dit.utils.checksums import sha256
 from blip3o_dit.utils.json_files import short_repr, show_names
 
 EVA_KEY = "eva_blip3o_embeddings"

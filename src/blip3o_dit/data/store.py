@@ -33,7 +33,8 @@ from blip3o_dit.data.checks import (
     check_square,
 )
 from blip3o_dit.data.verified import Identity, check_once, identity
-from blip3o_dit.utils.atomic import sha256, write_atomically
+from blip3o_dit.utils.atomic import write_atomically
+from blip3o_dit.utils.checksums import sha256
 from blip3o_dit.utils.json_files import MAX_JSON_BYTES, one_line, read_json, short_repr
 from blip3o_dit.utils.validation import check_name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -152,7 +153,7 @@ def format_inspection(inspection: Inspection) -> str:
         lines.append("  channel means {:.3g} to {:.3g}".format(*side.channel_mean_range))
         lines.append("  channel deviations {:.3g} to {:.3g}".format(*side.channel_std_range))
         lines.append("  strongest channels " + _named(side.outlier_channels))
-        grid = int(inspection.num_tokens**0.5)
+        grid = math.isqrt(inspection.num_tokens)
         cells = [(f"row {i // grid} column {i % grid}", ratio) for i, ratio in side.outlier_positions]
         lines.append("  strongest tokens " + _named(cells))
     return "\n".join([*lines, "", *warnings_of(inspection)]) + "\n"
@@ -219,7 +220,7 @@ def draw_contact_sheet(
 
 def _maps(tokens: Tensor) -> np.ndarray:
     """[k, N, C] -> [k, n, n, 3]."""
-    side = int(tokens.shape[1] ** 0.5)
+    side = math.isqrt(tokens.shape[1])
     return pca_colors(tokens.numpy(), tokens.numpy()).reshape(len(tokens), side, side, 3)
 
 
