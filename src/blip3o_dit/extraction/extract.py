@@ -58,7 +58,7 @@ Towers = dict[str, VisionEncoder]
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractionConfig:
-    """What to extract, from what, into what: the flags of `blip3o-dit extract`, whose help texts explain them.
+    """What to extract, from what, into what: the flags of `blip3o-dit extract`, explained by their help.
 
     `pictures`: a folder, list file, webdataset tars, parquet or Hugging Face dataset folder. `output`: the
     store's folder. The towers are named as `load_encoder` takes them.
@@ -79,8 +79,8 @@ class ExtractionConfig:
         spelling="--towers-from-scratch",
     )
     tokens: int = setting(64, "tokens per picture after pooling, a square; 256 keeps a 16x16 grid")
-    dtype: str = setting("float32", "precision of the towers", choices=tuple(DTYPES))
-    store_dtype: str = setting("float16", "precision on disk", choices=tuple(DTYPES))
+    dtype: str = setting("float32", "precision of the towers", choices=("float32", "bfloat16", "float16"))
+    store_dtype: str = setting("float16", "precision on disk", choices=("float32", "bfloat16", "float16"))
     batch_size: int = setting(32, "pictures per call of a tower")
     shard_size: int = setting(1024, "pictures per shard")
     workers: int = setting(2, "decoding processes, per process")
