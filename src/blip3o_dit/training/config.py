@@ -35,19 +35,20 @@ BEST_METRICS = ("loss", "cosine_similarity_mean", "r2")
 # The time shift sqrt(N d / 4096) is 1 for this many numbers a sample (RAE, arXiv 2510.11690).
 SHIFT_REFERENCE = 4096
 
-_check_count = partial(check_integer, low=1)
-_check_count_or_zero = partial(check_integer, low=0)
-_check_nonnegative = partial(check_range, low=0.0, high=math.inf)
-_check_decay = partial(check_range, low=0.0, high=1.0)
-_check_shift = partial(check_range, low=0.0, high=1e3)
+# What values a setting takes; see `check_settings`.
+_at_least_1 = partial(check_integer, low=1)
+_at_least_0 = partial(check_integer, low=0)
+_nonnegative = partial(check_range, low=0.0, high=math.inf)
+_share = partial(check_range, low=0.0, high=1.0)
+_shift = partial(check_range, low=0.0, high=1e3)
 
 
-def _check_positive(name: str, value: Any) -> None:
+def _positive(name: str, value: Any) -> None:
     if not (is_number(value) and 0 < value < math.inf):
         raise ValueError(f"{name}: expected a number above 0, found {short_repr(value)}")
 
 
-def _check_steps(name: str, value: Any) -> None:
+def _max_steps(name: str, value: Any) -> None:
     if value != -1:
         check_integer(name, value, 1)
 
@@ -89,24 +90,22 @@ class TrainingConfig:
         False, "compile the blocks with torch.compile (takes a minute or more at the start)"
     )
 
-    num_epochs: float = setting(10.0, "passes over the training split", check=_check_positive)
+    num_epochs: float = setting(10.0, "passes over the training split", check=_positive)
     max_steps: int = setting(
-        -1, "stop after this many optimizer steps; overrides num_epochs", check=_check_steps
+        -1, "stop after this many optimizer steps; overrides num_epochs", check=_max_steps
     )
-    batch_size: int = setting(32, "training samples per device and step", check=_check_count)
-    eval_batch_size: int = setting(32, "evaluation samples per device and step", check=_check_count)
-    gradient_accumulation_steps: int = setting(1, "batches per optimizer step", check=_check_count)
-    learning_rate: float = setting(1e-4, "peak learning rate (AdamW)", check=_check_nonnegative)
-    weight_decay: float = setting(0.0, "AdamW weight decay", check=_check_nonnegative)
-    warmup_steps: int = setting(0, "optimizer steps of linear warm-up", check=_check_count_or_zero)
+    batch_size: int = setting(32, "training samples per device and step", check=_at_least_1)
+    eval_batch_size: int = setting(32, "evaluation samples per device and step", check=_at_least_1)
+    gradient_accumulation_steps: int = setting(1, "batches per optimizer step", check=_at_least_1)
+    learning_rate: float = setting(1e-4, "peak learning rate (AdamW)", check=_nonnegative)
+    weight_decay: float = setting(0.0, "AdamW weight decay", check=_nonnegative)
+    warmup_steps: int = setting(0, "optimizer steps of linear warm-up", check=_at_least_0)
     lr_scheduler_type: str = setting(
         "cosine", "schedule after warm-up", choices=("cosine", "linear", "constant_with_warmup")
     )
-    max_grad_norm: float = setting(
-        1.0, "gradient clipping norm; 0 turns clipping off", check=_check_nonnegative
-    )
+    max_grad_norm: float = setting(1.0, "gradient clipping norm; 0 turns clipping off", check=_nonnegative)
     ema_decay: float = setting(
-        0.999, "decay of the averaged weights used for inference; 0: none", check=_check_decay
+        0.999, "decay of the averaged weights used for inference; 0: none", check=_share
     )
 
     sigma_min: float = setting(1e-4, "noise left at t = 1")
@@ -117,7 +116,7 @@ class TrainingConfig:
     cfg_dropout: float = setting(0.1, "probability of training without the condition (guidance)")
     source: str = setting("ridge_3x3", "what the path starts from: noise, or a ridge guess", choices=SOURCES)
     source_samples: int = setting(
-        10000, "most training samples that the ridge source is fitted on", check=_check_count
+        10000, "most training samples that the ridge source is fitted on", check=_at_least_1
     )
     time_distribution: str = setting("uniform", "how training draws times", choices=TIME_DISTRIBUTIONS)
     time_mean: float = setting(0.0, "mean of the noise level's logit, for logit_normal")
@@ -125,13 +124,13 @@ class TrainingConfig:
     time_shift: float = setting(
         1.0,
         "shift of the noise level in training and sampling; 1: none, 0: sqrt(N d / 4096)",
-        check=_check_shift,
+        check=_shift,
     )
     solver: str = setting("midpoint", "solver that generation uses by default", choices=SOLVER_NAMES)
-    num_inference_steps: int = setting(8, "steps that generation takes by default", check=_check_count)
+    num_inference_steps: int = setting(8, "steps that generation takes by default", check=_at_least_1)
     standardize: bool = setting(True, "standardise each channel with the training split's statistics")
     statistics_samples: int = setting(
-        10000, "most training samples that these statistics are taken from", check=_check_count
+        10000, "most training samples that these statistics are taken from", check=_at_least_1
     )
 
     eval_split: float = setting(
@@ -148,13 +147,13 @@ class TrainingConfig:
         "order of a pass: any, or whole shards through a window, for stores larger than memory on slow disks",
         choices=SHUFFLES,
     )
-    shuffle_window: int = setting(4096, "samples that --shuffle window mixes at a time", check=_check_count)
+    shuffle_window: int = setting(4096, "samples that --shuffle window mixes at a time", check=_at_least_1)
     verify: str = setting(
         "first",
         "checksums of a store's shards: taken when this machine first reads a shard, or never",
         choices=VERIFY_CHOICES,
     )
-    num_workers: int = setting(0, "data-loader processes", check=_check_count_or_zero)
+    num_workers: int = setting(0, "data-loader processes", check=_at_least_0)
 
     fp16: bool = setting(False, "float16 mixed precision (needs a GPU)")
     bf16: bool = setting(False, "bfloat16 mixed precision")
@@ -162,29 +161,25 @@ class TrainingConfig:
     deterministic: bool = setting(
         False, "on a GPU, only kernels that give the same bits in every run; slower (the CPU has no others)"
     )
-    seed: int = setting(
-        42, "names every random draw: weights, split, order, noise, times", check=_check_count_or_zero
-    )
+    seed: int = setting(42, "names every random draw: weights, split, order, noise, times", check=_at_least_0)
 
-    logging_steps: int = setting(100, "optimizer steps between log lines", check=_check_count)
-    save_steps: int = setting(1000, "optimizer steps between checkpoints", check=_check_count)
+    logging_steps: int = setting(100, "optimizer steps between log lines", check=_at_least_1)
+    save_steps: int = setting(1000, "optimizer steps between checkpoints", check=_at_least_1)
     save_total_limit: int | None = setting(
         None,
         "newest checkpoints kept, and the best one of those that were evaluated (default: all)",
-        check=_check_count,
+        check=_at_least_1,
     )
     best_metric: str = setting("loss", "held-out figure that names the best checkpoint", choices=BEST_METRICS)
     max_hours: float | None = setting(
-        None, "save and stop after so many hours (default: no limit)", check=_check_positive
+        None, "save and stop after so many hours (default: no limit)", check=_positive
     )
-    eval_steps: int = setting(1000, "optimizer steps between evaluations", check=_check_count)
+    eval_steps: int = setting(1000, "optimizer steps between evaluations", check=_at_least_1)
     eval_loss_samples: int = setting(
-        4096, "most held-out samples that each evaluation takes the loss of", check=_check_count
+        4096, "most held-out samples that each evaluation takes the loss of", check=_at_least_1
     )
-    eval_samples: int = setting(
-        64, "held-out samples that each evaluation generates", check=_check_count_or_zero
-    )
-    eval_inference_steps: int = setting(8, "solver steps of these generations", check=_check_count)
+    eval_samples: int = setting(64, "held-out samples that each evaluation generates", check=_at_least_0)
+    eval_inference_steps: int = setting(8, "solver steps of these generations", check=_at_least_1)
 
     wandb_project: str | None = setting(None, "log to this Weights & Biases project")
     wandb_run_name: str | None = setting(None, "name of the run there")

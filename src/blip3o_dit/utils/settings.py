@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import Field, field, fields
+from dataclasses import field, fields
 from typing import Any
 
 from blip3o_dit.utils.validation import check_bool, check_name, check_text
@@ -32,18 +32,14 @@ def setting(
 def check_settings(config: Any) -> None:
     """Refuse (ValueError) values of another type, unknown names, and what a field's own check refuses."""
     for option in fields(config):
-        _check_setting(option, getattr(config, option.name))
-
-
-def _check_setting(option: Field[Any], value: Any) -> None:
-    kind = str(option.type)
-    if value is None and kind.endswith("| None"):
-        return
-    if kind.startswith("bool"):
-        check_bool(option.name, value)
-    if kind.startswith("str"):
-        check_text(option.name, value)
-    if option.metadata["choices"]:
-        check_name(option.name, value, option.metadata["choices"])
-    if option.metadata["check"]:
-        option.metadata["check"](option.name, value)
+        name, kind, value = option.name, str(option.type), getattr(config, option.name)
+        if value is None and kind.endswith("| None"):
+            continue
+        if kind.startswith("bool"):
+            check_bool(name, value)
+        if kind.startswith("str"):
+            check_text(name, value)
+        if option.metadata["choices"]:
+            check_name(name, value, option.metadata["choices"])
+        if option.metadata["check"]:
+            option.metadata["check"](name, value)
