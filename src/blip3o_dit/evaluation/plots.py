@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -78,7 +77,7 @@ def spread_figure(methods: Sequence[Mapping[str, Any]]) -> str:
 
 def position_figure(methods: Sequence[Mapping[str, Any]]) -> str:
     """Maps of token cosine and R2 over the grid, a row for each method."""
-    side = math.isqrt(len(methods[0]["maps"]["cosine"]))
+    side = int(len(methods[0]["maps"]["cosine"]) ** 0.5)
     figure, _ = _figure(6.4, 2.9 * len(methods), axes=False)
     places = figure.subplots(len(methods), 2, squeeze=False)
     for row, method in enumerate(methods):
@@ -100,7 +99,7 @@ def sample_figure(
     rows: name -> tokens [k, N, C]. pictures: RGB images or None, one for each sample.
     """
     true = next(iter(rows.values()))
-    count, side = len(true), math.isqrt(true.shape[1])
+    count, side = len(true), int(true.shape[1] ** 0.5)
     shown = pictures is not None and any(picture is not None for picture in pictures)
     names = (["picture"] if shown else []) + list(rows)
     figure, _ = _figure(1.25 + 1.15 * count, 1.2 * len(names) + 0.35, axes=False)

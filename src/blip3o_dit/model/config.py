@@ -40,33 +40,29 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 # What a config.json holds beside our own fields, as Hugging Face and its Trainer write it. Not: names of
 # attention kernels or of Python files, which Hugging Face would look up on the hub.
-_WRITTEN_EXTRAS = frozenset(
-    [
-        "model_type",
-        "architectures",
-        "dtype",
-        "torch_dtype",
-        "transformers_version",
-        "_name_or_path",
-        "use_cache",
-    ]
-)
+_WRITTEN_EXTRAS = {
+    "model_type",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "_name_or_path",
+    "use_cache",
+}
 
 # Keyword arguments that PreTrainedConfig consumes without having a dataclass field for them.
-_PRETRAINED_EXTRAS = frozenset(
-    [
-        "model_type",
-        "name_or_path",
-        "_name_or_path",
-        "torch_dtype",
-        "attn_implementation",
-        "output_attentions",
-        "num_labels",
-        "_commit_hash",
-        "experts_implementation",
-        "use_cache",
-    ]
-)
+_PRETRAINED_EXTRAS = {
+    "model_type",
+    "name_or_path",
+    "_name_or_path",
+    "torch_dtype",
+    "attn_implementation",
+    "output_attentions",
+    "num_labels",
+    "_commit_hash",
+    "experts_implementation",
+    "use_cache",
+}
 
 
 class BLIP3oDiTConfig(PreTrainedConfig):

@@ -301,36 +301,34 @@ DEBUG_DEFAULTS: dict[str, Any] = {
 }
 
 # Settings that a resumed run may change: they do not change what is learned from which data.
-RESUMABLE_CHANGES = frozenset(
-    [
-        "embeddings_path",
-        "output_dir",
-        "num_workers",
-        "verify",
-        "device",
-        "deterministic",
-        "logging_steps",
-        "save_steps",
-        "save_total_limit",
-        "eval_steps",
-        "eval_loss_samples",
-        "eval_samples",
-        "eval_inference_steps",
-        "eval_batch_size",
-        "gradient_checkpointing",
-        "selective_checkpointing",
-        "compile",
-        "wandb_project",
-        "wandb_run_name",
-        "best_metric",
-        "max_hours",
-        # together the samples of a step, which `check_checkpoint` compares
-        "batch_size",
-        "gradient_accumulation_steps",
-        "solver",
-        "num_inference_steps",
-    ]
-)
+RESUMABLE_CHANGES = {
+    "embeddings_path",
+    "output_dir",
+    "num_workers",
+    "verify",
+    "device",
+    "deterministic",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "eval_steps",
+    "eval_loss_samples",
+    "eval_samples",
+    "eval_inference_steps",
+    "eval_batch_size",
+    "gradient_checkpointing",
+    "selective_checkpointing",
+    "compile",
+    "wandb_project",
+    "wandb_run_name",
+    "best_metric",
+    "max_hours",
+    # together the samples of a step, which `check_checkpoint` compares
+    "batch_size",
+    "gradient_accumulation_steps",
+    "solver",
+    "num_inference_steps",
+}
 
 
 def resolve_config(
