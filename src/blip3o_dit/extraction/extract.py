@@ -103,7 +103,7 @@ class ExtractionConfig:
 _LOWEST = {"tokens": 1, "batch_size": 1, "shard_size": 1, "max_pixels": 1, "workers": 0, "seed": 0}
 
 # What may differ between a run and its continuation: it does not change what is written.
-_HARMLESS = ("pictures", "output", "workers", "device")
+RESUMABLE_CHANGES = ("pictures", "output", "workers", "device")
 
 
 @dataclass(frozen=True)
@@ -305,7 +305,7 @@ def _settings(config: ExtractionConfig, refs: Sequence[ImageRef], towers: Towers
     for ref in refs:
         digest.update(json.dumps([ref.key, ref.caption, ref.label]).encode() + b"\n")
     return {
-        "settings": {name: value for name, value in asdict(config).items() if name not in _HARMLESS},
+        "settings": {name: value for name, value in asdict(config).items() if name not in RESUMABLE_CHANGES},
         "pictures": {"count": len(refs), "sha256": digest.hexdigest()},
         "towers": {side: tower.describe() for side, tower in towers.items()},
     }
