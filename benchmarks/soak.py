@@ -40,7 +40,7 @@ PHASES: dict[str, tuple[str, str | None, str]] = {
     "evaluation": ("blip3o_dit.model.blip3o_dit", "BLIP3oDiTModel", "generate"),
     "saving": ("blip3o_dit.training.trainer", "BLIP3oTrainer", "_write_checkpoint"),
     "saving the optimizer": ("blip3o_dit.training.trainer", None, "save_optimizer"),
-    "checksums": ("blip3o_dit.utils.atomic", None, "flush"),
+    "checksums": ("blip3o_dit.utils.checksums", None, "flush"),
     "renaming": ("blip3o_dit.utils.atomic", None, "publish"),
     "removing old ones": ("blip3o_dit.training.trainer", None, "keep_newest"),
     "the final model": ("blip3o_dit.utils.atomic", None, "publish_files"),

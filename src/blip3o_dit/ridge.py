@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -35,7 +36,7 @@ def neighbourhood_features(centred: Tensor, components: Tensor) -> Tensor:
     Args:
         components: [C, r]; a neighbour enters as its projection on them. Outside the grid is zero.
     """
-    side = int(centred.shape[1] ** 0.5)
+    side = math.isqrt(centred.shape[1])
     grid = (centred @ components).reshape(len(centred), side, side, -1)
     padded = F.pad(grid, (0, 0, 1, 1, 1, 1))
     around = [

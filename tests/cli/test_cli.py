@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blip3o_dit.cli.command import one_line, run_command
+from blip3o_dit.cli.command import run_command, user_message
 from blip3o_dit.cli.main import main
 from blip3o_dit.cli.train import add_arguments
 from blip3o_dit.cli.train import main as train_main
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.training.arguments import DEBUG_DEFAULTS, resolve_config
-from blip3o_dit.training.config import TrainingConfig
+from blip3o_dit.training.config import DEBUG_DEFAULTS, TrainingConfig, resolve_config
 from tests.stores import write_linear_store
 
 SMALL = ["--model_dim=32", "--num_layers=1", "--num_heads=2", "--max_steps=2", "--logging_steps=1"]
@@ -144,5 +143,7 @@ def test_a_bug_of_ours_is_not_dressed_up_as_a_mistake(monkeypatch: pytest.Monkey
 
 
 def test_one_line_messages() -> None:
-    assert one_line(ValueError("a\n  b")) == "a b"
-    assert one_line(FileNotFoundError(2, "No such file or directory", "x")) == "x: No such file or directory"
+    assert user_message(ValueError("a\n  b")) == "a b"
+    assert (
+        user_message(FileNotFoundError(2, "No such file or directory", "x")) == "x: No such file or directory"
+    )

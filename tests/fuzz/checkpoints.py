@@ -22,7 +22,7 @@ from blip3o_dit.training.checkpoint import (
     check_checkpoint,
 )
 from blip3o_dit.training.optimizer_state import gathered_state, load_optimizer, save_optimizer
-from blip3o_dit.utils.atomic import CHECKSUMS_FILE, seal
+from blip3o_dit.utils.checksums import CHECKSUMS_FILE, seal
 from tests.fuzz.formats import Make, write_model
 from tests.fuzz.judge import Trial
 from tests.fuzz.mutators import mutate_bytes, mutate_json, mutate_safetensors

@@ -197,7 +197,11 @@ def _flag(action: argparse.Action, paths: tuple[str, ...], rng: Random) -> list[
     option = rng.choice(action.option_strings)
     if action.nargs == 0:
         return [option]
-    if action.dest == "pictures" or action.type is Path or action.type is None:
+    if (
+        action.dest == "pictures"
+        or action.type is Path
+        or (action.type in (None, str) and not action.choices)
+    ):
         pool = (*paths, *WORDS)
     elif action.choices:
         pool = (*map(str, action.choices), *WORDS)

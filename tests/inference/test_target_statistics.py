@@ -22,7 +22,7 @@ from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.training.callbacks import read_log
 from blip3o_dit.training.config import PAPER_RECIPE, TrainingConfig
 from blip3o_dit.training.run import build_trainer, train
-from blip3o_dit.utils.atomic import seal
+from blip3o_dit.utils.checksums import seal
 from tests.stores import write_linear_store
 
 RAW = {**PAPER_RECIPE, "num_inference_steps": 2}

@@ -12,7 +12,7 @@ from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.training.checkpoint import verify_checkpoint
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.run import train
-from blip3o_dit.utils.atomic import CHECKSUMS_FILE
+from blip3o_dit.utils.checksums import CHECKSUMS_FILE
 from tests.fuzz.mutators import flip_bytes
 from tests.stores import write_linear_store
 from tests.training.test_training import config_for

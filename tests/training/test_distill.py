@@ -21,7 +21,7 @@ from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model.blip3o_dit import EMA_FILE, BLIP3oDiTModel
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.distillation import DistillationConfig, train_student
-from blip3o_dit.utils.atomic import verify
+from blip3o_dit.utils.checksums import verify
 from tests.conftest import randomize, tiny_config
 from tests.inference.test_evaluate import train_model
 from tests.stores import write_linear_store

@@ -23,15 +23,14 @@ from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model.blip3o_dit import EMA_FILE
 from blip3o_dit.training import anomalies
 from blip3o_dit.training.anomalies import NonFiniteLossError
-from blip3o_dit.training.arguments import resolve_config
 from blip3o_dit.training.callbacks import LOG_FILE, read_log
 from blip3o_dit.training.checkpoint import checkpoints, keep_newest, newest_whole
-from blip3o_dit.training.config import TrainingConfig
+from blip3o_dit.training.config import TrainingConfig, resolve_config
 from blip3o_dit.training.run import train
 from blip3o_dit.training.stopping import outlive_stops
 from blip3o_dit.training.trainer import BLIP3oTrainer
 from blip3o_dit.utils import atomic
-from blip3o_dit.utils.atomic import CHECKSUMS_FILE, seal
+from blip3o_dit.utils.checksums import CHECKSUMS_FILE, seal, verify
 from blip3o_dit.utils.errors import StoppedEarly, WriteError
 from blip3o_dit.utils.json_files import read_json
 from tests.stores import write_linear_store
@@ -205,7 +204,7 @@ def test_a_signal_to_every_process_of_a_job_costs_no_step(
     else:
         plain = atomic.publish_files
         monkeypatch.setattr(atomic, "publish_files", lambda *args: (signal_all(), plain(*args)))
-        atomic.verify(train(config))
+        verify(train(config))
 
 
 def test_a_worker_ends_when_its_own_process_asks_it_to() -> None:
@@ -271,7 +270,7 @@ def test_checkpoints_hold_no_pickle_and_are_sealed(whole: Path) -> None:
         "source_folds.safetensors",
     }
     for folder in (whole, *checkpoints(whole)):
-        atomic.verify(folder)
+        verify(folder)
 
 
 def test_auto_passes_over_what_is_not_whole(whole: Path, tmp_path: Path) -> None:
@@ -346,7 +345,7 @@ def test_starting_over_without_averages_leaves_none_of_the_earlier_run(
     train(config_for(store, run, **quick, ema_decay=0.0), overwrite=True)
     assert not (run / EMA_FILE).exists() and not (run / "loss_spikes.jsonl").exists()
     assert (run / "notes.txt").read_text() == "mine"
-    atomic.verify(run)
+    verify(run)
     assert BLIP3oInference(run, device="cpu").weights == "raw"
 
 

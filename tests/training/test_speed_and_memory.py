@@ -25,9 +25,8 @@ from blip3o_dit.model.blip3o_dit import EMA_FILE, BLIP3oDiTModel
 from blip3o_dit.model.transformer import NextDiTBlock
 from blip3o_dit.training import arguments
 from blip3o_dit.training.anomalies import HostCopy, LossMonitor, NonFiniteLossError
-from blip3o_dit.training.arguments import resolve_config
 from blip3o_dit.training.callbacks import read_log
-from blip3o_dit.training.config import TrainingConfig
+from blip3o_dit.training.config import TrainingConfig, resolve_config
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.run import train
 from blip3o_dit.training.throughput import Throughput, forward_flops, matmul_rate

@@ -20,15 +20,15 @@ from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.flow.path import LinearPath, preconditioning
 from blip3o_dit.model.blip3o_dit import EMA_FILE, BLIP3oDiTModel
 from blip3o_dit.training.anomalies import NonFiniteLossError
-from blip3o_dit.training.arguments import resolve_config, training_arguments
+from blip3o_dit.training.arguments import training_arguments
 from blip3o_dit.training.callbacks import read_log
 from blip3o_dit.training.checkpoint import LoopState, best_saved, check_checkpoint
-from blip3o_dit.training.config import TrainingConfig
+from blip3o_dit.training.config import TrainingConfig, resolve_config
 from blip3o_dit.training.distillation import DistillationConfig, distill
 from blip3o_dit.training.run import build_trainer, train
 from blip3o_dit.training.trainer import BLIP3oTrainer
 from blip3o_dit.training.wandb_setup import prepare_wandb
-from blip3o_dit.utils.atomic import seal
+from blip3o_dit.utils.checksums import seal
 from blip3o_dit.utils.distributed import join_processes
 from tests.stores import write_linear_store
 
@@ -394,7 +394,7 @@ class TestRefusals:
     def test_a_launch_the_trainer_does_not_see(
         self, store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from blip3o_dit.utils.launch import check_launch
+        from blip3o_dit.utils.distributed import check_launch
 
         monkeypatch.setenv("WORLD_SIZE", "2")
         with pytest.raises(ValueError, match="started 2 processes, this program sees 1"):

@@ -1,13 +1,15 @@
-"""What every command shares: log lines on the console, and one line for a user's mistake."""
+"""What every command shares: logging to the console, and one line for a user's mistake."""
 
 from __future__ import annotations
 
+import argparse
 import errno
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import ModuleType
 
 from blip3o_dit.utils.errors import StoppedEarly, WriteError
 from blip3o_dit.utils.logging import quiet_torchao
@@ -19,6 +21,15 @@ USER_ERROR, NOT_WRITTEN, STOPPED = 2, 74, 75
 INTERRUPTED = 128 + signal.SIGINT
 
 
+def run_script(prog: str, command: ModuleType, argv: Sequence[str] | None) -> int:
+    """A command as a program of its own; returns the exit status."""
+    set_up_logging()
+    parser = argparse.ArgumentParser(prog=prog, description=command.DESCRIPTION, allow_abbrev=False)
+    command.add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    return run_command(lambda: command.run(arguments))
+
+
 def run_command(command: Callable[[], None]) -> int:
     """Run a command; returns the exit status.
 
@@ -27,14 +38,13 @@ def run_command(command: Callable[[], None]) -> int:
     interrupted (control-C) where there is nothing to save. Each but the first comes with one line on standard
     error; set BLIP3O_DIT_TRACEBACK=1 to see where it came from.
     """
-    set_up_logging()
     try:
         command()
     except (ValueError, OSError, StoppedEarly, KeyboardInterrupt) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
         kind = "stopped" if isinstance(error, StoppedEarly | KeyboardInterrupt) else "error"
-        sys.stderr.write(f"{kind}: {one_line(error)}\n")
+        sys.stderr.write(f"{kind}: {user_message(error)}\n")
         return exit_status(error)
     return 0
 
@@ -48,7 +58,8 @@ def exit_status(error: BaseException) -> int:
     return NOT_WRITTEN if full or isinstance(error, WriteError) else USER_ERROR
 
 
-def one_line(error: BaseException) -> str:
+def user_message(error: BaseException) -> str:
+    """One line: what a user is told of an error."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
@@ -56,7 +67,7 @@ def one_line(error: BaseException) -> str:
 
 def set_up_logging() -> None:
     """Our messages at INFO on the first process, warnings only on the others."""
-    quiet_torchao()  # which transformers imports when it is installed
+    quiet_torchao()
     main_process = os.environ.get("RANK", "0") == "0"
     logger = logging.getLogger("blip3o_dit")
     logger.setLevel(logging.INFO if main_process else logging.WARNING)

@@ -33,6 +33,10 @@ def run(arguments: argparse.Namespace) -> None:
     )
     logger.info(
         "%s: %d samples of %d tokens, %d and %d wide, in %d shard(s)",
-        *(store.path, store.num_samples, store.num_tokens, store.condition_dim),
-        *(store.target_dim, len(store.manifest["shards"])),
+        store.path,
+        store.num_samples,
+        store.num_tokens,
+        store.condition_dim,
+        store.target_dim,
+        len(store.manifest["shards"]),
     )

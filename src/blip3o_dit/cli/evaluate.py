@@ -37,11 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=20_000,
         help="most samples, chosen by the seed, or all (default: %(default)s)",
     )
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--batch_size", type=int, default=32, help="samples at a time")
     parser.add_argument("--num_inference_steps", type=int, help="default: what the model was saved with")
     parser.add_argument("--solver", choices=SOLVER_NAMES, help="default: the model's")
-    parser.add_argument("--guidance_scale", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="classifier-free guidance; 1: none")
+    parser.add_argument("--seed", type=int, default=0, help="seed of every random choice")
     parser.add_argument("--draws", type=int, default=4, help="samples per condition for the energy score")
     parser.add_argument("--draw_samples", type=int, default=1000, help="conditions that get them")
     parser.add_argument(
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CALLS",
         help="network calls of the cost curve; none: no curve",
     )
-    parser.add_argument("--curve_samples", type=int, default=256)
+    parser.add_argument("--curve_samples", type=int, default=256, help="samples of the cost curve")
     parser.add_argument("--fit_on", help="embeddings the baselines are fitted on (default: the same)")
     parser.add_argument(
         "--fit_samples",
@@ -71,10 +71,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--pictures", help="where the pictures are, as for extract, to show some")
     parser.add_argument("--shown", type=int, default=6, help="samples on the page")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the models"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="precision of the models",
+    )
     add_tf32(parser)
-    parser.add_argument("--weights", choices=("auto", "ema", "raw"), default="auto")
+    parser.add_argument(
+        "--weights",
+        choices=("auto", "ema", "raw"),
+        default="auto",
+        help="averaged (ema) or last (raw) weights; auto: averaged where there are any",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

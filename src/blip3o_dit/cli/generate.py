@@ -5,44 +5,59 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+from blip3o_dit.cli.arguments import add_flags, given_settings
 from blip3o_dit.cli.tf32 import add_tf32, use_tf32
 from blip3o_dit.flow.config import SOLVER_NAMES
+from blip3o_dit.utils.settings import setting
 
 DESCRIPTION = "Generate CLIP tokens for the samples of an embedding store or pickle."
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """The flags that are arguments of `BLIP3oInference.generate_from_dataset`, with its defaults."""
+
+    split: str = setting(
+        "all", "side of the training run's own split, or all samples", choices=("all", "train", "eval")
+    )
+    num_samples: int | None = setting(None, "only so many, chosen at random (default: all)")
+    batch_size: int = setting(8, "samples at a time")
+    num_inference_steps: int | None = setting(None, "solver steps (default: what the model was saved with)")
+    solver: str | None = setting(None, "solver (default: the model's)", choices=(*SOLVER_NAMES, "dopri5"))
+    guidance_scale: float = setting(1.0, "classifier-free guidance; 1: none")
+    guidance_interval: tuple[float, float] = setting((0.0, 1.0), "times at which guidance acts")
+    seed: int = setting(0, "seed of the noise")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="output folder of a training run, or a checkpoint")
     parser.add_argument("embeddings", type=Path, help="embedding store or documented pickle")
     parser.add_argument("output", type=Path, help="results: a .pkl file, or a folder for a store")
-    parser.add_argument("--split", choices=("all", "train", "eval"), default="all")
-    parser.add_argument("--num_samples", type=int, help="only so many, chosen at random (default: all)")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--num_inference_steps", type=int, help="default: what the model was saved with")
-    parser.add_argument("--solver", choices=(*SOLVER_NAMES, "dopri5"), help="default: the model's")
-    parser.add_argument("--guidance_scale", type=float, default=1.0)
-    parser.add_argument(
-        "--guidance_interval",
-        type=float,
-        nargs=2,
-        default=(0.0, 1.0),
-        metavar=("LOW", "HIGH"),
-        help="times at which guidance acts",
-    )
-    parser.add_argument("--seed", type=int, default=0)
+    add_flags(parser, GenerationConfig, guidance_interval={"metavar": ("LOW", "HIGH")})
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile (and CUDA graphs), for long runs"
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to generate (default: auto, a GPU when there is one)",
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="of the weights (default: bfloat16 where the processor multiplies it, else float32)",
     )
     add_tf32(parser)
-    parser.add_argument("--weights", choices=("auto", "ema", "raw"), default="auto")
+    parser.add_argument(
+        "--weights",
+        choices=("auto", "ema", "raw"),
+        default="auto",
+        help="averaged (ema) or last (raw) weights (default: auto, averaged where there are any)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -62,15 +77,8 @@ def run(arguments: argparse.Namespace) -> None:
     )
     results = inference.generate_from_dataset(
         arguments.embeddings,
-        num_samples=arguments.num_samples,
-        batch_size=arguments.batch_size,
-        num_inference_steps=arguments.num_inference_steps,
         output_path=arguments.output,
-        split=arguments.split,
-        solver=arguments.solver,
-        guidance_scale=arguments.guidance_scale,
-        guidance_interval=tuple(arguments.guidance_interval),
-        seed=arguments.seed,
+        **given_settings(arguments, GenerationConfig),
     )
     if results:  # on the first of several processes
         sys.stdout.write(json.dumps(results["generation_metrics"], indent=2) + "\n")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from blip3o_dit.cli import convert, distill, evaluate, extract, generate, inspect, train
-from blip3o_dit.cli.command import run_command
+from blip3o_dit.cli.command import run_command, set_up_logging
 
 COMMANDS = {
     "extract": extract,
@@ -21,14 +21,17 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    set_up_logging()
     parser = argparse.ArgumentParser(prog="blip3o-dit", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
         sub = commands.add_parser(
             name, help=module.DESCRIPTION, description=module.DESCRIPTION, allow_abbrev=False
         )
-        module.add_arguments(sub)
-    arguments = parser.parse_args(argv)
+        if name in words:  # the settings are defined beside what a command runs, which is slow to import
+            module.add_arguments(sub)
+    arguments = parser.parse_args(words)
     return run_command(lambda: COMMANDS[arguments.command].run(arguments))
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 
-OLDEST = (8, 0)
-"""Compute capability of the first GPUs with TF32 (Ampere)."""
+# Compute capability of the first GPUs with TF32 (Ampere).
+MIN_CAPABILITY = (8, 0)
 
 
 def add_tf32(parser: argparse.ArgumentParser) -> None:
@@ -25,8 +25,8 @@ def use_tf32(device: str) -> None:
     if device == "cpu" or not torch.cuda.is_available():
         raise ValueError("--tf32: expected a GPU, found the CPU")
     found = torch.cuda.get_device_capability()
-    if found < OLDEST:
+    if found < MIN_CAPABILITY:
         raise ValueError(
-            "--tf32: expected compute capability {}.{} or newer, found {}.{}".format(*OLDEST, *found)
+            "--tf32: expected compute capability {}.{} or newer, found {}.{}".format(*MIN_CAPABILITY, *found)
         )
     torch.set_float32_matmul_precision("high")

@@ -5,15 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-import typing
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
-from types import UnionType
-from typing import Any
 
-from blip3o_dit.cli.command import run_command
-from blip3o_dit.training.config import TrainingConfig
+from blip3o_dit.cli.arguments import add_flags, given_settings
+from blip3o_dit.cli.command import run_script
+from blip3o_dit.training.config import TrainingConfig, resolve_config
 
 logger = logging.getLogger(__name__)
 
@@ -21,17 +18,8 @@ DESCRIPTION = "Train the diffusion transformer on an embedding store or a docume
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One flag per field of TrainingConfig, and the four that are about this call only."""
-    kinds = typing.get_type_hints(TrainingConfig)
-    for option in fields(TrainingConfig):
-        settings: dict[str, Any] = {"default": argparse.SUPPRESS}
-        if kinds[option.name] is bool:
-            settings["action"] = argparse.BooleanOptionalAction
-        else:
-            settings["type"] = _plain_type(kinds[option.name])
-            settings["choices"] = option.metadata["choices"]
-        shown = "" if option.default in ("", None) else f" (default: {option.default})"
-        parser.add_argument(f"--{option.name}", help=option.metadata["help"] + shown, **settings)
+    """One flag per field of TrainingConfig, and those that are about this call only."""
+    add_flags(parser, TrainingConfig, negatable=True)
     parser.add_argument(
         "--resume_from_checkpoint",
         metavar="CHECKPOINT",
@@ -55,14 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train as the parsed arguments say."""
-    from blip3o_dit.training.arguments import resolve_config
     from blip3o_dit.training.run import train
 
     resume = _checkpoint(arguments)
-    given = vars(arguments).copy()
-    own = {f.name for f in fields(TrainingConfig)}
     config = resolve_config(
-        {name: value for name, value in given.items() if name in own},
+        given_settings(arguments, TrainingConfig),
         debug=arguments.debug,
         resume=resume,
         recipe=arguments.recipe,
@@ -95,17 +80,7 @@ def _checkpoint(arguments: argparse.Namespace) -> Path | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The documented script."""
-    parser = argparse.ArgumentParser(prog="train_blip3o_dit.py", description=DESCRIPTION, allow_abbrev=False)
-    add_arguments(parser)
-    arguments = parser.parse_args(argv)
-    return run_command(lambda: run(arguments))
-
-
-def _plain_type(kind: Any) -> type:
-    """`int | None` -> int: a flag that is given has a value."""
-    if isinstance(kind, UnionType):
-        return next(part for part in typing.get_args(kind) if part is not type(None))
-    return kind
+    return run_script("train_blip3o_dit.py", sys.modules[__name__], argv)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def check_pair(
         if found != expected:
             raise ValueError(f"{where}: expected (tokens, eva width, clip width) {expected}, found {found}")
     for name, tokens in (("eva", eva), ("clip", clip)):
-        bad = torch.nonzero(~torch.isfinite(tokens).flatten(1).all(dim=1))
+        bad = non_finite_samples(tokens)
         if len(bad):
             first = int(bad[0])
             raise ValueError(
@@ -63,6 +63,11 @@ def check_pair(
             )
     for row, record in enumerate(records):
         check_record(where, offset + row, record)
+
+
+def non_finite_samples(tokens: Tensor) -> Tensor:
+    """Which of the samples [B, ...] hold NaN or infinity: their rows, ascending."""
+    return torch.nonzero(~torch.isfinite(tokens).flatten(1).all(dim=1)).flatten()
 
 
 def check_record(where: Path, sample: int, record: Any) -> None:

@@ -20,7 +20,8 @@ from blip3o_dit.data.embeddings import Embeddings, batches
 from blip3o_dit.data.manifest import check_shard_count
 from blip3o_dit.data.safe_unpickler import load_pickle
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
-from blip3o_dit.utils.atomic import dump_atomically, sha256
+from blip3o_dit.utils.atomic import dump_atomically
+from blip3o_dit.utils.checksums import sha256
 from blip3o_dit.utils.json_files import short_repr, show_names
 
 EVA_KEY = "eva_blip3o_embeddings"

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blip3o_dit.data.checks import non_finite_samples
 from blip3o_dit.data.embeddings import Embeddings, batches
 
 # A channel that never varies must come back as its constant: its generated deviation from the mean is
@@ -77,9 +78,9 @@ def streamed_statistics(
     for piece in progress(pieces) if progress else pieces:
         eva, clip = source.fetch(piece)
         for name, tokens, accumulator in (("eva", eva, condition), ("clip", clip, target)):
-            finite = torch.isfinite(tokens).flatten(1).all(dim=1)
-            if not finite.all():
-                first = piece[int(torch.nonzero(~finite)[0])]
+            bad = non_finite_samples(tokens)
+            if len(bad):
+                first = piece[int(bad[0])]
                 raise ValueError(f"{source.path}: {name}: NaN or infinity in sample {first}")
             accumulator.add(F.normalize(tokens, dim=-1) if normalize else tokens)
     return condition.result(), target.result()

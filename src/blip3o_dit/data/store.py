@@ -26,7 +26,7 @@ from torch import Tensor
 from blip3o_dit.data.checks import Indices, Record, check_indices, check_pair, check_record, check_square
 from blip3o_dit.data.manifest import DTYPES, MANIFEST, check_shard_count, read_manifest, write_manifest
 from blip3o_dit.data.verified import Identity, check_once, identity
-from blip3o_dit.utils.atomic import sha256
+from blip3o_dit.utils.checksums import sha256
 from blip3o_dit.utils.json_files import one_line
 from blip3o_dit.utils.validation import check_name
 

@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-from blip3o_dit.utils.atomic import sha256
+from blip3o_dit.utils.checksums import sha256
 
 if os.name == "posix":
     import fcntl

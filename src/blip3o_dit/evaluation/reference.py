@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blip3o_dit.data.checks import non_finite_samples
 from blip3o_dit.data.embeddings import Embeddings, batches
 from blip3o_dit.metrics.bootstrap import Bootstrap, Estimate
 from blip3o_dit.metrics.fidelity import (
@@ -186,9 +187,9 @@ def probe_is_right(truth: ReferenceSet, clip: Tensor, piece: range) -> np.ndarra
 
 
 def check_finite(what: str, values: Tensor, indices: np.ndarray) -> None:
-    finite = torch.isfinite(values).flatten(1).all(dim=1)
-    if not finite.all():
-        first = int(indices[int(torch.nonzero(~finite)[0])])
+    bad = non_finite_samples(values)
+    if len(bad):
+        first = int(indices[int(bad[0])])
         raise ValueError(f"{what}: expected finite numbers, found NaN or infinity in sample {first}")
 
 

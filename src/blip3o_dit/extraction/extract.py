@@ -27,9 +27,16 @@ from blip3o_dit.data.store import EmbeddingStore, json_line, to_disk, write_shar
 from blip3o_dit.extraction.image_decoding import MAX_PIXELS, UnreadableImageError, decode_image
 from blip3o_dit.extraction.image_files import ImageRef, list_images
 from blip3o_dit.extraction.pooling import pool_tokens
-from blip3o_dit.extraction.resume import claim_folder, clean_up, finish_store, read_entry, write_entry
+from blip3o_dit.extraction.resume import (
+    claim_folder,
+    finish_store,
+    read_entry,
+    remove_working_files,
+    write_entry,
+)
 from blip3o_dit.extraction.vision_towers import Preprocessing, VisionEncoder, load_encoder, tiny_encoder
 from blip3o_dit.utils.distributed import join_processes
+from blip3o_dit.utils.settings import setting
 from blip3o_dit.utils.validation import check_name
 
 DEFAULT_EVA = "BAAI/EVA-CLIP-8B"
@@ -44,21 +51,10 @@ Towers = dict[str, VisionEncoder]
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractionConfig:
-    """What to extract, from what, into what.
+    """What to extract, from what, into what: the flags of `blip3o-dit extract`, explained by their help.
 
-    Args:
-        images: folder, list file, webdataset tars, parquet or Hugging Face dataset folder.
-        output: the store's folder.
-        eva, clip: the towers, as `load_encoder` takes them. eva_revision, clip_revision: hub revisions.
-        towers_from_scratch: tiny, seeded, random towers instead, to try the pipeline: their tokens mean
-            nothing, and the manifest says so.
-        tokens: per image after pooling, a square.
-        dtype: in which the towers compute. store_dtype: on disk.
-        batch_size: images per call of a tower. shard_size: images per shard.
-        workers: decoding processes per process. device: "auto", "cpu", "cuda", ...
-        strict: the first unreadable image is an error instead of a line in `skipped.jsonl`.
-        max_pixels: larger images are refused before they are decoded.
-        seed: of towers from scratch.
+    `images`: a folder, list file, webdataset tars, parquet or Hugging Face dataset folder. `output`: the
+    store's folder. The towers are named as `load_encoder` takes them.
 
     Raises:
         ValueError: names the field, what it expects and what it found.
@@ -66,21 +62,25 @@ class ExtractionConfig:
 
     images: str
     output: str
-    eva: str = DEFAULT_EVA
-    clip: str = DEFAULT_CLIP
-    eva_revision: str | None = None
-    clip_revision: str | None = None
-    towers_from_scratch: bool = False
-    tokens: int = 64
-    dtype: str = "float32"
-    store_dtype: str = "float16"
-    batch_size: int = 32
-    shard_size: int = 1024
-    workers: int = 2
-    device: str = "auto"
-    strict: bool = False
-    max_pixels: int = MAX_PIXELS
-    seed: int = 0
+    eva: str = setting(DEFAULT_EVA, "tower of the conditions")
+    clip: str = setting(DEFAULT_CLIP, "tower of the targets")
+    eva_revision: str | None = setting(None, "revision on the hub")
+    clip_revision: str | None = setting(None, "revision on the hub")
+    towers_from_scratch: bool = setting(
+        False,
+        "tiny random towers, to try the pipeline: their tokens mean nothing",
+        spelling="--towers-from-scratch",
+    )
+    tokens: int = setting(64, "tokens per picture after pooling, a square; 256 keeps a 16x16 grid")
+    dtype: str = setting("float32", "precision of the towers", choices=("float32", "bfloat16", "float16"))
+    store_dtype: str = setting("float16", "precision on disk", choices=("float32", "bfloat16", "float16"))
+    batch_size: int = setting(32, "pictures per call of a tower")
+    shard_size: int = setting(1024, "pictures per shard")
+    workers: int = setting(2, "decoding processes, per process")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
+    strict: bool = setting(False, "an unreadable picture is an error, not a line in skipped.jsonl")
+    max_pixels: int = setting(MAX_PIXELS, "refuse larger pictures, before they are decoded")
+    seed: int = setting(0, "seed of towers from scratch")
 
     def __post_init__(self) -> None:
         check_name("dtype", self.dtype, tuple(DTYPES))
@@ -95,7 +95,7 @@ class ExtractionConfig:
 
 _MINIMUM = {"tokens": 1, "batch_size": 1, "shard_size": 1, "max_pixels": 1, "workers": 0, "seed": 0}
 
-# Settings that may differ between a run and its continuation: they do not change what is written.
+# What may differ between a run and its continuation: it does not change what is written.
 RESUMABLE_CHANGES = ("images", "output", "workers", "device")
 
 
@@ -153,7 +153,7 @@ def extract(config: ExtractionConfig, *, progress: bool = True) -> EmbeddingStor
             )
     if not processes.is_main:
         return None
-    clean_up(output)
+    remove_working_files(output)
     return EmbeddingStore(output)
 
 

@@ -10,6 +10,8 @@ from io import BytesIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from blip3o_dit.utils.json_files import one_line
+
 MAX_PIXELS = 178_956_970  # Pillow refuses more than this by itself
 
 # What Pillow raises on files that it cannot read, format by format.
@@ -59,8 +61,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except UnidentifiedImageError:
         raise UnreadableImageError("not a picture, or of an unknown format") from None
     except _UNREADABLE as error:
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise UnreadableImageError(f"damaged: {reason}") from error
+        raise UnreadableImageError(f"damaged: {one_line(error, max_length=120)}") from error
 
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from blip3o_dit.data.manifest import MANIFEST, check_shard_entry, write_manifest
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.utils.atomic import write_atomically
+from blip3o_dit.utils.atomic import ASIDE, remove_files_and_folders, write_atomically
 from blip3o_dit.utils.json_files import read_json, short_repr
 
 SETTINGS_FILE = "extraction.json"
@@ -118,11 +118,11 @@ def finish_store(
     _log_skipped(skipped, output)
 
 
-def clean_up(output: Path) -> None:
+def remove_working_files(output: Path) -> None:
     """Remove what only an unfinished extraction needs."""
-    leftovers = (*output.glob("shard-*.entry.json"), *output.glob("*.partial"), output / SETTINGS_FILE)
-    for file in leftovers:
-        file.unlink(missing_ok=True)
+    remove_files_and_folders(
+        (*output.glob("shard-*.entry.json"), *output.glob(f"*{ASIDE}"), output / SETTINGS_FILE)
+    )
 
 
 def _log_skipped(skipped: Sequence[Mapping[str, str]], output: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from blip3o_dit.extraction.eva_clip import EvaClipConfig, EvaClipVision, load_eva_clip
-from blip3o_dit.utils.json_files import read_json
+from blip3o_dit.utils.json_files import one_line, read_json
 from blip3o_dit.utils.logging import quiet_transformers
 from blip3o_dit.utils.validation import check_name, is_hub_id
 
@@ -328,7 +328,7 @@ def _download(spec: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(spec, revision=revision, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, max_length=160)
         raise FileNotFoundError(f"{spec}: no such folder, and the hub did not give it: {reason}") from error
 
 

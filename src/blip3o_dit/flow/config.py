@@ -10,17 +10,9 @@ from blip3o_dit.utils.json_files import short_repr, show_names
 from blip3o_dit.utils.validation import check_integer, check_name, check_range
 
 SCHEDULE_TYPES = ("linear", "cosine")
-
-
 PREDICTION_TYPES = ("v_prediction", "epsilon", "sample", "preconditioned")
-
-
 TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
-
-
 SOURCES = ("noise", "ridge", "ridge_3x3")
-
-
 SOLVER_NAMES = ("euler", "midpoint", "heun")
 
 
@@ -39,7 +31,7 @@ class FlowMatchingConfig:
         sigma_min, sigma_max: noise at t = 1 and at t = 0; 0 <= sigma_min < sigma_max.
         prediction_type: "v_prediction", "epsilon", "sample" or "preconditioned" (see `flow/path.py`).
         source: what the path starts from. "noise" is N(0, I). "ridge" and "ridge_3x3" are informed: a ridge
-            regression from the condition, plus noise of its residual's deviation (see `model/source.py`).
+            regression from the condition, plus noise of its residual's deviation (see `flow/source.py`).
         source_components: principal components of a neighbour that "ridge_3x3" uses; 0 for other sources.
         time_distribution: how training draws times, "uniform" or "logit_normal".
         time_mean, time_std: of the logit of the noise level, for "logit_normal".
@@ -47,8 +39,8 @@ class FlowMatchingConfig:
         regularization_weight: weight of the mean square of the network's output in the loss.
         condition_dropout: probability with which training replaces a sample's condition by the null
             condition; classifier-free guidance needs it above zero. BLIP3-o uses 0.1.
-        student_steps: for a distilled model the Euler steps that it was taught, on whose intervals its
-            velocity is an average; 0 for every other model.
+        student_steps: for a distilled model the number of Euler steps it was trained for: its velocity is the
+            average over such a step. 0 for every other model.
 
     Raises:
         ValueError: names the field, what it expects and what it found.

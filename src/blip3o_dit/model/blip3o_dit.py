@@ -25,7 +25,7 @@ from blip3o_dit.model.cuda_graphs import GraphedPredict, Predict
 from blip3o_dit.model.precision import without_autocast
 from blip3o_dit.model.transformer import NextDiT
 from blip3o_dit.ridge import source_features
-from blip3o_dit.utils.atomic import is_sealed, verify
+from blip3o_dit.utils.checksums import is_sealed, verify
 from blip3o_dit.utils.json_files import one_line, printable
 from blip3o_dit.utils.logging import quiet_transformers
 from blip3o_dit.utils.stateless_random import stateless_normal

@@ -12,37 +12,57 @@ from transformers import PreTrainedConfig
 
 from blip3o_dit.flow.config import SOLVER_NAMES, FlowMatchingConfig
 from blip3o_dit.utils.json_files import read_json, short_repr, show_names
-from blip3o_dit.utils.validation import check_name, check_size, error_context, is_hub_id, is_number
+from blip3o_dit.utils.validation import (
+    check_bool,
+    check_name,
+    check_size,
+    check_text,
+    error_context,
+    is_hub_id,
+    is_number,
+)
 
 CONFIG_FILE = "config.json"
 
+SIZE_FIELDS = (
+    "model_dim",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "ffn_dim",
+    "in_channels",
+    "eva_embedding_size",
+    "input_size",
+    "default_steps",
+)
+_SWITCHES = ("gradient_checkpointing", "normalize_embeddings", "standardize")
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 # What a config.json holds beside our own fields, as Hugging Face and its Trainer write it. Not: names of
 # attention kernels or of Python files, which Hugging Face would look up on the hub.
-_WRITTEN_EXTRAS = (
-    *("model_type", "architectures", "dtype", "torch_dtype"),
-    *("transformers_version", "_name_or_path", "use_cache"),
-)
-
-
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
-
+_WRITTEN_EXTRAS = {
+    "model_type",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "_name_or_path",
+    "use_cache",
+}
 
 # Keyword arguments that PreTrainedConfig consumes without having a dataclass field for them.
-_PRETRAINED_EXTRAS = frozenset(
-    [
-        "model_type",
-        "name_or_path",
-        "_name_or_path",
-        "torch_dtype",
-        "attn_implementation",
-        "output_attentions",
-        "num_labels",
-        "_commit_hash",
-        "experts_implementation",
-        "use_cache",
-    ]
-)
+_PRETRAINED_EXTRAS = {
+    "model_type",
+    "name_or_path",
+    "_name_or_path",
+    "torch_dtype",
+    "attn_implementation",
+    "output_attentions",
+    "num_labels",
+    "_commit_hash",
+    "experts_implementation",
+    "use_cache",
+}
 
 
 class BLIP3oDiTConfig(PreTrainedConfig):
@@ -61,8 +81,8 @@ class BLIP3oDiTConfig(PreTrainedConfig):
         standardize: the network sees tokens standardised with the training split's statistics. Without it the
             statistics are there too, but only for measuring.
         flow_matching: the fields of `FlowMatchingConfig`, as a dict (JSON) or as that class.
-        default_solver, default_steps: what `generate` does when it is not told; a distilled model says
-            here how few steps it was made for.
+        default_solver, default_steps: what `generate` takes by default; for a distilled model the steps it
+            was made for.
 
     Raises:
         ValueError: for an unknown name, or sizes that do not fit each other; says both numbers.
@@ -166,18 +186,15 @@ class BLIP3oDiTConfig(PreTrainedConfig):
 
     def _check_types(self) -> None:
         for name in SIZE_FIELDS:
-            value = getattr(self, name)
-            if value is None and name == "ffn_dim":
-                continue
-            check_size(name, value)
+            if name != "ffn_dim" or self.ffn_dim is not None:
+                check_size(name, getattr(self, name))
         check_name("default_solver", self.default_solver, SOLVER_NAMES)
         for name in ("norm_eps", "rope_theta"):
             value = getattr(self, name)
             if not is_number(value) or not 0 < value < math.inf:
                 raise ValueError(f"{name}: expected a positive number, found {short_repr(value)}")
-        for name in ("gradient_checkpointing", "normalize_embeddings", "standardize"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}: expected true or false, found {short_repr(getattr(self, name))}")
+        for name in _SWITCHES:
+            check_bool(name, getattr(self, name))
 
     def _check_sizes(self) -> None:
         if self.model_dim % self.num_heads:
@@ -197,12 +214,6 @@ class BLIP3oDiTConfig(PreTrainedConfig):
             )
 
 
-SIZE_FIELDS = (
-    *("model_dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim"),
-    *("in_channels", "eva_embedding_size", "input_size", "default_steps"),
-)
-
-
 def _config_file(folder: str | os.PathLike[str]) -> Path:
     """The configuration in a folder, or this file itself."""
     path = Path(folder)
@@ -214,7 +225,7 @@ def _config_file(folder: str | os.PathLike[str]) -> Path:
 
 
 def _check_written(file: Path, values: Any) -> None:
-    """What Hugging Face reads of a config.json by itself, before our fields are looked at."""
+    """Refuse (ValueError) what Hugging Face would read of a config.json before our fields are checked."""
     if not isinstance(values, dict) or values.get("model_type") != BLIP3oDiTConfig.model_type:
         found = short_repr(values.get("model_type")) if isinstance(values, dict) else short_repr(values)
         raise ValueError(f"{file}: expected model_type {BLIP3oDiTConfig.model_type!r}, found {found}")
@@ -222,17 +233,13 @@ def _check_written(file: Path, values: Any) -> None:
     unknown = set(values) - known
     if unknown:
         raise ValueError(f"{file}: unknown {show_names(unknown)}; known are {sorted(known)}")
-    for name in ("dtype", "torch_dtype"):
-        if values.get(name) is not None:
-            with error_context(file):
+    with error_context(file):
+        for name in ("dtype", "torch_dtype"):
+            if values.get(name) is not None:
                 check_name(name, values[name], _DTYPES)
-    for name in ("transformers_version", "_name_or_path"):
-        if not isinstance(values.get(name, ""), str):
-            raise ValueError(f"{file}: {name}: expected text, found {short_repr(values[name])}")
-    if not isinstance(values.get("use_cache", False), bool):
-        raise ValueError(
-            f"{file}: use_cache: expected true or false, found {short_repr(values['use_cache'])}"
-        )
+        for name in ("transformers_version", "_name_or_path"):
+            check_text(name, values.get(name, ""))
+        check_bool("use_cache", values.get("use_cache", False))
     architectures = values.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise ValueError(

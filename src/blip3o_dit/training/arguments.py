@@ -1,108 +1,21 @@
-"""The run's settings: written beside the weights, read back to resume, turned into Trainer arguments."""
+"""From a `TrainingConfig` to Hugging Face's `TrainingArguments`: optimizer, device, precision."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
 from blip3o_dit.model.blip3o_dit import check_compiler
-from blip3o_dit.training.config import LOW_MEMORY_DEFAULTS, PAPER_RECIPE, TrainingConfig
-from blip3o_dit.utils.launch import check_launch
+from blip3o_dit.training.config import TrainingConfig, launcher_precision
+from blip3o_dit.utils.distributed import check_launch
 from blip3o_dit.utils.logging import quiet_torchao
 
-# `--debug` is a small and quick run; a flag given beside it wins.
-DEBUG_DEFAULTS: dict[str, Any] = {
-    "model_dim": 128,
-    "num_layers": 2,
-    "num_heads": 4,
-    "max_steps": 20,
-    "batch_size": 8,
-    "eval_batch_size": 8,
-    "learning_rate": 1e-3,
-    "logging_steps": 5,
-    "eval_steps": 10,
-    "save_steps": 10,
-    "eval_samples": 8,
-    "eval_inference_steps": 5,
-}
-
-# Settings that a resumed run may change: they do not change what is learned from which data.
-_HARMLESS = frozenset(
-    [
-        "embeddings_path",
-        "output_dir",
-        "num_workers",
-        "verify",
-        "device",
-        "deterministic",
-        "logging_steps",
-        "save_steps",
-        "save_total_limit",
-        "eval_steps",
-        "eval_loss_samples",
-        "eval_samples",
-        "eval_inference_steps",
-        "eval_batch_size",
-        "gradient_checkpointing",
-        "selective_checkpointing",
-        "compile",
-        "wandb_project",
-        "wandb_run_name",
-        "best_metric",
-        "max_hours",
-        # together the samples of a step, which `check_checkpoint` compares
-        "batch_size",
-        "gradient_accumulation_steps",
-        "solver",
-        "num_inference_steps",
-    ]
-)
-
-
-# Seconds that the other processes wait for the first one, which fits the source; it also takes so long until
-# a process that hangs is given up.
-LONGEST_FIT = 2 * 3600
-
-
-def resolve_config(
-    given: dict[str, Any], *, debug: bool, resume: Path | None, recipe: str = "default"
-) -> TrainingConfig:
-    """The configuration of a run from the flags that were given, over those of `--debug` and the recipe.
-
-    A resumed run takes what was not given from its checkpoint, and refuses to change what was learned:
-    the message shows each difference.
-    """
-    given = launcher_precision() | given
-    recipe_settings = PAPER_RECIPE if recipe == "paper" else {}
-    if given.get("memory") == "low":
-        recipe_settings = recipe_settings | LOW_MEMORY_DEFAULTS
-    if resume is None:
-        return TrainingConfig(**(recipe_settings | (DEBUG_DEFAULTS if debug else {}) | given))
-    given = recipe_settings | given
-    saved = asdict(TrainingConfig.from_folder(resume))
-    harmless = _HARMLESS
-    if saved["lr_scheduler_type"] == "constant_with_warmup":  # the others end where the run ends
-        harmless = harmless | {"num_epochs", "max_steps"}
-    changed = [
-        f"{name} was {saved[name]!r}, now {value!r}"
-        for name, value in given.items()
-        if name not in harmless and saved[name] != value
-    ]
-    if changed:
-        raise ValueError(f"{resume}: cannot resume with other settings: " + "; ".join(changed))
-    return TrainingConfig(**(saved | given))
-
-
-def launcher_precision() -> dict[str, Any]:
-    """The mixed precision that `accelerate launch` asks for, as the flag that says the same."""
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    return {precision: True} if precision in ("bf16", "fp16") else {}
+# How long the other processes wait for the first one, which fits the source; also how long it takes until a
+# process that hangs is given up.
+MAX_FIT_SECONDS = 2 * 3600
 
 
 def training_arguments(config: TrainingConfig, *, evaluate: bool) -> TrainingArguments:
@@ -148,7 +61,7 @@ def training_arguments(config: TrainingConfig, *, evaluate: bool) -> TrainingArg
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # statistics and source, which all processes have and nothing changes
         # The others wait while the first process fits statistics and source.
-        ddp_timeout=LONGEST_FIT,
+        ddp_timeout=MAX_FIT_SECONDS,
         report_to="wandb" if config.wandb_project else "none",
         run_name=config.wandb_run_name,
         disable_tqdm=False,

@@ -29,8 +29,9 @@ from blip3o_dit.model.blip3o_dit import check_weights
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.training.anomalies import SPIKES_FILE
 from blip3o_dit.training.config import TrainingConfig
-from blip3o_dit.utils.atomic import ASIDE, REPLACED, restore_replaced, verify
-from blip3o_dit.utils.json_files import finite_or_none, read_json, short_repr, show_names
+from blip3o_dit.utils.atomic import ASIDE, REPLACED, remove_files_and_folders, restore_replaced
+from blip3o_dit.utils.checksums import verify
+from blip3o_dit.utils.json_files import finite_or_none, read_json_object, short_repr, show_names
 
 logger = logging.getLogger(__name__)
 
@@ -76,20 +77,12 @@ class LoopState:
     def read(cls, folder: Path) -> LoopState:
         """Raises ValueError when the file is not what `write` made."""
         file = folder / PROGRESS_FILE
-        values = read_object(file)
+        values = read_json_object(file)
         try:
             run = RunIdentity(**values.pop("run"))
             return cls(run=run, **values)
         except (TypeError, KeyError) as error:
             raise ValueError(f"{file}: expected the progress of a run, found something else") from error
-
-
-def read_object(file: Path, *, non_finite: bool = False) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError, naming the file, for anything else."""
-    values = read_json(file, non_finite=non_finite)
-    if not isinstance(values, dict):
-        raise ValueError(f"{file}: expected an object, found {short_repr(values)}")
-    return values
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -113,19 +106,14 @@ def newest_whole(output_dir: Path) -> Path | None:
     return None
 
 
-def clean_up(output_dir: Path, *, all_checkpoints: bool = False) -> None:
+def remove_leftovers(output_dir: Path, *, all_checkpoints: bool = False) -> None:
     """Remove what a killed run left half-written, and with `all_checkpoints` those of an earlier run, and
-    what it said of its health."""
-    for left in (*output_dir.glob(f"*{ASIDE}"), *output_dir.glob(f"checkpoint-*{REPLACED}")):
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
+    what it reported of anomalies."""
+    remove_files_and_folders((*output_dir.glob(f"*{ASIDE}"), *output_dir.glob(f"checkpoint-*{REPLACED}")))
     if all_checkpoints:
         for path in checkpoints(output_dir):
             shutil.rmtree(path)
-        for file in (output_dir / SPIKES_FILE, *output_dir.glob("diagnosis*.json")):
-            file.unlink(missing_ok=True)
+        remove_files_and_folders((output_dir / SPIKES_FILE, *output_dir.glob("diagnosis*.json")))
 
 
 def keep_newest(output_dir: Path, limit: int | None, *, best_step: int | None) -> None:
@@ -174,7 +162,7 @@ def check_checkpoint(checkpoint: Path, model_config: BLIP3oDiTConfig, run: RunId
         FileNotFoundError, ValueError: naming the file, or each difference.
     """
     verify_checkpoint(checkpoint)
-    saved = read_object(checkpoint / "config.json")
+    saved = read_json_object(checkpoint / "config.json")
     wanted = model_config.to_dict()
     if "standardize" not in saved:  # older than this field of config.json
         saved["standardize"] = TrainingConfig.from_folder(checkpoint).standardize
@@ -220,7 +208,7 @@ def save_trainer_state(state: TrainerState, file: Path) -> None:
 
 def _check_trainer_state(file: Path) -> None:
     """The Trainer takes what it finds: refuse what it could not have written, which a NaN is not."""
-    state = read_object(file, non_finite=True)
+    state = read_json_object(file, non_finite=True)
     known = {field.name for field in fields(TrainerState)}
     unknown = sorted(set(state) - known)
     if unknown:

@@ -1,10 +1,12 @@
-"""One training run: the flags of train_blip3o_dit.py, resolved and checked."""
+"""One training run: its settings, the recipes for them, and what a resumed run may change."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields
+import os
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +20,37 @@ from blip3o_dit.flow.config import (
     TIME_DISTRIBUTIONS,
     FlowMatchingConfig,
 )
-from blip3o_dit.model.config import SIZE_FIELDS, BLIP3oDiTConfig
+from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.ridge import neighbour_components
-from blip3o_dit.utils.atomic import is_sealed, verify
-from blip3o_dit.utils.json_files import read_json, short_repr, show_names
-from blip3o_dit.utils.validation import (
-    check_integer,
-    check_name,
-    check_range,
-    check_size,
-    error_context,
-    is_number,
-)
+from blip3o_dit.utils.checksums import is_sealed, verify
+from blip3o_dit.utils.json_files import read_json_object, short_repr, show_names
+from blip3o_dit.utils.settings import check_settings, setting
+from blip3o_dit.utils.validation import check_integer, check_range, check_size, error_context, is_number
 
 TRAINING_CONFIG_FILE = "training_config.json"
 
-
 MEMORY_MODES = ("default", "low")
-
-
 BEST_METRICS = ("loss", "cosine_similarity_mean", "r2")
-
 
 # The time shift sqrt(N d / 4096) is 1 for this many numbers a sample (RAE, arXiv 2510.11690).
 SHIFT_REFERENCE = 4096
 
+# What values a setting takes; see `check_settings`.
+_at_least_1 = partial(check_integer, low=1)
+_at_least_0 = partial(check_integer, low=0)
+_nonnegative = partial(check_range, low=0.0, high=math.inf)
+_share = partial(check_range, low=0.0, high=1.0)
+_shift = partial(check_range, low=0.0, high=1e3)
 
-def _option(default: Any, help_text: str, *, choices: tuple[str, ...] | None = None) -> Any:
-    return field(default=default, metadata={"help": help_text, "choices": choices})
+
+def _positive(name: str, value: Any) -> None:
+    if not (is_number(value) and 0 < value < math.inf):
+        raise ValueError(f"{name}: expected a number above 0, found {short_repr(value)}")
+
+
+def _max_steps(name: str, value: Any) -> None:
+    if value != -1:
+        check_integer(name, value, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,107 +64,130 @@ class TrainingConfig:
         ValueError: names the field, what it expects and what it found.
     """
 
-    embeddings_path: str = _option("", "embedding store (folder) or documented pickle")
-    output_dir: str = _option("", "folder for weights, checkpoints, logs and curves")
+    embeddings_path: str = setting("", "embedding store (folder) or documented pickle")
+    output_dir: str = setting("", "folder for weights, checkpoints, logs and curves")
 
-    model_dim: int = _option(1792, "hidden width of the transformer")
-    num_layers: int = _option(24, "transformer blocks")
-    num_heads: int = _option(28, "attention heads")
-    num_kv_heads: int | None = _option(None, "heads of keys and values (default: num_heads)")
-    ffn_dim: int | None = _option(None, "feed-forward width (default: 8/3 model_dim, rounded up)")
-    gradient_checkpointing: bool = _option(False, "recompute blocks in the backward pass")
-    selective_checkpointing: bool = _option(
+    model_dim: int = setting(1792, "hidden width of the transformer", check=check_size)
+    num_layers: int = setting(24, "transformer blocks", check=check_size)
+    num_heads: int = setting(28, "attention heads", check=check_size)
+    num_kv_heads: int | None = setting(
+        None, "heads of keys and values (default: num_heads)", check=check_size
+    )
+    ffn_dim: int | None = setting(
+        None, "feed-forward width (default: 8/3 model_dim, rounded up)", check=check_size
+    )
+    gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass")
+    selective_checkpointing: bool = setting(
         False, "keep products and attention, recompute only what is cheap, in the backward pass"
     )
-    memory: str = _option(
+    memory: str = setting(
         "default",
         "low: bfloat16 weights rounded stochastically, 8-bit AdamW states, gradient checkpointing, no "
         "averaged weights",
         choices=MEMORY_MODES,
     )
-    compile: bool = _option(
+    compile: bool = setting(
         False, "compile the blocks with torch.compile (takes a minute or more at the start)"
     )
 
-    num_epochs: float = _option(10.0, "passes over the training split")
-    max_steps: int = _option(-1, "stop after this many optimizer steps; overrides num_epochs")
-    batch_size: int = _option(32, "training samples per device and step")
-    eval_batch_size: int = _option(32, "evaluation samples per device and step")
-    gradient_accumulation_steps: int = _option(1, "batches per optimizer step")
-    learning_rate: float = _option(1e-4, "peak learning rate (AdamW)")
-    weight_decay: float = _option(0.0, "AdamW weight decay")
-    warmup_steps: int = _option(0, "optimizer steps of linear warm-up")
-    lr_scheduler_type: str = _option(
+    num_epochs: float = setting(10.0, "passes over the training split", check=_positive)
+    max_steps: int = setting(
+        -1, "stop after this many optimizer steps; overrides num_epochs", check=_max_steps
+    )
+    batch_size: int = setting(32, "training samples per device and step", check=_at_least_1)
+    eval_batch_size: int = setting(32, "evaluation samples per device and step", check=_at_least_1)
+    gradient_accumulation_steps: int = setting(1, "batches per optimizer step", check=_at_least_1)
+    learning_rate: float = setting(1e-4, "peak learning rate (AdamW)", check=_nonnegative)
+    weight_decay: float = setting(0.0, "AdamW weight decay", check=_nonnegative)
+    warmup_steps: int = setting(0, "optimizer steps of linear warm-up", check=_at_least_0)
+    lr_scheduler_type: str = setting(
         "cosine", "schedule after warm-up", choices=("cosine", "linear", "constant_with_warmup")
     )
-    max_grad_norm: float = _option(1.0, "gradient clipping norm; 0 turns clipping off")
-    ema_decay: float = _option(0.999, "decay of the averaged weights used for inference; 0: none")
-
-    sigma_min: float = _option(1e-4, "noise left at t = 1")
-    sigma_max: float = _option(1.0, "noise at t = 0")
-    prediction_type: str = _option("preconditioned", "what the network predicts", choices=PREDICTION_TYPES)
-    schedule_type: str = _option("linear", "path from noise to data", choices=SCHEDULE_TYPES)
-    regularization_weight: float = _option(0.0, "weight of the mean square of the network output")
-    cfg_dropout: float = _option(0.1, "probability of training without the condition (guidance)")
-    source: str = _option("ridge_3x3", "what the path starts from: noise, or a ridge guess", choices=SOURCES)
-    source_samples: int = _option(10000, "most training samples that the ridge source is fitted on")
-    time_distribution: str = _option("uniform", "how training draws times", choices=TIME_DISTRIBUTIONS)
-    time_mean: float = _option(0.0, "mean of the noise level's logit, for logit_normal")
-    time_std: float = _option(1.0, "deviation of the noise level's logit, for logit_normal")
-    time_shift: float = _option(
-        1.0, "shift of the noise level in training and sampling; 1: none, 0: sqrt(N d / 4096)"
+    max_grad_norm: float = setting(1.0, "gradient clipping norm; 0 turns clipping off", check=_nonnegative)
+    ema_decay: float = setting(
+        0.999, "decay of the averaged weights used for inference; 0: none", check=_share
     )
-    solver: str = _option("midpoint", "solver that generation uses by default", choices=SOLVER_NAMES)
-    num_inference_steps: int = _option(8, "steps that generation takes by default")
-    standardize: bool = _option(True, "standardise each channel with the training split's statistics")
-    statistics_samples: int = _option(10000, "most training samples that these statistics are taken from")
 
-    eval_split: float = _option(
+    sigma_min: float = setting(1e-4, "noise left at t = 1")
+    sigma_max: float = setting(1.0, "noise at t = 0")
+    prediction_type: str = setting("preconditioned", "what the network predicts", choices=PREDICTION_TYPES)
+    schedule_type: str = setting("linear", "path from noise to data", choices=SCHEDULE_TYPES)
+    regularization_weight: float = setting(0.0, "weight of the mean square of the network output")
+    cfg_dropout: float = setting(0.1, "probability of training without the condition (guidance)")
+    source: str = setting("ridge_3x3", "what the path starts from: noise, or a ridge guess", choices=SOURCES)
+    source_samples: int = setting(
+        10000, "most training samples that the ridge source is fitted on", check=_at_least_1
+    )
+    time_distribution: str = setting("uniform", "how training draws times", choices=TIME_DISTRIBUTIONS)
+    time_mean: float = setting(0.0, "mean of the noise level's logit, for logit_normal")
+    time_std: float = setting(1.0, "deviation of the noise level's logit, for logit_normal")
+    time_shift: float = setting(
+        1.0,
+        "shift of the noise level in training and sampling; 1: none, 0: sqrt(N d / 4096)",
+        check=_shift,
+    )
+    solver: str = setting("midpoint", "solver that generation uses by default", choices=SOLVER_NAMES)
+    num_inference_steps: int = setting(8, "steps that generation takes by default", check=_at_least_1)
+    standardize: bool = setting(True, "standardise each channel with the training split's statistics")
+    statistics_samples: int = setting(
+        10000, "most training samples that these statistics are taken from", check=_at_least_1
+    )
+
+    eval_split: float = setting(
         0.1, "share of the samples held out, or from 1 up their number; 0 trains on all of them"
     )
-    split_by: str = _option(
+    split_by: str = setting(
         "permutation",
         "how samples are held out; key_hash does not change when data is appended, but reads every key first",
         choices=SPLIT_RULES,
     )
-    normalize_embeddings: bool = _option(False, "L2-normalise every token before standardising")
-    shuffle: str = _option(
+    normalize_embeddings: bool = setting(False, "L2-normalise every token before standardising")
+    shuffle: str = setting(
         "exact",
         "order of a pass: any, or whole shards through a window, for stores larger than memory on slow disks",
         choices=SHUFFLES,
     )
-    shuffle_window: int = _option(4096, "samples that --shuffle window mixes at a time")
-    verify: str = _option(
+    shuffle_window: int = setting(4096, "samples that --shuffle window mixes at a time", check=_at_least_1)
+    verify: str = setting(
         "first",
         "checksums of a store's shards: taken when this machine first reads a shard, or never",
         choices=VERIFY_CHOICES,
     )
-    num_workers: int = _option(0, "data-loader processes")
+    num_workers: int = setting(0, "data-loader processes", check=_at_least_0)
 
-    fp16: bool = _option(False, "float16 mixed precision (needs a GPU)")
-    bf16: bool = _option(False, "bfloat16 mixed precision")
-    device: str = _option("auto", "where to train", choices=("auto", "cpu", "cuda"))
-    deterministic: bool = _option(
+    fp16: bool = setting(False, "float16 mixed precision (needs a GPU)")
+    bf16: bool = setting(False, "bfloat16 mixed precision")
+    device: str = setting("auto", "where to train", choices=("auto", "cpu", "cuda"))
+    deterministic: bool = setting(
         False, "on a GPU, only kernels that give the same bits in every run; slower (the CPU has no others)"
     )
-    seed: int = _option(42, "names every random draw: weights, split, order, noise, times")
+    seed: int = setting(42, "names every random draw: weights, split, order, noise, times", check=_at_least_0)
 
-    logging_steps: int = _option(100, "optimizer steps between log lines")
-    save_steps: int = _option(1000, "optimizer steps between checkpoints")
-    save_total_limit: int | None = _option(
-        None, "newest checkpoints kept, and the best one of those that were evaluated (default: all)"
+    logging_steps: int = setting(100, "optimizer steps between log lines", check=_at_least_1)
+    save_steps: int = setting(1000, "optimizer steps between checkpoints", check=_at_least_1)
+    save_total_limit: int | None = setting(
+        None,
+        "newest checkpoints kept, and the best one of those that were evaluated (default: all)",
+        check=_at_least_1,
     )
-    best_metric: str = _option("loss", "held-out figure that names the best checkpoint", choices=BEST_METRICS)
-    max_hours: float | None = _option(None, "save and stop after so many hours (default: no limit)")
-    eval_steps: int = _option(1000, "optimizer steps between evaluations")
-    eval_loss_samples: int = _option(4096, "most held-out samples that each evaluation takes the loss of")
-    eval_samples: int = _option(64, "held-out samples that each evaluation generates")
-    eval_inference_steps: int = _option(8, "solver steps of these generations")
+    best_metric: str = setting("loss", "held-out figure that names the best checkpoint", choices=BEST_METRICS)
+    max_hours: float | None = setting(
+        None, "save and stop after so many hours (default: no limit)", check=_positive
+    )
+    eval_steps: int = setting(1000, "optimizer steps between evaluations", check=_at_least_1)
+    eval_loss_samples: int = setting(
+        4096, "most held-out samples that each evaluation takes the loss of", check=_at_least_1
+    )
+    eval_samples: int = setting(64, "held-out samples that each evaluation generates", check=_at_least_0)
+    eval_inference_steps: int = setting(8, "solver steps of these generations", check=_at_least_1)
 
-    wandb_project: str | None = _option(None, "log to this Weights & Biases project")
-    wandb_run_name: str | None = _option(None, "name of the run there")
+    wandb_project: str | None = setting(None, "log to this Weights & Biases project")
+    wandb_run_name: str | None = setting(None, "name of the run there")
 
     def __post_init__(self) -> None:
+        check_settings(self)
+        check_split(self.eval_split, self.split_by)
+        self.flow_matching()
         if self.fp16 and self.bf16:
             raise ValueError("fp16 and bf16: expected at most one of them, found both")
         if self.memory == "low" and self.fp16:
@@ -168,44 +196,8 @@ class TrainingConfig:
             raise ValueError(
                 "selective_checkpointing: expected none with compile, which itself recomputes what is cheap"
             )
-        for name in _COUNTS_FROM_ONE:
-            check_integer(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "num_workers", "seed", "eval_samples"):
-            check_integer(name, getattr(self, name), 0)
-        if self.save_total_limit is not None:
-            check_integer("save_total_limit", self.save_total_limit, 1)
-        if self.max_steps != -1:
-            check_integer("max_steps", self.max_steps, 1)
-        for name in ("num_epochs", "max_hours"):
-            value = getattr(self, name)
-            no_limit = name == "max_hours" and value is None
-            if not no_limit and not (is_number(value) and 0 < value < math.inf):
-                raise ValueError(f"{name}: expected a number above 0, found {short_repr(value)}")
-        for name in ("learning_rate", "weight_decay", "max_grad_norm"):
-            check_range(name, getattr(self, name), 0.0, math.inf)
-        check_range("ema_decay", self.ema_decay, 0.0, 1.0)
         if self.best_metric != "loss" and not self.eval_samples:
             raise ValueError(f"best_metric: {self.best_metric} expects eval_samples above 0, found 0")
-        self._check_plain_types()
-        for option in fields(self):
-            if option.metadata["choices"]:
-                check_name(option.name, getattr(self, option.name), option.metadata["choices"])
-        check_split(self.eval_split, self.split_by)
-        self.flow_matching()
-
-    def _check_plain_types(self) -> None:
-        """Switches are true or false, names and paths are text; sizes of the model are checked with it."""
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if isinstance(option.default, bool):
-                if not isinstance(value, bool):
-                    raise ValueError(f"{option.name}: expected true or false, found {short_repr(value)}")
-            elif option.type in ("str", "str | None"):
-                if not isinstance(value, str) and not (value is None and option.type != "str"):
-                    raise ValueError(f"{option.name}: expected text, found {short_repr(value)}")
-            elif option.name in SIZE_FIELDS and not (value is None and "None" in str(option.type)):
-                check_size(option.name, value)
-        check_range("time_shift", self.time_shift, 0.0, 1e3)
 
     def to_json(self) -> bytes:
         """The content of `training_config.json`."""
@@ -223,9 +215,7 @@ class TrainingConfig:
             raise ValueError(f"{folder}: expected {TRAINING_CONFIG_FILE}, found none")
         if is_sealed(Path(folder)):
             verify(Path(folder), [TRAINING_CONFIG_FILE])
-        values = read_json(file)
-        if not isinstance(values, dict):
-            raise ValueError(f"{file}: expected an object, found {short_repr(values)}")
+        values = read_json_object(file)
         known = {f.name for f in fields(cls)}
         unknown = set(values) - known
         if unknown:
@@ -291,13 +281,86 @@ PAPER_RECIPE: dict[str, Any] = {
     "eval_inference_steps": 20,
 }
 
-
 # `--memory low`: what its flag stands for beside the weights and the optimizer; flags given beside it win.
 LOW_MEMORY_DEFAULTS: dict[str, Any] = {"gradient_checkpointing": True, "ema_decay": 0.0}
 
+# `--debug` is a small and quick run; a flag given beside it wins.
+DEBUG_DEFAULTS: dict[str, Any] = {
+    "model_dim": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "max_steps": 20,
+    "batch_size": 8,
+    "eval_batch_size": 8,
+    "learning_rate": 1e-3,
+    "logging_steps": 5,
+    "eval_steps": 10,
+    "save_steps": 10,
+    "eval_samples": 8,
+    "eval_inference_steps": 5,
+}
 
-_COUNTS_FROM_ONE = (
-    *("batch_size", "eval_batch_size", "gradient_accumulation_steps"),
-    *("logging_steps", "save_steps", "eval_steps", "eval_inference_steps", "eval_loss_samples"),
-    *("source_samples", "statistics_samples", "shuffle_window", "num_inference_steps"),
-)
+# Settings that a resumed run may change: they do not change what is learned from which data.
+RESUMABLE_CHANGES = {
+    "embeddings_path",
+    "output_dir",
+    "num_workers",
+    "verify",
+    "device",
+    "deterministic",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "eval_steps",
+    "eval_loss_samples",
+    "eval_samples",
+    "eval_inference_steps",
+    "eval_batch_size",
+    "gradient_checkpointing",
+    "selective_checkpointing",
+    "compile",
+    "wandb_project",
+    "wandb_run_name",
+    "best_metric",
+    "max_hours",
+    # together the samples of a step, which `check_checkpoint` compares
+    "batch_size",
+    "gradient_accumulation_steps",
+    "solver",
+    "num_inference_steps",
+}
+
+
+def resolve_config(
+    given: dict[str, Any], *, debug: bool, resume: Path | None, recipe: str = "default"
+) -> TrainingConfig:
+    """The configuration of a run from the flags that were given, over those of `--debug` and the recipe.
+
+    A resumed run takes what was not given from its checkpoint, and refuses to change what was learned:
+    the message shows each difference.
+    """
+    given = launcher_precision() | given
+    recipe_settings = PAPER_RECIPE if recipe == "paper" else {}
+    if given.get("memory") == "low":
+        recipe_settings = recipe_settings | LOW_MEMORY_DEFAULTS
+    if resume is None:
+        return TrainingConfig(**(recipe_settings | (DEBUG_DEFAULTS if debug else {}) | given))
+    given = recipe_settings | given
+    saved = asdict(TrainingConfig.from_folder(resume))
+    may_change = RESUMABLE_CHANGES
+    if saved["lr_scheduler_type"] == "constant_with_warmup":  # the others end where the run ends
+        may_change = may_change | {"num_epochs", "max_steps"}
+    changed = [
+        f"{name} was {saved[name]!r}, now {value!r}"
+        for name, value in given.items()
+        if name not in may_change and saved[name] != value
+    ]
+    if changed:
+        raise ValueError(f"{resume}: cannot resume with other settings: " + "; ".join(changed))
+    return TrainingConfig(**(saved | given))
+
+
+def launcher_precision() -> dict[str, Any]:
+    """The mixed precision that `accelerate launch` asks for, as the flag that says the same."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return {precision: True} if precision in ("bf16", "fp16") else {}

@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from blip3o_dit.training.config import TRAINING_CONFIG_FILE, TrainingConfig
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.memory import check_room, distillation_forecast, room_on
 from blip3o_dit.utils.atomic import written_aside
-from blip3o_dit.utils.launch import check_alone
+from blip3o_dit.utils.distributed import check_alone
+from blip3o_dit.utils.settings import setting
 from blip3o_dit.utils.stateless_random import stateless_normal, stateless_permutation
 from blip3o_dit.utils.validation import check_name, check_range
 
@@ -37,27 +38,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
-    """How a student is taught.
+    """How a student is trained: the flags of `blip3o-dit distill`; their meanings are the help texts.
 
-    Args:
-        steps: network calls that the student needs for a sample (Euler steps).
-        train_steps: optimizer steps. batch_size: conditions per step; each gives `steps` lessons.
-        learning_rate: peak of AdamW's, after a warm-up over a twentieth of the steps, cosine to zero.
-        teacher_solver, teacher_steps: how the teacher walks a whole path; its steps are shared out over the
-            student's intervals, at least one in each.
-        ema_decay: of the averaged weights; 0 keeps none.
-        seed: names conditions and noise. device: "cpu", "cuda", ...
+    The teacher's steps are shared out over the student's intervals, at least one in each. `device`: "cpu",
+    "cuda", ...
     """
 
-    steps: int
-    train_steps: int = 1000
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    teacher_solver: str = "heun"
-    teacher_steps: int = 8
-    ema_decay: float = 0.999
+    steps: int = setting(MISSING, "network calls of the student, which are Euler steps: 1, 2, 4, ...")
+    train_steps: int = setting(1000, "optimizer steps")
+    batch_size: int = setting(32, "conditions per step; each gives one training target per student step")
+    learning_rate: float = setting(
+        1e-3, "peak learning rate (AdamW), after a warm-up over a twentieth of the steps, then cosine to 0"
+    )
+    teacher_solver: str = setting("heun", "solver of the teacher's paths", choices=SOLVER_NAMES)
+    teacher_steps: int = setting(8, "solver steps of a whole path of the teacher")
+    ema_decay: float = setting(0.999, "decay of the averaged weights; 0: none")
     max_grad_norm: float = 1.0
-    seed: int = 0
+    seed: int = setting(0, "seed of the order of conditions and of the noise")
     device: str = "cpu"
 
     def __post_init__(self) -> None:

@@ -23,8 +23,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from blip3o_dit.training.checkpoint import OPTIMIZER_NUMBERS, OPTIMIZER_TENSORS, read_object
-from blip3o_dit.utils.json_files import one_line, short_repr
+from blip3o_dit.training.checkpoint import OPTIMIZER_NUMBERS, OPTIMIZER_TENSORS
+from blip3o_dit.utils.json_files import one_line, read_json_object, short_repr
 
 EIGHT_BIT_PARTS = ("codes", "scale", "qmap")
 
@@ -80,7 +80,7 @@ def load_optimizer(
         ValueError: naming the file, when it is not such a state or that of other parameters.
     """
     optimizer = _unwrapped(optimizer)
-    numbers = read_object(folder / OPTIMIZER_NUMBERS)
+    numbers = read_json_object(folder / OPTIMIZER_NUMBERS)
     file = folder / OPTIMIZER_TENSORS
     try:
         tensors = load_file(file)

@@ -27,9 +27,9 @@ from blip3o_dit.training.checkpoint import (
     RunIdentity,
     check_checkpoint,
     checkpoints,
-    clean_up,
     fingerprint,
     global_batch,
+    remove_leftovers,
 )
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.fit_source import SourceFolds, fit_source, threads_of_all
@@ -76,7 +76,7 @@ def train(
             _first_step(build_trainer(source, replace(config, output_dir=aside)))
         return Path(config.output_dir)
     if os.environ.get("RANK", "0") == "0":
-        clean_up(Path(config.output_dir), all_checkpoints=resume is None)
+        remove_leftovers(Path(config.output_dir), all_checkpoints=resume is None)
     trainer = train_on(source, config, resume=resume)
     if trainer.is_world_process_zero():
         _report(trainer)

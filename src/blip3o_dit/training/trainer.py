@@ -71,7 +71,7 @@ from blip3o_dit.training.throughput import PASSES_PER_STEP, Throughput, forward_
 from blip3o_dit.utils.atomic import written_aside
 from blip3o_dit.utils.distributed import Processes
 from blip3o_dit.utils.json_files import finite_or_none
-from blip3o_dit.utils.stateless_random import named_seed, stateless_permutation
+from blip3o_dit.utils.stateless_random import stateless_permutation, stateless_seed
 
 logger = logging.getLogger(__name__)
 
@@ -255,7 +255,7 @@ class BLIP3oTrainer(Trainer):
     def _before_optimizer_step(self) -> None:
         """Stochastic rounding draws from torch's own generator: by name as well, so that a continued run and
         every process round alike."""
-        torch.manual_seed(named_seed(self.config.seed, "optimizer step", self.state.global_step))
+        torch.manual_seed(stateless_seed(self.config.seed, "optimizer step", self.state.global_step))
 
     def _after_optimizer_step(self) -> None:
         """accelerate does not see that the scaler skipped a step of a fused optimizer, and the schedule would

@@ -1,14 +1,7 @@
-"""Folders that are whole or not there: written aside, flushed, checksummed, renamed.
-
-    checksums.json    sizes and SHA-256 of the files beside it, written last
-
-A folder without it was not finished, or was made by something else.
-"""
+"""Files and folders that are whole or not there: written under another name, flushed to the disk, renamed."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import pickle
 import shutil
@@ -19,15 +12,12 @@ from typing import BinaryIO
 
 from safetensors import SafetensorError
 
+from blip3o_dit.utils.checksums import CHECKSUMS_FILE, flush, seal, sealed_names
 from blip3o_dit.utils.errors import WriteError
-from blip3o_dit.utils.json_files import one_line, read_json, short_repr
+from blip3o_dit.utils.json_files import one_line
 
-CHECKSUMS_FILE = "checksums.json"
+# What is added to the name of a file or folder that is being written, and of a folder that is being replaced.
 ASIDE, REPLACED = ".partial", ".replaced"
-
-LONGEST_NAME = 200
-
-_FORMAT = "blip3o-dit checksums"
 
 
 @contextmanager
@@ -81,7 +71,7 @@ def publish_files(aside: Path, folder: Path, replaces: Iterable[str] = ()) -> No
     While files move, the checksums are away: `folder` does not pass for whole.
     """
     names = [file.name for file in aside.iterdir() if file.name != CHECKSUMS_FILE]
-    for name in {*_sealed_names(folder), *replaces} - set(names):
+    for name in {*sealed_names(folder), *replaces} - set(names):
         (folder / name).unlink(missing_ok=True)
     (folder / CHECKSUMS_FILE).unlink(missing_ok=True)
     for name in (*names, CHECKSUMS_FILE):
@@ -90,93 +80,13 @@ def publish_files(aside: Path, folder: Path, replaces: Iterable[str] = ()) -> No
     aside.rmdir()
 
 
-def seal(folder: Path) -> None:
-    """Flush every file below the folder to the disk and write their checksums."""
-    files = {}
-    for file in _files(folder):
-        flush(file)
-        name = file.relative_to(folder).as_posix()
-        files[name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-    sums = folder / CHECKSUMS_FILE
-    sums.write_text(json.dumps({"format": _FORMAT, "files": files}, indent=1))
-    flush(sums)
-    flush(folder)
-
-
-def is_sealed(folder: Path) -> bool:
-    return (folder / CHECKSUMS_FILE).is_file()
-
-
-def verify(folder: Path, names: Iterable[str] | None = None) -> None:
-    """Check the files of a sealed folder, or those of them that are named, against its checksums.
-
-    Raises:
-        ValueError: naming the first file that is missing, cut short or altered.
-    """
-    known = _read_checksums(folder)
-    for name in known if names is None else names:
-        if name not in known:
-            raise ValueError(
-                f"{folder / CHECKSUMS_FILE}: expected the checksum of {short_repr(name)}, found none"
-            )
-        size, digest = known[name]
-        file = folder / name
-        if not file.is_file():
-            raise ValueError(f"{folder}: expected {name}, found none")
-        if file.stat().st_size != size:
-            raise ValueError(
-                f"{file}: expected {size} bytes, found {file.stat().st_size}: truncated or altered"
-            )
-        if sha256(file) != digest:
-            raise ValueError(f"{file}: its SHA-256 is not that of {CHECKSUMS_FILE}: the file was altered")
-
-
-def sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Have the system write a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS_FILE)
-
-
-def _sealed_names(folder: Path) -> set[str]:
-    """The files in a folder that are under its checksums; none where these are missing or unreadable."""
-    try:
-        known = _read_checksums(folder)
-    except ValueError:
-        return set()
-    return {name for name in known if Path(name).name == name and (folder / name).is_file()}
-
-
-def _read_checksums(folder: Path) -> dict[str, tuple[int, str]]:
-    file = folder / CHECKSUMS_FILE
-    if not file.is_file():
-        raise ValueError(f"{folder}: expected {CHECKSUMS_FILE}, found none: the folder was not finished")
-    content = read_json(file)
-    files = content.get("files") if isinstance(content, dict) else None
-    if not isinstance(files, dict):
-        raise ValueError(f"{file}: expected sizes and checksums of files, found {short_repr(content)}")
-    for name, entry in files.items():
-        if Path(name).is_absolute() or ".." in Path(name).parts or len(name) > LONGEST_NAME:
-            raise ValueError(f"{file}: expected names of files in the folder, found {short_repr(name)}")
-        if not isinstance(entry, dict) or {type(entry.get("bytes")), type(entry.get("sha256"))} != {int, str}:
-            raise ValueError(
-                f"{file}: {short_repr(name)}: expected bytes and sha256, found {short_repr(entry)}"
-            )
-    return {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+def remove_files_and_folders(paths: Iterable[Path]) -> None:
+    """Remove those that are there, folders with all that is in them."""
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -209,7 +119,7 @@ def dump_atomically(path: str | Path, content: object) -> None:
 def _atomic_file(path: Path) -> Iterator[BinaryIO]:
     if path.exists() and not path.is_file():  # a rename would put a file in the place of /dev/null
         raise ValueError(f"{path}: expected a file to write, found a folder or a device")
-    aside = path.with_name(path.name + ".partial")
+    aside = path.with_name(path.name + ASIDE)
     aside.unlink(missing_ok=True)
     with open(aside, "xb") as file:  # a link that somebody left there would lead out of the folder
         yield file

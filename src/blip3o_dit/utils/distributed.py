@@ -1,8 +1,8 @@
-"""The processes that were launched together, and how they share out work.
+"""The processes that a launcher started together: collectives, shared-out work, and checks of the launch.
 
 Whole batches are dealt out in turn: a batch holds the same samples whatever the number of processes, and so
-gives the same numbers. What the processes found comes together on the first one, in the order in which one
-process alone would have found it.
+gives the same numbers. Results are collected on the first process, in the order in which one process alone
+would have computed them.
 """
 
 from __future__ import annotations
@@ -17,13 +17,21 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, reduce
 from torch import Tensor
-
-from blip3o_dit.utils.launch import check_launch
 
 # The first process fits baselines and writes files while the others wait for it; torch would give up on it
 # after ten minutes. A process that died ends the wait too: the launcher stops the rest.
-LONGEST_WAIT = timedelta(days=1)
+MAX_WAIT = timedelta(days=1)
+
+# Where launchers say how many processes there are: torchrun and accelerate, MPI's, and srun.
+SIZE_VARIABLES = (
+    "WORLD_SIZE",
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_SIZE",
+    "MV2_COMM_WORLD_SIZE",
+    "SLURM_STEP_NUM_TASKS",
+)
 
 _CPU = torch.device("cpu")
 
@@ -33,7 +41,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among `count`: its number, and the device it computes on. By default it is alone."""
+    """This process among `count`: its rank, and the device it computes on. By default it is alone."""
 
     rank: int = 0
     count: int = 1
@@ -59,7 +67,7 @@ class Processes:
     ) -> Iterator[tuple[Piece, Result]]:
         """(piece, work(piece)) in the order of the pieces, on the first process; the others get none.
 
-        All must ask for it, with the same pieces.
+        Collective: all processes must call it, with the same pieces.
         """
         waiting = iter(pieces)
         while together := list(islice(waiting, self.count)):
@@ -70,25 +78,19 @@ class Processes:
         """The sum over the processes, on the CPU."""
         if self.count == 1:
             return tensor.cpu()
-        tensor = tensor.to("cpu" if self.device.type == "mps" else self.device, copy=True)
-        torch.distributed.all_reduce(tensor)
-        return tensor.cpu()
+        return reduce(tensor.to("cpu" if self.device.type == "mps" else self.device), "sum").cpu()
 
     def broadcast(self, value: Any) -> Any:
         """The first process's value, on all of them."""
-        if self.count == 1:
-            return value
-        held = [value]
-        torch.distributed.broadcast_object_list(held, src=0)
-        return held[0]
+        return value if self.count == 1 else broadcast_object_list([value])[0]
 
     def barrier(self) -> None:
         """Until all processes are here."""
         if self.count > 1:
-            torch.distributed.barrier()
+            PartialState().wait_for_everyone()
 
     def _gather(self, value: Any) -> list[Any]:
-        """Every process's value, on the first one; elsewhere nothing."""
+        """Every process's value, on the first one; elsewhere nothing (accelerate would send all to all)."""
         if self.count == 1:
             return [value]
         found: list[Any] | None = [None] * self.count if self.is_main else None
@@ -109,7 +111,7 @@ def join_processes(device: str = "auto") -> Processes:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         check_launch(1)
         return Processes(device=wanted)
-    state = PartialState(cpu=wanted.type == "cpu", timeout=LONGEST_WAIT)
+    state = PartialState(cpu=wanted.type == "cpu", timeout=MAX_WAIT)
     check_launch(state.num_processes)
     own = state.device if wanted == torch.device("cuda") else wanted
     return Processes(state.process_index, state.num_processes, own)
@@ -126,3 +128,34 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device: expected {name}, found {torch.cuda.device_count()} CUDA GPUs")
     return device
+
+
+def check_launch(world_size: int) -> None:
+    """Refuse a launch whose processes would each work alone into the same folder.
+
+    Raises:
+        ValueError: when the launcher started another number of processes than the program sees.
+    """
+    name, launched = launched_processes()
+    if launched != world_size:
+        raise ValueError(
+            f"{name}: the launcher started {launched} processes, this program sees {world_size}; "
+            "on a machine without GPUs set ACCELERATE_USE_CPU=true, or use "
+            "torchrun --standalone --nproc_per_node N (WORLD_SIZE=1 says that each is to work alone)"
+        )
+
+
+def check_alone(program: str) -> None:
+    """Refuse (ValueError) to run in several processes a program that supports only one."""
+    name, launched = launched_processes()
+    if launched != 1:
+        raise ValueError(f"{name}: {program} works in one process, the launcher started {launched}")
+
+
+def launched_processes() -> tuple[str, int]:
+    """The variable in which the launcher says how many processes it started, and the number."""
+    name = next((name for name in SIZE_VARIABLES if os.environ.get(name)), SIZE_VARIABLES[0])
+    value = os.environ.get(name) or "1"
+    if not value.isdecimal():
+        raise ValueError(f"{name}: expected a number of processes, found {value!r}")
+    return name, int(value)

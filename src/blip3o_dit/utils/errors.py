@@ -1,4 +1,4 @@
-"""What a program ends with when it neither finished nor met a user's mistake (a ValueError or OSError)."""
+"""Exceptions with an exit status of their own; a user's mistake is a ValueError or OSError."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that anyone may have written: JSON read strictly, and their content shown on one short line."""
+"""Strict reading of JSON that anyone may have written, and showing untrusted content on one short line."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import reprlib
 from pathlib import Path
 from typing import Any, NoReturn
 
+# Largest JSON file that is read whole, in bytes; a manifest of a hundred thousand shards has half of it.
 MAX_JSON_BYTES = 2**26
-"""Largest JSON file that is read whole, in bytes; a manifest of a hundred thousand shards has half of it."""
 
 # What an empty list or object takes in memory, and how much of that a file may ask for beyond its own size:
 # "[[],[]," holds twenty times its length.
@@ -31,6 +31,14 @@ def read_json(file: Path, *, non_finite: bool = False) -> Any:
     if size > MAX_JSON_BYTES:
         raise ValueError(f"{file}: expected at most {MAX_JSON_BYTES} bytes of JSON, found {size}")
     return parse_json(file, file.read_bytes(), non_finite=non_finite)
+
+
+def read_json_object(file: Path, *, non_finite: bool = False) -> dict[str, Any]:
+    """The object in a JSON file; see `read_json`. Raises ValueError, naming the file, for anything else."""
+    values = read_json(file, non_finite=non_finite)
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: expected an object, found {short_repr(values)}")
+    return values
 
 
 def parse_json(where: str | Path, content: bytes, *, non_finite: bool = False) -> Any:
@@ -94,9 +102,9 @@ def weight_files_of(index: Path) -> list[Path]:
     return [index.parent / name for name in sorted(set(names.values()))]
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException, *, max_length: int = 200) -> str:
     """Another library's message, which may repeat a file's content, short and on one line."""
-    text = " ".join(str(error).split())[:200] or type(error).__name__
+    text = " ".join(str(error).split())[:max_length] or type(error).__name__
     return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 

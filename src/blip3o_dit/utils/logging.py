@@ -1,4 +1,4 @@
-"""transformers and torchao without their reports and progress bars."""
+"""Silence for what transformers and torchao report that says nothing to a user."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Errors only, and no progress bars for reading and writing files, as long as it lasts."""
+    """Within this context transformers logs errors only and shows no progress bars for files."""
     from transformers.utils import logging as hf_logging  # `quiet_torchao` comes before it is imported
 
     level = hf_logging.get_verbosity()
@@ -26,8 +26,10 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def quiet_torchao() -> None:
-    """Keep torchao from telling about kernels it was not built with here, and about its own deprecations, and
-    diffusers from telling that it knows of parts that newer torchao has not."""
+    """Silence torchao about missing kernels and its own deprecations, and diffusers about newer torchao.
+
+    Call it before transformers is imported, which imports torchao.
+    """
     for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")

@@ -1,9 +1,9 @@
-"""Random numbers by name instead of by state.
+"""Stateless random numbers: each is a function of (seed, stream, counter, sample index), of nothing else.
 
-A draw is a function of its name (seed, stream, pass, sample index), so it does not change with the number
-of processes, the batch it travels in, data-loader workers, an evaluation in between, or a restart. Each
-name is hashed to the 128-bit key of a counter-based generator (Philox; Salmon et al. 2011), always on the
-CPU: every device sees the same numbers.
+So they do not change with the number of processes, the batch size, data-loader workers, an evaluation in
+between, or a restart. The tuple is hashed to the 128-bit key of a counter-based generator (Philox; Salmon et
+al. 2011), always on the CPU: every device sees the same numbers. `stream` says what the numbers are for, so
+that two uses of one seed are independent; `counter` is an epoch or a step.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 
-def stateless_generator(*name: int | str) -> np.random.Generator:
-    """A generator whose whole stream is a function of `name`."""
-    plain = tuple(part if isinstance(part, str) else int(part) for part in name)  # numpy's ints as well
+def stateless_generator(*key_parts: int | str) -> np.random.Generator:
+    """A generator whose whole sequence is a function of these parts."""
+    plain = tuple(part if isinstance(part, str) else int(part) for part in key_parts)  # numpy's ints as well
     digest = blake2b(repr(plain).encode(), digest_size=16).digest()
     key = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
     return np.random.Generator(np.random.Philox(key=key))
 
 
-def named_seed(*name: int | str) -> int:
+def stateless_seed(*key_parts: int | str) -> int:
     """A seed for a generator that is not ours, in [0, 2^63)."""
-    return int(stateless_generator(*name).integers(2**63))
+    return int(stateless_generator(*key_parts).integers(2**63))
 
 
 def stateless_normal(
@@ -40,11 +40,11 @@ def stateless_normal(
 ) -> Tensor:
     """N(0, 1) of shape [len(indices), *shape], float32, on the CPU; row i belongs to sample indices[i].
 
-    `repeats` says how often each sample came before in the pass: 0 for all by default.
+    `repeats` says how often each sample came before in the epoch: 0 for all by default.
     """
     out = np.empty((len(indices), *shape), dtype=np.float32)
-    for row, name in zip(out, _names(indices, repeats), strict=True):
-        stateless_generator(seed, stream, counter, *name).standard_normal(out=row, dtype=np.float32)
+    for row, sample in zip(out, _sample_keys(indices, repeats), strict=True):
+        stateless_generator(seed, stream, counter, *sample).standard_normal(out=row, dtype=np.float32)
     return torch.from_numpy(out)
 
 
@@ -58,14 +58,14 @@ def stateless_uniform(
 ) -> Tensor:
     """U[0, 1) of shape [len(indices)], float32, on the CPU; entry i belongs to sample indices[i]."""
     draws = [
-        stateless_generator(seed, stream, counter, *name).random(dtype=np.float32)
-        for name in _names(indices, repeats)
+        stateless_generator(seed, stream, counter, *sample).random(dtype=np.float32)
+        for sample in _sample_keys(indices, repeats)
     ]
     return torch.tensor(draws, dtype=torch.float32)
 
 
-def _names(indices: Sequence[int], repeats: Sequence[int] | None) -> Iterator[tuple[int, ...]]:
-    """What a sample adds to the name of its draw: its index, and its repetition in the pass if it is one."""
+def _sample_keys(indices: Sequence[int], repeats: Sequence[int] | None) -> Iterator[tuple[int, ...]]:
+    """A sample's part of the key: its index, and which repetition in the epoch it is unless the first."""
     for index, repeat in zip(indices, repeats or [0] * len(indices), strict=True):
         yield (int(index), int(repeat)) if repeat else (int(index),)
 

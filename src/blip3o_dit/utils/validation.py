@@ -1,4 +1,4 @@
-"""Checks of values that users give: one line each, with what was expected and what was found."""
+"""Checks of values that users give: ValueError with one line, what was expected and what was found."""
 
 from __future__ import annotations
 
@@ -12,6 +12,16 @@ from blip3o_dit.utils.json_files import short_repr
 
 # No size of a network, and no number of steps, reaches this; the products of such sizes fit 64 bits.
 MAX_SIZE = 2**20
+
+
+def check_bool(field_name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{field_name}: expected true or false, found {short_repr(value)}")
+
+
+def check_text(field_name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{field_name}: expected text, found {short_repr(value)}")
 
 
 def check_name(field_name: str, value: Any, known: tuple[str, ...]) -> None:

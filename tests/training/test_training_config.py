@@ -1,0 +1,93 @@
+"""A training run's configuration: what it refuses, and its file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blip3o_dit.training.config import TrainingConfig
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batch_size": 0}, "batch_size: expected an integer >= 1, found 0"),
+        ({"learning_rate": -1.0}, r"learning_rate: expected a number in \[0.0, inf\), found -1.0"),
+        ({"learning_rate": float("nan")}, "learning_rate.*found nan"),
+        ({"eval_split": 1.5}, r"eval_split: expected a share in \[0, 1\) or a whole number .*, found 1.5"),
+        ({"eval_split": 5, "split_by": "key_hash"}, "expected a share .* with split_by key_hash, found 5"),
+        ({"num_epochs": 0.0}, "num_epochs: expected a number above 0, found 0.0"),
+        ({"max_steps": 0}, "max_steps: expected an integer >= 1, found 0"),
+        ({"fp16": True, "bf16": True}, "expected at most one of them, found both"),
+        ({"split_by": "date"}, r"split_by: expected one of \('permutation', 'key_hash'\), found 'date'"),
+        ({"shuffle": "shards"}, r"shuffle: expected one of \('exact', 'window'\), found 'shards'"),
+        ({"shuffle_window": 0}, "shuffle_window: expected an integer >= 1, found 0"),
+        ({"statistics_samples": 0}, "statistics_samples: expected an integer >= 1, found 0"),
+        ({"prediction_type": "x0"}, "prediction_type: expected one of .*found 'x0'"),
+        ({"sigma_min": 2.0}, "sigma_min.*found 2.0"),
+    ],
+)
+def test_bad_training_values(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(**values)
+
+
+def test_training_config_reads_what_it_writes_and_refuses_the_rest(tmp_path: Path) -> None:
+    config = TrainingConfig(embeddings_path="a", output_dir="b", learning_rate=3e-4, save_total_limit=2)
+    file = tmp_path / "training_config.json"
+    file.write_bytes(config.to_json())
+    assert TrainingConfig.from_folder(tmp_path) == config
+    file.write_text('{"leraning_rate": 1}')
+    with pytest.raises(ValueError, match=r"unknown \['leraning_rate'\]"):
+        TrainingConfig.from_folder(tmp_path)
+    file.write_text("{")
+    with pytest.raises(ValueError, match="not readable JSON"):
+        TrainingConfig.from_folder(tmp_path)
+    with pytest.raises(ValueError, match=r"expected training_config\.json, found none"):
+        TrainingConfig.from_folder(tmp_path / "nowhere")
+
+
+# Files that anyone may have written
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    training = TrainingConfig(embeddings_path="store", output_dir="run")
+    (tmp_path / "training_config.json").write_bytes(training.to_json())
+    return tmp_path
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"5", b"{", b"\xff", b"[" * 9999, b'{"a": NaN}'])
+def test_a_training_config_that_is_no_object_is_refused_by_file(written: Path, content: bytes) -> None:
+    (written / "training_config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{written / 'training_config.json'}: "):
+        TrainingConfig.from_folder(written)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_epochs": "3"}, "num_epochs: expected a number above 0, found '3'"),
+        ({"num_epochs": []}, "num_epochs: expected a number above 0, found []"),
+        ({"time_shift": []}, "time_shift: expected a number"),
+        ({"model_dim": None}, "model_dim: expected a positive integer, found None"),
+        ({"num_heads": 2**48}, "num_heads: expected at most 1048576"),
+        ({"seed": 10**400}, "seed: expected an integer below 2^53"),
+        ({"fp16": 0}, "fp16: expected true or false, found 0"),
+        ({"embeddings_path": ["x"]}, "embeddings_path: expected text"),
+        ({"wandb_project": 5}, "wandb_project: expected text, found 5"),
+        ({"solver": {"a": 1}}, "solver: expected text"),
+        ({"../x": 1}, "unknown ['../x']"),
+    ],
+)
+def test_a_training_config_with_bad_values_is_refused_by_file(
+    written: Path, change: dict[str, Any], message: str
+) -> None:
+    file = written / "training_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=f"^{file}: ") as caught:
+        TrainingConfig.from_folder(written)
+    assert message in str(caught.value)
