@@ -182,8 +182,8 @@ def train_and_compare(
     trainer = train_on(data, config)
     seconds = time.monotonic() - started
     assert trainer.ema is not None
-    with trainer.ema.applied(trainer.dit):
-        return _compare(trainer.dit.eval(), data, solver_steps, seconds)
+    with trainer.ema.applied(trainer.unwrapped_model):
+        return _compare(trainer.unwrapped_model.eval(), data, solver_steps, seconds)
 
 
 def _compare(model: BLIP3oDiTModel, data: LinearGaussian, steps: int, seconds: float) -> Comparison:

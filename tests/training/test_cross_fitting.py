@@ -72,7 +72,7 @@ def fitted(store: Any, source: str, most: int) -> tuple[BLIP3oDiTModel, SourceFo
     sizes = dict(num_tokens=9, condition_dim=12, target_dim=8)
     config = replace(config_for(store, Path("nowhere")), source=source)
     model = BLIP3oDiTModel(config.model(**sizes))
-    arguments, folds = fit_source(model, store, np.arange(10, 110), most=most, seed=3)
+    arguments, folds = fit_source(model, store, np.arange(10, 110), max_samples=most, seed=3)
     model.set_source(**arguments)
     assert folds is not None
     return model, folds
@@ -142,9 +142,9 @@ def test_each_sample_has_the_map_of_its_fold_and_one_that_was_not_fitted_the_who
 
 def test_one_sample_has_one_map(store: EmbeddingStore) -> None:
     model, _ = fitted(store, "ridge", 100)
-    arguments, folds = fit_source(model, store, np.array([4]), most=10, seed=0)
+    arguments, folds = fit_source(model, store, np.array([4]), max_samples=10, seed=0)
     assert folds is None and all(torch.isfinite(v).all() for v in arguments.values() if v is not None)
-    two = fit_source(model, store, np.array([4, 9]), most=10, seed=0)[1]
+    two = fit_source(model, store, np.array([4, 9]), max_samples=10, seed=0)[1]
     assert two is not None and len(two.weight) == 2 and torch.isfinite(two.weight).all()
 
 
