@@ -1,4 +1,4 @@
-"""What is trained on: the path, its start, the prediction type, and how times are drawn."""
+"""What is trained: the path, its source, the prediction type, and how times are sampled."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SOURCES = ("noise", "ridge", "ridge_3x3")
 
 @dataclass(frozen=True, kw_only=True)
 class FlowMatchingConfig:
-    """The path, where it starts, what the network predicts on it, and how times are drawn.
+    """The path, where it starts, what the network predicts on it, and how times are sampled.
 
     Args:
         schedule_type: "linear" (optimal transport) or "cosine" (trigonometric).
@@ -30,7 +30,7 @@ class FlowMatchingConfig:
         source: what the path starts from. "noise" is N(0, I). "ridge" and "ridge_3x3" are informed: a ridge
             regression from the condition, plus noise of its residual's deviation (see `flow/source.py`).
         source_components: principal components of a neighbour that "ridge_3x3" uses; 0 for other sources.
-        time_distribution: how training draws times, "uniform" or "logit_normal".
+        time_distribution: how training samples times, "uniform" or "logit_normal".
         time_mean, time_std: of the logit of the noise level, for "logit_normal".
         time_shift: alpha of the shift of the noise level, in training and in the sampler's grid; 1 is none.
         regularization_weight: weight of the mean square of the network's output in the loss.

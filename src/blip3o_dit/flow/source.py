@@ -1,4 +1,4 @@
-"""Informed sources: a path that starts from a linear guess instead of from pure noise.
+"""Informed sources: a path that starts around a linear prediction instead of from pure noise.
 
 Conditional flow matching allows any source distribution q_0(x | c) (Tong et al., arXiv 2302.00482). Here
 x_0 = R(c) + s eps: R is a ridge regression of the training targets on the conditions, s its residual's

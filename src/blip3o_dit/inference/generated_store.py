@@ -49,8 +49,10 @@ class GeneratedStore:
         The batches are then those of one process, and with them the samples, bit for bit.
         """
         num_tokens, condition_dim, target_dim = self.sizes
-        most = max(1, SHARD_BYTES // (num_tokens * (condition_dim + target_dim) * DTYPES[DTYPE].itemsize))
-        rounds = math.ceil(count / (most * processes))
+        max_samples = max(
+            1, SHARD_BYTES // (num_tokens * (condition_dim + target_dim) * DTYPES[DTYPE].itemsize)
+        )
+        rounds = math.ceil(count / (max_samples * processes))
         return batch_size * math.ceil(count / (rounds * processes * batch_size))
 
     def write(

@@ -7,10 +7,10 @@ is trained is in `trainer.py`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -60,33 +60,21 @@ from blip3o_dit.utils.distributed import Processes
 from blip3o_dit.utils.json_files import finite_or_none
 from blip3o_dit.utils.stateless_random import named_seed
 
-# What the Trainer calls, and is overridden here.
-PRIVATE_METHODS = (
-    "_clip_grad_norm",
-    "_get_grad_norm",
-    "_get_train_sampler",
-    "_load_from_checkpoint",
-    "_load_optimizer_and_scheduler",
-    "_load_rng_state",
-    "_load_scaler",
-    "_maybe_log_save_evaluate",
-    "_run_epoch",
-    "_save",
-    "_save_checkpoint",
-    "get_batch_samples",
-)
 # What the Trainer sums the loss in between log lines, and is read and written here.
 PRIVATE_SUMS = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")
 
-
-def check_private_names(trainer: type, methods: Iterable[str] = PRIVATE_METHODS) -> None:
-    """Raises ImportError when the installed Trainer has other methods: overriding these would do nothing."""
-    missing = [name for name in methods if not callable(getattr(trainer, name, None))]
-    if missing:
-        raise ImportError(f"transformers: expected a Trainer with the methods {missing}, found none")
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-check_private_names(Trainer)
+def overrides_trainer(method: Method) -> Method:
+    """Marks an override of a method that is none of the Trainer's documented ones.
+
+    Raises:
+        ImportError: when the installed Trainer has no such method, and overriding it would do nothing.
+    """
+    if not callable(getattr(Trainer, method.__name__, None)):
+        raise ImportError(f"transformers: expected a Trainer with the method {method.__name__}, found none")
+    return method
 
 
 class ExactResumeTrainer(Trainer, ABC):
@@ -168,6 +156,7 @@ class ExactResumeTrainer(Trainer, ABC):
 
     # The data ------------------------------------------------------------------------------------------
 
+    @overrides_trainer
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         """The stock order depends on torch's generator and on the number of processes."""
         dataset = train_dataset or self.train_dataset
@@ -189,6 +178,7 @@ class ExactResumeTrainer(Trainer, ABC):
         inner.worker_init_fn = outlive_stops
         return loader
 
+    @overrides_trainer
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The stock one, and how long the batches of an optimizer step were waited for."""
         if self._throughput is None:
@@ -196,6 +186,7 @@ class ExactResumeTrainer(Trainer, ABC):
         with self._throughput.waiting():
             return super().get_batch_samples(*args, **kwargs)
 
+    @overrides_trainer
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """The stock one takes a step of a run that is complete already, and cannot set our sampler's epoch.
 
@@ -218,6 +209,7 @@ class ExactResumeTrainer(Trainer, ABC):
         except NonFiniteLossError as error:
             raise self._diagnosed(error, self.state.global_step + 1) from None
 
+    @overrides_trainer
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """The stock one would spread a NaN to all gradients: losses and gradients must be finite first.
 
@@ -235,10 +227,12 @@ class ExactResumeTrainer(Trainer, ABC):
             nn.utils.clip_grads_with_norm_(self.unwrapped_model.parameters(), self.args.max_grad_norm, norm)
         return norm
 
+    @overrides_trainer
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The stock one, called without clipping, does not check."""
         return self._clip_grad_norm(model) if grad_norm is None else grad_norm
 
+    @overrides_trainer
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """The stock one logs, measures and saves without having looked at the step."""
         asked = self.control
@@ -331,6 +325,7 @@ class ExactResumeTrainer(Trainer, ABC):
 
     # Checkpoints ---------------------------------------------------------------------------------------
 
+    @overrides_trainer
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The stock one pickles, and writes in place: a killed run would leave half of a checkpoint."""
         with self._not_training():
@@ -379,6 +374,7 @@ class ExactResumeTrainer(Trainer, ABC):
             self.source_folds.save(folder)
         save_trainer_state(self.state, folder / TRAINER_STATE_FILE)
 
+    @overrides_trainer
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The stock one leaves a pickle that nothing reads; ours is plain text, training_config.json."""
         folder = output_dir or self.args.output_dir or ""
@@ -417,6 +413,7 @@ class ExactResumeTrainer(Trainer, ABC):
         self._globalstep_last_logged = self._loop_state.last_logged_step
         self.step_metrics.restore(self._loop_state.monitor, self.args.device)
 
+    @overrides_trainer
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The stock one knows neither averaged weights nor folds, and no FSDP from one safetensors file."""
         if self.is_fsdp_enabled:  # every process reads all weights, and keeps its part
@@ -429,6 +426,7 @@ class ExactResumeTrainer(Trainer, ABC):
         if self.ema is not None:
             self.ema.load(resume_from_checkpoint)
 
+    @overrides_trainer
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The stock one reads pickles."""
         if checkpoint is None:
@@ -439,9 +437,11 @@ class ExactResumeTrainer(Trainer, ABC):
             self.accelerator.scaler.load_state_dict(scaler)
         self._loop_state = LoopState.read(Path(checkpoint))
 
+    @overrides_trainer
     def _load_scaler(self, checkpoint: str | None) -> None:
         """The stock one reads a pickle; the scaler comes with the optimizer."""
 
+    @overrides_trainer
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The stock one reads a pickle, and nothing here depends on a generator's state: see
         `utils/stateless_random.py` and `_before_optimizer_step`."""

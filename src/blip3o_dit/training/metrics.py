@@ -65,13 +65,13 @@ class TrainingMetrics:
             convert_prediction(prediction, sample.x_t, sample.t, path, from_type=kind, to_type=wanted)
             for wanted in ("sample", "v_prediction")
         )
-        estimate, truth = source.from_flow(x_1), source.from_flow(sample.x_1)
+        estimate, target = source.from_flow(x_1), source.from_flow(sample.x_1)
         values = torch.stack(
             [
                 output.flow_matching_loss.detach(),
                 output.regularization_loss.detach(),
-                F.cosine_similarity(estimate, truth, dim=-1).mean(),
-                (estimate - truth).norm(dim=-1).mean(),
+                F.cosine_similarity(estimate, target, dim=-1).mean(),
+                (estimate - target).norm(dim=-1).mean(),
                 sample.velocity.square().mean(),
                 (velocity - sample.velocity).square().mean(),
                 prediction.square().mean(),

@@ -245,8 +245,13 @@ def _describe(
 ) -> None:
     logger.info(
         "data: %s, %d samples of %d tokens, %d -> %d wide; %d to train on, %d held out",
-        *(source.path, source.num_samples, source.num_tokens, source.condition_dim),
-        *(source.target_dim, train, held_out),
+        source.path,
+        source.num_samples,
+        source.num_tokens,
+        source.condition_dim,
+        source.target_dim,
+        train,
+        held_out,
     )
     precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "float32"
     if config.memory == "low":
@@ -254,7 +259,10 @@ def _describe(
     logger.info(
         "model: %.4g million parameters; %s on %s, %d process(es) x batch %d x accumulation %d",
         sum(p.numel() for p in model.parameters()) / 1e6,
-        *(precision, arguments.device.type, arguments.world_size, config.batch_size),
+        precision,
+        arguments.device.type,
+        arguments.world_size,
+        config.batch_size,
         config.gradient_accumulation_steps,
     )
 
