@@ -21,8 +21,7 @@ from torch import Tensor
 
 from blip3o_dit.data.checks import Indices, Record
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
-from blip3o_dit.flow.path import ProbabilityPath
-from blip3o_dit.flow.source import AffineSource
+from blip3o_dit.flow.path import AffineSource, ProbabilityPath
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.run import train_on

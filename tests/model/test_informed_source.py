@@ -10,9 +10,8 @@ import torch
 
 from benchmarks.linear_gaussian import LinearGaussian
 from blip3o_dit.flow.config import FlowMatchingConfig
-from blip3o_dit.flow.path import LinearPath, make_path
+from blip3o_dit.flow.path import AffineSource, LinearPath, make_path
 from blip3o_dit.flow.predictions import convert_prediction
-from blip3o_dit.flow.source import AffineSource
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.ridge import neighbourhood_features
 from blip3o_dit.training.config import TrainingConfig

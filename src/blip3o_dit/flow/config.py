@@ -28,7 +28,7 @@ class FlowMatchingConfig:
         sigma_min, sigma_max: noise at t = 1 and at t = 0; 0 <= sigma_min < sigma_max.
         prediction_type: "v_prediction", "epsilon", "sample" or "preconditioned" (see `flow/predictions.py`).
         source: what the path starts from. "noise" is N(0, I). "ridge" and "ridge_3x3" are informed: a ridge
-            regression from the condition, plus noise of its residual's deviation (see `flow/source.py`).
+            regression from the condition, plus noise of its residual's deviation (see `AffineSource`).
         source_components: principal components of a neighbour that "ridge_3x3" uses; 0 for other sources.
         time_distribution: how training samples times, "uniform" or "logit_normal".
         time_mean, time_std: of the logit of the noise level, for "logit_normal".

@@ -1,4 +1,4 @@
-"""Probability paths between noise and data.
+"""Probability paths between noise and data, and informed sources in place of the noise.
 
 The one convention of this project (others are converted in `model/official_convention.py`):
 
@@ -159,6 +159,35 @@ def make_path(config: FlowMatchingConfig) -> ProbabilityPath:
     """The path that a configuration trains on, and that sampling must follow."""
     grid = time_grid(config.student_steps, config.time_shift) if config.student_steps else None
     return PATHS[config.schedule_type](sigma_min=config.sigma_min, sigma_max=config.sigma_max, grid=grid)
+
+
+@dataclass(frozen=True)
+class AffineSource:
+    """An informed source: the paths of one batch start at x_0 = R(c) + s eps instead of at pure noise.
+
+    Conditional flow matching allows any source distribution q_0(x | c) (Tong et al., arXiv 2302.00482). Here
+    R is a ridge regression of the training targets on the conditions and s its residual's standard deviation
+    per channel, in the network's (standardised) units: R(c) [B, N, C], s [C]; None and None for pure noise.
+
+    A path from x_0 to x_1 is, in the coordinates y = (x - R(c)) / s, an ordinary path from pure noise to the
+    standardised residual. So the flow (path, loss, solver, conversions) works on y and knows nothing of R,
+    and the network is shown x = R(c) + s y.
+    """
+
+    mean: Tensor | None = None
+    std: Tensor | None = None
+
+    def to_flow(self, x: Tensor) -> Tensor:
+        """The network's units -> the flow's, y = (x - R(c)) / s."""
+        return x if self.mean is None or self.std is None else (x - self.mean) / self.std
+
+    def from_flow(self, y: Tensor) -> Tensor:
+        """The flow's units -> the network's, x = R(c) + s y."""
+        return y if self.mean is None or self.std is None else self.mean + self.std * y
+
+    def repeat(self, times: int) -> AffineSource:
+        """The same batch, so many times one after the other."""
+        return AffineSource(None if self.mean is None else self.mean.repeat(times, 1, 1), self.std)
 
 
 def expand_times(t: Tensor, like: Tensor) -> Tensor:

@@ -18,10 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from blip3o_dit.flow.path import PathPoint, PathSample, make_path
+from blip3o_dit.flow.path import AffineSource, PathPoint, PathSample, make_path
 from blip3o_dit.flow.predictions import convert_prediction
 from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER, Velocity, integrate, integrate_adaptive
-from blip3o_dit.flow.source import AffineSource
 from blip3o_dit.flow.timesteps import training_times
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.cuda_graphs import GraphedPredict, Predict

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from blip3o_dit.data.dataset import choose_samples
 from blip3o_dit.data.embeddings import Embeddings, TransformedEmbeddings, batches
-from blip3o_dit.flow.source import AffineSource
+from blip3o_dit.flow.path import AffineSource
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.precision import without_autocast
 from blip3o_dit.ridge import Moments, principal_components, search_penalty, source_features

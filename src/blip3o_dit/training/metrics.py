@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss, LossOutput
-from blip3o_dit.flow.path import PathSample
+from blip3o_dit.flow.path import AffineSource, PathSample
 from blip3o_dit.flow.predictions import convert_prediction
-from blip3o_dit.flow.source import AffineSource
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.training.config import TrainingConfig

@@ -244,26 +244,16 @@ def _describe(
     arguments: TrainingArguments,
 ) -> None:
     logger.info(
-        "data: %s, %d samples of %d tokens, %d -> %d wide; %d to train on, %d held out",
-        source.path,
-        source.num_samples,
-        source.num_tokens,
-        source.condition_dim,
-        source.target_dim,
-        train,
-        held_out,
+        f"data: {source.path}, {source.num_samples} samples of {source.num_tokens} tokens, "
+        f"{source.condition_dim} -> {source.target_dim} wide; {train} to train on, {held_out} held out"
     )
     precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "float32"
     if config.memory == "low":
         precision = "bfloat16 weights"
     logger.info(
-        "model: %.4g million parameters; %s on %s, %d process(es) x batch %d x accumulation %d",
-        sum(p.numel() for p in model.parameters()) / 1e6,
-        precision,
-        arguments.device.type,
-        arguments.world_size,
-        config.batch_size,
-        config.gradient_accumulation_steps,
+        f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.4g} million parameters; "
+        f"{precision} on {arguments.device.type}, {arguments.world_size} process(es) x "
+        f"batch {config.batch_size} x accumulation {config.gradient_accumulation_steps}"
     )
 
 
