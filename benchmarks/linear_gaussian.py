@@ -21,8 +21,7 @@ from torch import Tensor
 
 from blip3o_dit.data.checks import Indices, Record
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
-from blip3o_dit.flow.path import ProbabilityPath
-from blip3o_dit.flow.source import AffineSource
+from blip3o_dit.flow.path import AffineSource, ProbabilityPath
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.run import train_on
@@ -182,8 +181,8 @@ def train_and_compare(
     trainer = train_on(data, config)
     seconds = time.monotonic() - started
     assert trainer.ema is not None
-    with trainer.ema.applied(trainer.dit):
-        return _compare(trainer.dit.eval(), data, solver_steps, seconds)
+    with trainer.ema.applied(trainer.unwrapped_model):
+        return _compare(trainer.unwrapped_model.eval(), data, solver_steps, seconds)
 
 
 def _compare(model: BLIP3oDiTModel, data: LinearGaussian, steps: int, seconds: float) -> Comparison:

@@ -74,7 +74,7 @@ def _alone(arguments: argparse.Namespace) -> Row:
         trainer = build_trainer(source, config)
         trainer.args.save_strategy = SaveStrategy.NO
         trainer.train()
-        row |= {"batch": config.batch_size, "parameters": trainer.dit.num_parameters()}
+        row |= {"batch": config.batch_size, "parameters": trainer.unwrapped_model.num_parameters()}
         row["forecast GiB"] = said.total / 2**30
     return row | {"peak GiB": peak_gib()}
 

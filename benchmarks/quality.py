@@ -96,7 +96,7 @@ class Measure(TrainerCallback):
         if state.global_step not in self.steps:
             return
         elapsed = time.monotonic() - self.started - self.paused
-        ema, model = self.trainer.ema, self.trainer.dit
+        ema, model = self.trainer.ema, self.trainer.unwrapped_model
         with ema.applied(model) if ema is not None else nullcontext():
             model.eval()
             found = measure_model(model, self.truth, calls=self.calls)
@@ -181,8 +181,8 @@ def train_recipe(
         trainer.add_callback(callback)
         trainer.train()
         if trainer.ema is not None:
-            trainer.ema.copy_into(trainer.dit)
-        return callback.points, trainer.dit.eval()
+            trainer.ema.copy_into(trainer.unwrapped_model)
+        return callback.points, trainer.unwrapped_model.eval()
 
 
 def _trainer(data: MemorySource, config: TrainingConfig) -> BLIP3oTrainer:

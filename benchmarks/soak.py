@@ -39,10 +39,10 @@ PHASES: dict[str, tuple[str, str | None, str]] = {
     "optimizer step": ("blip3o_dit.training.ema", "ExponentialMovingAverage", "update"),
     "evaluation": ("blip3o_dit.model.blip3o_dit", "BLIP3oDiTModel", "generate"),
     "saving": ("blip3o_dit.training.trainer", "BLIP3oTrainer", "_write_checkpoint"),
-    "saving the optimizer": ("blip3o_dit.training.trainer", None, "save_optimizer"),
+    "saving the optimizer": ("blip3o_dit.training.base_trainer", None, "save_optimizer"),
     "checksums": ("blip3o_dit.utils.checksums", None, "flush"),
     "renaming": ("blip3o_dit.utils.atomic", None, "publish"),
-    "removing old ones": ("blip3o_dit.training.trainer", None, "keep_newest"),
+    "removing old ones": ("blip3o_dit.training.base_trainer", None, "keep_newest"),
     "the final model": ("blip3o_dit.utils.atomic", None, "publish_files"),
 }
 CALLS = {"loading": 30, "forward": 22, "backward": 22, "optimizer step": 22, "evaluation": 4, "checksums": 60}

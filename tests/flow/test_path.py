@@ -15,10 +15,8 @@ from blip3o_dit.flow.path import (
     LinearPath,
     PathSample,
     ProbabilityPath,
-    convert_prediction,
-    preconditioning,
-    velocity_scale,
 )
+from blip3o_dit.flow.predictions import convert_prediction, preconditioning, velocity_scale
 from blip3o_dit.flow.solvers import integrate
 
 SIGMAS = [(1e-4, 1.0), (0.0, 1.0), (0.05, 2.0)]
@@ -49,7 +47,7 @@ def test_noise_is_at_zero_and_data_at_one(name: str) -> None:
     start = path.sample(x_1, noise, torch.zeros(2))
     end = path.sample(x_1, noise, torch.ones(2))
     torch.testing.assert_close(start.x_t, 1.5 * noise.float(), atol=1e-6, rtol=0)
-    torch.testing.assert_close(start.x_t, path.source(noise), atol=1e-6, rtol=0)
+    torch.testing.assert_close(start.x_t, path.initial_point(noise), atol=1e-6, rtol=0)
     torch.testing.assert_close(end.x_t, x_1.float(), atol=1e-3, rtol=0)
 
 

@@ -130,7 +130,7 @@ def test_guidance_asks_the_device_for_no_time(
 ) -> None:
     """On a GPU each such question would wait for all that is queued."""
     x_0 = torch.randn(1, 9, 8)
-    monkeypatch.setattr(tiny_model, "_start", lambda *_: (x_0, torch.randn(1, 9, 12)))
+    monkeypatch.setattr(tiny_model, "_initial_state", lambda *_: (x_0, torch.randn(1, 9, 12)))
     with monkeypatch.context() as patch:
         for name in ("__float__", "__bool__", "item", "tolist", "cpu"):
             plain = getattr(torch.Tensor, name)

@@ -10,8 +10,8 @@ import torch
 
 from benchmarks.linear_gaussian import LinearGaussian
 from blip3o_dit.flow.config import FlowMatchingConfig
-from blip3o_dit.flow.path import LinearPath, convert_prediction, make_path
-from blip3o_dit.flow.source import AffineSource
+from blip3o_dit.flow.path import AffineSource, LinearPath, make_path
+from blip3o_dit.flow.predictions import convert_prediction
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.ridge import neighbourhood_features
 from blip3o_dit.training.config import TrainingConfig
@@ -70,7 +70,7 @@ def test_a_new_model_samples_the_ridge_and_its_gaussian_residual(source: str) ->
     torch.testing.assert_close(
         model.predict_mean(eva), model.denormalize_target(start.mean), rtol=0, atol=2e-4
     )
-    noise, _ = model._start(eva, 0, None, 0)
+    noise, _ = model._initial_state(eva, 0, None, 0)
     expected = model.denormalize_target(start.from_flow(noise))
     sampled = model.generate(eva, num_inference_steps=60, solver="midpoint")
     torch.testing.assert_close(sampled, expected, rtol=1e-3, atol=5e-3)
@@ -153,7 +153,7 @@ def test_the_fit_finds_the_regression_and_its_residual(source: str) -> None:
     model.set_statistics(
         condition=(data._eva.mean(dim=(0, 1)), data._eva.std(dim=(0, 1))), target=(mean, std)
     )
-    model.set_source(**fit_source(model, data, np.arange(2000), most=2000, seed=0)[0])
+    model.set_source(**fit_source(model, data, np.arange(2000), max_samples=2000, seed=0)[0])
     eva, _ = data.fetch(np.arange(50))
     source_mean = model.denormalize_target(model.source_distribution(model.normalize_condition(eva)).mean)
     torch.testing.assert_close(source_mean, data.mean(eva), rtol=0, atol=0.2)

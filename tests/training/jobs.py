@@ -20,14 +20,14 @@ from blip3o_dit.evaluation.evaluate import EvaluationConfig, evaluate_models
 from blip3o_dit.evaluation.reference import EvaluationSettings
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model import transformer
-from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel, FlowBatch
 from blip3o_dit.model.precision import BFLOAT16_VARIABLE
 from blip3o_dit.training.anomalies import NonFiniteLossError
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.fsdp import check_sharding, keep_the_dtype_rule, let_generate
 from blip3o_dit.training.run import build_trainer, train
-from blip3o_dit.training.trainer import BLIP3oTrainer, FlowBatch
+from blip3o_dit.training.trainer import BLIP3oTrainer
 from blip3o_dit.utils.distributed import join_processes
 from blip3o_dit.utils.errors import StoppedEarly
 from tests.conftest import randomize, tiny_config
@@ -84,7 +84,9 @@ def train_with_a_fault(store: Path, output: Path, changes: dict[str, Any]) -> tu
 
     def compute_loss(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if trainer.state.global_step == 2:
-            before.update({name: p.detach().clone() for name, p in trainer.dit.named_parameters()})
+            before.update(
+                {name: p.detach().clone() for name, p in trainer.unwrapped_model.named_parameters()}
+            )
             if os.environ["RANK"] == "1":
                 inputs["noise"][0, 0, 0] = torch.nan
         return plain(model, inputs, *args, **kwargs)
@@ -93,7 +95,7 @@ def train_with_a_fault(store: Path, output: Path, changes: dict[str, Any]) -> tu
     try:
         trainer.train()
     except NonFiniteLossError as error:
-        same = [torch.equal(before[name], p) for name, p in trainer.dit.named_parameters()]
+        same = [torch.equal(before[name], p) for name, p in trainer.unwrapped_model.named_parameters()]
         return str(error), len(same) > 10 and all(same)
     return "trained", False
 
@@ -135,18 +137,18 @@ def train_sharded(
 def _watch_dtypes(trainer: BLIP3oTrainer) -> set[str]:
     """Dtypes inside the network while it trains, filled in as it does."""
     found: set[str] = set()
-    drawn: list[torch.Tensor] = []
-    plain_predict, plain_timestep = trainer._predict, transformer.official_timestep
+    times: list[torch.Tensor] = []
+    plain_predict, plain_timestep = FlowBatch.predict, transformer.official_timestep
 
-    def predict(model: torch.nn.Module, flow_batch: FlowBatch) -> torch.Tensor:
-        drawn.append(flow_batch.sample.t)
-        prediction = plain_predict(model, flow_batch)
+    def predict(flow_batch: FlowBatch, model: torch.nn.Module) -> torch.Tensor:
+        times.append(flow_batch.sample.t)
+        prediction = plain_predict(flow_batch, model)
         found.add(f"prediction {prediction.dtype}")
         return prediction
 
     def official_timestep(t: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():
-            assert torch.equal(t, drawn[-1])
+            assert torch.equal(t, times[-1])
         found.add(f"time {t.dtype}")
         return plain_timestep(t)
 
@@ -157,10 +159,10 @@ def _watch_dtypes(trainer: BLIP3oTrainer) -> set[str]:
     def look_inside(norm: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
         found.add(f"queries {output.dtype}")
 
-    trainer._predict = predict  # type: ignore[method-assign]
+    FlowBatch.predict = predict  # type: ignore[method-assign]
     transformer.official_timestep = official_timestep
-    trainer.dit.dit.layers[0].register_forward_hook(look)
-    trainer.dit.dit.layers[0].attn1.norm_q.register_forward_hook(look_inside)
+    trainer.unwrapped_model.dit.layers[0].register_forward_hook(look)
+    trainer.unwrapped_model.dit.layers[0].attn1.norm_q.register_forward_hook(look_inside)
     return found
 
 

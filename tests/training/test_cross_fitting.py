@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from blip3o_dit import ridge
 from blip3o_dit.data.embeddings import TransformedEmbeddings
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.evaluation import baselines
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.ridge import TokenRidge
 from blip3o_dit.training.fit_source import (
@@ -72,7 +72,7 @@ def fitted(store: Any, source: str, most: int) -> tuple[BLIP3oDiTModel, SourceFo
     sizes = dict(num_tokens=9, condition_dim=12, target_dim=8)
     config = replace(config_for(store, Path("nowhere")), source=source)
     model = BLIP3oDiTModel(config.model(**sizes))
-    arguments, folds = fit_source(model, store, np.arange(10, 110), most=most, seed=3)
+    arguments, folds = fit_source(model, store, np.arange(10, 110), max_samples=most, seed=3)
     model.set_source(**arguments)
     assert folds is not None
     return model, folds
@@ -82,7 +82,7 @@ def fitted(store: Any, source: str, most: int) -> tuple[BLIP3oDiTModel, SourceFo
 def test_a_map_does_not_depend_on_the_samples_of_its_fold(
     store: EmbeddingStore, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
-    monkeypatch.setattr(baselines, "PENALTIES", (1e-3, 1e-3))
+    monkeypatch.setattr(ridge, "PENALTIES", (1e-3, 1e-3))
     model, folds = fitted(store, source, 100)
     third = set(folds.samples[folds.fold == 3].tolist())
     assert len(third) == 100 // FOLDS and len(folds.samples) == 100
@@ -109,7 +109,7 @@ def test_a_map_does_not_depend_on_the_samples_of_its_fold(
 def test_the_maps_are_ridge_regressions_on_the_other_samples(
     store: EmbeddingStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(baselines, "PENALTIES", (1e-2, 1e-2))
+    monkeypatch.setattr(ridge, "PENALTIES", (1e-2, 1e-2))
     model, folds = fitted(store, "ridge", 100)
     eva = store.fetch(range(6))[0]
     for fold in (0, 3):
@@ -142,9 +142,9 @@ def test_each_sample_has_the_map_of_its_fold_and_one_that_was_not_fitted_the_who
 
 def test_one_sample_has_one_map(store: EmbeddingStore) -> None:
     model, _ = fitted(store, "ridge", 100)
-    arguments, folds = fit_source(model, store, np.array([4]), most=10, seed=0)
+    arguments, folds = fit_source(model, store, np.array([4]), max_samples=10, seed=0)
     assert folds is None and all(torch.isfinite(v).all() for v in arguments.values() if v is not None)
-    two = fit_source(model, store, np.array([4, 9]), most=10, seed=0)[1]
+    two = fit_source(model, store, np.array([4, 9]), max_samples=10, seed=0)[1]
     assert two is not None and len(two.weight) == 2 and torch.isfinite(two.weight).all()
 
 

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from blip3o_dit.cli.main import main
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.flow.config import FlowMatchingConfig
-from blip3o_dit.flow.distillation import trajectory_targets
-from blip3o_dit.flow.path import convert_prediction, make_path
+from blip3o_dit.flow.path import make_path
+from blip3o_dit.flow.predictions import convert_prediction
 from blip3o_dit.flow.solvers import integrate
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model.blip3o_dit import EMA_FILE, BLIP3oDiTModel
 from blip3o_dit.training.config import TrainingConfig
-from blip3o_dit.training.distillation import DistillationConfig, train_student
+from blip3o_dit.training.distillation import DistillationConfig, train_student, trajectory_targets
 from blip3o_dit.utils.checksums import verify
 from tests.conftest import randomize, tiny_config
 from tests.inference.test_evaluate import train_model
@@ -35,7 +35,7 @@ def test_lessons_are_average_velocities_along_the_teachers_path(steps: int) -> N
     assert len(targets) == steps
     for k, target in enumerate(targets):
         low, high = k / steps, (k + 1) / steps
-        torch.testing.assert_close(target.x, math.exp(low) * x_0, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(target.x_t, math.exp(low) * x_0, rtol=1e-3, atol=1e-3)
         slope = (math.exp(high) - math.exp(low)) * steps
         torch.testing.assert_close(target.velocity, slope * x_0, rtol=1e-3, atol=1e-3)
         assert target.t.tolist() == pytest.approx([low] * 5)

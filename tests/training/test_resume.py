@@ -432,8 +432,8 @@ def diagnosis(folder: Path) -> dict[str, Any]:
 def test_a_loss_that_is_not_finite_is_diagnosed(store: EmbeddingStore, tmp_path: Path) -> None:
     trainer = make_trainer(store, tmp_path)
     with torch.no_grad():
-        trainer.dit.dit.layers[0].ffn_norm2.weight[3] = float("inf")
-        trainer.dit.dit.layers[0].norm1.linear.bias.fill_(1.0)
+        trainer.unwrapped_model.dit.layers[0].ffn_norm2.weight[3] = float("inf")
+        trainer.unwrapped_model.dit.layers[0].norm1.linear.bias.fill_(1.0)
     with pytest.raises(NonFiniteLossError, match=r"step 1: .* what was found is in .*diagnosis.json"):
         trainer.train()
     found = diagnosis(tmp_path)
@@ -452,19 +452,19 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(
     store: EmbeddingStore, tmp_path: Path, clipping: float
 ) -> None:
     trainer = make_trainer(store, tmp_path, max_grad_norm=clipping)
-    bias = trainer.dit.dit.norm_out.linear_2.bias
+    bias = trainer.unwrapped_model.dit.norm_out.linear_2.bias
     bias.register_hook(lambda gradient: gradient * float("nan"))
-    before = {name: p.clone() for name, p in trainer.dit.named_parameters()}
+    before = {name: p.clone() for name, p in trainer.unwrapped_model.named_parameters()}
     with pytest.raises(NonFiniteLossError, match=r"infinity in dit.norm_out.linear_2.bias; stopped before"):
         trainer.train()
-    assert all(torch.equal(before[name], p) for name, p in trainer.dit.named_parameters())
+    assert all(torch.equal(before[name], p) for name, p in trainer.unwrapped_model.named_parameters())
     assert [entry["name"] for entry in diagnosis(tmp_path)["gradients"]] == ["dit.norm_out.linear_2.bias"]
 
 
 def test_a_loss_out_of_proportion_is_noted_with_its_samples(
     store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(anomalies, "FEWEST", 4)
+    monkeypatch.setattr(anomalies, "MIN_LOSSES", 4)
     trainer = make_trainer(store, tmp_path)
     for step in range(1, 7):
         trainer.losses.add(torch.tensor(1.0 + 0.01 * (step % 3)), step, {"index": [step]})

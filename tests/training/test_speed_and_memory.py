@@ -28,8 +28,8 @@ from blip3o_dit.training.anomalies import HostCopy, LossMonitor, NonFiniteLossEr
 from blip3o_dit.training.callbacks import read_log
 from blip3o_dit.training.config import TrainingConfig, resolve_config
 from blip3o_dit.training.ema import ExponentialMovingAverage
+from blip3o_dit.training.metrics import Throughput, forward_flops, matmul_rate
 from blip3o_dit.training.run import train
-from blip3o_dit.training.throughput import Throughput, forward_flops, matmul_rate
 from blip3o_dit.training.trainer import BLIP3oTrainer
 from tests.conftest import randomize, tiny_config
 from tests.stores import write_linear_store
@@ -266,11 +266,11 @@ def test_a_deferred_check_stops_a_run_before_its_weights_change(
     trainer = make_trainer(store, tmp_path)
     trainer.losses._deferred = True
     with torch.no_grad():
-        trainer.dit.dit.norm_out.linear_2.bias[0] = float("nan")
-    before = {name: p.clone() for name, p in trainer.dit.named_parameters()}
+        trainer.unwrapped_model.dit.norm_out.linear_2.bias[0] = float("nan")
+    before = {name: p.clone() for name, p in trainer.unwrapped_model.named_parameters()}
     with pytest.raises(NonFiniteLossError, match="step 1"):
         trainer.train()
-    after = dict(trainer.dit.named_parameters())
+    after = dict(trainer.unwrapped_model.named_parameters())
     assert all(torch.equal(before[n], after[n]) for n in before if "linear_2.bias" not in n)
 
 
@@ -330,7 +330,9 @@ def test_a_step_looked_at_later_changes_no_weight(
 
     def with_a_fault(model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if trainer.state.global_step == 2:
-            before.update({name: p.detach().clone() for name, p in trainer.dit.named_parameters()})
+            before.update(
+                {name: p.detach().clone() for name, p in trainer.unwrapped_model.named_parameters()}
+            )
             faulty.append(inputs)
             if fault == "loss" and len(faulty) == accumulation:
                 inputs["noise"][0, 0, 0] = torch.nan
@@ -340,12 +342,12 @@ def test_a_step_looked_at_later_changes_no_weight(
         return gradient * (torch.nan if fault == "gradient" and trainer.state.global_step == 2 else 1.0)
 
     trainer.compute_loss = with_a_fault  # type: ignore[method-assign]
-    trainer.dit.dit.norm_out.linear_2.bias.register_hook(with_a_bad_gradient)
+    trainer.unwrapped_model.dit.norm_out.linear_2.bias.register_hook(with_a_bad_gradient)
     with pytest.raises(NonFiniteLossError, match=rf"step 3: expected (a )?finite {fault}"):
         trainer.train()
     assert trainer.state.global_step == 3  # in the next step
     assert len(before) > 10
-    for name, parameter in trainer.dit.named_parameters():
+    for name, parameter in trainer.unwrapped_model.named_parameters():
         assert torch.equal(before[name], parameter), name
     found = json.loads((tmp_path / "diagnosis.json").read_text())
     assert found["step"] == 3 and not found["weights"]
@@ -363,7 +365,7 @@ def test_a_step_is_looked_at_before_it_is_logged_measured_or_saved(
 ) -> None:
     intervals = dict(logging_steps=100, save_steps=100, eval_steps=100, eval_samples=0) | moment
     trainer = late(make_trainer(store, tmp_path, max_steps=6 if moment else 3, **intervals))
-    trainer.dit.dit.norm_out.linear_2.bias.register_hook(
+    trainer.unwrapped_model.dit.norm_out.linear_2.bias.register_hook(
         lambda gradient: gradient * (torch.nan if trainer.state.global_step == 2 else 1.0)
     )
     with pytest.raises(NonFiniteLossError, match="step 3"):
@@ -383,7 +385,7 @@ def test_a_step_that_the_loss_scaler_skips_moves_neither_schedule_nor_averages(
     monkeypatch.setattr(
         trainer.accelerator, "unscale_gradients", lambda: scaler.unscale_(trainer.optimizer.optimizer)
     )
-    trainer.dit.dit.norm_out.linear_2.bias.register_hook(
+    trainer.unwrapped_model.dit.norm_out.linear_2.bias.register_hook(
         lambda gradient: gradient * (torch.inf if trainer.state.global_step == 1 else 1.0)
     )
     states: list[tuple[float, dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
@@ -391,7 +393,7 @@ def test_a_step_that_the_loss_scaler_skips_moves_neither_schedule_nor_averages(
     class Note(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             assert trainer.ema is not None
-            weights = {name: p.detach().clone() for name, p in trainer.dit.named_parameters()}
+            weights = {name: p.detach().clone() for name, p in trainer.unwrapped_model.named_parameters()}
             averages = {name: value.clone() for name, value in trainer.ema.weights.items()}
             states.append((trainer.optimizer.param_groups[0]["lr"], weights, averages))
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from blip3o_dit.cli.train import main as train_main
 from blip3o_dit.data.dataset import EmbeddingDataset, split_samples, training_sampler
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.flow.path import LinearPath, preconditioning
+from blip3o_dit.flow.path import LinearPath
+from blip3o_dit.flow.predictions import preconditioning
 from blip3o_dit.model.blip3o_dit import EMA_FILE, BLIP3oDiTModel
 from blip3o_dit.training.anomalies import NonFiniteLossError
 from blip3o_dit.training.arguments import training_arguments
@@ -141,7 +142,7 @@ def test_training_refuses_a_damaged_shard_that_its_statistics_glanced_at(tmp_pat
 def test_statistics_of_a_part_of_the_training_split(store: EmbeddingStore, tmp_path: Path) -> None:
     def means(**changes: Any) -> torch.Tensor:
         config = config_for(store, tmp_path / "run", source="noise", **changes)
-        return build_trainer(store, config).dit.condition_mean
+        return build_trainer(store, config).unwrapped_model.condition_mean
 
     whole = means()
     assert torch.equal(means(statistics_samples=40), whole)
@@ -188,10 +189,12 @@ def test_network_input_and_loss_share_one_draw(
     def record(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         seen["x_t"], seen["t"] = inputs[:2]
 
-    trainer.dit.register_forward_pre_hook(record)
-    loss = trainer.compute_loss(trainer.dit, batch)
-    source = trainer.dit.source_distribution(trainer.dit.normalize_condition(batch["eva"]))
-    x_1 = source.to_flow(trainer.dit.normalize_target(batch["clip"]))
+    trainer.unwrapped_model.register_forward_pre_hook(record)
+    loss = trainer.compute_loss(trainer.unwrapped_model, batch)
+    source = trainer.unwrapped_model.source_distribution(
+        trainer.unwrapped_model.normalize_condition(batch["eva"])
+    )
+    x_1 = source.to_flow(trainer.unwrapped_model.normalize_target(batch["clip"]))
     path, t = LinearPath(), seen["t"][:, None, None]
     x_t = source.to_flow(seen["x_t"])
     noise = (x_t - path.alpha(t) * x_1) / path.sigma(t)
@@ -206,13 +209,15 @@ def test_network_input_and_loss_share_one_draw(
 
 def test_a_dropped_condition_leaves_the_source_and_its_guess(store: EmbeddingStore, tmp_path: Path) -> None:
     trainer = make_trainer(store, tmp_path, cfg_dropout=0.999)
-    trainer.dit.source_weight.normal_()
+    trainer.unwrapped_model.source_weight.normal_()
     batch = trainer.train_dataset.__getitems__([(0, 1), (0, 2)])
     seen: list[torch.Tensor] = []
-    trainer.dit.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
-    trainer.compute_loss(trainer.dit, batch)
+    trainer.unwrapped_model.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
+    trainer.compute_loss(trainer.unwrapped_model, batch)
     _, _, condition, guess = seen
-    expected = trainer.dit.source_distribution(trainer.dit.normalize_condition(batch["eva"])).mean
+    expected = trainer.unwrapped_model.source_distribution(
+        trainer.unwrapped_model.normalize_condition(batch["eva"])
+    ).mean
     assert (condition == 0).all() and expected.abs().mean() > 0.01
     assert torch.equal(guess, expected)
 
@@ -250,26 +255,26 @@ def test_condition_dropout_drops_whole_conditions_at_its_rate(store: EmbeddingSt
 def test_a_non_finite_loss_stops_before_the_step(store: EmbeddingStore, tmp_path: Path) -> None:
     trainer = make_trainer(store, tmp_path)
     with torch.no_grad():
-        trainer.dit.dit.norm_out.linear_2.bias[0] = float("nan")
-    before = {name: p.clone() for name, p in trainer.dit.named_parameters()}
+        trainer.unwrapped_model.dit.norm_out.linear_2.bias[0] = float("nan")
+    before = {name: p.clone() for name, p in trainer.unwrapped_model.named_parameters()}
     with pytest.raises(NonFiniteLossError, match="step 1: expected a finite loss, found nan for samples"):
         trainer.train()
-    after = dict(trainer.dit.named_parameters())
+    after = dict(trainer.unwrapped_model.named_parameters())
     assert all(torch.equal(before[n], after[n]) for n in before if "linear_2.bias" not in n)
 
 
 def test_ema_follows_its_formula_and_is_what_evaluation_uses(store: EmbeddingStore, tmp_path: Path) -> None:
     trainer = make_trainer(store, tmp_path, ema_decay=0.5, max_steps=1)
     name = "dit.norm_out.linear_2.weight"
-    start = trainer.dit.get_parameter(name).detach().clone()
+    start = trainer.unwrapped_model.get_parameter(name).detach().clone()
     trainer.train()
-    end = trainer.dit.get_parameter(name).detach()
+    end = trainer.unwrapped_model.get_parameter(name).detach()
     assert trainer.ema is not None
     decay = min(0.5, (1 + 1) / (10 + 1))
     torch.testing.assert_close(trainer.ema.weights[name], decay * start + (1 - decay) * end)
-    own = {n: p.clone() for n, p in trainer.dit.named_parameters()}
+    own = {n: p.clone() for n, p in trainer.unwrapped_model.named_parameters()}
     with_average = trainer.evaluate()["eval_loss"]
-    assert all(torch.equal(own[n], p) for n, p in trainer.dit.named_parameters())
+    assert all(torch.equal(own[n], p) for n, p in trainer.unwrapped_model.named_parameters())
     trainer.ema = None
     assert trainer.evaluate()["eval_loss"] != with_average
 
@@ -288,7 +293,7 @@ def test_held_out_figures_are_of_a_named_choice_of_bounded_size(
     store = write_linear_store(tmp_path / "store", samples=60)
     trainer = make_trainer(store, tmp_path, eval_split=40, eval_loss_samples=12, eval_samples=6)
     seen: dict[str, list[int]] = {"loss": [], "generated": []}
-    flow_batch, generate = trainer.flow_batch, trainer.dit.generate
+    flow_batch, generate = trainer.flow_batch, trainer.unwrapped_model.generate
 
     def drawing(batch: dict[str, Any], *, training: bool) -> Any:
         seen["loss"] += batch["index"]
@@ -299,7 +304,7 @@ def test_held_out_figures_are_of_a_named_choice_of_bounded_size(
         return generate(*args, sample_index=sample_index, **kwargs)
 
     monkeypatch.setattr(trainer, "flow_batch", drawing)
-    monkeypatch.setattr(trainer.dit, "generate", generating)
+    monkeypatch.setattr(trainer.unwrapped_model, "generate", generating)
     held_out = trainer.eval_dataset.indices.tolist()
     figures = [trainer.evaluate()["eval_loss"] for _ in range(2)]
     assert len(held_out) == 40 and figures[0] == figures[1]
@@ -424,7 +429,7 @@ def test_only_matrices_decay(store: EmbeddingStore, tmp_path: Path) -> None:
     decayed, others = (group["params"] for group in trainer.optimizer.param_groups)
     assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.1
     assert {p.ndim for p in decayed} == {2} and {p.ndim for p in others} == {1}
-    gate = trainer.dit.dit.layers[0].gate
+    gate = trainer.unwrapped_model.dit.layers[0].gate
     assert any(p is gate for p in others)
 
 
@@ -456,7 +461,9 @@ def test_deterministic_asks_torch_and_cublas(
         trainer = build_trainer(
             store, config_for(store, tmp_path, source="noise", deterministic=deterministic)
         )
-        loss = trainer.compute_loss(trainer.dit, trainer.train_dataset.__getitems__([(0, 1), (0, 2)]))
+        loss = trainer.compute_loss(
+            trainer.unwrapped_model, trainer.train_dataset.__getitems__([(0, 1), (0, 2)])
+        )
         loss.backward()  # every operation has a deterministic form
         assert torch.are_deterministic_algorithms_enabled() == deterministic
         assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if deterministic else None)

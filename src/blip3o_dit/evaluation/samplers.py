@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from blip3o_dit.evaluation.baselines import Baseline, NearestNeighbours, ResidualGaussian
-from blip3o_dit.flow.solvers import CALLS_PER_STEP
+from blip3o_dit.flow.solvers import SOLVERS
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 
 
@@ -66,10 +66,11 @@ class ModelSampler:
 
     @property
     def calls(self) -> int:
-        return self.num_inference_steps * CALLS_PER_STEP[self.solver]
+        return self.num_inference_steps * SOLVERS[self.solver].calls_per_step
 
     def predict_mean(self, eva: Tensor, indices: Sequence[int]) -> Tensor | None:
-        if self.model.config.flow.prediction_type == "epsilon" or self.model.config.flow.student_steps:
+        flow = self.model.config.flow
+        if flow.fixed_sampling is not None or not flow.prediction.gives_mean_at_noise:
             return None
         return self.model.predict_mean(eva, seed=self.seed, sample_index=indices).cpu()
 
@@ -87,7 +88,7 @@ class ModelSampler:
 
     def with_calls(self, solver: str, calls: int) -> ModelSampler:
         """The same model sampled with so many network calls."""
-        return replace(self, solver=solver, num_inference_steps=calls // CALLS_PER_STEP[solver])
+        return replace(self, solver=solver, num_inference_steps=calls // SOLVERS[solver].calls_per_step)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from blip3o_dit.evaluation.reference import (
     keep_vectors,
 )
 from blip3o_dit.evaluation.samplers import ModelSampler
-from blip3o_dit.flow.solvers import CALLS_PER_STEP
+from blip3o_dit.flow.solvers import SOLVERS
 from blip3o_dit.metrics import distances
 from blip3o_dit.metrics.bootstrap import FEWEST, Bootstrap, Estimate, from_half_samples, half_samples
 from blip3o_dit.metrics.fidelity import (
@@ -142,14 +142,14 @@ def quality_curve(
     order = stateless_permutation(len(truth.indices), seed=truth.settings.seed, stream="curve samples")
     indices = truth.indices[np.sort(order[:samples])]
     pairs = [
-        (solver, count)
-        for solver, per_step in CALLS_PER_STEP.items()
+        (name, count)
+        for name, solver in SOLVERS.items()
         for count in calls
-        if count >= per_step and count % per_step == 0
+        if count >= solver.calls_per_step and count % solver.calls_per_step == 0
     ]
-    student_steps = method.model.config.flow.student_steps
-    if student_steps:  # it can do nothing else
-        pairs = [("euler", student_steps)]
+    fixed = method.model.config.flow.fixed_sampling
+    if fixed is not None:
+        pairs = [fixed]
     return [
         _curve_point(method.with_calls(solver, count), truth, indices, solver, processes)
         for solver, count in track(pairs, f"{method.name}: network calls")

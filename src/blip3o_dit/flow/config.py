@@ -1,4 +1,4 @@
-"""What is trained on: the path, its start, the prediction type, and how times are drawn."""
+"""What is trained: the path, its source, the prediction type, and how times are sampled."""
 
 from __future__ import annotations
 
@@ -6,34 +6,31 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
+from blip3o_dit.flow.path import PATHS, check_sigmas
+from blip3o_dit.flow.predictions import PREDICTIONS, Prediction
+from blip3o_dit.flow.solvers import SOLVERS
 from blip3o_dit.utils.json_files import short_repr, show_names
 from blip3o_dit.utils.validation import check_integer, check_name, check_range
 
-SCHEDULE_TYPES = ("linear", "cosine")
-PREDICTION_TYPES = ("v_prediction", "epsilon", "sample", "preconditioned")
+SCHEDULE_TYPES = tuple(PATHS)
+PREDICTION_TYPES = tuple(PREDICTIONS)
+SOLVER_NAMES = tuple(SOLVERS)
 TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
 SOURCES = ("noise", "ridge", "ridge_3x3")
-SOLVER_NAMES = ("euler", "midpoint", "heun")
-
-
-def check_sigmas(sigma_min: float, sigma_max: float) -> None:
-    """Raises ValueError unless 0 <= sigma_min < sigma_max < infinity."""
-    check_range("sigma_max", sigma_max, 0.0, math.inf)
-    check_range("sigma_min", sigma_min, 0.0, sigma_max)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlowMatchingConfig:
-    """The path, where it starts, what the network predicts on it, and how times are drawn.
+    """The path, where it starts, what the network predicts on it, and how times are sampled.
 
     Args:
         schedule_type: "linear" (optimal transport) or "cosine" (trigonometric).
         sigma_min, sigma_max: noise at t = 1 and at t = 0; 0 <= sigma_min < sigma_max.
-        prediction_type: "v_prediction", "epsilon", "sample" or "preconditioned" (see `flow/path.py`).
+        prediction_type: "v_prediction", "epsilon", "sample" or "preconditioned" (see `flow/predictions.py`).
         source: what the path starts from. "noise" is N(0, I). "ridge" and "ridge_3x3" are informed: a ridge
-            regression from the condition, plus noise of its residual's deviation (see `flow/source.py`).
+            regression from the condition, plus noise of its residual's deviation (see `AffineSource`).
         source_components: principal components of a neighbour that "ridge_3x3" uses; 0 for other sources.
-        time_distribution: how training draws times, "uniform" or "logit_normal".
+        time_distribution: how training samples times, "uniform" or "logit_normal".
         time_mean, time_std: of the logit of the noise level, for "logit_normal".
         time_shift: alpha of the shift of the noise level, in training and in the sampler's grid; 1 is none.
         regularization_weight: weight of the mean square of the network's output in the loss.
@@ -77,6 +74,16 @@ class FlowMatchingConfig:
         check_sigmas(self.sigma_min, self.sigma_max)
         check_range("regularization_weight", self.regularization_weight, 0.0, math.inf)
         check_range("condition_dropout", self.condition_dropout, 0.0, 1.0)
+
+    @property
+    def prediction(self) -> Prediction:
+        """What the network predicts."""
+        return PREDICTIONS[self.prediction_type]
+
+    @property
+    def fixed_sampling(self) -> tuple[str, int] | None:
+        """The solver and steps of a distilled model, which can be sampled in no other way; None: any."""
+        return ("euler", self.student_steps) if self.student_steps else None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FlowMatchingConfig:

@@ -1,4 +1,4 @@
-"""Probability paths between noise and data, and what a network may predict on them.
+"""Probability paths between noise and data, and informed sources in place of the noise.
 
 The one convention of this project (others are converted in `model/official_convention.py`):
 
@@ -13,31 +13,39 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from blip3o_dit.flow.config import PREDICTION_TYPES, FlowMatchingConfig, check_sigmas
 from blip3o_dit.flow.timesteps import time_grid
-from blip3o_dit.utils.validation import check_name
+from blip3o_dit.utils.validation import check_range
 
-# Near t = 1 the noise, and near t = 0 the data, cannot be read off x_t: the division by sigma / sigma_max
-# or alpha stops here. The value is JiT's (arXiv 2511.13720).
-MIN_SCALE = 0.05
+if TYPE_CHECKING:  # it lists `PATHS`
+    from blip3o_dit.flow.config import FlowMatchingConfig
 
 
 @dataclass(frozen=True)
-class PathSample:
-    """One draw on a path. The network's input and the loss both read this object.
+class PathPoint:
+    """Points x_t on a path at t, and the velocity there.
 
-    Shapes: `t` [B]; `x_1`, `noise`, `x_t`, `velocity` [B, ...], all float32.
+    Shapes: `t` [B]; `x_t`, `velocity` [B, ...], float32.
     """
 
     t: Tensor
-    x_1: Tensor
-    noise: Tensor
     x_t: Tensor
     velocity: Tensor
+
+
+@dataclass(frozen=True)
+class PathSample(PathPoint):
+    """Points on the path between data and noise. The network's input and the loss both read this object.
+
+    Shapes: `x_1`, `noise` [B, ...], float32.
+    """
+
+    x_1: Tensor
+    noise: Tensor
 
 
 class ProbabilityPath(ABC):
@@ -77,7 +85,7 @@ class ProbabilityPath(ABC):
     def sigma_derivative(self, t: Tensor) -> Tensor:
         """d sigma / dt."""
 
-    def source(self, noise: Tensor) -> Tensor:
+    def initial_point(self, noise: Tensor) -> Tensor:
         """x_0 = sigma(0) eps: where sampling starts, the same as where training starts."""
         return self.sigma_max * noise.float()
 
@@ -88,14 +96,22 @@ class ProbabilityPath(ABC):
         if t.shape != x_1.shape[:1]:
             raise ValueError(f"expected t of shape {tuple(x_1.shape[:1])}, found {tuple(t.shape)}")
         x_1, noise, t = x_1.float(), noise.float(), t.float()
-        time = _expand(t, x_1)
+        time = expand_times(t, x_1)
         return PathSample(
             t=t,
+            x_t=self.alpha(time) * x_1 + self.sigma(time) * noise,
+            velocity=self.velocity(x_1, noise, time),
             x_1=x_1,
             noise=noise,
-            x_t=self.alpha(time) * x_1 + self.sigma(time) * noise,
-            velocity=self.alpha_derivative(time) * x_1 + self.sigma_derivative(time) * noise,
         )
+
+    def velocity(self, x_1: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """dx_t / dt = alpha' x_1 + sigma' eps; t of a shape that multiplies x_1."""
+        return self.alpha_derivative(t) * x_1 + self.sigma_derivative(t) * noise
+
+    def determinant(self, t: Tensor) -> Tensor:
+        """alpha sigma' - alpha' sigma: negative on all of [0, 1] for both paths, as sigma_max > sigma_min."""
+        return self.alpha(t) * self.sigma_derivative(t) - self.alpha_derivative(t) * self.sigma(t)
 
 
 class LinearPath(ProbabilityPath):
@@ -145,110 +161,41 @@ def make_path(config: FlowMatchingConfig) -> ProbabilityPath:
     return PATHS[config.schedule_type](sigma_min=config.sigma_min, sigma_max=config.sigma_max, grid=grid)
 
 
-def convert_prediction(
-    prediction: Tensor,
-    x_t: Tensor,
-    t: Tensor,
-    path: ProbabilityPath,
-    *,
-    from_type: str,
-    to_type: str,
-    min_scale: float = MIN_SCALE,
-) -> Tensor:
-    """Turn any prediction type into any other, given x_t and t; float32.
+@dataclass(frozen=True)
+class AffineSource:
+    """An informed source: the paths of one batch start at x_0 = R(c) + s eps instead of at pure noise.
 
-    "preconditioned" is F in v = c_skip(t) x_t + c_out(t) F, where c_skip x_t is the best guess of v and c_out
-    the deviation of what it leaves, for x_1 ~ N(0, I) independent of the condition. A network that puts out
-    zero then samples that Gaussian exactly, and F has unit variance at all times. It is EDM's
-    preconditioning (Karras et al., arXiv 2206.00364, appendix B.6) written for a velocity.
+    Conditional flow matching allows any source distribution q_0(x | c) (Tong et al., arXiv 2302.00482). Here
+    R is a ridge regression of the training targets on the conditions and s its residual's standard deviation
+    per channel, in the network's (standardised) units: R(c) [B, N, C], s [C]; None and None for pure noise.
 
-    x_t and the prediction determine x_1 and eps, and these determine everything else. Reading the data off
-    a predicted noise divides by alpha (zero at t = 0), reading the noise off predicted data divides by
-    sigma (almost zero at t = 1): both divisors are kept at or above `min_scale`.
-
-    Args:
-        prediction, x_t: [B, ...]. t: [B].
-        from_type, to_type: one of `PREDICTION_TYPES`.
-
-    Returns: [B, ...] float32.
-
-    Raises:
-        ValueError: for an unknown prediction type.
+    A path from x_0 to x_1 is, in the coordinates y = (x - R(c)) / s, an ordinary path from pure noise to the
+    standardised residual. So the flow (path, loss, solver, conversions) works on y and knows nothing of R,
+    and the network is shown x = R(c) + s y.
     """
-    check_name("from_type", from_type, PREDICTION_TYPES)
-    check_name("to_type", to_type, PREDICTION_TYPES)
-    prediction, x_t = prediction.float(), x_t.float()
-    if from_type == to_type:
-        return prediction
-    time = _expand(t.float(), x_t)
-    if from_type == "preconditioned":
-        skip, out = preconditioning(time, path)
-        prediction, from_type = skip * x_t + out * prediction, "v_prediction"
-    if to_type == from_type:
-        return prediction
-    x_1, noise = _endpoints(prediction, x_t, time, path, from_type, min_scale)
-    if to_type == "sample":
-        return x_1
-    if to_type == "epsilon":
-        return noise
-    velocity = path.alpha_derivative(time) * x_1 + path.sigma_derivative(time) * noise
-    if to_type == "v_prediction":
-        return velocity
-    skip, out = preconditioning(time, path)
-    return (velocity - skip * x_t) / out
+
+    mean: Tensor | None = None
+    std: Tensor | None = None
+
+    def to_flow(self, x: Tensor) -> Tensor:
+        """The network's units -> the flow's, y = (x - R(c)) / s."""
+        return x if self.mean is None or self.std is None else (x - self.mean) / self.std
+
+    def from_flow(self, y: Tensor) -> Tensor:
+        """The flow's units -> the network's, x = R(c) + s y."""
+        return y if self.mean is None or self.std is None else self.mean + self.std * y
+
+    def repeat(self, times: int) -> AffineSource:
+        """The same batch, so many times one after the other."""
+        return AffineSource(None if self.mean is None else self.mean.repeat(times, 1, 1), self.std)
 
 
-def preconditioning(t: Tensor, path: ProbabilityPath) -> tuple[Tensor, Tensor]:
-    """(c_skip, c_out) of "preconditioned": regression of v on x_t for x_1 ~ N(0, I), and its residual's std.
-
-    c_skip = (alpha alpha' + sigma sigma') / (alpha^2 + sigma^2),
-    c_out = |alpha sigma' - alpha' sigma| / (alpha^2 + sigma^2)^(1/2).
-
-    For a distilled model c_skip x_t is the average velocity of the same Gaussian up to the next time t' of
-    its grid, ((var(t') / var(t))^(1/2) - 1) / (t' - t) with var = alpha^2 + sigma^2: a network that puts out
-    zero still samples that Gaussian exactly, in however few steps.
-    """
-    alpha, sigma = path.alpha(t), path.sigma(t)
-    variance = alpha.square() + sigma.square()
-    out = -_determinant(t, path) / variance.sqrt()
-    if path.grid is None:
-        return (alpha * path.alpha_derivative(t) + sigma * path.sigma_derivative(t)) / variance, out
-    grid = path.grid.to(t.device)
-    end = grid[torch.searchsorted(grid, t + 1e-5, right=True).clamp(max=len(grid) - 1)]
-    ratio = ((path.alpha(end).square() + path.sigma(end).square()) / variance).sqrt()
-    return (ratio - 1.0) / (end - t).clamp(min=1e-6), out
-
-
-def velocity_scale(t: Tensor, path: ProbabilityPath, min_scale: float = MIN_SCALE) -> Tensor:
-    """|dv/dx_1| at fixed x_t: the factor between an error in x_1 and the error of the velocity it implies.
-
-    v = (sigma' x_t + (alpha' sigma - alpha sigma') x_1) / sigma, so for the linear path with sigma_min = 0
-    the factor is 1 / (1 - t), kept finite as JiT does (arXiv 2511.13720).
-    """
-    sigma = path.sigma(t).clamp(min=min_scale * path.sigma_max)
-    return -_determinant(t, path) / sigma
-
-
-def _endpoints(
-    prediction: Tensor, x_t: Tensor, time: Tensor, path: ProbabilityPath, source: str, floor: float
-) -> tuple[Tensor, Tensor]:
-    """(x_1, eps) from x_t = alpha x_1 + sigma eps and the prediction."""
-    alpha, sigma = path.alpha(time), path.sigma(time)
-    if source == "sample":
-        noise = (x_t - alpha * prediction) / sigma.clamp(min=floor * path.sigma_max)
-        return prediction, noise
-    if source == "epsilon":
-        return (x_t - sigma * prediction) / alpha.clamp(min=floor), prediction
-    determinant = _determinant(time, path)
-    x_1 = (path.sigma_derivative(time) * x_t - sigma * prediction) / determinant
-    noise = (alpha * prediction - path.alpha_derivative(time) * x_t) / determinant
-    return x_1, noise
-
-
-def _determinant(t: Tensor, path: ProbabilityPath) -> Tensor:
-    """alpha sigma' - alpha' sigma: negative on all of [0, 1] for both paths, as sigma_max > sigma_min."""
-    return path.alpha(t) * path.sigma_derivative(t) - path.alpha_derivative(t) * path.sigma(t)
-
-
-def _expand(t: Tensor, like: Tensor) -> Tensor:
+def expand_times(t: Tensor, like: Tensor) -> Tensor:
+    """Times [B] -> [B, 1, ...], which multiply `like` [B, ...]."""
     return t.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def check_sigmas(sigma_min: float, sigma_max: float) -> None:
+    """Raises ValueError unless 0 <= sigma_min < sigma_max < infinity."""
+    check_range("sigma_max", sigma_max, 0.0, math.inf)
+    check_range("sigma_min", sigma_min, 0.0, sigma_max)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from blip3o_dit.flow.timesteps import time_grid
 
+# v(x [B, ...], t [B]) -> [B, ...]
 Velocity = Callable[[Tensor, Tensor], Tensor]
-"""v(x [B, ...], t [B]) -> [B, ...]"""
 
 
 def euler_step(velocity: Velocity, x: Tensor, t: Tensor, dt: Tensor) -> Tensor:
@@ -29,8 +30,19 @@ def heun_step(velocity: Velocity, x: Tensor, t: Tensor, dt: Tensor) -> Tensor:
     return x + 0.5 * dt * (slope + velocity(x + dt * slope, t + dt))
 
 
-SOLVERS = {"euler": euler_step, "midpoint": midpoint_step, "heun": heun_step}
-CALLS_PER_STEP = {"euler": 1, "midpoint": 2, "heun": 2}
+@dataclass(frozen=True)
+class Solver:
+    """`step(velocity, x, t [B], dt)` carries x over one interval, for so many calls of the velocity."""
+
+    step: Callable[[Velocity, Tensor, Tensor, Tensor], Tensor]
+    calls_per_step: int
+
+
+SOLVERS = {
+    "euler": Solver(euler_step, calls_per_step=1),
+    "midpoint": Solver(midpoint_step, calls_per_step=2),
+    "heun": Solver(heun_step, calls_per_step=2),
+}
 ADAPTIVE_SOLVER = "dopri5"
 
 
@@ -50,7 +62,7 @@ def integrate(
         velocity: v(x, t [B]).
         velocity_of_step: the time at which a step begins -> the velocity for all of that step's stages, in
             place of `velocity`. The time is a number on the CPU: asking a GPU for it would stall every step.
-        num_steps: number of intervals, >= 1. Costs `num_steps * CALLS_PER_STEP[solver]` calls.
+        num_steps: number of intervals, >= 1. Costs `num_steps * SOLVERS[solver].calls_per_step` calls.
         solver: one of `SOLVERS`.
         time_shift: alpha of the grid's shift; 1 gives equal steps.
         track: wraps the iterable of steps, for a progress bar.
@@ -62,7 +74,7 @@ def integrate(
         raise ValueError(f"solver: expected one of {tuple(SOLVERS)}, found {solver!r}")
     if num_steps < 1:
         raise ValueError(f"number of inference steps: expected >= 1, found {num_steps}")
-    step = SOLVERS[solver]
+    step = SOLVERS[solver].step
     x = x_0.float()
     grid = time_grid(num_steps, time_shift)
     begins, grid = grid.tolist(), grid.to(x.device)

@@ -1,4 +1,4 @@
-"""When: the times that training draws and the grid that a solver walks.
+"""Timestep sampling for training, and the solver's time grid.
 
 Both are written in the noise level s = 1 - t. The shift s' = alpha s / (1 + (alpha - 1) s) moves them towards
 noise for alpha > 1 (Esser et al., arXiv 2403.03206, equation 23; alpha = sqrt(N d / 4096) for N tokens of d
@@ -7,10 +7,13 @@ numbers is RAE's, arXiv 2510.11690): the more numbers a sample has, the more noi
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from blip3o_dit.flow.config import FlowMatchingConfig
+if TYPE_CHECKING:  # it imports the solvers, and they the grid
+    from blip3o_dit.flow.config import FlowMatchingConfig
 
 
 def shift_time(t: Tensor, alpha: float) -> Tensor:
@@ -20,9 +23,9 @@ def shift_time(t: Tensor, alpha: float) -> Tensor:
 
 
 def training_times(uniform: Tensor, config: FlowMatchingConfig) -> Tensor:
-    """Times from U[0, 1) draws [B], by the inverse distribution function; float32 in [0, 1].
+    """Times from uniform numbers in [0, 1) [B], by the inverse distribution function; float32 in [0, 1].
 
-    `logit_normal` draws the noise level s with logit(s) ~ N(time_mean, time_std^2) (arXiv 2403.03206,
+    `logit_normal` samples the noise level s with logit(s) ~ N(time_mean, time_std^2) (arXiv 2403.03206,
     equation 19); the shift comes on top.
     """
     t = uniform.float()

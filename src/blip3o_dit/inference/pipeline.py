@@ -17,7 +17,6 @@ from blip3o_dit.data.embeddings import Embeddings, batches, check_sizes, open_em
 from blip3o_dit.data.statistics import ChannelStatistics, streamed_statistics
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
 from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER
-from blip3o_dit.flow.timesteps import training_times
 from blip3o_dit.inference.generated_store import GeneratedStore, PieceWork
 from blip3o_dit.metrics.fidelity import FidelitySums
 from blip3o_dit.model.blip3o_dit import EMA_VARIANT, BLIP3oDiTModel, pick_weights
@@ -30,8 +29,8 @@ from blip3o_dit.utils.validation import check_name
 
 SPLITS = ("all", "train", "eval")
 
+# Most samples that the targets' mean and deviation are measured on, as in training by default.
 STATISTICS_SAMPLES = TrainingConfig.statistics_samples
-"""Most samples that the targets' mean and deviation are measured on, as in training by default."""
 
 
 class BLIP3oInference:
@@ -128,7 +127,7 @@ class BLIP3oInference:
                 else as an embedding store whose `clip` tokens are the generated ones. A store is written
                 shard by shard, in memory that does not grow with the number of samples; each of several
                 processes writes shards of its own.
-            compute_metrics: compare with the true tokens (`evaluation.metrics.FidelitySums`).
+            compute_metrics: compare with the true tokens (`FidelitySums`).
             split: "all", or the side of the training run's own split.
             num_inference_steps, solver: None means what the model was saved with; for these and the rest
                 see `BLIP3oDiTModel.generate`.
@@ -317,16 +316,10 @@ class BLIP3oInference:
         indices: Sequence[int],
         seed: int,
     ) -> float:
-        condition = self.model.normalize_condition(eva.to(self.device))
-        source = self.model.source_distribution(condition)
-        x_1 = source.to_flow(self.model.normalize_target(clip.to(self.device)))
-        noise = stateless_normal(indices, x_1.shape[1:], seed=seed, stream="evaluation noise")
-        t = training_times(
-            stateless_uniform(indices, seed=seed, stream="evaluation time"), self.model.config.flow
-        )
-        sample = loss_fn.sample_path(x_1, noise.to(self.device), t.to(self.device))
-        prediction = self.model(source.from_flow(sample.x_t), sample.t, condition, source.mean)
-        return float(loss_fn(prediction, sample).flow_matching_loss)
+        noise = stateless_normal(indices, clip.shape[1:], seed=seed, stream="evaluation noise")
+        u_time = stateless_uniform(indices, seed=seed, stream="evaluation time")
+        flow = self.model.flow_batch(eva, clip, noise, u_time)
+        return float(loss_fn(flow.predict(self.model), flow.sample).flow_matching_loss)
 
     def open(self, path: str | Path) -> Embeddings:
         """Embeddings at `path`, refused (ValueError) when their sizes are not the model's."""
@@ -337,8 +330,8 @@ class BLIP3oInference:
     def choose(self, source: Embeddings, split: str, num_samples: int | None) -> list[int]:
         """Indices, ascending, of one side of the split that the training run made.
 
-        `num_samples` of them are those that a named permutation puts first: neighbours in a store are often
-        alike. The seed of the noise has no part in it: other seeds are other draws for the same samples.
+        `num_samples` of them are those that a fixed permutation puts first: neighbours in a store are often
+        alike. The seed of the noise has no part in it: other seeds give the same samples other noise.
         """
         check_name("split", split, SPLITS)
         if num_samples is not None and num_samples < 1:
@@ -366,7 +359,7 @@ class BLIP3oInference:
 def target_statistics(
     source: Embeddings, train: np.ndarray, *, normalize: bool = False, seed: int = 0
 ) -> ChannelStatistics:
-    """Mean and deviation of the targets over these samples, at most `STATISTICS_SAMPLES`, named by the seed.
+    """Mean and deviation of the targets over these samples, at most `STATISTICS_SAMPLES`, chosen by the seed.
 
     With `normalize`, of L2-normalised tokens.
     """

@@ -7,9 +7,10 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from blip3o_dit.flow.path import convert_prediction, make_path
+from blip3o_dit.flow.path import AffineSource, PathPoint, PathSample, make_path
+from blip3o_dit.flow.predictions import convert_prediction
 from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER, Velocity, integrate, integrate_adaptive
-from blip3o_dit.flow.source import AffineSource
+from blip3o_dit.flow.timesteps import training_times
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.cuda_graphs import GraphedPredict, Predict
 from blip3o_dit.model.precision import without_autocast
@@ -46,6 +48,30 @@ EMA_VARIANT = "ema"
 EMA_FILE = f"model.{EMA_VARIANT}.safetensors"
 WEIGHTS_FILE = "model.safetensors"
 WEIGHT_DTYPES = {"F64", "F32", "F16", "BF16"}
+
+
+Points = TypeVar("Points", bound=PathPoint)
+
+
+@dataclass(frozen=True)
+class FlowBatch(Generic[Points]):
+    """Samples on their path in the flow's units, and all that the network needs to predict there.
+
+    `sample` has t [B] and x_t [B, N, C]; `condition` [B, L, C_eva] is normalised, zero where it was dropped.
+    """
+
+    sample: Points
+    source: AffineSource
+    condition: Tensor
+
+    @property
+    def network_input(self) -> Tensor:
+        """x_t in the network's units, [B, N, C]."""
+        return self.source.from_flow(self.sample.x_t)
+
+    def predict(self, model: nn.Module) -> Tensor:
+        """What the model, or whatever wraps it for several processes, predicts; [B, N, C], float32."""
+        return model(self.network_input, self.sample.t, self.condition, self.source.mean)
 
 
 class BLIP3oDiTModel(PreTrainedModel):
@@ -257,6 +283,37 @@ class BLIP3oDiTModel(PreTrainedModel):
         if self.device.type == "cuda":
             self._predict = GraphedPredict(self.dit.predict)
 
+    def flow_batch(
+        self,
+        eva: Tensor,
+        clip: Tensor,
+        noise: Tensor,
+        u_time: Tensor,
+        *,
+        u_dropout: Tensor | None = None,
+        source_of: Callable[[Tensor], AffineSource] | None = None,
+    ) -> FlowBatch[PathSample]:
+        """Pairs of the data, put on their path: what a loss is taken of. Nothing random happens here.
+
+        Args:
+            eva, clip: [B, L, C_eva] and [B, N, C], in the units of the data.
+            noise: N(0, 1), [B, N, C].
+            u_time, u_dropout: uniform in [0, 1), [B]. The first becomes the times; a sample whose second is
+                under `config.flow.condition_dropout` loses its condition (None: no sample does).
+            source_of: where the paths start, given normalised conditions; by default
+                `source_distribution`. Training has one that has not seen the samples.
+        """
+        flow = self.config.flow
+        condition = self.normalize_condition(eva.to(self.device))
+        source = (source_of or self.source_distribution)(condition)
+        x_1 = source.to_flow(self.normalize_target(clip.to(self.device)))
+        t = training_times(u_time, flow)
+        sample = make_path(flow).sample(x_1, noise.to(self.device), t.to(self.device))
+        if u_dropout is not None and flow.condition_dropout > 0:
+            keep = u_dropout >= flow.condition_dropout
+            condition = condition * keep[:, None, None]
+        return FlowBatch(sample, source, condition)
+
     @torch.no_grad()
     def generate(
         self,
@@ -274,8 +331,8 @@ class BLIP3oDiTModel(PreTrainedModel):
     ) -> Tensor:
         """Sample CLIP tokens given EVA-CLIP tokens, by integrating the velocity from noise to data.
 
-        The noise of a row is named by (seed, draw, its sample index), so a sample does not depend on the
-        batch it travels in. Other draws are further samples of the same conditions.
+        The noise of a row is a function of (seed, sample number, its sample index), so a sample does not
+        depend on the batch it travels in. Other sample numbers give further samples of the same conditions.
 
         Args:
             eva_embeddings: [B, L, eva_embedding_size], in the units of the training data.
@@ -286,7 +343,7 @@ class BLIP3oDiTModel(PreTrainedModel):
             guidance_scale: classifier-free guidance, v = v_null + s (v_cond - v_null); 1 turns it off.
                 Other values need a model trained with condition_dropout > 0, and double the batch.
             guidance_interval: guidance acts in the steps that begin at low <= t < high (arXiv 2404.07724).
-            seed, draw, sample_index: name the noise; sample_index defaults to 0..B-1.
+            seed, sample_number, sample_index: determine the noise; sample_index defaults to 0..B-1.
             track: wraps the iterable of steps, for a progress bar.
 
         Returns: [B, N, in_channels] float32, in the units of the training data: of length 1 each if training
@@ -304,8 +361,8 @@ class BLIP3oDiTModel(PreTrainedModel):
         if not 0.0 <= low < high <= 1.0:
             raise ValueError(f"guidance_interval: expected 0 <= low < high <= 1, found {guidance_interval}")
         solver = solver or self.config.default_solver
-        self._check_student(solver, num_inference_steps)
-        x_0, condition = self._start(eva_embeddings, seed, sample_index, sample_number)
+        self._check_fixed_sampling(solver, num_inference_steps)
+        x_0, condition = self._initial_state(eva_embeddings, seed, sample_index, sample_number)
         source = self.source_distribution(condition)
         velocity = self.make_velocity_fn(condition, source, guidance_scale)
 
@@ -340,7 +397,7 @@ class BLIP3oDiTModel(PreTrainedModel):
         sample_index: Sequence[int] | None = None,
         sample_number: int = 0,
     ) -> Tensor:
-        """The average answer E[x_1 | condition] by one network call at t = 0, where x_t tells nothing of x_1.
+        """The mean E[x_1 | condition] by one network call at t = 0, where x_t tells nothing of x_1.
 
         Returns: [B, N, in_channels] float32, in the units of the training data. An average of tokens of
             length 1 is shorter than 1.
@@ -350,14 +407,16 @@ class BLIP3oDiTModel(PreTrainedModel):
                 distilled one, which predicts where its step ends.
         """
         flow = self.config.flow
-        if flow.student_steps:
+        if flow.fixed_sampling is not None:
             raise ValueError(
                 "estimate: expected a model that is not distilled, found a student of "
                 f"{flow.student_steps} steps"
             )
-        if flow.prediction_type == "epsilon":
-            raise ValueError("estimate: expected prediction_type v_prediction or sample, found epsilon")
-        x_0, condition = self._start(eva_embeddings, seed, sample_index, sample_number)
+        if not flow.prediction.gives_mean_at_noise:
+            raise ValueError(
+                f"estimate: expected prediction_type v_prediction or sample, found {flow.prediction_type}"
+            )
+        x_0, condition = self._initial_state(eva_embeddings, seed, sample_index, sample_number)
         t = torch.zeros(len(x_0), device=x_0.device)
         source = self.source_distribution(condition)
         velocity = self.make_velocity_fn(condition, source)(x_0, t)
@@ -365,16 +424,16 @@ class BLIP3oDiTModel(PreTrainedModel):
         x_1 = convert_prediction(velocity, x_0, t, path, from_type="v_prediction", to_type="sample")
         return self.denormalize_target(source.from_flow(x_1))
 
-    def _check_student(self, solver: str, num_inference_steps: int | None) -> None:
+    def _check_fixed_sampling(self, solver: str, num_inference_steps: int | None) -> None:
         """A distilled model knows the average velocity over its own steps and no other."""
-        steps = self.config.flow.student_steps
-        if steps and (solver, num_inference_steps or self.config.default_steps) != ("euler", steps):
+        fixed, steps = self.config.flow.fixed_sampling, num_inference_steps or self.config.default_steps
+        if fixed is not None and fixed != (solver, steps):
             raise ValueError(
-                f"num_inference_steps: expected {steps} with solver euler, which this model was taught, "
-                f"found {num_inference_steps or self.config.default_steps} with {solver}"
+                f"num_inference_steps: expected {fixed[1]} with solver {fixed[0]}, which this model was "
+                f"taught, found {steps} with {solver}"
             )
 
-    def _start(
+    def _initial_state(
         self, eva_embeddings: Tensor, seed: int, sample_index: Sequence[int] | None, sample_number: int
     ) -> tuple[Tensor, Tensor]:
         """x_0 [B, N, C] in the flow's units, and the condition in the network's [B, L, C_eva]."""
@@ -385,8 +444,8 @@ class BLIP3oDiTModel(PreTrainedModel):
             raise ValueError(f"sample_index: expected {batch} entries, found {len(indices)}")
         shape = (self.config.num_tokens, self.config.in_channels)
         noise = stateless_normal(indices, shape, seed=seed, stream=GENERATION_STREAM, counter=sample_number)
-        path = make_path(self.config.flow)
-        return path.source(noise.to(self.device)), self.normalize_condition(eva_embeddings.to(self.device))
+        x_0 = make_path(self.config.flow).initial_point(noise.to(self.device))
+        return x_0, self.normalize_condition(eva_embeddings.to(self.device))
 
     def make_velocity_fn(
         self, condition: Tensor, source: AffineSource, guidance_scale: float = 1.0

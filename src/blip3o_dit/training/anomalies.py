@@ -1,8 +1,9 @@
-"""Health of a run: losses and gradients that are not finite, and losses out of all proportion."""
+"""Anomalies of a run: losses and gradients that are not finite, and losses far above the usual."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import statistics
 from collections import deque
@@ -17,12 +18,14 @@ from torch.distributed.tensor import DTensor
 
 from blip3o_dit.utils.atomic import write_atomically
 
+logger = logging.getLogger(__name__)
+
 DIAGNOSIS_FILE = "diagnosis.json"
 SPIKES_FILE = "loss_spikes.jsonl"
 
 # A loss is a spike when it is above the median of the last ones by so many deviations (the median one, scaled
 # to a normal distribution's) and by this factor: losses of single batches scatter by their times.
-WINDOW, FEWEST, DEVIATIONS, FACTOR = 200, 20, 8.0, 2.0
+WINDOW, MIN_LOSSES, DEVIATIONS, FACTOR = 200, 20, 8.0, 2.0
 
 
 class NonFiniteLossError(ValueError):
@@ -94,11 +97,11 @@ class LossMonitor:
         return [inputs for number, inputs in self._inputs if number == step]
 
     def forget(self, step: int) -> None:
-        """The steps up to this one were sound."""
+        """Drop the inputs kept for a diagnosis; the steps up to this one were finite."""
         self._inputs = [entry for entry in self._inputs if entry[0] > step]
 
     def _compare(self, loss: float, step: int, samples: list[int]) -> None:
-        if len(self._recent) >= FEWEST:
+        if len(self._recent) >= MIN_LOSSES:
             usual = statistics.median(self._recent)
             deviation = 1.4826 * statistics.median(abs(value - usual) for value in self._recent)
             if loss > max(FACTOR * usual, usual + DEVIATIONS * deviation):
@@ -135,6 +138,17 @@ class GradientNorms:
                 f"step {self.step}: expected finite gradients, found NaN or infinity in "
                 f"{shown or 'their norm'}; stopped before the optimizer step"
             )
+
+
+def write_spike(
+    file: Path, step: int, loss: float, usual: float, samples: list[int], keys: list[str]
+) -> None:
+    """Append a spike to `loss_spikes.jsonl`, and warn of it."""
+    found = {"step": step, "loss": loss, "usual": usual, "samples": samples, "keys": keys}
+    with open(file, "a", encoding="utf-8") as spikes:
+        spikes.write(json.dumps(found) + "\n")
+    message = "step %d: loss %.4g where %.4g is usual; its samples are in %s"
+    logger.warning(message, step, loss, usual, SPIKES_FILE)
 
 
 def write_diagnosis(

@@ -8,13 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    ProgressCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import ProgressCallback, TrainerCallback, TrainerState, TrainingArguments
 
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.fsdp import let_generate
@@ -38,59 +32,38 @@ class EMACallback(TrainerCallback):
         self.ema = ema
         self._skip = skip
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, *_: Any, model: Any = None, **kwargs: Any) -> None:
         if not self._skip():
             self.ema.update(getattr(model, "module", model), state.global_step)
 
 
 class ShardingCallback(TrainerCallback):
-    """Makes ready for weights that may have been sharded by now: averaging them, and generation."""
+    """Prepares averaging and generation for weights that may have been sharded when training begins."""
 
     def __init__(self, ema: ExponentialMovingAverage | None) -> None:
         self.ema = ema
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, *_: Any, model: Any = None, **kwargs: Any) -> None:
         let_generate(model)
         if self.ema is not None:
             self.ema.lay_out_like(model)
 
 
 class StepHooks(TrainerCallback):
-    """Calls functions when training begins and before and after each optimizer step (the schedule's comes
-    later)."""
+    """Calls functions when training begins, and before and after each optimizer step."""
 
     def __init__(
         self, *, begin: Callable[[], None], before_step: Callable[[], None], after_step: Callable[[], None]
     ) -> None:
         self._begin, self._before_step, self._after_step = begin, before_step, after_step
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
         self._begin()
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
         self._before_step()
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
         self._after_step()
 
 
@@ -98,12 +71,7 @@ class ConsoleCallback(ProgressCallback):
     """The Trainer's progress bar, with log lines a person can read under it."""
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, *_: Any, logs: Any = None, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero and self.training_bar is not None and logs:
             self.training_bar.write(format_log_line(state.global_step, logs))
@@ -112,9 +80,7 @@ class ConsoleCallback(ProgressCallback):
 class JSONLogCallback(TrainerCallback):
     """Appends every logged dict, with its step, to `training_log.jsonl` in the output folder."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
         file = Path(args.output_dir or "") / LOG_FILE
@@ -123,12 +89,7 @@ class JSONLogCallback(TrainerCallback):
         write_atomically(file, "".join(json.dumps(finite_or_none(entry)) + "\n" for entry in kept).encode())
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, *_: Any, logs: Any = None, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero and logs:
             with open(Path(args.output_dir or "") / LOG_FILE, "a") as file:
@@ -141,18 +102,14 @@ class CurvesCallback(TrainerCallback):
     def __init__(self) -> None:
         self._drawn_at = -1  # optimizer step
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and state.global_step != self._drawn_at:
             self._drawn_at = state.global_step
             folder = Path(args.output_dir or "")
             draw_curves(read_log(folder / LOG_FILE), folder / CURVES_FILE)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.on_save(args, state, control)
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        self.on_save(args, state)
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
@@ -199,7 +156,8 @@ def draw_curves(log: list[dict[str, Any]], path: Path) -> None:
 _PANELS = {
     "loss": ("loss", "eval_loss"),
     "token cosine (training: one call; held out: generated)": (
-        *("cosine_similarity", "eval_cosine_similarity_mean"),
+        "cosine_similarity",
+        "eval_cosine_similarity_mean",
     ),
     "gradient norm before clipping": ("grad_norm",),
     "learning rate": ("learning_rate",),

@@ -41,8 +41,13 @@ TRAINER_STATE_FILE = "trainer_state.json"
 
 # What a checkpoint must hold to continue from.
 CHECKPOINT_FILES = (
-    *("config.json", "model.safetensors", "training_config.json", TRAINER_STATE_FILE, PROGRESS_FILE),
-    *(OPTIMIZER_TENSORS, OPTIMIZER_NUMBERS),
+    "config.json",
+    "model.safetensors",
+    "training_config.json",
+    TRAINER_STATE_FILE,
+    PROGRESS_FILE,
+    OPTIMIZER_TENSORS,
+    OPTIMIZER_NUMBERS,
 )
 
 
@@ -108,7 +113,7 @@ def newest_whole(output_dir: Path) -> Path | None:
 
 def remove_leftovers(output_dir: Path, *, all_checkpoints: bool = False) -> None:
     """Remove what a killed run left half-written, and with `all_checkpoints` those of an earlier run, and
-    what it reported of anomalies."""
+    its diagnoses and loss spikes."""
     remove_files_and_folders((*output_dir.glob(f"*{ASIDE}"), *output_dir.glob(f"checkpoint-*{REPLACED}")))
     if all_checkpoints:
         for path in checkpoints(output_dir):
@@ -172,10 +177,10 @@ def check_checkpoint(checkpoint: Path, model_config: BLIP3oDiTConfig, run: RunId
         for name in sorted(names)
         if saved.get(name) != wanted[name]
     ]
-    theirs = asdict(LoopState.read(checkpoint).run)
-    for name, mine in asdict(run).items():
-        if theirs[name] != mine:
-            different.append(f"{_RUN_NAMES[name]} was {short_repr(theirs[name])}, now {short_repr(mine)}")
+    saved = asdict(LoopState.read(checkpoint).run)
+    for name, now in asdict(run).items():
+        if saved[name] != now:
+            different.append(f"{_RUN_NAMES[name]} was {short_repr(saved[name])}, now {short_repr(now)}")
     if different:
         raise ValueError(f"{checkpoint}: the checkpoint does not fit this run: " + "; ".join(different))
     check_weights(checkpoint / "model.safetensors", model_config)

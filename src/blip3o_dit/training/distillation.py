@@ -1,4 +1,13 @@
-"""Distil a trained model into one that needs a few network calls."""
+"""Distil a trained model into one that needs a few network calls.
+
+A student of n Euler steps carries x from t_k to t_(k+1) in one call, so what it has to predict at (x, t_k) is
+the teacher's average velocity over the interval,
+
+    u = (x(t_(k+1)) - x(t_k)) / (t_(k+1) - t_k),  x(t) the teacher's own path through x at t_k.
+
+It is found by several teacher steps inside the interval, on states that the teacher reaches: knowledge
+distillation (Luhman and Luhman, arXiv 2101.02388), cut into n pieces.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +16,7 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import MISSING, asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +29,11 @@ from transformers import get_cosine_schedule_with_warmup
 from blip3o_dit.data.dataset import split_samples
 from blip3o_dit.data.embeddings import Embeddings, check_sizes, open_embeddings
 from blip3o_dit.flow.config import SOLVER_NAMES
-from blip3o_dit.flow.distillation import DistillationTarget, trajectory_targets
-from blip3o_dit.flow.path import convert_prediction, make_path
-from blip3o_dit.flow.source import AffineSource
-from blip3o_dit.model.blip3o_dit import EMA_FILE, EMA_VARIANT, BLIP3oDiTModel, pick_weights
+from blip3o_dit.flow.path import PathPoint, make_path
+from blip3o_dit.flow.predictions import convert_prediction
+from blip3o_dit.flow.solvers import SOLVERS, Velocity
+from blip3o_dit.flow.timesteps import time_grid
+from blip3o_dit.model.blip3o_dit import EMA_FILE, EMA_VARIANT, BLIP3oDiTModel, FlowBatch, pick_weights
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.training.config import TRAINING_CONFIG_FILE, TrainingConfig
 from blip3o_dit.training.ema import ExponentialMovingAverage
@@ -79,7 +90,7 @@ def distill(
     """Teach a student on the training side of the teacher's own split, and save it; returns the folder.
 
     The student is an ordinary model folder whose `generate` takes `config.steps` Euler steps, no more and no
-    fewer, without guidance: its lessons have none.
+    fewer, without guidance: its targets have none.
 
     Raises:
         FileNotFoundError, ValueError: one line naming what was expected and found.
@@ -140,18 +151,21 @@ def train_student(
         ValueError: for a teacher that predicts the noise, which has no velocity at t = 0, for a student asked
             to teach otherwise than by its own steps, and when the loss is not finite.
     """
-    own_steps = teacher.config.flow.student_steps
-    if own_steps and (config.teacher_solver, config.teacher_steps) != ("euler", own_steps):
+    flow = teacher.config.flow
+    fixed = flow.fixed_sampling
+    if fixed is not None and fixed != (config.teacher_solver, config.teacher_steps):
         raise ValueError(
-            f"distill: expected a teacher that is not distilled, found a student of {own_steps} steps "
-            f"(it can only teach with teacher_solver euler and teacher_steps {own_steps})"
+            f"distill: expected a teacher that is not distilled, found a student of {fixed[1]} steps "
+            f"(it can only teach with teacher_solver {fixed[0]} and teacher_steps {fixed[1]})"
         )
-    if teacher.config.flow.prediction_type == "epsilon":
-        raise ValueError("distill: expected a teacher that does not predict the noise, found epsilon")
+    if not flow.prediction.gives_mean_at_noise:
+        raise ValueError(
+            f"distill: expected a teacher that does not predict the noise, found {flow.prediction_type}"
+        )
     student = copy.deepcopy(teacher).float().train()
     student.dit.lay_weights_together()  # a copy's weights lie apart
     student.config.default_solver, student.config.default_steps = "euler", config.steps
-    flow = replace(teacher.config.flow, student_steps=config.steps, condition_dropout=0.0)
+    flow = replace(flow, student_steps=config.steps, condition_dropout=0.0)
     student.config.flow_matching = asdict(flow)
     average = ExponentialMovingAverage(student, config.ema_decay) if config.ema_decay > 0 else None
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.learning_rate, weight_decay=0.0)
@@ -160,8 +174,7 @@ def train_student(
     batches = _batches(train, config)
     bar = tqdm(range(config.train_steps), desc="distilling", unit="step", disable=not progress)
     for step in bar:
-        target, condition, start = _targets(teacher, source, next(batches), step, config)
-        loss = _loss(student, target, condition, start)
+        loss = _loss(student, _targets(teacher, source, next(batches), step, config))
         if not torch.isfinite(loss):
             raise ValueError(f"step {step + 1}: expected a finite loss, found {loss.item()} (lower the rate)")
         optimizer.zero_grad()
@@ -183,8 +196,8 @@ def _targets(
     indices: np.ndarray,
     step: int,
     config: DistillationConfig,
-) -> tuple[DistillationTarget, Tensor, AffineSource]:
-    """All lessons of one batch in one, their conditions, and where their paths start."""
+) -> FlowBatch[PathPoint]:
+    """The targets at all of the student's steps, for the conditions of one batch."""
     eva = source.fetch(indices)[0].to(teacher.device)
     condition = teacher.normalize_condition(eva)
     start = teacher.source_distribution(condition)
@@ -193,32 +206,59 @@ def _targets(
         indices.tolist(), shape, seed=config.seed, stream="distillation noise", counter=step
     )
     flow = teacher.config.flow
-    path = make_path(flow)
     targets = trajectory_targets(
         teacher.make_velocity_fn(condition, start),
-        path.source(noise.to(teacher.device)),
+        make_path(flow).initial_point(noise.to(teacher.device)),
         student_steps=config.steps,
         teacher_steps=max(1, -(-config.teacher_steps // config.steps)),
         solver=config.teacher_solver,
         time_shift=flow.time_shift,
     )
-    together = DistillationTarget(
+    together = PathPoint(
         t=torch.cat([target.t for target in targets]),
-        x=torch.cat([target.x for target in targets]),
+        x_t=torch.cat([target.x_t for target in targets]),
         velocity=torch.cat([target.velocity for target in targets]),
     )
-    return together, condition.repeat(len(targets), 1, 1), start.repeat(len(targets))
+    return FlowBatch(together, start.repeat(len(targets)), condition.repeat(len(targets), 1, 1))
 
 
-def _loss(
-    student: BLIP3oDiTModel, target: DistillationTarget, condition: Tensor, start: AffineSource
-) -> Tensor:
+@torch.no_grad()
+def trajectory_targets(
+    teacher: Velocity,
+    x_0: Tensor,
+    *,
+    student_steps: int,
+    teacher_steps: int,
+    solver: str = "heun",
+    time_shift: float = 1.0,
+) -> list[PathPoint]:
+    """Follow the teacher from noise to data, and note its average velocity over each student interval.
+
+    Args:
+        teacher: its velocity v(x, t). x_0: where the paths start, [B, ...].
+        student_steps: intervals of the student, of `time_grid(student_steps, time_shift)`.
+        teacher_steps: the teacher's steps inside each of them.
+
+    Returns: `student_steps` batches of B points, with the velocity that the student has to predict there.
+    """
+    grid = time_grid(student_steps * teacher_steps, time_shift).to(x_0.device)
+    step, x = SOLVERS[solver].step, x_0.float()
+    targets = []
+    for first in range(0, len(grid) - 1, teacher_steps):
+        before, times = x, grid[first : first + teacher_steps + 1]
+        for t, after in pairwise(times):
+            x = step(teacher, x, t.expand(len(x)), after - t)
+        start, end = times[0], times[-1]
+        targets.append(PathPoint(start.expand(len(x)), before, (x - before) / (end - start)))
+    return targets
+
+
+def _loss(student: BLIP3oDiTModel, batch: FlowBatch[PathPoint]) -> Tensor:
     """Mean squared error of the velocity, in the flow's units."""
-    flow = student.config.flow
-    prediction = student(start.from_flow(target.x), target.t, condition, start.mean)
+    flow, target = student.config.flow, batch.sample
     velocity = convert_prediction(
-        prediction,
-        target.x,
+        batch.predict(student),
+        target.x_t,
         target.t,
         make_path(flow),
         from_type=flow.prediction_type,
@@ -228,12 +268,12 @@ def _loss(
 
 
 def _batches(train: np.ndarray, config: DistillationConfig) -> Iterator[np.ndarray]:
-    """Shuffled passes over the training samples, without end; a pass's short rest is left out."""
-    size, number = min(config.batch_size, len(train)), 0
+    """Shuffled epochs over the training samples, without end; the last batch of each is left out if short."""
+    size, epoch = min(config.batch_size, len(train)), 0
     while True:
         order = stateless_permutation(
-            len(train), seed=config.seed, stream="distillation order", counter=number
+            len(train), seed=config.seed, stream="distillation order", counter=epoch
         )
         for start in range(0, len(train) - size + 1, size):
             yield train[order[start : start + size]]
-        number += 1
+        epoch += 1

@@ -1,7 +1,7 @@
 """Fit the ridge regressions that an informed source starts from.
 
 A map is nearer to the samples it was fitted on than to new ones: a flow trained on what it leaves of them
-would learn residuals that are too small. So the samples are cut into folds, and in training a sample's guess
+would learn residuals that are too small. So the samples are cut into folds, and in training a sample's mean
 is by the map that was fitted without its fold (cross-fitting; Chernozhukov et al., arXiv 1608.00060). What
 is generated, and what was not fitted, starts from the map fitted on all of them.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from blip3o_dit.data.dataset import choose_samples
 from blip3o_dit.data.embeddings import Embeddings, TransformedEmbeddings, batches
-from blip3o_dit.flow.source import AffineSource
+from blip3o_dit.flow.path import AffineSource
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.precision import without_autocast
 from blip3o_dit.ridge import Moments, principal_components, search_penalty, source_features
@@ -127,14 +127,15 @@ def fit_source(
     source: Embeddings,
     train: np.ndarray,
     *,
-    most: int,
+    max_samples: int,
     seed: int,
     device: torch.device | None = None,
 ) -> tuple[dict[str, Tensor | None], SourceFolds | None]:
     """The arguments of `BLIP3oDiTModel.set_source`, and the maps of training (None for a single sample).
 
-    Fitted on at most `most` training samples in float64, on a GPU if `device` is one. The first fold chooses
-    the penalty. The deviation is that of what the folds' maps leave of the samples they have not seen.
+    Fitted on at most `max_samples` training samples in float64, on a GPU if `device` is one. The first fold
+    chooses the penalty. The deviation is that of what the folds' maps leave of the samples that they have
+    not seen.
     """
     device = device if device is not None and device.type == "cuda" else torch.device("cpu")
     seen = TransformedEmbeddings(
@@ -142,7 +143,7 @@ def fit_source(
         lambda eva: model.normalize_condition(eva).to(device),
         lambda clip: model.normalize_target(clip).to(device),
     )
-    chosen = choose_samples(train, max_samples=most, seed=seed)
+    chosen = choose_samples(train, max_samples=max_samples, seed=seed)
     folds = [np.sort(chosen[first::FOLDS]) for first in range(min(FOLDS, len(chosen)))]
     components = None
     if model.config.flow.source_components:

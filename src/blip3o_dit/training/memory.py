@@ -168,7 +168,7 @@ def distillation_forecast(
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that a forward pass keeps for its backward pass, counted from `nextdit.py`.
+    """Bytes that a forward pass keeps for its backward pass, counted from `transformer.py`.
 
     d = model_dim, kv = width of keys or values, ffn = inner width of SwiGLU, N and L target and condition
     tokens of a sample.
@@ -226,7 +226,7 @@ class Activations:
         """Before and after the blocks.
 
         In the arithmetic's dtype: the condition, its projection's three results. In float32: input, norm and
-        result of the head; condition, its features for the guess; target, noise, x_t, guess, what is compared
+        result of the head; condition, its features for the source; target, noise, x_t, R(c), what is compared
         and what is reported of it.
         """
         config = self.config

@@ -1,14 +1,27 @@
-"""What a training step says about itself, without waiting for the device between two log lines."""
+"""What a log line says of training: metrics of the steps, and how fast they were.
+
+The metrics are summed on the device, so that no step between two log lines waits for it.
+"""
 
 from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss, LossOutput
-from blip3o_dit.flow.path import PathSample, convert_prediction
-from blip3o_dit.flow.source import AffineSource
+from blip3o_dit.flow.path import AffineSource, PathSample
+from blip3o_dit.flow.predictions import convert_prediction
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.config import BLIP3oDiTConfig
+from blip3o_dit.training.config import TrainingConfig
+
+# One backward pass forms two products for each one of the forward pass.
+PASSES_PER_STEP = 3
 
 
 class TrainingMetrics:
@@ -22,8 +35,13 @@ class TrainingMetrics:
     """
 
     names = (
-        *("flow_matching_loss", "regularization_loss"),
-        *("cosine_similarity", "l2_distance", "velocity_power", "velocity_error", "output_power"),
+        "flow_matching_loss",
+        "regularization_loss",
+        "cosine_similarity",
+        "l2_distance",
+        "velocity_power",
+        "velocity_error",
+        "output_power",
     )
 
     def __init__(self) -> None:
@@ -35,24 +53,24 @@ class TrainingMetrics:
         self,
         loss_fn: BLIP3oFlowMatchingLoss,
         sample: PathSample,
-        flow_source: AffineSource,
+        source: AffineSource,
         prediction: Tensor,
         output: LossOutput,
     ) -> None:
         """Take in one step; prediction [B, N, C]."""
         prediction = prediction.detach().float()
-        source, path = loss_fn.prediction_type, loss_fn.path
+        kind, path = loss_fn.prediction_type, loss_fn.path
         x_1, velocity = (
-            convert_prediction(prediction, sample.x_t, sample.t, path, from_type=source, to_type=target)
-            for target in ("sample", "v_prediction")
+            convert_prediction(prediction, sample.x_t, sample.t, path, from_type=kind, to_type=wanted)
+            for wanted in ("sample", "v_prediction")
         )
-        estimate, truth = flow_source.from_flow(x_1), flow_source.from_flow(sample.x_1)
+        estimate, target = source.from_flow(x_1), source.from_flow(sample.x_1)
         values = torch.stack(
             [
                 output.flow_matching_loss.detach(),
                 output.regularization_loss.detach(),
-                F.cosine_similarity(estimate, truth, dim=-1).mean(),
-                (estimate - truth).norm(dim=-1).mean(),
+                F.cosine_similarity(estimate, target, dim=-1).mean(),
+                (estimate - target).norm(dim=-1).mean(),
                 sample.velocity.square().mean(),
                 (velocity - sample.velocity).square().mean(),
                 prediction.square().mean(),
@@ -81,7 +99,7 @@ class TrainingMetrics:
         return means
 
     @classmethod
-    def describe(cls, means: Tensor) -> dict[str, float]:
+    def log_entries(cls, means: Tensor) -> dict[str, float]:
         """Means, perhaps averaged over processes -> what is logged."""
         values = dict(zip(cls.names, means.double().cpu(), strict=True))
         power, error = values.pop("velocity_power"), values.pop("velocity_error")
@@ -90,3 +108,102 @@ class TrainingMetrics:
         logged["snr_db"] = float(10.0 * torch.log10(power / error))
         logged["output_norm"] = float(output_power.sqrt())
         return logged
+
+
+class Throughput:
+    """Counts samples and seconds between two log lines.
+
+    Args:
+        flops_per_sample: of a training step.
+        rate: the device's measured floating point operations per second.
+    """
+
+    def __init__(self, flops_per_sample: float, rate: float) -> None:
+        self._flops, self._rate = flops_per_sample, rate
+        self._paused = False
+        self._start()
+
+    def count(self, samples: int) -> None:
+        self._samples += samples
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the fetching of a batch."""
+        started = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - started
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Around what is not training: evaluations and checkpoints. May be nested."""
+        if self._paused:
+            yield
+            return
+        started, self._paused = time.perf_counter(), True
+        try:
+            yield
+        finally:
+            self._apart += time.perf_counter() - started
+            self._paused = False
+
+    def pop(self, processes: int = 1) -> dict[str, float]:
+        """What is logged since the last call: all processes' samples/s, MFU in [0, 1], share of waiting."""
+        seconds = time.perf_counter() - self._started - self._apart
+        per_second = self._samples / seconds
+        logged = {
+            "samples_per_second": per_second * processes,
+            "mfu": per_second * self._flops / self._rate,
+            "data_wait": self._waited / seconds,
+        }
+        self._start()
+        return logged
+
+    def _start(self) -> None:
+        self._started = time.perf_counter()
+        self._samples, self._waited, self._apart = 0, 0.0, 0.0
+
+
+def measure_throughput(model: BLIP3oDiTModel, config: TrainingConfig, device: torch.device) -> Throughput:
+    """A `Throughput` for this run, for which the device's arithmetic is measured."""
+    half = torch.bfloat16 if config.bf16 else torch.float16
+    dtype = half if config.bf16 or config.fp16 else model.compute_dtype
+    rate = matmul_rate(model.config, config.batch_size, device, dtype)
+    return Throughput(PASSES_PER_STEP * forward_flops(model.config), rate)
+
+
+def forward_flops(config: BLIP3oDiTConfig, condition_tokens: int | None = None) -> float:
+    """Floating point operations of one network call for one sample: 2 per weight and token, and attention's.
+
+    Norms, activations and rotations are not counted, nor what gradient checkpointing computes again, as in
+    PaLM's definition of model FLOPs utilization (Chowdhery et al., arXiv 2204.02311, appendix B).
+    """
+    d, kv, ffn, time_dim = config.model_dim, config.kv_dim, config.ffn_dim, config.time_embed_dim
+    n = config.num_tokens
+    length = n if condition_tokens is None else condition_tokens
+    assert ffn is not None  # the configuration fills it in
+    per_target = 3 * d * d + 2 * d * kv + 3 * d * ffn  # both queries, output; keys and values; SwiGLU
+    layer = 2 * n * per_target + 2 * length * 2 * d * kv + 2 * time_dim * 4 * d
+    attention = 4 * n * (n + length) * d
+    ends = 2 * length * (config.eva_embedding_size * d + d * d) + 2 * n * 2 * config.in_channels * d
+    return float(config.num_layers * (layer + attention) + ends)
+
+
+def matmul_rate(config: BLIP3oDiTConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Floating point operations per second of the network's largest product here, the median of five."""
+    rows, d, ffn = batch_size * config.num_tokens, config.model_dim, config.ffn_dim
+    assert ffn is not None
+    x = torch.ones(rows, d, device=device, dtype=dtype)
+    weight = torch.ones(2 * ffn, d, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(6):
+        _synchronize(device)
+        started = time.perf_counter()
+        F.linear(x, weight)
+        _synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return 2.0 * rows * d * 2 * ffn / sorted(seconds[1:])[2]
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -62,9 +62,9 @@ def save_optimizer(
             else:
                 tensors[key] = value
     numbers = {
-        "param_groups": _plain(state["param_groups"]),
+        "param_groups": _json_values(state["param_groups"]),
         "eight_bit": signed,
-        "scheduler": _plain(scheduler.state_dict()),
+        "scheduler": _json_values(scheduler.state_dict()),
         "scaler": scaler,
     }
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / OPTIMIZER_TENSORS)
@@ -142,12 +142,12 @@ def _names(state: dict[str, Any]) -> list[str]:
     return [name for group in state["param_groups"] for name in group["params"]]
 
 
-def _plain(value: Any) -> Any:
+def _json_values(value: Any) -> Any:
     """What JSON can hold: torchao keeps its learning rate in a tensor."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _json_values(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_json_values(item) for item in value]
     return value.item() if isinstance(value, Tensor) else value
 
 
@@ -165,7 +165,7 @@ def _like(where: str, current: Any, found: Any) -> Any:
     if type(current) is type(found) and not isinstance(found, dict | list):
         return found
     raise ValueError(
-        f"{where}: expected a value like {short_repr(_plain(current))}, found {short_repr(found)}"
+        f"{where}: expected a value like {short_repr(_json_values(current))}, found {short_repr(found)}"
     )
 
 

@@ -122,7 +122,7 @@ def build_trainer(
     set_seed(config.seed)
     model = BLIP3oDiTModel(_model_config(source, config))
     _describe(config, model, source, len(split.train), len(split.eval), arguments)
-    # Few samples of perhaps all shards: training itself verifies every shard that it reads.
+    # Checksums would read every shard here; each is verified when training first reads it.
     unverified_copy = source.unverified() if isinstance(source, EmbeddingStore) else source
     if not fitted:  # also without standardising: held-out figures are measured with them
         fitted_on = choose_samples(split.train, max_samples=config.statistics_samples, seed=config.seed)
@@ -195,8 +195,10 @@ def _set_source(
         logger.info("fitting the %s source on at most %d samples", config.source, config.source_samples)
         with threads_of_all(processes.count):
             found = fit_source(
-                *(model, source, train),
-                most=config.source_samples,
+                model,
+                source,
+                train,
+                max_samples=config.source_samples,
                 seed=config.seed,
                 device=arguments.device,
             )
@@ -212,8 +214,8 @@ def _first_step(trainer: BLIP3oTrainer) -> None:
     """
     batch = next(iter(trainer.get_train_dataloader()))
     # With FSDP the Trainer leaves the model on the CPU until it trains.
-    trainer.dit.to(trainer.args.device).train()  # type: ignore[arg-type]
-    model, _ = trainer.accelerator.prepare(trainer.dit, trainer.create_optimizer())
+    trainer.unwrapped_model.to(trainer.args.device).train()  # type: ignore[arg-type]
+    model, _ = trainer.accelerator.prepare(trainer.unwrapped_model, trainer.create_optimizer())
     with trainer.compute_loss_context_manager():
         loss = trainer.compute_loss(model, trainer._prepare_inputs(batch))
     trainer.accelerator.backward(loss)
@@ -242,18 +244,16 @@ def _describe(
     arguments: TrainingArguments,
 ) -> None:
     logger.info(
-        "data: %s, %d samples of %d tokens, %d -> %d wide; %d to train on, %d held out",
-        *(source.path, source.num_samples, source.num_tokens, source.condition_dim),
-        *(source.target_dim, train, held_out),
+        f"data: {source.path}, {source.num_samples} samples of {source.num_tokens} tokens, "
+        f"{source.condition_dim} -> {source.target_dim} wide; {train} to train on, {held_out} held out"
     )
     precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "float32"
     if config.memory == "low":
         precision = "bfloat16 weights"
     logger.info(
-        "model: %.4g million parameters; %s on %s, %d process(es) x batch %d x accumulation %d",
-        sum(p.numel() for p in model.parameters()) / 1e6,
-        *(precision, arguments.device.type, arguments.world_size, config.batch_size),
-        config.gradient_accumulation_steps,
+        f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.4g} million parameters; "
+        f"{precision} on {arguments.device.type}, {arguments.world_size} process(es) x "
+        f"batch {config.batch_size} x accumulation {config.gradient_accumulation_steps}"
     )
 
 

@@ -21,6 +21,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class StopRequest(TrainerCallback):
     """Watches for SIGTERM, SIGINT and the time limit; a second signal ends the process at once.
 
+    transformers' own (`enable_jit_checkpoint`) knows SIGTERM only, and processes may stop at other steps.
+
     All processes stop after the same step: once a step they tell each other, by way of the CPU, whether one
     of them was asked to. They read the answers a step later, so that none waits for another; the run then
     ends a step after the one in which the signal came.
@@ -52,24 +54,18 @@ class StopRequest(TrainerCallback):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, *_: Any, **kwargs: Any) -> None:
         if args.world_size > 1 and self._group is None:
             self._group = dist.new_group(backend="gloo")
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._until is not None and time.monotonic() >= self._until:
             self.reason = self.reason or f"--max_hours {self._max_hours:g} are over"
         if self._asked_anywhere() and state.global_step < state.max_steps:
             self.reason = self.reason or "another process was asked to stop"
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
         if self._asked is not None:
             self._asked[0].wait()
 

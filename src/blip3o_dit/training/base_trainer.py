@@ -1,0 +1,447 @@
+"""transformers.Trainer with exact resume, sealed checkpoints and a stop before a bad step changes a weight.
+
+All that overrides the Trainer's private methods is here, each with the reason why its own does not do; what
+is trained is in `trainer.py`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from blip3o_dit.data.dataset import EmbeddingDataset, ShuffledSampler, identity_collate, training_sampler
+from blip3o_dit.model.blip3o_dit import EMA_FILE, BLIP3oDiTModel
+from blip3o_dit.training.anomalies import (
+    DIAGNOSIS_FILE,
+    SPIKES_FILE,
+    GradientNorms,
+    LossMonitor,
+    NonFiniteLossError,
+    write_diagnosis,
+    write_spike,
+)
+from blip3o_dit.training.callbacks import (
+    ConsoleCallback,
+    EMACallback,
+    JSONLogCallback,
+    ShardingCallback,
+    StepHooks,
+)
+from blip3o_dit.training.checkpoint import (
+    TRAINER_STATE_FILE,
+    LoopState,
+    RunIdentity,
+    best_saved,
+    fingerprint,
+    global_batch,
+    keep_newest,
+    save_trainer_state,
+)
+from blip3o_dit.training.config import TRAINING_CONFIG_FILE, TrainingConfig
+from blip3o_dit.training.ema import ExponentialMovingAverage
+from blip3o_dit.training.fit_source import SourceFolds, load_folds
+from blip3o_dit.training.fsdp import check_sharding, keep_the_dtype_rule
+from blip3o_dit.training.metrics import Throughput, TrainingMetrics, measure_throughput
+from blip3o_dit.training.optimizer_state import gathered_state, load_optimizer, save_optimizer
+from blip3o_dit.training.stopping import StopRequest, outlive_stops
+from blip3o_dit.utils.atomic import written_aside
+from blip3o_dit.utils.distributed import Processes
+from blip3o_dit.utils.json_files import finite_or_none
+from blip3o_dit.utils.stateless_random import stateless_seed
+
+# What the Trainer sums the loss in between log lines, and is read and written here.
+PRIVATE_SUMS = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def overrides_trainer(method: Method) -> Method:
+    """Marks an override of a method that is none of the Trainer's documented ones.
+
+    Raises:
+        ImportError: when the installed Trainer has no such method, and overriding it would do nothing.
+    """
+    if not callable(getattr(Trainer, method.__name__, None)):
+        raise ImportError(f"transformers: expected a Trainer with the method {method.__name__}, found none")
+    return method
+
+
+class ExactResumeTrainer(Trainer, ABC):
+    """Trains a `BLIP3oDiTModel`; a continued run ends in the same weights as one that was not stopped.
+
+    The arguments are those of `BLIP3oTrainer`, which adds the flow to it.
+    """
+
+    def __init__(
+        self,
+        model: BLIP3oDiTModel,
+        args: TrainingArguments,
+        *,
+        config: TrainingConfig,
+        train_dataset: EmbeddingDataset,
+        eval_dataset: EmbeddingDataset | None,
+        source_folds: SourceFolds | None,
+        callbacks: Iterable[TrainerCallback],
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=identity_collate,  # type: ignore[arg-type]
+            callbacks=list(callbacks),
+        )
+        self.config = config
+        self.source_folds = source_folds
+        self.processes = Processes(args.process_index, args.world_size, args.device)
+        check_sharding(self.accelerator.state)
+        keep_the_dtype_rule(self.accelerator.state)
+        self.step_metrics = TrainingMetrics()
+        # Waiting for a loss or a gradient would leave a GPU idle, and a process that stops at once leaves
+        # others waiting for its gradients: there a step is looked at before the next one is taken, and fused
+        # AdamW takes none that is not sound. float16 steps are waited for: the schedule must know whether
+        # the loss scaler skipped one; so are those of --memory low, whose optimizer cannot skip.
+        deferred = args.device.type == "cuda" or args.world_size > 1
+        self.losses = LossMonitor(deferred=deferred, on_spike=self._on_spike)
+        self._gated = deferred and not config.fp16 and config.memory != "low"
+        self._gradients: GradientNorms | None = None  # of the last step, not looked at yet
+        self._overflowed = False  # the loss scaler skips the step under way
+        self.stop_request = StopRequest(config.max_hours)
+        self._loop_state: LoopState | None = None  # of the checkpoint that the run continues
+        self._sampler: ShuffledSampler | None = None
+        self._throughput: Throughput | None = None
+        self.ema: ExponentialMovingAverage | None = None
+        if config.ema_decay > 0:
+            self.ema = ExponentialMovingAverage(model, config.ema_decay)
+        self._add_callbacks()
+
+    def _add_callbacks(self) -> None:
+        """Ours, in the order in which they act after a step."""
+        self.add_callback(self.stop_request)
+        self.add_callback(
+            StepHooks(
+                begin=self._restore_loop_state,
+                before_step=self._before_optimizer_step,
+                after_step=self._after_optimizer_step,
+            )
+        )
+        if self.ema is not None:
+            self.add_callback(EMACallback(self.ema, skip=lambda: self._overflowed))
+        self.add_callback(ShardingCallback(self.ema))
+        self.add_callback(JSONLogCallback())
+        if not self.args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(ConsoleCallback())
+
+    @property
+    def unwrapped_model(self) -> BLIP3oDiTModel:
+        """The model, outside of whatever wraps it for several processes."""
+        assert isinstance(self.model, BLIP3oDiTModel)
+        return self.model
+
+    @abstractmethod
+    def loss_again(self, batch: dict[str, Any]) -> Tensor:
+        """The training loss of a batch by the unwrapped model, with nothing noted of it: for a diagnosis."""
+
+    # The data ------------------------------------------------------------------------------------------
+
+    @overrides_trainer
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        """The stock order depends on torch's generator and on the number of processes."""
+        dataset = train_dataset or self.train_dataset
+        assert isinstance(dataset, EmbeddingDataset)
+        config = self.config
+        self._sampler = training_sampler(
+            dataset,
+            shuffle=config.shuffle,
+            window=config.shuffle_window,
+            seed=config.seed,
+            global_batch=global_batch(config, self.args.world_size),
+        )
+        return self._sampler
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The stock workers seed generators, which nothing uses, and end with the signal that stops a run."""
+        loader = super().get_train_dataloader()
+        inner: Any = getattr(loader, "base_dataloader", loader)  # in accelerate's
+        inner.worker_init_fn = outlive_stops
+        return loader
+
+    @overrides_trainer
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock one, and how long the batches of an optimizer step were waited for."""
+        if self._throughput is None:
+            self._throughput = measure_throughput(self.unwrapped_model, self.config, self.args.device)
+        with self._throughput.waiting():
+            return super().get_batch_samples(*args, **kwargs)
+
+    @overrides_trainer
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The stock one takes a step of a run that is complete already, and cannot set our sampler's epoch.
+
+        accelerate forwards set_epoch through two wrappers at most; after a resume on several processes ours
+        lies below three (skip, shard, batch): call it directly.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        if self._sampler is not None:
+            self._sampler.set_epoch(kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
+
+    # A step that is not finite -------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The stock one goes on after a loss that is not finite."""
+        try:
+            return super().training_step(*args, **kwargs)
+        except NonFiniteLossError as error:
+            raise self._diagnosed(error, self.state.global_step + 1) from None
+
+    @overrides_trainer
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """The stock one would spread a NaN to all gradients: losses and gradients must be finite first.
+
+        Returns the gradients' norm before they are clipped.
+        """
+        self._check_step()
+        self.accelerator.unscale_gradients()
+        self._gradients = GradientNorms(self.unwrapped_model, self.state.global_step + 1)
+        norm = self._gradients.total
+        if self._gated:
+            self._gate(norm)
+        else:
+            self._check_step()
+        if self.args.max_grad_norm > 0:
+            nn.utils.clip_grads_with_norm_(self.unwrapped_model.parameters(), self.args.max_grad_norm, norm)
+        return norm
+
+    @overrides_trainer
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The stock one, called without clipping, does not check."""
+        return self._clip_grad_norm(model) if grad_norm is None else grad_norm
+
+    @overrides_trainer
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """The stock one logs, measures and saves without having looked at the step."""
+        asked = self.control
+        if asked.should_log or asked.should_evaluate or asked.should_save or asked.should_training_stop:
+            self._check_step()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _gate(self, norm: Tensor) -> None:
+        """Have fused AdamW change nothing in this step if a loss or gradient is not finite."""
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # torch's, in accelerate's
+        assert all(group["fused"] for group in optimizer.param_groups)
+        optimizer.found_inf = 1.0 - (torch.isfinite(norm) & self.losses.all_finite()).float()
+
+    def _check_step(self) -> None:
+        """Look at the last step whose gradients are there: raises NonFiniteLossError unless it was sound."""
+        gradients = self._gradients
+        if gradients is None:
+            return
+        try:
+            self.losses.check(gradients.step)
+            if self.accelerator.scaler is None:
+                gradients.check()
+            else:  # it skips the step itself, in search of its scale
+                self._overflowed = bool(gradients.bad())
+        except NonFiniteLossError as error:
+            raise self._diagnosed(error, gradients.step) from None
+        self.losses.forget(gradients.step)
+        self._gradients = None
+
+    def _diagnosed(self, error: NonFiniteLossError, step: int) -> NonFiniteLossError:
+        """The error, with where its diagnosis was written."""
+        process = self.args.process_index
+        name = f"diagnosis-{process}.json" if process else DIAGNOSIS_FILE
+        file = write_diagnosis(
+            Path(self.args.output_dir or "") / name,
+            error,
+            step,
+            self.unwrapped_model,
+            self.losses.inputs_of(step),
+            self._gradients,
+            # With weights that are shared out, all processes would have to take part.
+            forward=None if self.is_fsdp_enabled else self.loss_again,
+            keys=self._keys,
+        )
+        return NonFiniteLossError(f"{error}; what was found is in {file}")
+
+    def _on_spike(self, step: int, loss: float, usual: float, samples: list[int]) -> None:
+        file = Path(self.args.output_dir or "") / SPIKES_FILE
+        write_spike(file, step, loss, usual, samples, self._keys(samples))
+
+    def _keys(self, samples: list[int]) -> list[str]:
+        assert isinstance(self.train_dataset, EmbeddingDataset)
+        return [record.get("key", "") for record in self.train_dataset.source.records(samples)]
+
+    def _before_optimizer_step(self) -> None:
+        """Re-seed torch's global generator from (seed, step): torchao's stochastic rounding uses it, and must
+        agree across processes and after a resume."""
+        torch.manual_seed(stateless_seed(self.config.seed, "optimizer step", self.state.global_step))
+
+    def _after_optimizer_step(self) -> None:
+        """accelerate does not see that the scaler skipped a step of a fused optimizer, and the schedule would
+        go on without it."""
+        optimizer: Any = self.optimizer
+        if self.accelerator.scaler is not None:
+            optimizer._is_overflow = self._overflowed
+
+    # Logging -------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The stock one, with the step metrics' means in a training line; what is not finite becomes None."""
+        if "loss" in logs:
+            means = self.step_metrics.pop()
+            if means is not None:
+                means = self.accelerator.reduce(means, reduction="mean")
+                logs.update(TrainingMetrics.log_entries(means))
+            if self._throughput is not None:
+                logs.update(self._throughput.pop(self.args.world_size))
+        if "train_loss" in logs:  # of the whole run, not of what came after the checkpoint
+            if self.stop_request.cut_short(self.state):
+                return
+            logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
+        super().log(finite_or_none(logs), start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self._not_training():
+            return super().evaluate(*args, **kwargs)
+
+    def _not_training(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._throughput is None else self._throughput.pause()
+
+    # Checkpoints ---------------------------------------------------------------------------------------
+
+    @overrides_trainer
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """The stock one pickles, and writes in place: a killed run would leave half of a checkpoint."""
+        with self._not_training():
+            output = Path(self.args.output_dir or "")
+            self.store_flos()
+            with self._written_aside(output / f"checkpoint-{self.state.global_step}") as aside:
+                self._write_checkpoint(aside)
+            if self.args.should_save:
+                best = best_saved(output, self.state.log_history, f"eval_{self.config.best_metric}")
+                keep_newest(output, self.config.save_total_limit, best_step=best)
+
+    def save_final_model(self) -> None:
+        """The model files of the output folder, moved there when all of them are whole."""
+        output = Path(self.args.output_dir or "")
+        with self._written_aside(output, files_only=True) as aside:
+            self.save_model(str(aside), _internal_call=True)
+            if self.ema is not None:
+                model = self.unwrapped_model
+                self.ema.save(model, aside, write=self.args.should_save, dtype=model.dtype)
+            if self.args.should_save:
+                save_trainer_state(self.state, aside / TRAINER_STATE_FILE)
+
+    @contextmanager
+    def _written_aside(self, final: Path, *, files_only: bool = False) -> Iterator[Path]:
+        """`written_aside` on the process that saves; all take part: weights may be shared out over them."""
+        if self.args.should_save:
+            with written_aside(final, files_only=files_only, replaces=[EMA_FILE]) as aside:
+                yield aside
+        else:
+            yield final
+        self.processes.barrier()
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        self.save_model(str(folder), _internal_call=True)
+        if self.ema is not None:
+            self.ema.save(self.unwrapped_model, folder, write=self.args.should_save)
+        optimizer = gathered_state(self.unwrapped_model, self.optimizer)
+        loop_state = self._current_loop_state()
+        if not self.args.should_save:
+            return
+        scaler = self.accelerator.scaler
+        assert self.lr_scheduler is not None
+        save_optimizer(folder, optimizer, self.lr_scheduler, scaler.state_dict() if scaler else None)
+        loop_state.write(folder)
+        if self.source_folds is not None:
+            self.source_folds.save(folder)
+        save_trainer_state(self.state, folder / TRAINER_STATE_FILE)
+
+    @overrides_trainer
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The stock one leaves a pickle that nothing reads; ours is plain text, training_config.json."""
+        folder = output_dir or self.args.output_dir or ""
+        super()._save(folder, state_dict)
+        if self.args.should_save:
+            Path(folder, TRAINING_CONFIG_FILE).write_bytes(self.config.to_json())
+            Path(folder, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def run_identity(self) -> RunIdentity:
+        """What a checkpoint of this run says of it."""
+        assert isinstance(self.train_dataset, EmbeddingDataset)
+        source = self.train_dataset.source
+        return RunIdentity(
+            source.num_samples, fingerprint(source), global_batch(self.config, self.args.world_size)
+        )
+
+    def _current_loop_state(self) -> LoopState:
+        loss = self._tr_loss / self.args.world_size
+        return LoopState(
+            run=self.run_identity(),
+            loss_since_log=self.accelerator.reduce(loss).item(),
+            loss_until_log=self._total_loss_scalar,
+            last_logged_step=self._globalstep_last_logged,
+            monitor=self.step_metrics.state,
+        )
+
+    def _restore_loop_state(self) -> None:
+        """When training begins: what the next log line will say of the steps before the checkpoint."""
+        assert all(name in vars(self) for name in PRIVATE_SUMS), "the Trainer sums its loss elsewhere"
+        # The Trainer would go on with the intervals that the checkpoint was written with.
+        self.state.compute_steps(self.args, self.state.max_steps)
+        if self._loop_state is None:
+            return
+        self._tr_loss.fill_(self._loop_state.loss_since_log)
+        self._total_loss_scalar = self._loop_state.loss_until_log
+        self._globalstep_last_logged = self._loop_state.last_logged_step
+        self.step_metrics.restore(self._loop_state.monitor, self.args.device)
+
+    @overrides_trainer
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The stock one knows neither averaged weights nor folds, and no FSDP from one safetensors file."""
+        if self.is_fsdp_enabled:  # every process reads all weights, and keeps its part
+            weights: dict[str, Any] = {**load_file(Path(resume_from_checkpoint, "model.safetensors"))}
+            options = StateDictOptions(full_state_dict=True)
+            set_model_state_dict(self.unwrapped_model, weights, options=options)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.source_folds = load_folds(Path(resume_from_checkpoint), self.unwrapped_model)
+        if self.ema is not None:
+            self.ema.load(resume_from_checkpoint)
+
+    @overrides_trainer
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The stock one reads pickles."""
+        if checkpoint is None:
+            return
+        assert self.lr_scheduler is not None
+        scaler = load_optimizer(Path(checkpoint), self.unwrapped_model, self.optimizer, self.lr_scheduler)
+        if scaler and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(scaler)
+        self._loop_state = LoopState.read(Path(checkpoint))
+
+    @overrides_trainer
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """The stock one reads a pickle; the scaler comes with the optimizer."""
+
+    @overrides_trainer
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The stock one reads a pickle, and nothing here depends on a generator's state: see
+        `utils/stateless_random.py` and `_before_optimizer_step`."""
