@@ -79,11 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate, write, and print the summary."""
-    import torch
-
     from blip3o_dit.cli.images import pictures_by_key
-    from blip3o_dit.evaluation.evaluate import EvaluationConfig, command_line, evaluate_models
-    from blip3o_dit.evaluation.reference import EvaluationSettings
+    from blip3o_dit.evaluation.config import EvaluationConfig
+    from blip3o_dit.evaluation.evaluate import command_line, evaluate_models
 
     if arguments.tf32:
         use_tf32(arguments.device)
@@ -102,16 +100,13 @@ def run(arguments: argparse.Namespace) -> None:
         shown=arguments.shown,
         weights=arguments.weights,
         device=arguments.device,
-        dtype=getattr(torch, arguments.dtype),
-        measure=EvaluationSettings(
-            batch_size=arguments.batch_size,
-            draws=arguments.draws,
-            draw_samples=arguments.draw_samples,
-            distribution_samples=arguments.distribution_samples,
-            gallery_samples=arguments.gallery_samples,
-            bootstrap=arguments.bootstrap,
-            seed=arguments.seed,
-        ),
+        dtype=arguments.dtype,
+        batch_size=arguments.batch_size,
+        draws=arguments.draws,
+        draw_samples=arguments.draw_samples,
+        distribution_samples=arguments.distribution_samples,
+        gallery_samples=arguments.gallery_samples,
+        bootstrap=arguments.bootstrap,
     )
     result = evaluate_models(
         [arguments.model, *arguments.compare],
