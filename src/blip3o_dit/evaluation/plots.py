@@ -144,8 +144,9 @@ def _image(figure: Any, description: str) -> str:
 
     buffer = io.BytesIO()
     settings: Any = {"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "report"}
+    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # none of it
     with matplotlib.rc_context(settings):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+        figure.savefig(buffer, format="svg", metadata=metadata, transparent=True)
     content = base64.b64encode(buffer.getvalue()).decode()
     width = round(96 * figure.get_size_inches()[0])  # CSS pixels
     style = f"width:100%;max-width:{width}px;height:auto"
