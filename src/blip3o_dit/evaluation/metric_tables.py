@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,13 @@ class TokenInputs:
     spread: Tensor
     correct: np.ndarray | None
 
+    def r2(self) -> Tensor:
+        """Residual and spread, [n, 2]: R2 is 1 - the ratio of their means."""
+        return torch.stack([self.tokens.squares.sum(dim=1) @ self.channel_weights, self.spread], dim=1)
+
+    def cosine(self) -> Tensor:
+        return self.tokens.cosine.mean(dim=1)
+
 
 @dataclass(frozen=True)
 class ConditionInputs:
@@ -47,6 +54,9 @@ class ConditionInputs:
     def spread_and_error(self) -> Tensor:
         found = conditional.spread_and_error(self.samples, self.reference)
         return torch.stack([found.spread, found.error], dim=1)
+
+    def energy_score(self) -> Tensor:
+        return conditional.energy_score(self.samples, self.reference)
 
     def token_energy_score(self) -> Tensor:
         samples = self.samples.reshape(len(self.samples), -1, self.width)
@@ -109,14 +119,21 @@ class SetInputs:
             between=self.between[rows][:, rows],
         )
 
+    def frechet(self) -> float:
+        return distances.frechet_distance(self.reference, self.generated)
+
+    def mmd(self) -> float:
+        squares = (self.within_reference, self.within_generated, self.between)
+        return distances.mmd_from_distances(*squares, self.bandwidth_square)
+
+    def wasserstein(self) -> float:
+        return distances.wasserstein_per_channel(self.reference, self.generated)
+
     @cached_property
-    def precision_recall(self) -> dict[str, float]:
-        """Empty for too few vectors."""
-        if self.k < 1:
-            return {}
-        return distances.precision_recall_from_distances(
-            self.within_reference, self.within_generated, self.between, k=self.k
-        )
+    def balls(self) -> dict[str, float]:
+        """Precision, recall, density and coverage; empty for too few vectors."""
+        squares = (self.within_reference, self.within_generated, self.between)
+        return distances.precision_recall_from_distances(*squares, k=self.k) if self.k >= 1 else {}
 
 
 @dataclass(frozen=True)
@@ -172,12 +189,11 @@ class Metric:
         better: "up", "down", "one" or "none": which values are good.
         values: inputs of the stage -> numbers per sample, or a number for sets; None where there are none.
             Without `values` it is over all tokens at once (`FidelitySums`), without an interval.
+        estimate: value and interval of the numbers per sample; sets are resampled by halves instead.
+        limits: lowest and highest end of a set distance's interval.
+        difference: label of the paired difference between samplers, "" for none; `paired` estimates it.
         stage: what `values` gets: "sample" and "best_guess" `TokenInputs`, "conditional" `ConditionInputs`,
             "gallery" `GalleryInputs`, "sets" `SetInputs`.
-        estimate: the value and interval of the numbers per sample; sets are resampled by halves.
-        limits: lowest and highest end of a set distance's interval.
-        difference: label of the paired difference between samplers; "" for none.
-        estimate_difference: its value and interval.
     """
 
     group: str
@@ -185,11 +201,11 @@ class Metric:
     label: str
     better: str
     values: Callable[[Any], Any] | None
-    stage: str
     estimate: Callable[[np.ndarray, Bootstrap, Context], Estimate] = mean
     limits: tuple[float, float] = (0.0, np.inf)
     difference: str = ""
-    estimate_difference: Callable[[np.ndarray, np.ndarray, Bootstrap], Estimate] = mean_difference
+    paired: Callable[[np.ndarray, np.ndarray, Bootstrap], Estimate] = mean_difference
+    stage: str = ""
 
     @property
     def key(self) -> str:
@@ -210,24 +226,14 @@ class MetricTable:
 
 
 def _fidelity(group: str, variant: str) -> tuple[Metric, ...]:
-    def row(name: str, label: str, better: str, values: Any, **options: Any) -> Metric:
-        return Metric(group, name, label, better, values, group, **options)
-
+    row = partial(Metric, group, stage=group)
     return (
-        row(
-            "r2",
-            "R2",
-            "up",
-            lambda x: torch.stack([x.tokens.squares.sum(dim=1) @ x.channel_weights, x.spread], dim=1),
-            estimate=r2,
-            difference=f"R2, {variant}",
-            estimate_difference=r2_difference,
-        ),
+        row("r2", "R2", "up", TokenInputs.r2, r2, difference=f"R2, {variant}", paired=r2_difference),
         row(
             "cosine_similarity_mean",
             "token cosine",
             "up",
-            lambda x: x.tokens.cosine.mean(dim=1),
+            TokenInputs.cosine,
             difference=f"token cosine, {variant}",
         ),
         row("cosine_similarity_std", "", "none", None),
@@ -238,49 +244,48 @@ def _fidelity(group: str, variant: str) -> tuple[Metric, ...]:
     )
 
 
-def _conditional(name: str, label: str, better: str, values: Any, **options: Any) -> Metric:
-    return Metric("conditional", name, label, better, values, "conditional", **options)
+def _conditional() -> tuple[Metric, ...]:
+    row, energy = partial(Metric, "conditional", stage="conditional"), "energy score"
+    return (
+        row("energy_score", energy, "down", ConditionInputs.energy_score, difference=energy),
+        row(
+            "token_energy_score",
+            "per token",
+            "down",
+            ConditionInputs.token_energy_score,
+            difference=f"{energy} per token",
+        ),
+        row("spread_error_ratio", "spread / error", "one", lambda x: x.spread_and_error, spread_error_ratio),
+        row("diversity", "diversity", "none", lambda x: x.spread_and_error, diversity),
+    )
 
 
-def _downstream(name: str, label: str, better: str, values: Any, **options: Any) -> Metric:
-    return Metric("use", name, label, better, values, "gallery", **options)
+def _downstream() -> tuple[Metric, ...]:
+    row = partial(Metric, "use", stage="gallery")
+    return (
+        row("recall_at_1", "recall@1", "up", lambda x: x.ranks <= 1),
+        row("recall_at_5", "recall@5", "up", lambda x: x.ranks <= 5),
+        row("recall_at_10", "recall@10", "up", lambda x: x.ranks <= 10),
+        row("median_rank", "median rank", "down", lambda x: x.ranks, median),
+        row("reverse_recall_at_1", "reverse recall@1", "up", lambda x: x.reverse_ranks <= 1),
+        row("reverse_recall_at_5", "", "up", lambda x: x.reverse_ranks <= 5),
+        row("reverse_recall_at_10", "", "up", lambda x: x.reverse_ranks <= 10),
+        row("reverse_median_rank", "reverse median rank", "down", lambda x: x.reverse_ranks, median),
+        row("neighbour_agreement", "neighbours in common", "up", GalleryInputs.neighbour_agreement),
+        row("probe_accuracy", "probe accuracy", "up", lambda x: x.correct, stage="sample"),
+    )
 
 
 def _distances(group: str) -> tuple[Metric, ...]:
-    def row(name: str, label: str, better: str, values: Any, limits: tuple[float, float]) -> Metric:
-        return Metric(group, name, label, better, values, "sets", limits=limits)
-
-    def share(name: str, better: str, highest: float) -> Metric:
-        return row(name, name, better, lambda x: x.precision_recall.get(name), (0.0, highest))
-
+    row = partial(Metric, group, stage="sets")
     return (
-        row(
-            "frechet",
-            "Frechet",
-            "down",
-            lambda x: distances.frechet_distance(x.reference, x.generated),
-            (0.0, np.inf),
-        ),
-        row(
-            "mmd",
-            "MMD",
-            "down",
-            lambda x: distances.mmd_from_distances(
-                x.within_reference, x.within_generated, x.between, x.bandwidth_square
-            ),
-            (-np.inf, np.inf),
-        ),
-        row(
-            "wasserstein",
-            "Wasserstein-1",
-            "down",
-            lambda x: distances.wasserstein_per_channel(x.reference, x.generated),
-            (0.0, np.inf),
-        ),
-        share("precision", "up", 1.0),
-        share("recall", "up", 1.0),
-        share("density", "one", np.inf),
-        share("coverage", "up", 1.0),
+        row("frechet", "Frechet", "down", SetInputs.frechet),
+        row("mmd", "MMD", "down", SetInputs.mmd, limits=(-np.inf, np.inf)),
+        row("wasserstein", "Wasserstein-1", "down", SetInputs.wasserstein),
+        row("precision", "precision", "up", lambda x: x.balls.get("precision"), limits=(0.0, 1.0)),
+        row("recall", "recall", "up", lambda x: x.balls.get("recall"), limits=(0.0, 1.0)),
+        row("density", "density", "one", lambda x: x.balls.get("density")),
+        row("coverage", "coverage", "up", lambda x: x.balls.get("coverage"), limits=(0.0, 1.0)),
     )
 
 
@@ -291,30 +296,7 @@ TABLES = (
         "conditional distribution, so neither blurring nor noise can win. Spread over error is 1 for a "
         "calibrated sampler and below 1 for an over-confident one. Diversity is the distance of two samples "
         "of one condition beside that of two unrelated true ones.",
-        (
-            _conditional(
-                "energy_score",
-                "energy score",
-                "down",
-                lambda x: conditional.energy_score(x.samples, x.reference),
-                difference="energy score",
-            ),
-            _conditional(
-                "token_energy_score",
-                "per token",
-                "down",
-                lambda x: x.token_energy_score(),
-                difference="energy score per token",
-            ),
-            _conditional(
-                "spread_error_ratio",
-                "spread / error",
-                "one",
-                lambda x: x.spread_and_error,
-                estimate=spread_error_ratio,
-            ),
-            _conditional("diversity", "diversity", "none", lambda x: x.spread_and_error, estimate=diversity),
-        ),
+        _conditional(),
     ),
     MetricTable(
         "The best guess",
@@ -334,26 +316,7 @@ TABLES = (
         "{gallery_samples} held-out samples by cosine, reverse the other way round; neighbours in common "
         "compares the ten nearest true vectors there; the probe is a linear classifier fitted on true "
         "training tokens.",
-        (
-            _downstream("recall_at_1", "recall@1", "up", lambda x: x.ranks <= 1),
-            _downstream("recall_at_5", "recall@5", "up", lambda x: x.ranks <= 5),
-            _downstream("recall_at_10", "recall@10", "up", lambda x: x.ranks <= 10),
-            _downstream("median_rank", "median rank", "down", lambda x: x.ranks, estimate=median),
-            _downstream("reverse_recall_at_1", "reverse recall@1", "up", lambda x: x.reverse_ranks <= 1),
-            _downstream("reverse_recall_at_5", "", "up", lambda x: x.reverse_ranks <= 5),
-            _downstream("reverse_recall_at_10", "", "up", lambda x: x.reverse_ranks <= 10),
-            _downstream(
-                "reverse_median_rank",
-                "reverse median rank",
-                "down",
-                lambda x: x.reverse_ranks,
-                estimate=median,
-            ),
-            _downstream(
-                "neighbour_agreement", "neighbours in common", "up", lambda x: x.neighbour_agreement()
-            ),
-            Metric("use", "probe_accuracy", "probe accuracy", "up", lambda x: x.correct, "sample"),
-        ),
+        _downstream(),
     ),
     MetricTable(
         "Distribution of tokens",

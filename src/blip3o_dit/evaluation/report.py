@@ -73,7 +73,7 @@ def write_card(result: Mapping[str, Any], folder: Path) -> bool:
     path = folder / CARD_FILE
     if path.exists() and CARD_MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return False
-    model = next(method for method in result["methods"] if method["is_model"])
+    model = next(sampler for sampler in result["methods"] if sampler["is_model"])
     data_name = Path(result["data"]["path"]).name
     wanted = (("conditional", "energy_score"), ("best_guess", "r2"), ("sample", "cosine_similarity_mean"))
     found = [
@@ -100,10 +100,10 @@ def write_card(result: Mapping[str, Any], folder: Path) -> bool:
 
 
 def _content(result: Mapping[str, Any], samples: ShownSamples | None) -> dict[str, Any]:
-    methods, data = result["methods"], result["data"]
-    models = [method for method in methods if method["is_model"]]
+    samplers, data = result["methods"], result["data"]
+    models = [sampler for sampler in samplers if sampler["is_model"]]
     names = " and ".join(model["folder"] for model in result["models"])
-    baselines = [m for m in methods if not m["is_model"]]
+    baselines = [m for m in samplers if not m["is_model"]]
     best = min(
         ((m["name"], m["metrics"]["conditional"]["energy_score"]["value"]) for m in baselines),
         key=lambda pair: pair[1],
@@ -125,8 +125,8 @@ def _content(result: Mapping[str, Any], samples: ShownSamples | None) -> dict[st
         "curve": plots.curve_plot(curves, best) if curves else "",
         "curve_samples": result["settings"]["curve_samples"],
         "positions": plots.position_plot(models),
-        "costs": [_cost(method) for method in methods],
-        "methods": methods,
+        "costs": [_cost(sampler) for sampler in samplers],
+        "methods": samplers,
         "settings": _settings(result),
     }
 
@@ -218,11 +218,11 @@ def _difference_tables(result: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
-def _cost(method: Mapping[str, Any]) -> dict[str, Any]:
-    cost = method["cost"]
+def _cost(sampler: Mapping[str, Any]) -> dict[str, Any]:
+    cost = sampler["cost"]
     return {
-        "name": method["name"],
-        "is_model": method["is_model"],
+        "name": sampler["name"],
+        "is_model": sampler["is_model"],
         "calls": cost["network_calls"] or "-",
         "milliseconds": f"{cost['milliseconds_per_sample']:.3g}",
         "memory": f"{cost['peak_memory_mib']:.0f} MiB",

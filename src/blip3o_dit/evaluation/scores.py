@@ -104,7 +104,7 @@ def real_vs_real(reference: ReferenceSet, source: Embeddings, train: np.ndarray)
 def paired_differences(model: Predictions, other: Predictions, reference: ReferenceSet) -> dict[str, Any]:
     """The model's score less the other's, with paired bootstrap intervals, by the metric's key."""
     return {
-        metric.key: metric.estimate_difference(a, b, reference.bootstrap(len(a))).to_json()
+        metric.key: metric.paired(a, b, reference.bootstrap(len(a))).to_json()
         for metric in METRICS
         if metric.difference
         and (a := model.values.get(metric.key)) is not None
