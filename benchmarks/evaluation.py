@@ -22,9 +22,9 @@ from torch import Tensor
 
 from blip3o_dit.data.dataset import split_permutation
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
-from blip3o_dit.evaluation.evaluate import EvaluationConfig, evaluate_methods
+from blip3o_dit.evaluation.config import EvaluationConfig
+from blip3o_dit.evaluation.evaluate import evaluate_samplers
 from blip3o_dit.evaluation.predictions import peak_memory_mib
-from blip3o_dit.evaluation.reference import EvaluationSettings
 from blip3o_dit.evaluation.report import write_metrics, write_report
 from blip3o_dit.utils.stateless_random import stateless_generator
 
@@ -75,12 +75,12 @@ def evaluate_store(path: Path, held_out: int, output: Path) -> dict[str, float]:
     clip = store.fetch(split.train[:500])[1]
     statistics = (clip.mean(dim=(0, 1)), clip.std(dim=(0, 1)))
     started = time.monotonic()
-    result, shown = evaluate_methods(
+    result, shown = evaluate_samplers(
         [CheapSampler(store, 0.1 * torch.randn(TOKENS, TARGET, generator=torch.Generator().manual_seed(1)))],
         store,
         np.asarray(split.eval),
         fit_source=(store, np.asarray(split.train)),
-        config=EvaluationConfig(measure=EvaluationSettings()),
+        config=EvaluationConfig(),
         statistics=statistics,
         progress=True,
     )

@@ -27,9 +27,10 @@ from transformers import TrainerCallback
 
 from benchmarks.quality_data import SETS, MemorySource, Modes
 from blip3o_dit.data.dataset import Split
-from blip3o_dit.evaluation.fitting import fit_baselines
+from blip3o_dit.evaluation.baselines import fit_baselines
+from blip3o_dit.evaluation.config import EvaluationConfig
 from blip3o_dit.evaluation.predictions import collect_predictions
-from blip3o_dit.evaluation.reference import EvaluationSettings, ReferenceSet, collect_reference, fit_probe
+from blip3o_dit.evaluation.reference import ReferenceSet, collect_reference, fit_probe
 from blip3o_dit.evaluation.samplers import ModelSampler, Sampler
 from blip3o_dit.evaluation.scores import score
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
@@ -71,12 +72,12 @@ BATCH_SIZES = {"modes": 128}
 CALLS = {"euler": (1, 2, 4, 8, 50), "midpoint": (2, 4, 8, 50), "heun": (4, 8, 50)}
 STUDENTS = (("direct", 1), ("progressive", 1), ("direct", 4))
 DISTILLATION_STEPS = 300
-MEASURED = EvaluationSettings(batch_size=128, draw_samples=128, bootstrap=20, half_samples=2)
+MEASURED = EvaluationConfig(batch_size=128, draw_samples=128, bootstrap=20, half_samples=2)
 HELD_OUT = 256
 RIDGES = ("ridge", "ridge 3x3")
 
 
-def no_track(items: Iterable[Any], name: str) -> Iterable[Any]:
+def no_progress(items: Iterable[Any], name: str) -> Iterable[Any]:
     return items
 
 
@@ -113,7 +114,7 @@ def measure_model(
 
 def measure(method: Sampler, truth: ReferenceSet) -> dict[str, float]:
     """R2 of the best guess, energy scores, Frechet distance of tokens, spread over error, probe accuracy."""
-    found = score(collect_predictions(method, truth, no_track), truth)["metrics"]
+    found = score(collect_predictions(method, truth, no_progress), truth)["metrics"]
     picked = {
         "energy": found["conditional"]["energy_score"]["value"],
         "token_energy": found["conditional"]["token_energy_score"]["value"],
@@ -137,17 +138,17 @@ def truth_of(data: MemorySource) -> ReferenceSet:
         held_out,
         mean=clip.mean(dim=(0, 1)),
         std=clip.std(dim=(0, 1), correction=0),
-        settings=MEASURED,
-        track=no_track,
+        config=MEASURED,
+        progress=no_progress,
     )
-    fit_probe(truth, train, no_track)
+    fit_probe(truth, train, no_progress)
     return truth
 
 
 def ridges(data: MemorySource, truth: ReferenceSet) -> dict[str, dict[str, float]]:
     """Both ridges as samplers, measured like a model."""
     train = np.flatnonzero(~data.held_out)
-    methods = fit_baselines(data, train, std=truth.std, most=10_000, seed=0, track=no_track)
+    methods = fit_baselines(data, train, std=truth.std, max_samples=10_000, seed=0, progress=no_progress)
     return {method.name: measure(method, truth) for method in methods if method.name in RIDGES}
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.evaluation.evaluate import EvaluationConfig, evaluate_models
-from blip3o_dit.evaluation.reference import EvaluationSettings
+from blip3o_dit.evaluation.config import EvaluationConfig
+from blip3o_dit.evaluation.evaluate import evaluate_models
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model import transformer
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
@@ -155,9 +155,10 @@ def test_bfloat16_is_evaluated_as_float32(
     ]
     assert found[1] == pytest.approx(found[0], rel=0.01, abs=1e-3)
     scores = []
-    for dtype in (torch.float32, torch.bfloat16):
-        measure = EvaluationSettings(bootstrap=10, half_samples=2)
-        config = EvaluationConfig(curve_calls=(), shown=0, device="cpu", dtype=dtype, measure=measure)
+    for name in ("float32", "bfloat16"):
+        config = EvaluationConfig(
+            curve_calls=(), shown=0, device="cpu", dtype=name, bootstrap=10, half_samples=2
+        )
         report = evaluate_models([trained("default")], store.path, tmp_path, config, progress=False)
         model = next(method for method in report["methods"] if method["is_model"])
         scores.append(model["metrics"]["conditional"]["energy_score"]["value"])

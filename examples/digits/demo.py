@@ -23,8 +23,8 @@ from blip3o_dit.cli.images import pictures_by_key
 from blip3o_dit.data.dataset import Split, split_permutation
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.evaluation.baselines import PositionMean
-from blip3o_dit.evaluation.evaluate import EvaluationConfig, evaluate_models
-from blip3o_dit.evaluation.reference import EvaluationSettings
+from blip3o_dit.evaluation.config import EvaluationConfig
+from blip3o_dit.evaluation.evaluate import evaluate_models
 from blip3o_dit.extraction.extract import ExtractionConfig, extract
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.ridge import TokenRidge
@@ -79,7 +79,8 @@ def main() -> None:
             device="cpu",
             curve_samples=64,
             shown=8,
-            measure=EvaluationSettings(batch_size=120, draw_samples=120),
+            batch_size=120,
+            draw_samples=120,
         ),
         pictures=pictures_by_key(str(output / "pictures" / "digits.jsonl")),
         command="make demo",

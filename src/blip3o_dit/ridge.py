@@ -1,4 +1,8 @@
-"""Ridge regression of target tokens on condition tokens, streamed: features, moments, fit, prediction."""
+"""Ridge regression of target tokens on condition tokens, streamed.
+
+Top-down: the features a map is linear in, the moments that determine it, the choice of the penalty, and two
+regressions: `TokenRidge` from the token at a position, `NeighbourhoodRidge` from the 3x3 tokens around it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,18 +19,23 @@ from torch import Tensor
 
 from blip3o_dit.data.embeddings import Embeddings, batches
 
-# Most features of a ridge regression on a 3x3 neighbourhood, whose normal equations hold their square.
+# Bounds the normal equations of a ridge regression on a 3x3 neighbourhood: they hold the square of this.
 MAX_RIDGE_FEATURES = 2560
+
+# Tried by `search_penalty`; relative to each feature's variance.
+PENALTIES = tuple(10.0**exponent for exponent in range(-6, 3))
 
 
 def neighbour_components(condition_dim: int) -> int:
-    """Principal components of each of 8 neighbours, so that a ridge has at most `MAX_RIDGE_FEATURES`."""
+    """How many principal components of each of 8 neighbours keep to `MAX_RIDGE_FEATURES` features."""
     return min(condition_dim, max(1, (MAX_RIDGE_FEATURES - condition_dim) // 8))
 
 
 def source_features(condition: Tensor, components: Tensor | None) -> Tensor:
-    """What R is linear in, [B, N, F]: the tokens of a normalised condition [B, N, C], and with `components`
-    their neighbours'."""
+    """Features of the informed source's regression, [B, N, F], of a normalised condition [B, N, C].
+
+    The tokens themselves, and with `components` also their neighbours (`neighbourhood_features`).
+    """
     return condition if components is None else neighbourhood_features(condition, components)
 
 
@@ -48,13 +57,28 @@ def neighbourhood_features(centred: Tensor, components: Tensor) -> Tensor:
     return torch.cat([centred, *around], dim=-1)
 
 
-PENALTIES = tuple(10.0**exponent for exponent in range(-6, 3))
+def principal_components(source: Embeddings, indices: np.ndarray, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Mean condition token [C_eva], and leading principal directions [C_eva, r] (all while they fit)."""
+    width = source.condition_dim
+    kept = neighbour_components(width)
+    origin = token_origins(source, indices)[0]
+    total, gram, count = torch.zeros_like(origin), origin.new_zeros(width, width), 0
+    for eva, _ in _read_float64(source, indices, batch_size):
+        rows = eva.flatten(0, 1) - origin
+        total += rows.sum(dim=0)
+        gram += rows.T @ rows
+        count += len(rows)
+    mean = total / count
+    if kept == width:
+        return mean + origin, torch.eye(width, dtype=torch.float64, device=mean.device)
+    _, directions = torch.linalg.eigh(gram / count - torch.outer(mean, mean))
+    return mean + origin, directions[:, -kept:]
 
 
 class Moments:
     """Sums of products of features [F] and targets [C], taken about an origin near the data, float64.
 
-    Two of them can be added, and answer how well any linear map does on what they have seen.
+    Those of two sets of rows can be merged, and give the error of any linear map on the rows.
     """
 
     def __init__(self, width: int, target_dim: int, device: torch.device | None = None) -> None:
@@ -81,7 +105,7 @@ class Moments:
         self.target_squares += other.target_squares
 
     def without(self, other: Moments) -> Moments:
-        """Those of the rows that are not among `other`'s, which are a part of these."""
+        """Moments of the rows that are not in `other`, which holds a part of these rows."""
         rest = copy.copy(self)
         rest.gram, rest.cross = self.gram - other.gram, self.cross - other.cross
         rest.target_squares = self.target_squares - other.target_squares
@@ -96,7 +120,7 @@ class Moments:
 
     def centred(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Covariance [F, F], cross-covariance [F, C], mean of the features [F] and of the targets [C]."""
-        count = self.gram[-1, -1]
+        count = self.count
         mean_c, mean_x = self.gram[-1, :-1] / count, self.cross[-1] / count
         covariance = self.gram[:-1, :-1] / count - torch.outer(mean_c, mean_c)
         cross_covariance = self.cross[:-1] / count - torch.outer(mean_c, mean_x)
@@ -105,24 +129,47 @@ class Moments:
     def squared_error(self, weight: Tensor, bias: Tensor) -> Tensor:
         """Mean of (x - W^T c - bias)^2 per channel, [C]."""
         full = torch.cat([weight, bias[None]])
-        count = self.gram[-1, -1]
         explained = (full * (self.gram @ full)).sum(dim=0)
-        return (self.target_squares - 2 * (full * self.cross).sum(dim=0) + explained) / count
+        return (self.target_squares - 2 * (full * self.cross).sum(dim=0) + explained) / self.count
 
 
-class Ridge:
-    """What both ridge regressions share; a subclass brings `fit_twice`."""
+def _solve_symmetric(matrix: Tensor, right: Tensor) -> Tensor:
+    """By a Cholesky factorisation, or by LU where rounding leaves the matrix not positive definite."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    return torch.linalg.solve(matrix, right) if failed else torch.cholesky_solve(right, factor)
 
-    fit_twice: ClassVar[Any]
 
-    @classmethod
-    def fit(cls, source: Embeddings, indices: np.ndarray, **options: Any) -> Any:
-        """The map fitted on everything, a `cls`; for the options see `fit_twice`."""
-        return cls.fit_twice(source, indices, **options)[0]
+def search_penalty(moments: Moments, validation: Moments) -> tuple[float, tuple[Tensor, Tensor]]:
+    """The penalty of `PENALTIES` with the least error on the validation moments, and its map (W, bias).
+
+    Walks from the middle of the list while the error falls: as a function of the penalty it has one valley in
+    practice, and at full width each penalty costs half a second.
+    """
+    tried: dict[int, tuple[float, tuple[Tensor, Tensor]]] = {}
+
+    def error(place: int) -> float:
+        if place not in tried:
+            solution = moments.solve(PENALTIES[place])
+            tried[place] = _standardized_error(validation, *solution), solution
+        return tried[place][0]
+
+    place = len(PENALTIES) // 2
+    for step in (-1, 1):
+        while 0 <= place + step < len(PENALTIES) and error(place + step) < error(place):
+            place += step
+    return PENALTIES[place], tried[place][1]
+
+
+def _standardized_error(moments: Moments, weight: Tensor, bias: Tensor) -> float:
+    """Mean over the channels of the error in units of the channel's variance."""
+    variance = moments.target_squares / moments.count - (moments.cross[-1] / moments.count).square()
+    varies = variance > 1e-12 * variance.max()
+    error = moments.squared_error(weight, bias)[varies] / variance[varies]
+    return float(error.mean()) if len(error) else 0.0
 
 
 @dataclass(frozen=True)
-class TokenRidge(Ridge):
+class TokenRidge:
     """Ridge regression from each condition token to the target token at its position.
 
     One map for all positions, x = W^T (c - origin) + bias, that minimises the mean of |x - x_hat|^2 plus
@@ -135,7 +182,12 @@ class TokenRidge(Ridge):
     penalty: float
 
     @classmethod
-    def fit_twice(
+    def fit(cls, source: Embeddings, indices: np.ndarray, **options: Any) -> TokenRidge:
+        """Fitted on all samples; for the options see `fit_with_holdout`."""
+        return cls.fit_with_holdout(source, indices, **options)[0]
+
+    @classmethod
+    def fit_with_holdout(
         cls,
         source: Embeddings,
         indices: np.ndarray,
@@ -144,7 +196,7 @@ class TokenRidge(Ridge):
         validation: np.ndarray | None = None,
         batch_size: int = 16,
     ) -> tuple[TokenRidge, TokenRidge]:
-        """The map fitted on everything, and with the same penalty the one that saw no validation sample.
+        """The map fitted on all samples, and with the same penalty the one without the validation samples.
 
         Streamed over the samples at `indices`, and those at `validation`, if any.
 
@@ -152,16 +204,16 @@ class TokenRidge(Ridge):
             penalty: relative to each condition channel's variance. None takes the one of `PENALTIES` that
                 does best on the validation samples, and 1e-3 without any.
         """
-        origin, x_origin = _origins(source, indices)
+        origin, x_origin = token_origins(source, indices)
 
         def moments(rows: np.ndarray) -> Moments:
-            return _token_moments(source, rows, (origin, x_origin), batch_size)
+            return token_moments(source, rows, (origin, x_origin), batch_size)
 
-        final, before = (
+        final, without_validation = (
             cls(origin.float(), weight.float(), (bias + x_origin).float(), chosen)
-            for weight, bias, chosen in _fit_ridge(moments, indices, validation, penalty)
+            for weight, bias, chosen in _solve_with_holdout(moments, indices, validation, penalty)
         )
-        return final, before
+        return final, without_validation
 
     def predict(self, eva: Tensor) -> Tensor:
         """[n, N, C_eva] -> [n, N, C]."""
@@ -169,7 +221,7 @@ class TokenRidge(Ridge):
 
 
 @dataclass(frozen=True)
-class NeighbourhoodRidge(Ridge):
+class NeighbourhoodRidge:
     """Ridge regression from the 3x3 condition tokens around a position to the target token there.
 
     The token itself enters whole. Its eight neighbours enter whole while there are at most 2,560 features,
@@ -184,134 +236,84 @@ class NeighbourhoodRidge(Ridge):
     penalty: float
 
     @classmethod
-    def fit_twice(
+    def fit(cls, source: Embeddings, indices: np.ndarray, **options: Any) -> NeighbourhoodRidge:
+        """Fitted on all samples; for the options see `fit_with_holdout`."""
+        return cls.fit_with_holdout(source, indices, **options)[0]
+
+    @classmethod
+    def fit_with_holdout(
         cls,
         source: Embeddings,
         indices: np.ndarray,
         *,
         penalty: float | None = None,
         validation: np.ndarray | None = None,
-        mean: Tensor | None = None,
         batch_size: int = 16,
     ) -> tuple[NeighbourhoodRidge, NeighbourhoodRidge]:
-        """As `TokenRidge.fit_twice`; `mean` [C_eva] stands outside the grid, None for the samples' own."""
-        own_mean, components = principal_components(source, indices, batch_size)
-        mean = own_mean if mean is None else mean.double()
-        x_origin = _origins(source, indices)[1]
+        """As `TokenRidge.fit_with_holdout`."""
+        mean, components = principal_components(source, indices, batch_size)
+        x_origin = token_origins(source, indices)[1]
 
         def moments(rows: np.ndarray) -> Moments:
             sums = Moments(source.condition_dim + 8 * components.shape[1], source.target_dim)
-            for eva, clip in _fetched(source, rows, batch_size):
+            for eva, clip in _read_float64(source, rows, batch_size):
                 features = neighbourhood_features(eva - mean, components)
                 sums.add(features.flatten(0, 1), clip.flatten(0, 1) - x_origin)
             return sums
 
-        final, before = (
+        final, without_validation = (
             cls(mean.float(), components.float(), weight.float(), (bias + x_origin).float(), chosen)
-            for weight, bias, chosen in _fit_ridge(moments, indices, validation, penalty)
+            for weight, bias, chosen in _solve_with_holdout(moments, indices, validation, penalty)
         )
-        return final, before
+        return final, without_validation
 
     def predict(self, eva: Tensor) -> Tensor:
         """[n, N, C_eva] -> [n, N, C]."""
         return neighbourhood_features(eva.float() - self.mean, self.components) @ self.weight + self.bias
 
 
-def _fit_ridge(
+def _solve_with_holdout(
     moments_of: Callable[[np.ndarray], Moments],
     indices: np.ndarray,
     validation: np.ndarray | None,
     penalty: float | None,
 ) -> tuple[tuple[Tensor, Tensor, float], tuple[Tensor, Tensor, float]]:
-    """(W, bias, penalty) fitted on everything, then the same without the validation samples.
+    """(W, bias, penalty) fitted on all samples, then on all but the validation samples.
 
-    An open penalty is chosen on the validation samples.
+    A penalty of None is chosen on the validation samples.
     """
     moments = moments_of(indices)
     if validation is None or not len(validation):
         penalty = 1e-3 if penalty is None else penalty
-        final = before = moments.solve(penalty)
+        final = without_validation = moments.solve(penalty)
     else:
-        held_back = moments_of(validation)
+        holdout = moments_of(validation)
         if penalty is None:
-            penalty, before = search_penalty(moments, held_back)
+            penalty, without_validation = search_penalty(moments, holdout)
         else:
-            before = moments.solve(penalty)
-        moments.merge(held_back)
+            without_validation = moments.solve(penalty)
+        moments.merge(holdout)
         final = moments.solve(penalty)
-    return (*final, penalty), (*before, penalty)
+    return (*final, penalty), (*without_validation, penalty)
 
 
-def search_penalty(moments: Moments, held_back: Moments) -> tuple[float, tuple[Tensor, Tensor]]:
-    """The penalty of `PENALTIES` with the least error on what was held back, and its map.
-
-    Walks from the middle of the list while the error falls: as a function of the penalty it has one valley in
-    practice, and at full width each penalty costs half a second.
-    """
-    found: dict[int, tuple[float, tuple[Tensor, Tensor]]] = {}
-
-    def error(place: int) -> float:
-        if place not in found:
-            solution = moments.solve(PENALTIES[place])
-            found[place] = _standardized_error(held_back, *solution), solution
-        return found[place][0]
-
-    place = len(PENALTIES) // 2
-    for step in (-1, 1):
-        while 0 <= place + step < len(PENALTIES) and error(place + step) < error(place):
-            place += step
-    return PENALTIES[place], found[place][1]
+def token_moments(
+    source: Embeddings, rows: np.ndarray, origins: tuple[Tensor, Tensor], batch_size: int
+) -> Moments:
+    """Moments of the condition and target tokens of these samples, about the origins."""
+    sums = Moments(source.condition_dim, source.target_dim)
+    for eva, clip in _read_float64(source, rows, batch_size):
+        sums.add(eva.flatten(0, 1) - origins[0], clip.flatten(0, 1) - origins[1])
+    return sums
 
 
-def _solve_symmetric(matrix: Tensor, right: Tensor) -> Tensor:
-    """By Cholesky's factor, and by elimination where rounding leaves the matrix not quite positive."""
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    return torch.linalg.solve(matrix, right) if failed else torch.cholesky_solve(right, factor)
-
-
-def _standardized_error(moments: Moments, weight: Tensor, bias: Tensor) -> float:
-    """Mean over the channels of the error in units of the channel's variance."""
-    count = moments.gram[-1, -1]
-    variance = moments.target_squares / count - (moments.cross[-1] / count).square()
-    varies = variance > 1e-12 * variance.max()
-    error = moments.squared_error(weight, bias)[varies] / variance[varies]
-    return float(error.mean()) if len(error) else 0.0
-
-
-def _origins(source: Embeddings, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+def token_origins(source: Embeddings, indices: np.ndarray) -> tuple[Tensor, Tensor]:
     """Some token of each side: moments about zero would drown a small variance in a large mean."""
     eva, clip = source.fetch(indices[:1])
     return eva[0, 0].double(), clip[0, 0].double()
 
 
-def _token_moments(
-    source: Embeddings, rows: np.ndarray, origin: tuple[Tensor, Tensor], batch_size: int
-) -> Moments:
-    sums = Moments(source.condition_dim, source.target_dim)
-    for eva, clip in _fetched(source, rows, batch_size):
-        sums.add(eva.flatten(0, 1) - origin[0], clip.flatten(0, 1) - origin[1])
-    return sums
-
-
-def principal_components(source: Embeddings, indices: np.ndarray, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Mean condition token [C_eva], and leading principal directions [C_eva, r] (all while they fit)."""
-    width = source.condition_dim
-    kept = neighbour_components(width)
-    origin = _origins(source, indices)[0]
-    total, gram, count = torch.zeros_like(origin), origin.new_zeros(width, width), 0
-    for eva, _ in _fetched(source, indices, batch_size):
-        rows = eva.flatten(0, 1) - origin
-        total += rows.sum(dim=0)
-        gram += rows.T @ rows
-        count += len(rows)
-    mean = total / count
-    if kept == width:
-        return mean + origin, torch.eye(width, dtype=torch.float64, device=mean.device)
-    _, directions = torch.linalg.eigh(gram / count - torch.outer(mean, mean))
-    return mean + origin, directions[:, -kept:]
-
-
-def _fetched(source: Embeddings, rows: np.ndarray, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _read_float64(source: Embeddings, rows: np.ndarray, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     for piece in batches(rows, batch_size):
         eva, clip = source.fetch(piece)
         yield eva.double(), clip.double()

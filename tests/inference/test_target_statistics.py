@@ -13,8 +13,8 @@ import torch
 
 from blip3o_dit.data.dataset import split_samples
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
-from blip3o_dit.evaluation.evaluate import EvaluationConfig, evaluate_models
-from blip3o_dit.evaluation.reference import EvaluationSettings
+from blip3o_dit.evaluation.config import EvaluationConfig
+from blip3o_dit.evaluation.evaluate import evaluate_models
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.metrics.fidelity import FidelitySums, fidelity
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
@@ -26,8 +26,16 @@ from blip3o_dit.utils.checksums import seal
 from tests.stores import write_linear_store
 
 RAW = {**PAPER_RECIPE, "num_inference_steps": 2}
-MEASURE = EvaluationSettings(draws=2, draw_samples=8, distribution_samples=32, bootstrap=4, half_samples=2)
-CONFIG = EvaluationConfig(curve_calls=(), shown=0, device="cpu", measure=MEASURE)
+CONFIG = EvaluationConfig(
+    curve_calls=(),
+    shown=0,
+    device="cpu",
+    draws=2,
+    draw_samples=8,
+    distribution_samples=32,
+    bootstrap=4,
+    half_samples=2,
+)
 
 
 def config_of(store: EmbeddingStore, output: Path, **changes: Any) -> TrainingConfig:

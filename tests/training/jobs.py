@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import fully_shard
 
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.evaluation.evaluate import EvaluationConfig, evaluate_models
-from blip3o_dit.evaluation.reference import EvaluationSettings
+from blip3o_dit.evaluation.config import EvaluationConfig
+from blip3o_dit.evaluation.evaluate import evaluate_models
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model import transformer
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel, FlowBatch
@@ -173,10 +173,18 @@ def ask(model: Path, store: Path, output: Path) -> tuple[dict[str, Any], dict[st
         store, num_samples=21, batch_size=4, output_path=output / "generated.pkl", progress=False
     )
     metrics = inference.evaluate_model(store, batch_size=4, progress=False)
-    measure = EvaluationSettings(
-        batch_size=4, draws=3, draw_samples=9, distribution_samples=64, bootstrap=20, half_samples=4
+    config = EvaluationConfig(
+        curve_calls=(2,),
+        curve_samples=10,
+        shown=0,
+        device="cpu",
+        batch_size=4,
+        draws=3,
+        draw_samples=9,
+        distribution_samples=64,
+        bootstrap=20,
+        half_samples=4,
     )
-    config = EvaluationConfig(curve_calls=(2,), curve_samples=10, shown=0, device="cpu", measure=measure)
     return generated, metrics, evaluate_models([model], store, output, config, progress=False)
 
 

@@ -23,7 +23,7 @@ from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.distillation import DistillationConfig, train_student, trajectory_targets
 from blip3o_dit.utils.checksums import verify
 from tests.conftest import randomize, tiny_config
-from tests.inference.test_evaluate import train_model
+from tests.evaluation.test_evaluate import train_model
 from tests.stores import write_linear_store
 
 

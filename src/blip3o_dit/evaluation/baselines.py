@@ -1,13 +1,12 @@
-"""What needs no network: the yardsticks a generated embedding is held against.
+"""The baselines that a model is compared with, fitted on the training split, and as samplers.
 
-Each baseline is fitted on the training split, streamed, and answers `predict(eva)` [n, L, C_eva] ->
-[n, N, C] in the units of the data: its best guess. Some can also `sample`: `methods.py` wraps the others
-with `ResidualGaussian`.
+Each predicts the mean of the target tokens, `predict(eva)` [n, L, C_eva] -> [n, N, C] in the units of the
+data. Nearest neighbours also sample; the others become samplers by a `ResidualGaussian`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,11 +14,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import get_cosine_schedule_with_warmup
 
 from blip3o_dit.data.dataset import choose_samples
 from blip3o_dit.data.embeddings import Embeddings, batches
+from blip3o_dit.evaluation.reference import Progress
+from blip3o_dit.evaluation.samplers import Sampler
 from blip3o_dit.metrics.distances import symmetric_root
-from blip3o_dit.ridge import _origins, _token_moments
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.ridge import NeighbourhoodRidge, TokenRidge, token_moments, token_origins
 from blip3o_dit.utils.stateless_random import stateless_generator, stateless_normal
 
 
@@ -83,8 +86,8 @@ class Procrustes:
     @classmethod
     def fit(cls, source: Embeddings, indices: np.ndarray, batch_size: int = 16) -> Procrustes:
         """Streamed over the samples at `indices`."""
-        origin = _origins(source, indices)
-        covariance, cross, mean_c, mean_x = _token_moments(source, indices, origin, batch_size).centred()
+        origin = token_origins(source, indices)
+        covariance, cross, mean_c, mean_x = token_moments(source, indices, origin, batch_size).centred()
         left, _, right = torch.linalg.svd(cross, full_matrices=False)
         rotation = left @ right
         size = float((rotation * (covariance @ rotation)).sum())
@@ -102,7 +105,7 @@ class Procrustes:
 class NearestNeighbours:
     """The target tokens of the k training samples whose mean condition token is nearest by cosine.
 
-    The best guess is their mean; a sample is one of them, drawn at random.
+    The prediction is their mean; a sample is one of them, chosen at random.
     """
 
     source: Embeddings
@@ -130,7 +133,7 @@ class NearestNeighbours:
         return total / self.k
 
     def sample(self, eva: Tensor, indices: Sequence[int], *, seed: int, sample_number: int) -> Tensor:
-        """[n, L, C_eva] -> [n, N, C]: one neighbour's tokens, named by (seed, sample index, draw)."""
+        """[n, L, C_eva] -> [n, N, C]: one neighbour's tokens, by (seed, sample index, sample number)."""
         nearest = self._nearest(eva)
         chosen = [
             stateless_generator(seed, "neighbour", sample_number, int(index)).integers(0, self.k)
@@ -146,7 +149,7 @@ class NearestNeighbours:
 
 @dataclass(frozen=True)
 class ResidualGaussian:
-    """What a point prediction leaves open, as a Gaussian: turns it into a sampler.
+    """The residual of a point prediction, as a Gaussian: turns it into a sampler.
 
     The residual's covariance is taken as a Kronecker product of one over positions [N, N] and one over
     channels [C, C] (a matrix normal distribution), from moments over samples the prediction was not fitted
@@ -184,14 +187,193 @@ class ResidualGaussian:
         )
 
     def sample(self, indices: Sequence[int], *, seed: int, sample_number: int) -> Tensor:
-        """Residuals [n, N, C], named by (seed, sample index, draw)."""
+        """Residuals [n, N, C], a function of (seed, sample index, sample number)."""
         shape = (len(self.positions), len(self.channels))
         noise = stateless_normal(indices, shape, seed=seed, stream="residual", counter=sample_number)
         return self.positions @ noise @ self.channels
 
 
-def split_validation(indices: np.ndarray, *, most: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(fit, validation): at most `most` of the samples, a tenth of them for validation, both ascending."""
-    order = choose_samples(indices, max_samples=most, seed=seed)
-    held_back = max(1, len(order) // 10) if len(order) > 1 else 0
-    return np.sort(order[held_back:]), np.sort(order[:held_back])
+@dataclass(frozen=True)
+class NetworkRegression:
+    """The model's own network trained by least squares to predict E[x_1 | condition].
+
+    Its input is x_t = 0 at t = 0, and its output is read as x_1.
+    """
+
+    model: BLIP3oDiTModel
+
+    @classmethod
+    def fit(
+        cls,
+        like: BLIP3oDiTModel,
+        source: Embeddings,
+        indices: Sequence[int],
+        *,
+        steps: int,
+        batch_size: int = 32,
+        learning_rate: float = 1e-3,
+        seed: int = 0,
+        progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
+    ) -> NetworkRegression:
+        """AdamW, linear warm-up over a twentieth of the steps, then a cosine to zero.
+
+        Args:
+            like: gives the sizes and the data's statistics; it is not changed.
+            progress: wraps the iterable of steps, for a progress bar.
+        """
+        torch.manual_seed(seed)
+        model = BLIP3oDiTModel(like.config)
+        model.to(torch.device(like.device))  # type: ignore[arg-type]
+        model.set_statistics(
+            condition=(like.condition_mean, like.condition_std), target=(like.target_mean, like.target_std)
+        )
+        optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+        schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 20), steps)
+        generator = stateless_generator(seed, "regression batches")
+        model.train()
+        for _ in progress(range(steps)) if progress else range(steps):
+            eva, clip = source.fetch(generator.choice(indices, size=min(batch_size, len(indices))))
+            x_1 = model.normalize_target(clip.to(model.device))
+            loss = (_regress(model, eva) - x_1).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+        return cls(model.eval())
+
+    @torch.no_grad()
+    def predict(self, eva: Tensor) -> Tensor:
+        """[n, L, C_eva] -> [n, N, C]."""
+        return self.model.denormalize_target(_regress(self.model, eva)).cpu()
+
+
+def _regress(model: BLIP3oDiTModel, eva: Tensor) -> Tensor:
+    condition = model.normalize_condition(eva.to(model.device))
+    x_t = condition.new_zeros(len(eva), model.config.num_tokens, model.config.in_channels)
+    return model(x_t, x_t.new_zeros(len(eva)), condition)
+
+
+@dataclass(frozen=True)
+class BaselineSampler:
+    """A point prediction, and samples from a Gaussian around it (`residual` None: no randomness)."""
+
+    name: str
+    about: str
+    baseline: Baseline
+    residual: ResidualGaussian | None
+    seed: int = 0
+    is_model: bool = False
+    calls: int = 0
+
+    @property
+    def random(self) -> bool:
+        return self.residual is not None
+
+    def predict_mean(self, eva: Tensor, indices: Sequence[int]) -> Tensor | None:
+        return self.baseline.predict(eva)
+
+    def sample(self, eva: Tensor, indices: Sequence[int], sample_number: int) -> Tensor:
+        mean = self.baseline.predict(eva)
+        if self.residual is None:
+            return mean
+        return mean + self.residual.sample(indices, seed=self.seed, sample_number=sample_number)
+
+
+@dataclass(frozen=True)
+class NeighbourSampler:
+    """k nearest neighbours: their mean, and one of them at random."""
+
+    baseline: NearestNeighbours
+    name: str = "nearest neighbours"
+    seed: int = 0
+    is_model: bool = False
+    calls: int = 0
+    random: bool = True
+
+    @property
+    def about(self) -> str:
+        return (
+            f"{self.baseline.k} training samples with the nearest mean condition token, "
+            f"among {len(self.baseline.bank)}"
+        )
+
+    def predict_mean(self, eva: Tensor, indices: Sequence[int]) -> Tensor | None:
+        return self.baseline.predict(eva)
+
+    def sample(self, eva: Tensor, indices: Sequence[int], sample_number: int) -> Tensor:
+        return self.baseline.sample(eva, indices, seed=self.seed, sample_number=sample_number)
+
+
+def fit_baselines(
+    source: Embeddings,
+    train: np.ndarray,
+    *,
+    std: Tensor,
+    max_samples: int,
+    seed: int,
+    progress: Progress,
+    network: BLIP3oDiTModel | None = None,
+    network_steps: int = 0,
+) -> list[Sampler]:
+    """Every baseline as a sampler; residuals are those of validation samples, which the fit has not seen.
+
+    Args:
+        train: indices in `source`; at most `max_samples` of them are used.
+        std: of the training tokens per channel, [C].
+        seed: chooses the samples that are used and held out, and those that are generated.
+        network, network_steps: also train this model's network by plain regression, for so many steps.
+    """
+    fit, validation = split_validation(train, max_samples=max_samples, seed=seed)
+    both = np.sort(np.concatenate([fit, validation]))
+
+    def gaussian(name: str, about: str, final: Baseline, on_fit: Baseline) -> Sampler:
+        residual = None
+        if len(validation):
+            residual = ResidualGaussian.fit(on_fit, source, validation, scale=std)
+        return BaselineSampler(name, f"{about}; Gaussian residual", final, residual, seed=seed)
+
+    def fit_twice(name: str, about: str, kind: type[TrainingMean | PositionMean | Procrustes]) -> Sampler:
+        return gaussian(name, about, kind.fit(source, both), kind.fit(source, fit))
+
+    def ridge(name: str, about: str, kind: type[TokenRidge | NeighbourhoodRidge]) -> Sampler:
+        final, on_fit = kind.fit_with_holdout(source, fit, validation=validation)
+        chosen = f"penalty {final.penalty:g} chosen on {len(validation)} validation samples"
+        return gaussian(name, f"{about}, {chosen}", final, on_fit)
+
+    makers: dict[str, Callable[[str], Sampler]] = {
+        "training mean": lambda name: fit_twice(name, "the training split's mean token", TrainingMean),
+        "position mean": lambda name: fit_twice(
+            name, "the training split's mean token at each position", PositionMean
+        ),
+        "ridge": lambda name: ridge(
+            name, "linear map from each condition token to the token there", TokenRidge
+        ),
+        "ridge 3x3": lambda name: ridge(
+            name, "linear map from the 3x3 condition tokens around each position", NeighbourhoodRidge
+        ),
+        "procrustes": lambda name: fit_twice(name, "rotation and scale of each condition token", Procrustes),
+        "nearest neighbours": lambda name: NeighbourSampler(
+            NearestNeighbours.fit(source, both), name, seed=seed
+        ),
+    }
+    samplers = [makers[name](name) for name in progress(list(makers), "baselines")]
+    if network is not None and network_steps:
+        regression = NetworkRegression.fit(
+            network,
+            source,
+            fit.tolist(),
+            steps=network_steps,
+            seed=seed,
+            progress=lambda steps: progress(list(steps), "network regression"),
+        )
+        about = f"the model's network, least squares, {network_steps} steps"
+        samplers.append(gaussian("network regression", about, regression, regression))
+    return samplers
+
+
+def split_validation(indices: np.ndarray, *, max_samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(fit, validation), ascending: at most `max_samples` samples, a tenth of them for validation."""
+    order = choose_samples(indices, max_samples=max_samples, seed=seed)
+    holdout = max(1, len(order) // 10) if len(order) > 1 else 0
+    return np.sort(order[holdout:]), np.sort(order[:holdout])

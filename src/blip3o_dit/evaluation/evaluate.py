@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-import platform
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +15,11 @@ from tqdm.auto import tqdm
 
 from blip3o_dit.data.dataset import split_samples
 from blip3o_dit.data.embeddings import Embeddings, TransformedEmbeddings
-from blip3o_dit.evaluation import plots, report, scores
-from blip3o_dit.evaluation.fitting import fit_baselines
+from blip3o_dit.evaluation import description, plots, report, scores
+from blip3o_dit.evaluation.baselines import fit_baselines
+from blip3o_dit.evaluation.config import EvaluationConfig
 from blip3o_dit.evaluation.predictions import Predictions, collect_predictions, without_vectors
-from blip3o_dit.evaluation.reference import (
-    EvaluationSettings,
-    ReferenceSet,
-    Track,
-    collect_reference,
-    fit_probe,
-)
+from blip3o_dit.evaluation.reference import Progress, ReferenceSet, collect_reference, fit_probe
 from blip3o_dit.evaluation.samplers import ModelSampler, Sampler
 from blip3o_dit.evaluation.summary import summarize
 from blip3o_dit.inference.pipeline import BLIP3oInference, check_writable, target_statistics
@@ -38,57 +30,9 @@ from blip3o_dit.utils.stateless_random import stateless_permutation
 FORMAT = "blip3o-dit evaluation"
 FORMAT_VERSION = 1
 
-MOST_SAMPLES = 20_000
-"""Held-out samples that are measured unless more are asked for: intervals are narrow by then."""
-FEWEST_FIT_SAMPLES = 5000
+MIN_FIT_SAMPLES = 5000
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """What `evaluate_models` does beside measuring; `measure` says how much is measured.
-
-    Args:
-        split: "eval", "train" or "all"; the first two are the sides of the first model's training split.
-            Baselines are fitted on the other side, and measured on this one.
-        num_samples: most of them, chosen by the seed; None means all.
-        num_inference_steps, solver, guidance_scale, seed: how the models sample; None: as they were saved.
-        curve_calls, curve_samples: network calls and samples of the cost curve; no calls means no curve.
-        fit_on: embeddings whose training side the baselines are fitted on; None means the evaluated ones.
-        fit_samples: most samples a baseline is fitted on. None: as many as the models' own ridge sources were
-            fitted on, at least `FEWEST_FIT_SAMPLES`.
-        regression_steps: train the same network by plain regression for so many steps, as a baseline.
-        shown: samples drawn on the page.
-        weights, device, dtype: as `BLIP3oInference`.
-    """
-
-    split: str = "eval"
-    num_samples: int | None = MOST_SAMPLES
-    num_inference_steps: int | None = None
-    solver: str | None = None
-    guidance_scale: float = 1.0
-    seed: int = 0
-    curve_calls: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 50)
-    curve_samples: int = 256
-    fit_on: str | None = None
-    fit_samples: int | None = None
-    regression_steps: int = 0
-    shown: int = 6
-    weights: str = "auto"
-    device: str = "auto"
-    dtype: torch.dtype = torch.float32
-    measure: EvaluationSettings = field(default_factory=EvaluationSettings)
-
-    def __post_init__(self) -> None:
-        least = {"curve_samples": 2, "regression_steps": 0}
-        optional = {"num_inference_steps": 1, "fit_samples": 2, "num_samples": 2}
-        least |= {name: low for name, low in optional.items() if getattr(self, name) is not None}
-        for name, lowest in (least | {"shown": 0}).items():
-            if getattr(self, name) < lowest:
-                raise ValueError(f"{name}: expected at least {lowest}, found {getattr(self, name)}")
-        if any(calls < 1 for calls in self.curve_calls):
-            raise ValueError(f"curve_calls: expected 1 or more each, found {list(self.curve_calls)}")
 
 
 def evaluate_models(
@@ -125,23 +69,23 @@ def evaluate_models(
     processes = join_processes(config.device)
     if processes.is_main:
         check_writable(folder / report.METRICS_FILE)
+    dtype = getattr(torch, config.dtype)
     loaded = [
-        BLIP3oInference(path, device=config.device, dtype=config.dtype, weights=config.weights)
-        for path in models
+        BLIP3oInference(path, device=config.device, dtype=dtype, weights=config.weights) for path in models
     ]
     _check_comparable(loaded, config)
     source, indices, available = _held_out(loaded[0], embeddings, config)
     for other in loaded[1:]:
         other.open(embeddings)
-    methods = _model_methods(loaded, config)
+    samplers = _model_samplers(loaded, config)
     if not processes.is_main:
-        _help_sampling(methods, source, indices, config, processes)
+        _help_sampling(samplers, source, indices, config, processes)
         return {}
     fit_on, train = _fit_source(loaded, source, embeddings, config)
-    # Of the data, not of a model: figures must not depend on which model is named first.
+    # Of the data, not of a model: scores must not depend on which model is named first.
     statistics = target_statistics(fit_on, train, seed=config.seed)
-    result, samples = evaluate_methods(
-        methods,
+    result, samples = evaluate_samplers(
+        samplers,
         source,
         indices,
         fit_source=(fit_on, train),
@@ -155,7 +99,10 @@ def evaluate_models(
         processes=processes,
     )
     result["command"] = command
-    result["models"] = [_about(method.name, found) for method, found in zip(methods, loaded, strict=True)]
+    result["models"] = [
+        description.describe_model(sampler.name, found)
+        for sampler, found in zip(samplers, loaded, strict=True)
+    ]
     report.write_metrics(result, folder)
     report.write_report(result, folder, samples)
     if not report.write_card(result, folder):
@@ -163,8 +110,8 @@ def evaluate_models(
     return result
 
 
-def evaluate_methods(
-    methods: Sequence[Sampler],
+def evaluate_samplers(
+    samplers: Sequence[Sampler],
     source: Embeddings,
     indices: np.ndarray,
     *,
@@ -178,141 +125,128 @@ def evaluate_methods(
     progress: bool = True,
     processes: Processes = SINGLE_PROCESS,
 ) -> tuple[dict[str, Any], report.ShownSamples | None]:
-    """Measure any methods beside the baselines. `fit_source` is (embeddings, training indices).
+    """Measure any samplers beside the baselines. `fit_source` is (embeddings, training indices).
 
     Args:
         statistics: mean and standard deviation of the training tokens per channel, [C] each.
-        source_samples: training samples that a method's own ridge was fitted on, if it has one.
+        source_samples: training samples that a sampler's own ridge was fitted on, if it has one.
         available: samples that `indices` were chosen from; None means no others.
-        processes: the others of which are in `_help_sampling` meanwhile.
+        processes: collective: ranks > 0 must be inside `_help_sampling` at the same time.
 
     Returns: the content of metrics.json, and the samples for the page.
     """
-    track = _track(progress)
+    bars = _progress_bars(progress)
     mean, std = (value.float().cpu() for value in statistics)
-    truth = collect_reference(source, indices, mean=mean, std=std, settings=config.measure, track=track)
+    reference = collect_reference(source, indices, mean=mean, std=std, config=config, progress=bars)
     fit_on, train = fit_source
     if fit_on is source:
-        fit_probe(truth, train, track)
-    floor = scores.real_vs_real(truth, fit_on, train) if len(train) >= 2 else None
-    most = min(len(train), config.fit_samples or max(FEWEST_FIT_SAMPLES, source_samples))
-    everything = [*methods]
+        fit_probe(reference, train, bars)
+    real_vs_real = scores.real_vs_real(reference, fit_on, train) if len(train) >= 2 else None
+    fitted = min(len(train), config.fit_samples or max(MIN_FIT_SAMPLES, source_samples))
+    baselines: list[Sampler] = []
     if len(train):
-        everything += fit_baselines(
+        baselines = fit_baselines(
             fit_on,
             train,
             std=std,
-            most=most,
+            max_samples=fitted,
             seed=config.seed,
-            track=track,
+            progress=bars,
             network=regression_like.model if regression_like else None,
             network_steps=config.regression_steps,
         )
-    described, found = [], []
-    for method in everything:
-        shared = processes if any(method is asked for asked in methods) else SINGLE_PROCESS
-        answers = collect_predictions(method, truth, track, shared)
-        described.append(scores.score(answers, truth))
-        found.append(without_vectors(answers))
+    everything = [*samplers, *baselines]
+    described, kept = [], []
+    for number, sampler in enumerate(everything):
+        shared = processes if number < len(samplers) else SINGLE_PROCESS
+        predictions = collect_predictions(sampler, reference, bars, shared)
+        described.append(scores.score(predictions, reference))
+        kept.append(without_vectors(predictions))
     result: dict[str, Any] = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
         "summary": [],
         "models": [],
         "data": {
-            **_data(source, truth, config),
-            "available_samples": available or len(truth.indices),
+            **description.describe_data(reference),
+            "available_samples": available or len(reference.indices),
             "fitted_on": str(fit_on.path),
-            "fitted_samples": most,
+            "fitted_samples": fitted,
             "source_samples": min(len(train), source_samples),
         },
-        "settings": _settings(config),
-        "versions": _versions(),
+        "settings": description.describe_settings(config),
+        "versions": description.describe_versions(),
         "methods": described,
-        "floor": floor,
-        "differences": _differences(found, config),
-        "curve": _curves(methods, truth, config, track, processes),
+        "floor": real_vs_real,
+        "differences": _differences(kept, reference),
+        "curve": _curves(samplers, reference, bars, processes),
         "command": None,
     }
     result["summary"] = summarize(result)
-    return result, _shown(everything, truth, config, pictures)
+    return result, _shown(everything, reference, pictures)
 
 
 def _help_sampling(
-    methods: Sequence[Sampler],
+    samplers: Sequence[Sampler],
     source: Embeddings,
     indices: np.ndarray,
     config: EvaluationConfig,
     processes: Processes,
 ) -> None:
-    """What `evaluate_methods` shares out, in its order, for a process that is not the first."""
-    nothing = torch.zeros(source.target_dim)  # statistics are for measuring, which the first process does
-    track = _track(False)
-    truth = collect_reference(
-        source, indices, mean=nothing, std=nothing, settings=config.measure, track=track
-    )
-    for method in methods:
-        collect_predictions(method, truth, track, processes)
-    _curves(methods, truth, config, track, processes)
+    """What `evaluate_samplers` shares out, in its order, for a process that is not the first."""
+    zeros = torch.zeros(source.target_dim)  # statistics are for measuring, which the first process does
+    bars = _progress_bars(False)
+    reference = collect_reference(source, indices, mean=zeros, std=zeros, config=config, progress=bars)
+    for sampler in samplers:
+        collect_predictions(sampler, reference, bars, processes)
+    _curves(samplers, reference, bars, processes)
 
 
-def _differences(found: Sequence[Predictions], config: EvaluationConfig) -> dict[str, Any]:
-    """Model -> other method -> figure -> paired difference."""
+def _differences(kept: Sequence[Predictions], reference: ReferenceSet) -> dict[str, Any]:
+    """Model -> other sampler -> metric -> paired difference."""
     return {
-        model.method.name: {
-            other.method.name: scores.paired_differences(model, other, config.measure)
-            for other in found
+        model.sampler.name: {
+            other.sampler.name: scores.paired_differences(model, other, reference)
+            for other in kept
             if other is not model
         }
-        for model in found
-        if model.method.is_model
+        for model in kept
+        if model.sampler.is_model
     }
 
 
 def _curves(
-    methods: Sequence[Sampler],
-    truth: ReferenceSet,
-    config: EvaluationConfig,
-    track: Track,
-    processes: Processes,
+    samplers: Sequence[Sampler], reference: ReferenceSet, progress: Progress, processes: Processes
 ) -> dict[str, Any]:
     return {
-        method.name: scores.quality_curve(
-            method,
-            truth,
-            calls=config.curve_calls,
-            samples=config.curve_samples,
-            track=track,
-            processes=processes,
-        )
-        for method in methods
-        if isinstance(method, ModelSampler)
+        sampler.name: scores.quality_curve(sampler, reference, progress=progress, processes=processes)
+        for sampler in samplers
+        if isinstance(sampler, ModelSampler)
     }
 
 
 def _shown(
-    methods: Sequence[Sampler],
-    truth: ReferenceSet,
-    config: EvaluationConfig,
+    samplers: Sequence[Sampler],
+    reference: ReferenceSet,
     pictures: Callable[[list[str]], list[Any]] | None,
 ) -> report.ShownSamples | None:
-    """Tokens of a few samples: true, two draws and the best guess of each model, and ridge's guess."""
+    """Tokens of a few samples: the reference, two samples and the best guess of each model, and ridge's."""
+    config = reference.config
     if not config.shown:
         return None
-    order = stateless_permutation(len(truth.indices), seed=config.seed, stream="shown samples")
-    indices = truth.indices[np.sort(order[: config.shown])]
-    eva, clip = truth.source.fetch(indices)
+    order = stateless_permutation(len(reference.indices), seed=config.seed, stream="shown samples")
+    indices = reference.indices[np.sort(order[: config.shown])]
+    eva, clip = reference.source.fetch(indices)
     rows = {"true": clip}
-    for method in methods:
-        if method.is_model:
-            rows[f"{method.name}, sample 1"] = method.sample(eva, indices.tolist(), 0)
-            rows[f"{method.name}, sample 2"] = method.sample(eva, indices.tolist(), 1)
-        guess = (
-            method.predict_mean(eva, indices.tolist()) if method.is_model or method.name == "ridge" else None
-        )
-        if guess is not None:
-            rows[f"{method.name}, best guess"] = guess
-    records = truth.source.records(indices)
+    for sampler in samplers:
+        if sampler.is_model:
+            rows[f"{sampler.name}, sample 1"] = sampler.sample(eva, indices.tolist(), 0)
+            rows[f"{sampler.name}, sample 2"] = sampler.sample(eva, indices.tolist(), 1)
+        if sampler.is_model or sampler.name == "ridge":
+            best_guess = sampler.predict_mean(eva, indices.tolist())
+            if best_guess is not None:
+                rows[f"{sampler.name}, best guess"] = best_guess
+    records = reference.source.records(indices)
     keys = [record["key"] for record in records]
     return report.ShownSamples(
         {name: tokens.numpy() for name, tokens in rows.items()},
@@ -322,7 +256,7 @@ def _shown(
 
 
 def _check_comparable(loaded: Sequence[BLIP3oInference], config: EvaluationConfig) -> None:
-    """Refuse models whose held-out samples or units differ: their figures would not be comparable."""
+    """Refuse models whose held-out samples or units differ: their scores would not be comparable."""
     first, *others = loaded
     for other in others:
         if other.model.config.normalize_embeddings != first.model.config.normalize_embeddings:
@@ -362,7 +296,7 @@ def _fit_source(
     embeddings: str | Path,
     config: EvaluationConfig,
 ) -> tuple[Embeddings, np.ndarray]:
-    """(embeddings, indices) for baselines, statistics, probe and floor: nothing that is measured."""
+    """(embeddings, indices) for baselines, statistics, probe and `real_vs_real`: nothing that is measured."""
     runs = [
         TrainingConfig.from_folder(model.model_path)
         for model in loaded
@@ -393,7 +327,7 @@ def _fit_source(
 
 
 def _training_embeddings(runs: Sequence[TrainingConfig], embeddings: str | Path) -> str:
-    """What all the models were trained on."""
+    """The embeddings that all the models were trained on."""
     paths = sorted({run.embeddings_path for run in runs})
     if len(paths) != 1 or not Path(paths[0]).exists():
         raise ValueError(
@@ -423,7 +357,7 @@ def _as_trained_on(model: BLIP3oInference, source: Embeddings) -> Embeddings:
     )
 
 
-def _model_methods(loaded: Sequence[BLIP3oInference], config: EvaluationConfig) -> list[ModelSampler]:
+def _model_samplers(loaded: Sequence[BLIP3oInference], config: EvaluationConfig) -> list[ModelSampler]:
     names = ["DiT"] if len(loaded) == 1 else _unique([found.model_path.resolve() for found in loaded])
     return [
         ModelSampler(
@@ -447,54 +381,11 @@ def _unique(paths: Sequence[Path]) -> list[str]:
     raise ValueError(f"--compare: expected different models, found {paths[0]} more than once")
 
 
-def _about(name: str, found: BLIP3oInference) -> dict[str, Any]:
-    return {
-        "name": name,
-        "folder": found.model_path.resolve().name,
-        "path": str(found.model_path),
-        "weights": "averaged (EMA)" if found.weights == "ema" else "raw",
-        "parameters": sum(parameter.numel() for parameter in found.model.parameters()),
-        "device": str(found.device),
-        "dtype": str(found.model.dtype).removeprefix("torch."),
-    }
+def _progress_bars(shown: bool) -> Progress:
+    def progress(items: Iterable[Any], name: str) -> Iterable[Any]:
+        return tqdm(items, desc=name, unit="", leave=False, disable=not shown)
 
-
-def _data(source: Embeddings, truth: ReferenceSet, config: EvaluationConfig) -> dict[str, Any]:
-    return {
-        "path": str(source.path),
-        "split": config.split,
-        "num_samples": len(truth.indices),
-        "gallery_samples": len(truth.gallery),
-        "num_tokens": source.num_tokens,
-        "condition_dim": source.condition_dim,
-        "target_dim": source.target_dim,
-        "drawn_samples": int(truth.drawn.sum()),
-        "probe_accuracy_of_truth": truth.probe_accuracy and truth.probe_accuracy.to_json(),
-    }
-
-
-def _settings(config: EvaluationConfig) -> dict[str, Any]:
-    settings = asdict(config)
-    measure = settings.pop("measure")
-    settings["dtype"] = str(config.dtype).removeprefix("torch.")
-    settings["curve_calls"] = list(config.curve_calls)
-    settings["float32_products"] = torch.get_float32_matmul_precision()
-    return settings | {f"measure_{name}": value for name, value in measure.items()}
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    found["threads"] = str(torch.get_num_threads())
-    return found | {name: version(name) for name in ("blip3o-dit", "torch", "transformers", "numpy")}
-
-
-def _track(progress: bool) -> Track:
-    def track(items: Iterable[Any], name: str) -> Iterable[Any]:
-        return tqdm(items, desc=name, unit="", leave=False, disable=not progress)
-
-    return track
+    return progress
 
 
 def command_line(arguments: Sequence[str] | None = None) -> str:

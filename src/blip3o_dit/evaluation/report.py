@@ -12,7 +12,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader
 
 from blip3o_dit.evaluation import plots
-from blip3o_dit.evaluation.metric_tables import TABLES, Metric, MetricTable
+from blip3o_dit.evaluation.metric_tables import METRICS, TABLES, Metric, MetricTable
 from blip3o_dit.utils.atomic import write_atomically
 
 METRICS_FILE = "metrics.json"
@@ -20,23 +20,14 @@ REPORT_FILE = "report.html"
 CARD_FILE = "README.md"
 CARD_MARK = "<!-- Written by blip3o-dit evaluate; it is replaced at the next evaluation. -->"
 
-DIFFERENCE_LABELS = {
-    "conditional.energy_score": ("energy score", "down"),
-    "conditional.token_energy_score": ("energy score per token", "down"),
-    "best_guess.r2": ("R2, best guess", "up"),
-    "best_guess.cosine_similarity_mean": ("token cosine, best guess", "up"),
-    "sample.r2": ("R2, one sample", "up"),
-    "sample.cosine_similarity_mean": ("token cosine, one sample", "up"),
-}
-
 
 @dataclass(frozen=True)
 class ShownSamples:
-    """A few samples for the page: name -> tokens [k, N, C] (the true ones first), pictures, titles."""
+    """A few samples for the page: name -> tokens [k, N, C] (the reference first), titles, images."""
 
     rows: Mapping[str, np.ndarray]
     titles: Sequence[str]
-    pictures: Sequence[Any] | None = None
+    images: Sequence[Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +73,7 @@ def write_card(result: Mapping[str, Any], folder: Path) -> bool:
     path = folder / CARD_FILE
     if path.exists() and CARD_MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return False
-    model = next(method for method in result["methods"] if method["is_model"])
+    model = next(sampler for sampler in result["methods"] if sampler["is_model"])
     data_name = Path(result["data"]["path"]).name
     wanted = (("conditional", "energy_score"), ("best_guess", "r2"), ("sample", "cosine_similarity_mean"))
     found = [
@@ -109,10 +100,10 @@ def write_card(result: Mapping[str, Any], folder: Path) -> bool:
 
 
 def _content(result: Mapping[str, Any], samples: ShownSamples | None) -> dict[str, Any]:
-    methods, data = result["methods"], result["data"]
-    models = [method for method in methods if method["is_model"]]
+    samplers, data = result["methods"], result["data"]
+    models = [sampler for sampler in samplers if sampler["is_model"]]
     names = " and ".join(model["folder"] for model in result["models"])
-    baselines = [m for m in methods if not m["is_model"]]
+    baselines = [m for m in samplers if not m["is_model"]]
     best = min(
         ((m["name"], m["metrics"]["conditional"]["energy_score"]["value"]) for m in baselines),
         key=lambda pair: pair[1],
@@ -127,15 +118,15 @@ def _content(result: Mapping[str, Any], samples: ShownSamples | None) -> dict[st
             f"of {data['condition_dim']}"
         ),
         "summary": result["summary"],
-        "samples": samples and plots.sample_figure(samples.rows, samples.pictures, samples.titles),
+        "samples": samples and plots.sample_plot(samples.rows, samples.images, samples.titles),
         "tables": [_table(table, result) for table in TABLES],
         "differences": _difference_tables(result),
-        "spread": plots.spread_figure([*models, *(m for m in baselines if m["name"] == "ridge")]),
-        "curve": plots.curve_figure(curves, best) if curves else "",
+        "spread": plots.spread_plot([*models, *(m for m in baselines if m["name"] == "ridge")]),
+        "curve": plots.curve_plot(curves, best) if curves else "",
         "curve_samples": result["settings"]["curve_samples"],
-        "positions": plots.position_figure(models),
-        "costs": [_cost(method) for method in methods],
-        "methods": methods,
+        "positions": plots.position_plot(models),
+        "costs": [_cost(sampler) for sampler in samplers],
+        "methods": samplers,
         "settings": _settings(result),
     }
 
@@ -146,18 +137,18 @@ def _measured(data: Mapping[str, Any]) -> str:
 
 
 def _table(table: MetricTable, result: Mapping[str, Any]) -> Table:
+    group = table.group
     rows = [(m["name"], m["is_model"], m["metrics"]) for m in result["methods"]]
-    group = table.metrics[0].group
-    reference: dict[str, Any] = {}
-    if group in ("tokens", "pooled"):
-        reference = {group: result["floor"][group]} if result["floor"] else {}
-        rows += [("true against true", False, reference)] if reference else []
+    rows = [(name, is_model, metrics[group]) for name, is_model, metrics in rows if group in metrics]
+    best = {metric.name: _best(metric, [scores for _, _, scores in rows]) for metric in table.metrics}
+    real: dict[str, Any] = {}
+    if group in ("tokens", "pooled") and result["floor"]:
+        real = result["floor"][group]
+        rows.append(("true against true", False, real))
     if group == "use" and result["data"].get("probe_accuracy_of_truth"):
-        reference = {"use": {"probe_accuracy": result["data"]["probe_accuracy_of_truth"]}}
-        rows.append(("true tokens", False, reference))
-    rows = [row for row in rows if group in row[2]]
-    shown = [m for m in table.metrics if any(m.name in found[group] for _, _, found in rows)]
-    best = {metric.name: _best(metric, [f for n, _, f in rows if f is not reference]) for metric in shown}
+        real = {"probe_accuracy": result["data"]["probe_accuracy_of_truth"]}
+        rows.append(("true tokens", False, real))
+    shown = [m for m in table.metrics if m.label and any(m.name in scores for _, _, scores in rows)]
     return Table(
         table.title,
         table.note.format_map(result["data"]),
@@ -167,18 +158,18 @@ def _table(table: MetricTable, result: Mapping[str, Any]) -> Table:
                 name,
                 is_model,
                 [
-                    _cell(found[group].get(metric.name), best=found is not reference and best[metric.name])
+                    _cell(scores.get(metric.name), best=None if scores is real else best[metric.name])
                     for metric in shown
                 ],
             )
-            for name, is_model, found in rows
+            for name, is_model, scores in rows
         ],
     )
 
 
-def _best(metric: Metric, found: Sequence[Mapping[str, Any]]) -> float | None:
-    """The best value of a column, or None when the column has no better end."""
-    values = [f[metric.group].get(metric.name, {}).get("value") for f in found]
+def _best(metric: Metric, rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """The best value of a column, or None when neither high nor low values are better."""
+    values = [scores.get(metric.name, {}).get("value") for scores in rows]
     present = [value for value in values if value is not None]
     if not present or metric.better == "none":
         return None
@@ -187,14 +178,14 @@ def _best(metric: Metric, found: Sequence[Mapping[str, Any]]) -> float | None:
     return max(present) if metric.better == "up" else min(present)
 
 
-def _cell(estimate: Mapping[str, Any] | None, *, best: float | bool | None = None) -> Cell:
+def _cell(estimate: Mapping[str, Any] | None, *, best: float | None = None) -> Cell:
     if not estimate or estimate["value"] is None:
         return Cell("-")
     interval = ""
     if estimate["low"] is not None and estimate["high"] is not None:
         interval = f"{number(estimate['low'])} to {number(estimate['high'])}"
-    same = best is not None and best is not False and number(estimate["value"]) == number(float(best))
-    return Cell(number(estimate["value"]), interval, same)
+    is_best = best is not None and number(estimate["value"]) == number(best)
+    return Cell(number(estimate["value"]), interval, is_best)
 
 
 def number(value: float) -> str:
@@ -208,28 +199,30 @@ def number(value: float) -> str:
 
 
 def _difference_tables(result: Mapping[str, Any]) -> list[Table]:
-    """One for each model: the model's figure less every other method's."""
+    """One for each model: its scores less those of every other sampler."""
+    directions = {"up": "above zero", "down": "below zero"}
+    note = "Paired: the same samples and resamples. An interval without zero is a difference."
     tables = []
     for name, others in result["differences"].items():
-        kinds = [kind for kind in DIFFERENCE_LABELS if any(kind in found for found in others.values())]
-        directions = {"up": "above zero", "down": "below zero"}
+        metrics = [
+            metric
+            for metric in METRICS
+            if metric.difference and any(metric.key in found for found in others.values())
+        ]
+        columns = [f"{metric.difference} ({directions[metric.better]} is better)" for metric in metrics]
         rows = [
-            Row(f"less {other}", False, [_cell(found.get(kind)) for kind in kinds])
+            Row(f"less {other}", False, [_cell(found.get(metric.key)) for metric in metrics])
             for other, found in others.items()
         ]
-        columns = [
-            f"{DIFFERENCE_LABELS[k][0]} ({directions[DIFFERENCE_LABELS[k][1]]} is better)" for k in kinds
-        ]
-        note = "Paired: the same samples and resamples. An interval without zero is a difference."
         tables.append(Table(f"{name} less the others", note, columns, rows))
     return tables
 
 
-def _cost(method: Mapping[str, Any]) -> dict[str, Any]:
-    cost = method["cost"]
+def _cost(sampler: Mapping[str, Any]) -> dict[str, Any]:
+    cost = sampler["cost"]
     return {
-        "name": method["name"],
-        "is_model": method["is_model"],
+        "name": sampler["name"],
+        "is_model": sampler["is_model"],
         "calls": cost["network_calls"] or "-",
         "milliseconds": f"{cost['milliseconds_per_sample']:.3g}",
         "memory": f"{cost['peak_memory_mib']:.0f} MiB",

@@ -1,4 +1,4 @@
-"""What is evaluated: a model or a baseline, each giving a best guess and samples."""
+"""The protocol of everything that is evaluated, and a trained model behind it; see also `baselines.py`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import Protocol
 
 from torch import Tensor
 
-from blip3o_dit.evaluation.baselines import Baseline, NearestNeighbours, ResidualGaussian
 from blip3o_dit.flow.solvers import SOLVERS
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 
 
 class Sampler(Protocol):
-    """Something that answers conditions [n, L, C_eva] with tokens [n, N, C], in the units of the data.
+    """Samples tokens [n, N, C] given conditions [n, L, C_eva], in the units of the data.
 
     `name` is short and unique, `about` is for people, `is_model` tells models from baselines, `calls` is
     the network calls that one sample takes, and `random` is False when every sample is the best guess.
@@ -36,18 +35,21 @@ class Sampler(Protocol):
     def random(self) -> bool: ...
 
     def predict_mean(self, eva: Tensor, indices: Sequence[int]) -> Tensor | None:
-        """The average answer; None when the method has none of its own."""
+        """The conditional mean E[x_1 | condition]; None when the sampler has no estimate of it."""
 
     def sample(self, eva: Tensor, indices: Sequence[int], sample_number: int) -> Tensor:
-        """One possible answer; draws 0, 1, ... are independent, and named by the samples' indices."""
+        """One sample of each condition; those of numbers 0, 1, ... are independent.
+
+        A function of the samples' indices, whatever batch they are in.
+        """
 
 
 @dataclass(frozen=True)
 class ModelSampler:
     """A trained `BLIP3oDiTModel` with sampling settings.
 
-    Its best guess is the one-call estimate at t = 0, where the network predicts the average answer; a
-    model that predicts the noise has none, and neither has a distilled one.
+    Its mean is the one-call estimate at t = 0, where the network predicts E[x_1 | condition]; a model that
+    predicts the noise has none, and neither has a distilled one.
     """
 
     model: BLIP3oDiTModel
@@ -89,54 +91,3 @@ class ModelSampler:
     def with_calls(self, solver: str, calls: int) -> ModelSampler:
         """The same model sampled with so many network calls."""
         return replace(self, solver=solver, num_inference_steps=calls // SOLVERS[solver].calls_per_step)
-
-
-@dataclass(frozen=True)
-class BaselineMethod:
-    """A point prediction, and samples from a Gaussian around it (`residual` None: no randomness)."""
-
-    name: str
-    about: str
-    baseline: Baseline
-    residual: ResidualGaussian | None
-    seed: int = 0
-    is_model: bool = False
-    calls: int = 0
-
-    @property
-    def random(self) -> bool:
-        return self.residual is not None
-
-    def predict_mean(self, eva: Tensor, indices: Sequence[int]) -> Tensor | None:
-        return self.baseline.predict(eva)
-
-    def sample(self, eva: Tensor, indices: Sequence[int], sample_number: int) -> Tensor:
-        guess = self.baseline.predict(eva)
-        if self.residual is None:
-            return guess
-        return guess + self.residual.sample(indices, seed=self.seed, sample_number=sample_number)
-
-
-@dataclass(frozen=True)
-class NeighbourMethod:
-    """k nearest neighbours: their mean, and one of them at random."""
-
-    baseline: NearestNeighbours
-    name: str = "nearest neighbours"
-    seed: int = 0
-    is_model: bool = False
-    calls: int = 0
-    random: bool = True
-
-    @property
-    def about(self) -> str:
-        return (
-            f"{self.baseline.k} training samples with the nearest mean condition token, "
-            f"among {len(self.baseline.bank)}"
-        )
-
-    def predict_mean(self, eva: Tensor, indices: Sequence[int]) -> Tensor | None:
-        return self.baseline.predict(eva)
-
-    def sample(self, eva: Tensor, indices: Sequence[int], sample_number: int) -> Tensor:
-        return self.baseline.sample(eva, indices, seed=self.seed, sample_number=sample_number)

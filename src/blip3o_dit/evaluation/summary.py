@@ -1,4 +1,4 @@
-"""What the figures say, in words made from the figures. Every sentence is written from metrics.json alone."""
+"""Sentences about the scores, each written from metrics.json alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LINEAR = ("ridge", "ridge 3x3")
 
 def summarize(result: Mapping[str, Any]) -> list[str]:
     """Sentences, the most important first; `result` is the content of metrics.json."""
-    models = [method for method in result["methods"] if method["is_model"]]
+    models = [sampler for sampler in result["methods"] if sampler["is_model"]]
     lines = []
     for model in models:
         lines += [
@@ -19,7 +19,7 @@ def summarize(result: Mapping[str, Any]) -> list[str]:
             _against_ridge(result, model),
             _calibration(model),
             _distribution(result, model),
-            _use(result, model),
+            _downstream(result, model),
             _cost(result, model),
         ]
     return [*(line for line in lines if line), *_between_models(result, models), *_warnings(result)]
@@ -27,7 +27,7 @@ def summarize(result: Mapping[str, Any]) -> list[str]:
 
 def _against_best_baseline(result: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     """The verdict: is the model a better sampler than the best baseline?"""
-    baselines = [method for method in result["methods"] if not method["is_model"]]
+    baselines = [sampler for sampler in result["methods"] if not sampler["is_model"]]
     if not baselines:
         return ""
     best = min(baselines, key=_energy)
@@ -46,7 +46,7 @@ def _against_best_baseline(result: Mapping[str, Any], model: Mapping[str, Any]) 
 
 
 def _against_ridge(result: Mapping[str, Any], model: Mapping[str, Any]) -> str:
-    """How much of what the best linear map leaves is explained by the model's best guess."""
+    """The share of the best linear map's residual variance that the model's best guess explains."""
     ridges = [m for m in result["methods"] if m["name"] in LINEAR]
     r2 = _value(model, "best_guess", "r2")
     if not ridges or r2 is None:
@@ -57,18 +57,18 @@ def _against_ridge(result: Mapping[str, Any], model: Mapping[str, Any]) -> str:
         return ""
     share = (r2 - linear) / (1 - linear)
     verdict = compare(result["differences"][model["name"]][best["name"]]["best_guess.r2"], lower=False)
-    figures = f"R2 {r2:.3f} against {linear:.3f}"
+    scores = f"R2 {r2:.3f} against {linear:.3f}"
     if verdict == "better":
         return (
             f"As a best guess, one call of {model['name']} explains {share:.0%} of what {best['name']} "
-            f"leaves ({figures})."
+            f"leaves ({scores})."
         )
     if verdict == "worse":
         return (
-            f"As a best guess, one call of {model['name']} is below {best['name']} ({figures}): "
+            f"As a best guess, one call of {model['name']} is below {best['name']} ({scores}): "
             "where only the average answer is needed, use the linear map."
         )
-    return f"As a best guess, one call of {model['name']} is no better than {best['name']} ({figures})."
+    return f"As a best guess, one call of {model['name']} is no better than {best['name']} ({scores})."
 
 
 def _calibration(model: Mapping[str, Any]) -> str:
@@ -86,30 +86,30 @@ def _calibration(model: Mapping[str, Any]) -> str:
 
 def _distribution(result: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     found = _value(model, "tokens", "frechet")
-    floor = (result.get("floor") or {}).get("tokens", {}).get("frechet", {}).get("value")
-    if found is None or floor is None:
+    real_vs_real = (result.get("floor") or {}).get("tokens", {}).get("frechet", {}).get("value")
+    if found is None or real_vs_real is None:
         return ""
-    if found <= floor:
+    if found <= real_vs_real:
         return (
             f"As a set, its tokens are as close to the true ones as other true ones are "
-            f"(Frechet distance {found:.3g}, true against true {floor:.3g})."
+            f"(Frechet distance {found:.3g}, true against true {real_vs_real:.3g})."
         )
-    if floor <= 0.0:  # true tokens that do not vary
+    if real_vs_real <= 0.0:  # true tokens that do not vary
         return f"As a set, its tokens are at Frechet distance {found:.3g}, where other true ones are at 0."
     return (
-        f"As a set, its tokens are {found / floor:.1f} times as far from the true ones as other true "
-        f"ones are (Frechet distance {found:.3g} against {floor:.3g})."
+        f"As a set, its tokens are {found / real_vs_real:.1f} times as far from the true ones as other true "
+        f"ones are (Frechet distance {found:.3g} against {real_vs_real:.3g})."
     )
 
 
-def _use(result: Mapping[str, Any], model: Mapping[str, Any]) -> str:
+def _downstream(result: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     recall, samples = _value(model, "use", "recall_at_1"), result["data"]["gallery_samples"]
     parts = [f"A sample finds its own picture first among {samples} for {recall:.0%} of them"]
-    accuracy, truth = _value(model, "use", "probe_accuracy"), result["data"].get("probe_accuracy_of_truth")
-    if accuracy is not None and truth:
+    accuracy, real = _value(model, "use", "probe_accuracy"), result["data"].get("probe_accuracy_of_truth")
+    if accuracy is not None and real:
         parts.append(
             f"a linear classifier fitted on true tokens is right on {accuracy:.1%} of the samples and on "
-            f"{truth['value']:.1%} of the true tokens"
+            f"{real['value']:.1%} of the true tokens"
         )
     return "; ".join(parts) + "."
 
@@ -118,8 +118,8 @@ def _cost(result: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     points = result.get("curve", {}).get(model["name"])
     if not points:
         return ""
-    most = max(point["network_calls"] for point in points)
-    full = min(p["energy_score"]["value"] for p in points if p["network_calls"] == most)
+    max_calls = max(point["network_calls"] for point in points)
+    full = min(p["energy_score"]["value"] for p in points if p["network_calls"] == max_calls)
     enough = min(
         (p for p in points if p["energy_score"]["value"] <= 1.02 * full), key=lambda p: p["network_calls"]
     )
@@ -128,10 +128,10 @@ def _cost(result: Mapping[str, Any], model: Mapping[str, Any]) -> str:
         f"A sample took {cost['network_calls']} network calls and "
         f"{cost['milliseconds_per_sample']:.3g} ms in this run"
     )
-    if enough["network_calls"] < most:
+    if enough["network_calls"] < max_calls:
         line += (
             f"; {enough['network_calls']} calls with {enough['solver']} are within 2 % of the energy score "
-            f"of {most}"
+            f"of {max_calls}"
         )
     return line + "."
 
@@ -183,9 +183,9 @@ def compare(difference: Mapping[str, float | None], *, lower: bool = True) -> st
     return "better" if (high < 0) == lower else "worse"
 
 
-def _energy(method: Mapping[str, Any]) -> float:
-    return _value(method, "conditional", "energy_score") or 0.0
+def _energy(sampler: Mapping[str, Any]) -> float:
+    return _value(sampler, "conditional", "energy_score") or 0.0
 
 
-def _value(method: Mapping[str, Any], group: str, name: str) -> float | None:
-    return method["metrics"].get(group, {}).get(name, {}).get("value")
+def _value(sampler: Mapping[str, Any], group: str, name: str) -> float | None:
+    return sampler["metrics"].get(group, {}).get(name, {}).get("value")

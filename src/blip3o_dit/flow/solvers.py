@@ -54,7 +54,7 @@ def integrate(
     solver: str = "euler",
     time_shift: float = 1.0,
     velocity_of_step: Callable[[float], Velocity] | None = None,
-    track: Callable[[Iterable[int]], Iterable[int]] | None = None,
+    progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
 ) -> Tensor:
     """Carry x_0 [B, ...] from t = 0 to t = 1 along `time_grid`; the state is float32.
 
@@ -65,7 +65,7 @@ def integrate(
         num_steps: number of intervals, >= 1. Costs `num_steps * SOLVERS[solver].calls_per_step` calls.
         solver: one of `SOLVERS`.
         time_shift: alpha of the grid's shift; 1 gives equal steps.
-        track: wraps the iterable of steps, for a progress bar.
+        progress: wraps the iterable of steps, for a progress bar.
 
     Raises:
         ValueError: for an unknown solver or num_steps < 1.
@@ -80,7 +80,7 @@ def integrate(
     begins, grid = grid.tolist(), grid.to(x.device)
     times, lengths = grid[:, None].expand(-1, x.shape[0]), grid.diff()
     steps: Iterable[int] = range(num_steps)
-    for k in track(steps) if track else steps:
+    for k in progress(steps) if progress else steps:
         field = velocity_of_step(begins[k]) if velocity_of_step else velocity
         x = step(field, x, times[k], lengths[k])
     return x

@@ -1,0 +1,1 @@
+"""Metrics as pure functions of tensors and arrays; they know neither models nor stores."""

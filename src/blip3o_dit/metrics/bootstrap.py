@@ -1,4 +1,4 @@
-"""How sure a figure is: bootstrap over held-out samples."""
+"""Confidence intervals: bootstrap over held-out samples."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 from blip3o_dit.utils.stateless_random import stateless_generator
 
 LEVEL = 0.95
-FEWEST = 20  # with fewer samples a bootstrap says nothing
+MIN_SAMPLES = 20  # with fewer samples a bootstrap says nothing
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its 95 % interval; `low` and `high` are None where there are too few samples for one."""
+    """A value and its 95 % interval; `low` and `high` are None where there are too few samples for one."""
 
     value: float
     low: float | None = None
@@ -26,12 +26,12 @@ class Estimate:
 
 
 class Bootstrap:
-    """Resamples of n samples with replacement (Efron 1979), the same ones for every figure.
+    """Resamples of n samples with replacement (Efron 1979), the same ones for every metric.
 
-    Because two methods see the same resamples, the interval of a difference is a paired one.
+    Because two samplers see the same resamples, the interval of a difference is a paired one.
 
     Args:
-        count: samples. replicates: resamples. seed: names them.
+        count: samples. replicates: resamples. seed: chooses them.
     """
 
     def __init__(self, count: int, *, replicates: int = 1000, seed: int = 0) -> None:
@@ -57,7 +57,7 @@ class Bootstrap:
 
     def median(self, values: np.ndarray) -> Estimate:
         """The median of one value per sample, [n]."""
-        if self.count < FEWEST:
+        if self.count < MIN_SAMPLES:
             return Estimate(float(np.median(values)))
         generator = stateless_generator(self.seed, "bootstrap of medians")
         found = [
@@ -66,7 +66,7 @@ class Bootstrap:
         return self._interval(float(np.median(values)), np.array(found))
 
     def _interval(self, value: float, replicates: np.ndarray) -> Estimate:
-        if self.count < FEWEST:
+        if self.count < MIN_SAMPLES:
             return Estimate(value)
         low, high = np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return Estimate(value, float(low), float(high))
@@ -81,7 +81,7 @@ class Bootstrap:
 def half_samples(count: int, *, replicates: int, seed: int) -> Iterator[np.ndarray]:
     """Halves of 0..count-1 without replacement, ascending.
 
-    Figures of a half scatter around their mean as figures of resamples of full size do (for those that
+    The scores of halves scatter around their mean as those of resamples of full size do (for scores that
     are smooth in the data; Shao and Tu 1995, chapter 5), and a half holds no vector twice: duplicates
     would break nearest-neighbour balls and kernel sums.
     """
@@ -93,7 +93,7 @@ def half_samples(count: int, *, replicates: int, seed: int) -> Iterator[np.ndarr
 def from_half_samples(
     value: float, replicates: np.ndarray, *, lowest: float = -np.inf, highest: float = np.inf
 ) -> Estimate:
-    """value +- 1.96 standard deviations of the half-sample figures, inside the figure's range."""
+    """value +- 1.96 standard deviations of the half-sample scores, inside the score's range."""
     if not len(replicates):
         return Estimate(value)
     margin = 1.96 * float(np.std(replicates, ddof=1))

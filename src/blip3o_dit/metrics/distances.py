@@ -1,7 +1,7 @@
 """Distances between two sets of vectors [n, C] and [m, C]. Pure functions, float64 inside.
 
 They compare distributions, not pairs: shuffling one set changes nothing. Their sizes depend on the number
-of vectors, so a figure means something only beside one made of as many true vectors (the floor).
+of vectors, so a distance means something only beside one of as many real vectors from real ones.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def mmd_rbf(a: Tensor, b: Tensor, *, bandwidth: float | None = None) -> float:
 
     About 0 for equal distributions (it can be slightly negative), at most 2 (Gretton et al. 2012,
     equation 3; on CLIP features this is CMMD, arXiv 2401.09603). The default bandwidth is the median
-    distance within `a`, the true vectors.
+    distance within `a`, the reference vectors.
     """
     a, b = _checked(a, b, at_least=2)
     within_a = squared_distances(a, a)
@@ -54,36 +54,36 @@ def median_square(square: Tensor) -> float:
     return float(square[rows, columns].median()) or 1.0
 
 
-def precision_recall(truth: Tensor, generated: Tensor, *, k: int = 5) -> dict[str, float]:
+def precision_recall(reference: Tensor, generated: Tensor, *, k: int = 5) -> dict[str, float]:
     """`precision`, `recall`, `density`, `coverage` of generated vectors by k-nearest-neighbour balls.
 
     Precision and recall: the share of one set inside the other's balls, in [0, 1] (Kynkaanniemi et al.,
-    arXiv 1904.06991). Density (>= 0, 1 for equal distributions): how many true balls hold a generated
-    vector, over k. Coverage in [0, 1]: the share of true balls that hold one (Naeem et al., arXiv
+    arXiv 1904.06991). Density (>= 0, 1 for equal distributions): how many reference balls hold a generated
+    vector, over k. Coverage in [0, 1]: the share of reference balls that hold one (Naeem et al., arXiv
     2002.09797; k = 5 is theirs).
 
     Raises:
         ValueError: unless each side has more than k vectors.
     """
-    truth, generated = _checked(truth, generated, at_least=k + 1)
+    reference, generated = _checked(reference, generated, at_least=k + 1)
     return precision_recall_from_distances(
-        squared_distances(truth, truth),
+        squared_distances(reference, reference),
         squared_distances(generated, generated),
-        squared_distances(truth, generated),
+        squared_distances(reference, generated),
         k=k,
     )
 
 
-def precision_recall_from_distances(tt: Tensor, gg: Tensor, tg: Tensor, *, k: int) -> dict[str, float]:
+def precision_recall_from_distances(rr: Tensor, gg: Tensor, rg: Tensor, *, k: int) -> dict[str, float]:
     """`precision_recall` from squared distances [n, n], [m, m], [n, m]."""
-    radius_t = tt.kthvalue(k + 1, dim=1).values  # the nearest is the vector itself
+    radius_r = rr.kthvalue(k + 1, dim=1).values  # the nearest is the vector itself
     radius_g = gg.kthvalue(k + 1, dim=1).values
-    in_true_ball = tg < radius_t[:, None]
+    in_reference_ball = rg < radius_r[:, None]
     return {
-        "precision": float(in_true_ball.any(dim=0).double().mean()),
-        "recall": float((tg < radius_g[None, :]).any(dim=1).double().mean()),
-        "density": float(in_true_ball.double().sum(dim=0).mean() / k),
-        "coverage": float((tg.min(dim=1).values < radius_t).double().mean()),
+        "precision": float(in_reference_ball.any(dim=0).double().mean()),
+        "recall": float((rg < radius_g[None, :]).any(dim=1).double().mean()),
+        "density": float(in_reference_ball.double().sum(dim=0).mean() / k),
+        "coverage": float((rg.min(dim=1).values < radius_r).double().mean()),
     }
 
 

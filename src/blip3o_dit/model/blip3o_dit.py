@@ -327,7 +327,7 @@ class BLIP3oDiTModel(PreTrainedModel):
         seed: int = 0,
         sample_index: Sequence[int] | None = None,
         sample_number: int = 0,
-        track: Callable[[Iterable[int]], Iterable[int]] | None = None,
+        progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
     ) -> Tensor:
         """Sample CLIP tokens given EVA-CLIP tokens, by integrating the velocity from noise to data.
 
@@ -344,7 +344,7 @@ class BLIP3oDiTModel(PreTrainedModel):
                 Other values need a model trained with condition_dropout > 0, and double the batch.
             guidance_interval: guidance acts in the steps that begin at low <= t < high (arXiv 2404.07724).
             seed, sample_number, sample_index: determine the noise; sample_index defaults to 0..B-1.
-            track: wraps the iterable of steps, for a progress bar.
+            progress: wraps the iterable of steps, for a progress bar.
 
         Returns: [B, N, in_channels] float32, in the units of the training data: of length 1 each if training
             L2-normalised the tokens.
@@ -383,7 +383,7 @@ class BLIP3oDiTModel(PreTrainedModel):
                 solver=solver,
                 time_shift=self.config.flow.time_shift,
                 velocity_of_step=velocity_at,
-                track=track,
+                progress=progress,
             )
         tokens = self.denormalize_target(source.from_flow(x_1))
         return F.normalize(tokens, dim=-1) if self.config.normalize_embeddings else tokens

@@ -15,23 +15,24 @@ from torch import Tensor
 
 from benchmarks.linear_gaussian import LinearGaussian
 from blip3o_dit.evaluation import scores
+from blip3o_dit.evaluation.config import EvaluationConfig
 from blip3o_dit.evaluation.predictions import collect_predictions
-from blip3o_dit.evaluation.reference import EvaluationSettings, ReferenceSet, collect_reference
+from blip3o_dit.evaluation.reference import ReferenceSet, collect_reference
 from blip3o_dit.utils.stateless_random import stateless_normal
 from tests.stores import write_linear_store
 
-SETTINGS = EvaluationSettings(
+CONFIG = EvaluationConfig(
     batch_size=64, draw_samples=400, distribution_samples=800, bootstrap=200, half_samples=10
 )
 
 
-def no_track(items: Iterable[Any], name: str) -> Iterable[Any]:
+def no_progress(items: Iterable[Any], name: str) -> Iterable[Any]:
     return items
 
 
 @dataclass
 class Sampler:
-    """A method whose draws are a function of (mean, noise): what a test wants to see measured."""
+    """A sampler whose samples are a function of (mean, noise): what a test wants to see measured."""
 
     data: LinearGaussian
     transform: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -56,8 +57,8 @@ HELD_OUT = np.arange(600)
 
 
 @pytest.fixture(scope="module")
-def truth() -> ReferenceSet:
-    return collect_reference(DATA, HELD_OUT, mean=MEAN, std=STD, settings=SETTINGS, track=no_track)
+def reference() -> ReferenceSet:
+    return collect_reference(DATA, HELD_OUT, mean=MEAN, std=STD, config=CONFIG, progress=no_progress)
 
 
 CASES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -73,11 +74,11 @@ CASES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 @pytest.fixture(scope="module")
-def measured(truth: ReferenceSet) -> dict[str, dict[str, Any]]:
+def measured(reference: ReferenceSet) -> dict[str, dict[str, Any]]:
     found = {}
     for name, transform in CASES.items():
-        answers = collect_predictions(Sampler(DATA, transform, name=name), truth, no_track)
-        found[name] = scores.score(answers, truth)
+        predictions = collect_predictions(Sampler(DATA, transform, name=name), reference, no_progress)
+        found[name] = scores.score(predictions, reference)
     return found
 
 
@@ -185,22 +186,22 @@ def test_intervals_hold_the_value(measured: dict[str, Any]) -> None:
                 assert found["low"] <= found["value"] <= found["high"], name
 
 
-def test_the_true_floor_is_small_and_a_perfect_sampler_is_near_it(
-    truth: ReferenceSet, measured: dict[str, Any]
+def test_real_vs_real_is_small_and_a_perfect_sampler_is_near_it(
+    reference: ReferenceSet, measured: dict[str, Any]
 ) -> None:
-    floor = scores.real_vs_real(truth, DATA, np.arange(600, 1200))
-    assert floor["samples"] == 600
-    assert floor["tokens"]["coverage"]["value"] > 0.9
-    assert floor["tokens"]["frechet"]["value"] < 0.5 * value(measured, "mean", "tokens.frechet")
-    assert value(measured, "perfect", "tokens.frechet") < 2 * floor["tokens"]["frechet"]["value"]
+    real = scores.real_vs_real(reference, DATA, np.arange(600, 1200))
+    assert real["samples"] == 600
+    assert real["tokens"]["coverage"]["value"] > 0.9
+    assert real["tokens"]["frechet"]["value"] < 0.5 * value(measured, "mean", "tokens.frechet")
+    assert value(measured, "perfect", "tokens.frechet") < 2 * real["tokens"]["frechet"]["value"]
 
 
-def test_paired_differences_have_the_right_sign(truth: ReferenceSet) -> None:
-    answers = {
-        name: collect_predictions(Sampler(DATA, CASES[name], name=name), truth, no_track)
+def test_paired_differences_have_the_right_sign(reference: ReferenceSet) -> None:
+    predictions = {
+        name: collect_predictions(Sampler(DATA, CASES[name], name=name), reference, no_progress)
         for name in ("perfect", "half spread")
     }
-    found = scores.paired_differences(answers["perfect"], answers["half spread"], SETTINGS)
+    found = scores.paired_differences(predictions["perfect"], predictions["half spread"], reference)
     assert set(found) >= {"sample.r2", "conditional.energy_score", "best_guess.r2"}
     score = found["conditional.energy_score"]
     assert score["low"] < score["value"] < score["high"] < 0
@@ -208,18 +209,18 @@ def test_paired_differences_have_the_right_sign(truth: ReferenceSet) -> None:
     assert found["sample.r2"]["high"] < 0  # half the spread is nearer to the truth
 
 
-def test_differences_are_paired_by_sample(truth: ReferenceSet) -> None:
+def test_differences_are_paired_by_sample(reference: ReferenceSet) -> None:
     """A method against itself with a little added: nearly constant differences, whatever the samples."""
 
     def a_little_off(*arguments: Any) -> Tensor:
         return CASES["perfect"](*arguments) + 0.01
 
     pair = [
-        collect_predictions(Sampler(DATA, transform), truth, no_track)
+        collect_predictions(Sampler(DATA, transform), reference, no_progress)
         for transform in (CASES["perfect"], a_little_off)
     ]
-    found = scores.paired_differences(pair[0], pair[1], SETTINGS)
-    first, second = (scores.score(answers, truth)["metrics"] for answers in pair)
+    found = scores.paired_differences(pair[0], pair[1], reference)
+    first, second = (scores.score(predictions, reference)["metrics"] for predictions in pair)
     for group, name in (
         ("sample", "r2"),
         ("conditional", "energy_score"),
@@ -234,10 +235,12 @@ def test_differences_are_paired_by_sample(truth: ReferenceSet) -> None:
 def test_the_batch_size_changes_nothing() -> None:
     figures = []
     for batch_size in (1, 7, 64):
-        settings = EvaluationSettings(batch_size=batch_size, draw_samples=10, bootstrap=20, half_samples=4)
-        truth = collect_reference(DATA, HELD_OUT[:30], mean=MEAN, std=STD, settings=settings, track=no_track)
-        answers = collect_predictions(Sampler(DATA, CASES["perfect"]), truth, no_track)
-        described = scores.score(answers, truth)
+        config = EvaluationConfig(batch_size=batch_size, draw_samples=10, bootstrap=20, half_samples=4)
+        reference = collect_reference(
+            DATA, HELD_OUT[:30], mean=MEAN, std=STD, config=config, progress=no_progress
+        )
+        predictions = collect_predictions(Sampler(DATA, CASES["perfect"]), reference, no_progress)
+        described = scores.score(predictions, reference)
         figures.append({**described["metrics"]["sample"], **described["metrics"]["conditional"]})
     for other in figures[1:]:
         for name, estimate in figures[0].items():
@@ -247,32 +250,34 @@ def test_the_batch_size_changes_nothing() -> None:
 @pytest.mark.parametrize("count", [0, 1])
 def test_too_few_samples_are_refused(count: int) -> None:
     with pytest.raises(ValueError, match=f"expected at least 2 samples to evaluate, found {count}"):
-        collect_reference(DATA, HELD_OUT[:count], mean=MEAN, std=STD, settings=SETTINGS, track=no_track)
+        collect_reference(DATA, HELD_OUT[:count], mean=MEAN, std=STD, config=CONFIG, progress=no_progress)
 
 
-def test_nan_is_refused_by_sample(truth: ReferenceSet) -> None:
+def test_nan_is_refused_by_sample(reference: ReferenceSet) -> None:
     bad = LinearGaussian(num_samples=50, num_tokens=4, condition_dim=6, target_dim=6)
     bad._clip[7, 2, 3] = float("nan")
     with pytest.raises(ValueError, match="clip: expected finite numbers, found NaN or infinity in sample 7"):
-        collect_reference(bad, np.arange(50), mean=MEAN, std=STD, settings=SETTINGS, track=no_track)
+        collect_reference(bad, np.arange(50), mean=MEAN, std=STD, config=CONFIG, progress=no_progress)
     broken = Sampler(DATA, lambda mean, noise, true: mean / 0 * 0, name="broken")
     with pytest.raises(ValueError, match="broken: generated tokens: expected finite numbers"):
-        collect_predictions(broken, truth, no_track)
+        collect_predictions(broken, reference, no_progress)
 
 
 @pytest.mark.parametrize("name", ["batch_size", "draws", "draw_samples", "bootstrap"])
 def test_settings_out_of_range_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: expected at least"):
-        EvaluationSettings(**{name: 0})
+        EvaluationConfig(**{name: 0})
 
 
 def test_the_kept_tokens_are_those_of_the_source(tmp_path: Path) -> None:
     store = write_linear_store(tmp_path / "s")
-    settings = EvaluationSettings(batch_size=5, distribution_samples=100)
-    truth = collect_reference(
-        store, np.arange(3, 40), mean=torch.zeros(8), std=torch.ones(8), settings=settings, track=no_track
+    config = EvaluationConfig(batch_size=5, distribution_samples=100)
+    reference = collect_reference(
+        store, np.arange(3, 40), mean=torch.zeros(8), std=torch.ones(8), config=config, progress=no_progress
     )
     clip = store.fetch(np.arange(3, 40))[1]
-    assert len(set(zip(truth.token_rows.tolist(), truth.token_positions.tolist(), strict=True))) == 100
-    assert torch.equal(truth.tokens, clip[truth.token_rows, truth.token_positions])
-    torch.testing.assert_close(truth.pooled, clip.mean(dim=1))
+    assert (
+        len(set(zip(reference.token_rows.tolist(), reference.token_positions.tolist(), strict=True))) == 100
+    )
+    assert torch.equal(reference.tokens, clip[reference.token_rows, reference.token_positions])
+    torch.testing.assert_close(reference.pooled, clip.mean(dim=1))
