@@ -13,7 +13,7 @@ from torch import Tensor
 from blip3o_dit.model import cuda_graphs
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.cuda_graphs import GraphedPredict
-from blip3o_dit.model.transformer import EncodedCondition
+from blip3o_dit.model.encoded_condition import EncodedCondition
 from tests.conftest import randomize, tiny_config
 
 

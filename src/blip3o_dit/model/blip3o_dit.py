@@ -21,6 +21,7 @@ from blip3o_dit.flow.path import convert_prediction, make_path
 from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER, Velocity, integrate, integrate_adaptive
 from blip3o_dit.flow.source import AffineSource
 from blip3o_dit.model.config import BLIP3oDiTConfig
+from blip3o_dit.model.cpu_kernels import use_cpu_kernels
 from blip3o_dit.model.cuda_graphs import GraphedPredict, Predict
 from blip3o_dit.model.precision import without_autocast
 from blip3o_dit.model.transformer import NextDiT
@@ -95,7 +96,7 @@ class BLIP3oDiTModel(PreTrainedModel):
         checkpointing = config.gradient_checkpointing
         self.post_init()  # applies config.gradient_checkpointing, and takes it out of the config
         config.gradient_checkpointing = checkpointing
-        self.dit.lay_weights_together()
+        use_cpu_kernels(self)
 
     def _register_source(self, config: BLIP3oDiTConfig) -> None:
         """Buffers of the informed source; an unfitted one is pure noise."""
@@ -142,7 +143,7 @@ class BLIP3oDiTModel(PreTrainedModel):
             after = self.get_buffer(name)
             if after.dtype != buffer.dtype and not buffer.is_meta:
                 self._buffers[name] = buffer.to(after.device)
-        self.dit.lay_weights_together()
+        use_cpu_kernels(self)
         return self
 
     def get_input_embeddings(self) -> None:  # type: ignore[override]
@@ -481,7 +482,7 @@ class BLIP3oDiTModel(PreTrainedModel):
         model, info = loaded
         refuse_misfits(str(pretrained_model_name_or_path), info)
         _align(model)
-        model.dit.lay_weights_together()
+        use_cpu_kernels(model)
         return (model, info) if wants_info else model
 
     @classmethod
@@ -505,7 +506,7 @@ class BLIP3oDiTModel(PreTrainedModel):
                     state[name] = file.get_tensor(name).to(wanted, copy=True)
         model.load_state_dict(state, assign=True)
         del state  # or what moves now would be there twice
-        model.dit.lay_weights_together()
+        use_cpu_kernels(model)
         return model.eval()
 
 

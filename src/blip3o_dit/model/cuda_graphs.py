@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_dit.model.transformer import EncodedCondition
+from blip3o_dit.model.encoded_condition import EncodedCondition
 
 logger = logging.getLogger(__name__)
 

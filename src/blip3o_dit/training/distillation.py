@@ -152,7 +152,6 @@ def train_student(
     if teacher.config.flow.prediction_type == "epsilon":
         raise ValueError("distill: expected a teacher that does not predict the noise, found epsilon")
     student = copy.deepcopy(teacher).float().train()
-    student.dit.lay_weights_together()  # a copy's weights lie apart
     student.config.default_solver, student.config.default_steps = "euler", config.steps
     flow = replace(teacher.config.flow, student_steps=config.steps, condition_dropout=0.0)
     student.config.flow_matching = asdict(flow)
