@@ -358,7 +358,7 @@ def test_statistics_and_source_stay_float32_beside_any_weights(dtype: torch.dtyp
     model.save_pretrained(tmp_path)
     cast = [
         BLIP3oDiTModel.from_pretrained(tmp_path, dtype=dtype),
-        BLIP3oDiTModel.read(tmp_path, dtype=dtype),
+        BLIP3oDiTModel.load_for_inference(tmp_path, dtype=dtype),
         model.to(dtype),
     ]
     for narrow in cast:

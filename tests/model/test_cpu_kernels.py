@@ -262,7 +262,7 @@ def test_a_model_that_is_read_is_the_one_that_is_loaded(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     for dtype in (torch.float32, torch.bfloat16):
         loaded = BLIP3oDiTModel.from_pretrained(tmp_path, dtype=dtype)
-        found = BLIP3oDiTModel.read(tmp_path, dtype=dtype)
+        found = BLIP3oDiTModel.load_for_inference(tmp_path, dtype=dtype)
         assert not found.training and all_are_packed(found)
         expected = loaded.state_dict()
         assert expected.keys() == found.state_dict().keys()

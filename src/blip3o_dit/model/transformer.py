@@ -104,6 +104,16 @@ class NextDiT(nn.Module):
                 x = layer(x, keys_values, temb, rope)
             return self.norm_out(x, temb)
 
+    def zero_gates_and_output(self) -> None:
+        """Start as DiT's adaLN-Zero does (arXiv 2212.09748): each block is the identity, the output zero."""
+        zeroed = [self.norm_out.linear_1, self.norm_out.linear_2]
+        for layer in self.blocks:
+            nn.init.zeros_(layer.gate)
+            zeroed.append(layer.norm1.linear)
+        for linear in zeroed:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
     def compile_blocks(self) -> None:
         """Compile the blocks in place: they share one compiled function, which their first call makes."""
         for layer in self.layers:
@@ -139,12 +149,8 @@ class NextDiT(nn.Module):
         return self.time_caption_embed(features.to(pooled.dtype), pooled)  # [B, min(d, 1024)]
 
     def _rope(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        return rotary_tables(
-            math.isqrt(hidden_states.shape[1]),
-            self.config.head_dim,
-            self.config.rope_theta,
-            hidden_states.device,
-        )
+        grid, config = math.isqrt(hidden_states.shape[1]), self.config
+        return rotary_tables(grid, config.head_dim, config.rope_theta, hidden_states.device)
 
 
 class NextDiTBlock(nn.Module):

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from blip3o_dit.model.blip3o_dit import check_compiler
 from blip3o_dit.training.config import LOW_MEMORY_DEFAULTS, PAPER_RECIPE, TrainingConfig
 from blip3o_dit.utils.launch import check_launch
 from blip3o_dit.utils.logging import quiet_torchao
+from blip3o_dit.utils.validation import check_compiler
 
 # `--debug` is a small and quick run; a flag given beside it wins.
 DEBUG_DEFAULTS: dict[str, Any] = {

@@ -22,8 +22,9 @@ from blip3o_dit.flow.config import SOLVER_NAMES
 from blip3o_dit.flow.distillation import DistillationTarget, trajectory_targets
 from blip3o_dit.flow.path import convert_prediction, make_path
 from blip3o_dit.flow.source import AffineSource
-from blip3o_dit.model.blip3o_dit import EMA_FILE, EMA_VARIANT, BLIP3oDiTModel, pick_weights
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
+from blip3o_dit.model.loading import EMA_FILE, EMA_VARIANT, pick_weights
 from blip3o_dit.training.config import TRAINING_CONFIG_FILE, TrainingConfig
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.memory import check_room, distillation_forecast, room_on

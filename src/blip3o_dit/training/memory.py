@@ -168,7 +168,7 @@ def distillation_forecast(
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that a forward pass keeps for its backward pass, counted from `nextdit.py`.
+    """Bytes that a forward pass keeps for its backward pass, counted from `transformer.py`.
 
     d = model_dim, kv = width of keys or values, ffn = inner width of SwiGLU, N and L target and condition
     tokens of a sample.

@@ -33,7 +33,8 @@ from blip3o_dit.flow.path import PathSample
 from blip3o_dit.flow.source import AffineSource
 from blip3o_dit.flow.timesteps import training_times
 from blip3o_dit.metrics.fidelity import FidelitySums
-from blip3o_dit.model.blip3o_dit import EMA_FILE, BLIP3oDiTModel
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.loading import EMA_FILE
 from blip3o_dit.model.precision import has_native_matmul
 from blip3o_dit.training.anomalies import (
     DIAGNOSIS_FILE,
