@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from blip3o_dit.model import cpu_kernels, layers
@@ -418,3 +424,37 @@ def test_layer_norm_follows_its_input() -> None:
     layer, x = LayerNorm(WIDTH), torch.randn(2, WIDTH)
     assert layer(x.bfloat16()).dtype == torch.bfloat16
     torch.testing.assert_close(layer(x), F.layer_norm(x, (WIDTH,), layer.weight, layer.bias, layer.eps))
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+@pytest.mark.parametrize("kernels", ["before", "after", "without"])
+def test_sharding_before_and_after_gives_the_same(kernels: str, one_process: None) -> None:
+    """FSDP derives a class of its own from the block's: made of a plain block it stays plain."""
+    plain, fast = network_pair()
+    sharded = fast if kernels == "before" else copy.deepcopy(plain)
+    mesh = init_device_mesh("cpu", (1,))
+    for block in sharded.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    if kernels == "after":
+        use_cpu_kernels(sharded)
+    assert isinstance(sharded.blocks[0], FSDPModule)
+    assert isinstance(sharded.blocks[0], cpu_kernels.NextDiTBlock) == (kernels == "before")
+    assert (type(sharded.blocks[0].attn1.to_q) is Linear) == (kernels != "without")
+    inputs = torch.randn(2, 9, 8), torch.rand(2), torch.randn(2, 9, 12), torch.randn(2, 9, 8)
+    gradients = []
+    for network in (plain, sharded):
+        network(*inputs).square().sum().backward()
+        grads = [p.grad for p in network.parameters() if p.grad is not None]
+        gradients.append([g.full_tensor() if isinstance(g, DTensor) else g for g in grads])
+    largest = max(float(gradient.abs().max()) for gradient in gradients[0])
+    assert len(gradients[0]) == len(gradients[1])
+    for expected, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * largest)
