@@ -154,7 +154,7 @@ def _can_be_joined(group: Sequence[nn.Module]) -> bool:
 
 def _is_plain(weight: Tensor) -> bool:
     """No tensor subclass, as quantised and sharded weights are."""
-    return type(weight.data) is Tensor
+    return type(weight) in (Tensor, nn.Parameter)
 
 
 def _is_hooked(layer: nn.Module) -> bool:
