@@ -21,7 +21,8 @@ from benchmarks.evaluation import write_store
 from benchmarks.measure import Row, device, paper_config, peak_gib
 from blip3o_dit.data.embeddings import open_embeddings
 from blip3o_dit.inference.pipeline import BLIP3oInference
-from blip3o_dit.model.blip3o_dit import WEIGHTS_FILE, BLIP3oDiTModel
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.loading import WEIGHTS_FILE
 from blip3o_dit.training.config import LOW_MEMORY_DEFAULTS, TrainingConfig
 from blip3o_dit.training.memory import forecast
 from blip3o_dit.training.run import build_trainer

@@ -1,4 +1,4 @@
-"""Matrix products of few rows: x w^T beside w x^T, which `model/linear.py` takes where it is faster."""
+"""Matrix products of few rows: x w^T beside w x^T, which `model/cpu_kernels.py` takes where it is faster."""
 
 from __future__ import annotations
 

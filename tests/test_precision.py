@@ -138,7 +138,7 @@ def test_a_small_residual_beside_a_large_guess_survives_bfloat16(bfloat16: str) 
         model.dit.patch_embedder.proj.weight.copy_(torch.eye(48))
         model.dit.guess_embedder.weight.copy_(-torch.eye(48))
     guess, y, dtype = 1.0 + torch.randn(2, 9, 48), torch.randn(2, 9, 48), model.dit.compute_dtype
-    embedded = model.dit._embed_guess(guess, dtype)
+    embedded = model.dit._embed_source_mean(guess, dtype)
     shown = model.dit._embed(guess + 0.01 * y, guess, embedded, dtype)
     torch.testing.assert_close(shown / 0.01, y, rtol=0.01, atol=0.01)
 
@@ -359,7 +359,7 @@ def test_statistics_and_source_stay_float32_beside_any_weights(dtype: torch.dtyp
     model.save_pretrained(tmp_path)
     cast = [
         BLIP3oDiTModel.from_pretrained(tmp_path, dtype=dtype),
-        BLIP3oDiTModel.read(tmp_path, dtype=dtype),
+        BLIP3oDiTModel.load_for_inference(tmp_path, dtype=dtype),
         model.to(dtype),
     ]
     for narrow in cast:

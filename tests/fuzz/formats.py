@@ -28,8 +28,9 @@ from blip3o_dit.extraction.image_decoding import UnreadableImageError, decode_im
 from blip3o_dit.extraction.image_files import list_images
 from blip3o_dit.extraction.inspection import format_inspection, inspect_embeddings
 from blip3o_dit.inference.pipeline import BLIP3oInference
-from blip3o_dit.model.blip3o_dit import EMA_FILE, EMA_VARIANT, BLIP3oDiTModel
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
+from blip3o_dit.model.loading import EMA_FILE, EMA_VARIANT
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.utils.validation import error_context
 from tests.conftest import randomize, tiny_config

@@ -13,7 +13,7 @@ from torch import Tensor
 from blip3o_dit.model import cuda_graphs
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.cuda_graphs import GraphedPredict
-from blip3o_dit.model.transformer import EncodedCondition
+from blip3o_dit.model.encoded_condition import EncodedCondition
 from tests.conftest import randomize, tiny_config
 
 
@@ -103,7 +103,7 @@ def test_graphs_generate_the_same_over_changing_batches_and_guidance(
 def test_the_longest_unused_recording_makes_room(
     cuda: dict[str, list[Any]], tiny_model: BLIP3oDiTModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda_graphs, "MOST_RECORDINGS", 2)
+    monkeypatch.setattr(cuda_graphs, "MAX_RECORDINGS", 2)
     predict = tiny_model._predict = graphed(tiny_model, cuda)
     for batch in (1, 2, 1, 3, 1):  # 3 takes the place of 2
         tiny_model.generate(torch.randn(batch, 9, 12), num_inference_steps=1)

@@ -10,7 +10,7 @@ from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.conversion import diffusers_config, to_diffusers_state_dict
-from blip3o_dit.model.transformer import rotary_tables, sinusoidal_features
+from blip3o_dit.model.layers import rotary_tables, sinusoidal_features
 from tests.conftest import randomize, tiny_config
 
 SIZES = {

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.model.blip3o_dit import EMA_FILE, BLIP3oDiTModel
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.loading import EMA_FILE
 from blip3o_dit.training.callbacks import read_log
 from blip3o_dit.training.checkpoint import verify_checkpoint
 from tests.inference.jobs import generate_store

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from blip3o_dit.cli import command
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.inference.pipeline import BLIP3oInference
-from blip3o_dit.model.blip3o_dit import EMA_FILE
+from blip3o_dit.model.loading import EMA_FILE
 from blip3o_dit.training import anomalies
 from blip3o_dit.training.anomalies import NonFiniteLossError
 from blip3o_dit.training.callbacks import LOG_FILE, read_log

@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.model.blip3o_dit import EMA_FILE, BLIP3oDiTModel
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.loading import EMA_FILE
 from blip3o_dit.model.transformer import NextDiTBlock
 from blip3o_dit.training import arguments
 from blip3o_dit.training.anomalies import HostCopy, LossMonitor, NonFiniteLossError

@@ -19,7 +19,8 @@ from blip3o_dit.data.dataset import EmbeddingDataset, split_samples, training_sa
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.flow.path import LinearPath
 from blip3o_dit.flow.predictions import preconditioning
-from blip3o_dit.model.blip3o_dit import EMA_FILE, BLIP3oDiTModel
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.loading import EMA_FILE
 from blip3o_dit.training.anomalies import NonFiniteLossError
 from blip3o_dit.training.arguments import training_arguments
 from blip3o_dit.training.callbacks import read_log

@@ -19,7 +19,8 @@ from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
 from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER
 from blip3o_dit.inference.generated_store import GeneratedStore, PieceWork
 from blip3o_dit.metrics.fidelity import FidelitySums
-from blip3o_dit.model.blip3o_dit import EMA_VARIANT, BLIP3oDiTModel, pick_weights
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.loading import EMA_VARIANT, pick_weights
 from blip3o_dit.model.precision import has_native_matmul
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.utils.atomic import dump_atomically
@@ -69,7 +70,7 @@ class BLIP3oInference:
         self.weights = pick_weights(self.model_path, weights)
         if dtype is None:
             dtype = torch.bfloat16 if has_native_matmul(torch.bfloat16, self.device) else torch.float32
-        model: Any = BLIP3oDiTModel.read(
+        model: Any = BLIP3oDiTModel.load_for_inference(
             self.model_path, dtype=dtype, variant=EMA_VARIANT if self.weights == "ema" else None
         )
         self.model: BLIP3oDiTModel = model.to(self.device)

@@ -2,52 +2,37 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import os
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel
 
 from blip3o_dit.flow.path import AffineSource, PathPoint, PathSample, make_path
 from blip3o_dit.flow.predictions import convert_prediction
 from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER, Velocity, integrate, integrate_adaptive
 from blip3o_dit.flow.timesteps import training_times
 from blip3o_dit.model.config import BLIP3oDiTConfig
+from blip3o_dit.model.cpu_kernels import use_cpu_kernels
 from blip3o_dit.model.cuda_graphs import GraphedPredict, Predict
+from blip3o_dit.model.loading import StrictPreTrainedModel
 from blip3o_dit.model.precision import without_autocast
 from blip3o_dit.model.transformer import NextDiT
 from blip3o_dit.ridge import source_features
-from blip3o_dit.utils.checksums import is_sealed, verify
-from blip3o_dit.utils.json_files import one_line, printable
-from blip3o_dit.utils.logging import quiet_transformers
 from blip3o_dit.utils.stateless_random import stateless_normal
-from blip3o_dit.utils.validation import check_name, is_hub_id
+from blip3o_dit.utils.validation import check_compiler
 
 logger = logging.getLogger(__name__)
-
-TENSORS_AT_ONCE = 4  # mapped while they are read: 0.1 GiB at the default size
-ALIGNMENT = 64  # bytes; what torch's own allocator gives on a CPU
 
 GENERATION_STREAM = "generation noise"
 
 STATISTICS = ["condition_mean", "condition_std", "target_mean", "target_std"]
 SOURCE_BUFFERS = ["source_weight", "source_bias", "source_std", "source_components"]
-
-# Averaged weights lie beside the raw ones under Hugging Face's variant naming.
-EMA_VARIANT = "ema"
-EMA_FILE = f"model.{EMA_VARIANT}.safetensors"
-WEIGHTS_FILE = "model.safetensors"
-WEIGHT_DTYPES = {"F64", "F32", "F16", "BF16"}
 
 
 Points = TypeVar("Points", bound=PathPoint)
@@ -74,21 +59,18 @@ class FlowBatch(Generic[Points]):
         return model(self.network_input, self.sample.t, self.condition, self.source.mean)
 
 
-class BLIP3oDiTModel(PreTrainedModel):
+class BLIP3oDiTModel(StrictPreTrainedModel):
     """Diffusion transformer from EVA-CLIP tokens to CLIP tokens, with everything inference needs.
 
-    `forward` works in the network's units; `normalize_condition`, `normalize_target` and
-    `denormalize_target` lead there and back. `generate` takes and returns tokens in the units of the data.
+    Three kinds of units: those of the data, which `generate` takes and returns; the network's, standardised,
+    which `forward` takes and returns (`normalize_condition`, `normalize_target`, `denormalize_target`); and
+    the flow's, which an informed source centres on its mean (`source_distribution`).
 
     The statistics of the training split (of its L2-normalised tokens with `config.normalize_embeddings`) are
     buffers of the model and travel in its safetensors file. Figures such as R2 are measured with them; with
     `config.standardize` they also lead to the network's units.
 
-    Three kinds of units: those of the data; the network's, standardised (`normalize_target`,
-    `denormalize_target`); and the flow's, which an informed source centres on its mean
-    (`source_distribution`).
-
-    Source: BLIP3-o, arXiv 2505.09568; see `nextdit.py` for the network.
+    Source: BLIP3-o, arXiv 2505.09568; see `transformer.py` for the network.
     """
 
     config_class = BLIP3oDiTConfig
@@ -121,7 +103,7 @@ class BLIP3oDiTModel(PreTrainedModel):
         checkpointing = config.gradient_checkpointing
         self.post_init()  # applies config.gradient_checkpointing, and takes it out of the config
         config.gradient_checkpointing = checkpointing
-        self.dit.lay_weights_together()
+        use_cpu_kernels(self)
 
     def _register_source(self, config: BLIP3oDiTConfig) -> None:
         """Buffers of the informed source; an unfitted one is pure noise."""
@@ -134,11 +116,7 @@ class BLIP3oDiTModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """All initialisation: Xavier for matrices, zero for biases, identity for norms.
-
-        The cross-attention gates, the modulations and the output layer start at zero (DiT's adaLN-Zero,
-        arXiv 2212.09748): an untrained model predicts zero and each block is the identity.
-        """
+        """All initialisation: Xavier for matrices, zero for biases, gates and output, identity for norms."""
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
@@ -147,18 +125,9 @@ class BLIP3oDiTModel(PreTrainedModel):
             for name, parameter in module.named_parameters(recurse=False):
                 nn.init.constant_(parameter, 1.0 if name == "weight" else 0.0)
         elif isinstance(module, BLIP3oDiTModel):  # visited last
-            self._zero_gates_and_output()
+            self.dit.zero_gates_and_output()
             for name, buffer in self.named_buffers(recurse=False):
                 nn.init.constant_(buffer, 1.0 if name.endswith("std") else 0.0)
-
-    def _zero_gates_and_output(self) -> None:
-        zeroed = [self.dit.norm_out.linear_1, self.dit.norm_out.linear_2]
-        for layer in self.dit.blocks:
-            nn.init.zeros_(layer.gate)
-            zeroed.append(layer.norm1.linear)
-        for linear in zeroed:
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> BLIP3oDiTModel:
         """`.to`, `.bfloat16`, `.cuda`, ...: the statistics change device, never dtype."""
@@ -168,7 +137,7 @@ class BLIP3oDiTModel(PreTrainedModel):
             after = self.get_buffer(name)
             if after.dtype != buffer.dtype and not buffer.is_meta:
                 self._buffers[name] = buffer.to(after.device)
-        self.dit.lay_weights_together()
+        use_cpu_kernels(self)
         return self
 
     def get_input_embeddings(self) -> None:  # type: ignore[override]
@@ -234,30 +203,24 @@ class BLIP3oDiTModel(PreTrainedModel):
 
     def set_statistics(self, *, condition: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> None:
         """Store (mean, standard deviation) per channel, [C] each, of the training split as trained on."""
-        pairs = {"condition": condition, "target": target}
-        for side, (mean, std) in pairs.items():
-            for name, value in ((f"{side}_mean", mean), (f"{side}_std", std)):
-                buffer = self.get_buffer(name)
-                if value.shape != buffer.shape:
-                    raise ValueError(
-                        f"{name}: expected shape {tuple(buffer.shape)}, found {tuple(value.shape)}"
-                    )
-                buffer.copy_(value)
+        self._fill_buffers("condition", mean=condition[0], std=condition[1])
+        self._fill_buffers("target", mean=target[0], std=target[1])
 
     def set_source(self, *, weight: Tensor, bias: Tensor, std: Tensor, components: Tensor | None) -> None:
         """Store a ridge regression in the network's units, and its residual's deviation per channel.
 
         Shapes: weight [C_eva + 8 r, C], bias [C], std [C], components [C_eva, r] for r neighbour components.
         """
-        given = {"weight": weight, "bias": bias, "std": std}
+        self._fill_buffers("source", weight=weight, bias=bias, std=std)
         if components is not None:
-            given["components"] = components
-        for name, value in given.items():
-            buffer = self.get_buffer(f"source_{name}")
+            self._fill_buffers("source", components=components)
+
+    def _fill_buffers(self, prefix: str, **values: Tensor) -> None:
+        for name, value in values.items():
+            buffer = self.get_buffer(f"{prefix}_{name}")
             if value.shape != buffer.shape:
-                raise ValueError(
-                    f"source_{name}: expected shape {tuple(buffer.shape)}, found {tuple(value.shape)}"
-                )
+                expected, found = tuple(buffer.shape), tuple(value.shape)
+                raise ValueError(f"{prefix}_{name}: expected shape {expected}, found {found}")
             buffer.copy_(value)
 
     def source_distribution(self, condition: Tensor) -> AffineSource:
@@ -420,8 +383,9 @@ class BLIP3oDiTModel(PreTrainedModel):
         t = torch.zeros(len(x_0), device=x_0.device)
         source = self.source_distribution(condition)
         velocity = self.make_velocity_fn(condition, source)(x_0, t)
-        path = make_path(flow)
-        x_1 = convert_prediction(velocity, x_0, t, path, from_type="v_prediction", to_type="sample")
+        x_1 = convert_prediction(
+            velocity, x_0, t, make_path(flow), from_type="v_prediction", to_type="sample"
+        )
         return self.denormalize_target(source.from_flow(x_1))
 
     def _check_fixed_sampling(self, solver: str, num_inference_steps: int | None) -> None:
@@ -482,9 +446,8 @@ class BLIP3oDiTModel(PreTrainedModel):
     def _check_condition(self, condition: Tensor) -> None:
         width = self.config.eva_embedding_size
         if condition.ndim != 3 or condition.shape[-1] != width:
-            raise ValueError(
-                f"condition: expected shape [batch, tokens, {width}], found {list(condition.shape)}"
-            )
+            found = list(condition.shape)
+            raise ValueError(f"condition: expected shape [batch, tokens, {width}], found {found}")
 
     def _check_forward(self, hidden_states: Tensor, timestep: Tensor, condition: Tensor) -> None:
         batch = hidden_states.shape[0]
@@ -498,180 +461,6 @@ class BLIP3oDiTModel(PreTrainedModel):
         self._check_condition(condition)
         if condition.shape[0] != batch:
             raise ValueError(f"condition: expected a batch of {batch}, found {condition.shape[0]}")
-
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | os.PathLike[str],
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """As `PreTrainedModel.save_pretrained`, which would copy all weights that share a block of memory."""
-        state = self.state_dict() if state_dict is None else state_dict
-        state = {name: _with_storage_of_its_own(tensor) for name, tensor in state.items()}
-        super().save_pretrained(save_directory, is_main_process, state, **kwargs)
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
-    ) -> Any:
-        """As `PreTrainedModel.from_pretrained`, but weights that do not fit the config are refused.
-
-        Weights are read as safetensors. A folder is read without touching the network; what is no folder is
-        looked up on the hub only if it can be meant as an id there (`is_hub_id`).
-
-        Raises:
-            FileNotFoundError: no such folder.
-            ValueError: lists the missing, unexpected and misshapen tensors.
-        """
-        wants_info = kwargs.pop("output_loading_info", False)
-        kwargs["use_safetensors"] = True
-        if not is_hub_id(pretrained_model_name_or_path):
-            kwargs["local_files_only"] = True
-            _check_folder(Path(pretrained_model_name_or_path), kwargs)
-        with quiet_transformers():  # its report of misfits is many lines; ours is one
-            loaded: Any = super().from_pretrained(
-                pretrained_model_name_or_path,
-                *args,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **kwargs,
-            )
-        model, info = loaded
-        refuse_misfits(str(pretrained_model_name_or_path), info)
-        _align(model)
-        model.dit.lay_weights_together()
-        return (model, info) if wants_info else model
-
-    @classmethod
-    def read(cls, folder: str | Path, *, dtype: torch.dtype, variant: str | None = None) -> BLIP3oDiTModel:
-        """A model from a folder, for inference, with weights in `dtype` that are in memory once.
-
-        `from_pretrained` has the whole file mapped while it converts, which counts as memory too.
-
-        Raises:
-            FileNotFoundError, ValueError: as `from_pretrained`.
-        """
-        _check_folder(Path(folder), {"variant": variant})
-        with torch.device("meta"):
-            model = cls(BLIP3oDiTConfig.from_pretrained(folder))
-        weights = {name for name, _ in model.named_parameters()}
-        names, state = list(model.state_dict()), {}
-        for start in range(0, len(names), TENSORS_AT_ONCE):
-            with safe_open(_weights_file(Path(folder), variant), framework="pt") as file:
-                for name in names[start : start + TENSORS_AT_ONCE]:
-                    wanted = dtype if name in weights else torch.float32
-                    state[name] = file.get_tensor(name).to(wanted, copy=True)
-        model.load_state_dict(state, assign=True)
-        del state  # or what moves now would be there twice
-        model.dit.lay_weights_together()
-        return model.eval()
-
-
-def check_compiler(wanted_by: str, device: torch.device) -> None:
-    """Refuse (ValueError) what torch.compile cannot do here: it writes C++ for a CPU, Triton for a GPU."""
-    names = (os.environ.get("CXX", "g++"), "g++", "clang++")
-    if device.type == "cpu" and not any(shutil.which(name) for name in names):
-        raise ValueError(f"{wanted_by}: expected a C++ compiler (g++ or clang++), found none")
-    if device.type == "cuda" and not importlib.util.find_spec("triton"):
-        raise ValueError(f"{wanted_by}: expected triton, which comes with torch's CUDA builds, found none")
-
-
-def _align(model: nn.Module) -> None:
-    """Move what a file maps to an odd address to memory of its own.
-
-    A matrix library may take another path there, whose sums are rounded differently: a model would not give
-    the same samples after saving and loading.
-    """
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
-            tensor.data = tensor.data.clone()
-
-
-def _with_storage_of_its_own(tensor: Tensor) -> Tensor:
-    """The same memory seen through a storage that begins and ends with this tensor; nothing is copied."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.is_contiguous()
-    if not plain or tensor.device.type not in ("cpu", "cuda"):
-        return tensor
-    return torch.from_dlpack(tensor.detach())
-
-
-def pick_weights(path: Path, weights: str) -> str:
-    """ "auto", "ema" or "raw" -> which of the last two a model folder gives.
-
-    Raises:
-        FileNotFoundError, ValueError: one line: no model there, no averaged weights, or files that were
-            altered since they were saved.
-    """
-    check_name("weights", weights, ("auto", "ema", "raw"))
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path}: expected a model folder with config.json, found none")
-    has_ema = (path / EMA_FILE).is_file()
-    if weights == "ema" and not has_ema:
-        raise ValueError(f"{path}: expected averaged weights ({EMA_FILE}), found none")
-    chosen = "raw" if weights == "raw" or not has_ema else "ema"
-    if is_sealed(path):
-        verify(path, ["config.json", EMA_FILE if chosen == "ema" else "model.safetensors"])
-    return chosen
-
-
-def check_weights(file: Path, config: BLIP3oDiTConfig) -> None:
-    """Refuse weights that do not fit the configuration by the file's header, before anything is built.
-
-    Hugging Face makes room for what a configuration asks for and compares then.
-
-    Raises:
-        ValueError: not readable as safetensors, or names and shapes other than the configuration's.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: expected weights, found none")
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            found = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-            kinds = {tensors.get_slice(name).get_dtype() for name in found}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not readable weights: {one_line(error)}") from error
-    if not kinds <= WEIGHT_DTYPES:
-        raise ValueError(f"{file}: expected weights in {sorted(WEIGHT_DTYPES)}, found {sorted(kinds)}")
-    if config.num_layers > len(found):
-        raise ValueError(f"{file}: expected {config.num_layers} layers, found {len(found)} tensors in all")
-    with torch.device("meta"):
-        expected = {name: list(t.shape) for name, t in BLIP3oDiTModel(config).state_dict().items()}
-    refuse_misfits(
-        str(file),
-        {
-            "missing_keys": expected.keys() - found.keys(),
-            "unexpected_keys": found.keys() - expected.keys(),
-            "mismatched_keys": [
-                name for name in expected.keys() & found.keys() if expected[name] != found[name]
-            ],
-        },
-    )
-
-
-def _check_folder(folder: Path, kwargs: dict[str, Any]) -> None:
-    """A local model: its configuration, its weights, and that they fit."""
-    config = kwargs.get("config")
-    if not isinstance(config, BLIP3oDiTConfig):
-        config = BLIP3oDiTConfig.from_pretrained(folder)
-    check_weights(_weights_file(folder, kwargs.get("variant")), config)
-
-
-def _weights_file(folder: Path, variant: str | None) -> Path:
-    return folder / (f"model.{variant}.safetensors" if variant else WEIGHTS_FILE)
-
-
-def refuse_misfits(where: str, loading_info: dict[str, Any]) -> None:
-    """Raise a one-line ValueError when a load reported missing, unexpected or misshapen tensors."""
-    problems = []
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = loading_info.get(kind) or ()
-        names = sorted(key if isinstance(key, str) else str(key[0]) for key in keys)
-        if names:
-            shown = ", ".join(map(printable, names[:3])) + (", ..." if len(names) > 3 else "")
-            problems.append(f"{len(names)} {kind.replace('_keys', '')} ({shown})")
-    if problems:
-        raise ValueError(f"{where}: weights do not fit the configuration: " + "; ".join(problems))
 
 
 AutoConfig.register(BLIP3oDiTConfig.model_type, BLIP3oDiTConfig, exist_ok=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from blip3o_dit.flow.config import FlowMatchingConfig
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
+from blip3o_dit.model.loading import compare_shapes, count_and_show
 from blip3o_dit.model.official_convention import flip_velocity_sign
 from blip3o_dit.utils.json_files import one_line, weight_files_of
 
@@ -26,16 +27,23 @@ CONDITION_PREFIX = "caption_projection."
 
 # What else a released checkpoint holds beside the DiT: language model, vision towers, decoder.
 OTHER_GROUPS = (
-    *("visual.", "embed_tokens.", "norm.", "latent_queries", "gen_vision_tower.", "vae."),
-    *("lm_head.", "vision_tower.", "mm_projector.", "down_projector."),
+    "visual.",
+    "embed_tokens.",
+    "norm.",
+    "latent_queries",
+    "gen_vision_tower.",
+    "vae.",
+    "lm_head.",
+    "vision_tower.",
+    "mm_projector.",
+    "down_projector.",
 )
 
 # BLIP3-o's path is x_sigma = (1 - sigma) x + sigma eps, its condition dropout 0.1.
 _OFFICIAL_FLOW = FlowMatchingConfig(sigma_min=0.0, sigma_max=1.0, condition_dropout=0.1)
 
-
 # Noise left at t = 1 that changes nothing next to bfloat16 weights; the released model's is 0.
-MOST_SIGMA_MIN = 1e-3
+MAX_SIGMA_MIN = 1e-3
 
 
 def to_official_state_dict(model: BLIP3oDiTModel, prefix: str = OFFICIAL_PREFIXES[0]) -> dict[str, Tensor]:
@@ -151,8 +159,8 @@ def _check_exportable(what: str, model: BLIP3oDiTModel) -> None:
         "student_steps": 0,
     }
     found = {name: getattr(flow, name) for name in expected}
-    if flow.sigma_min > MOST_SIGMA_MIN:
-        expected["sigma_min"], found["sigma_min"] = f"at most {MOST_SIGMA_MIN}", flow.sigma_min
+    if flow.sigma_min > MAX_SIGMA_MIN:
+        expected["sigma_min"], found["sigma_min"] = f"at most {MAX_SIGMA_MIN}", flow.sigma_min
     if model.has_statistics:
         expected["standardize"], found["standardize"] = False, model.config.standardize
     wrong = [
@@ -201,22 +209,14 @@ def _config_from_shapes(weights: Mapping[str, Tensor], input_size: int) -> BLIP3
 
 def _load(network: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Strict: every tensor present once, with its shape; the message hints at the known trap."""
-    expected = network.state_dict()
+    expected = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+    found = {name: list(tensor.shape) for name, tensor in weights.items()}
+    problems = compare_shapes(expected, found)
     misshapen = [
-        f"{name} expected {list(expected[name].shape)}, found {list(weights[name].shape)}"
-        for name in expected
-        if name in weights and weights[name].shape != expected[name].shape
+        f"{name} expected {expected[name]}, found {found[name]}" for name in problems.pop("mismatched")
     ]
-    problems = {
-        "missing": [name for name in expected if name not in weights],
-        "unexpected": [name for name in weights if name not in expected],
-        "misshapen": misshapen,
-    }
-    said = [
-        f"{len(names)} {kind} ({'; '.join(names[:3])}{'; ...' if len(names) > 3 else ''})"
-        for kind, names in problems.items()
-        if names
-    ]
+    problems["misshapen"] = misshapen
+    said = [count_and_show(kind, names, "; ") for kind, names in problems.items() if names]
     if any("feed_forward" in text for text in misshapen):
         said.append(
             "the feed-forward width differs: released weights have 4864 for model_dim 1792, while "

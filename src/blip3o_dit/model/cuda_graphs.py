@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_dit.model.transformer import EncodedCondition
+from blip3o_dit.model.encoded_condition import EncodedCondition
 
 logger = logging.getLogger(__name__)
 
+# `NextDiT.predict`: x_t [B, N, C], t [B], encoded condition -> [B, N, C]
 Predict = Callable[[Tensor, Tensor, EncodedCondition], Tensor]
-"""`NextDiT.predict`: x_t [B, N, C], t [B], encoded condition -> [B, N, C]"""
 
 WARM_UP_CALLS = 3  # before recording: libraries choose their kernels and take their workspace
-MOST_RECORDINGS = 16  # shapes; the one that was used the longest time ago makes room
+MAX_RECORDINGS = 16  # shapes; the one that was used the longest time ago makes room
 
 
 class GraphedPredict:
@@ -51,7 +51,7 @@ class GraphedPredict:
         key = (x.device, x.dtype, *((held.shape, held.dtype) for held in (x, *encoded.tensors())))
         recording = self._recordings.pop(key, None)
         if recording is None:
-            if len(self._recordings) == MOST_RECORDINGS:
+            if len(self._recordings) == MAX_RECORDINGS:
                 del self._recordings[next(iter(self._recordings))]
             logger.info("recording a CUDA graph for a batch of %d: the first call takes longer", len(x))
             recording = self._record(x, t, encoded)

@@ -21,8 +21,8 @@ import os
 import torch
 from torch import Tensor
 
+# Environment variable that declares bfloat16 "native" or "emulated" on a CPU, whatever the processor has.
 BFLOAT16_VARIABLE = "BLIP3O_DIT_BFLOAT16"
-"""Environment variable that declares bfloat16 "native" or "emulated" on a CPU, whatever the processor has."""
 
 # Names of x86 and of ARM processors' features.
 _CPU_FEATURES = {

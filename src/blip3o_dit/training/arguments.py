@@ -8,10 +8,10 @@ import os
 import torch
 from transformers import TrainingArguments
 
-from blip3o_dit.model.blip3o_dit import check_compiler
 from blip3o_dit.training.config import TrainingConfig, launcher_precision
 from blip3o_dit.utils.distributed import check_launch
 from blip3o_dit.utils.logging import quiet_torchao
+from blip3o_dit.utils.validation import check_compiler
 
 # How long the other processes wait for the first one, which fits the source; also how long it takes until a
 # process that hangs is given up.

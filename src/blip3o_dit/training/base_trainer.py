@@ -21,7 +21,8 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArg
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from blip3o_dit.data.dataset import EmbeddingDataset, ShuffledSampler, identity_collate, training_sampler
-from blip3o_dit.model.blip3o_dit import EMA_FILE, BLIP3oDiTModel
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.loading import EMA_FILE
 from blip3o_dit.training.anomalies import (
     DIAGNOSIS_FILE,
     SPIKES_FILE,

@@ -25,7 +25,7 @@ from typing import Any
 from transformers import TrainerState
 
 from blip3o_dit.data.embeddings import Embeddings
-from blip3o_dit.model.blip3o_dit import check_weights
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.training.anomalies import SPIKES_FILE
 from blip3o_dit.training.config import TrainingConfig
@@ -183,7 +183,7 @@ def check_checkpoint(checkpoint: Path, model_config: BLIP3oDiTConfig, run: RunId
             different.append(f"{_RUN_NAMES[name]} was {short_repr(saved[name])}, now {short_repr(now)}")
     if different:
         raise ValueError(f"{checkpoint}: the checkpoint does not fit this run: " + "; ".join(different))
-    check_weights(checkpoint / "model.safetensors", model_config)
+    BLIP3oDiTModel.check_weights(checkpoint / "model.safetensors", model_config)
     _check_trainer_state(checkpoint / TRAINER_STATE_FILE)
 
 

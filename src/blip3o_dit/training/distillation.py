@@ -33,8 +33,9 @@ from blip3o_dit.flow.path import PathPoint, make_path
 from blip3o_dit.flow.predictions import convert_prediction
 from blip3o_dit.flow.solvers import SOLVERS, Velocity
 from blip3o_dit.flow.timesteps import time_grid
-from blip3o_dit.model.blip3o_dit import EMA_FILE, EMA_VARIANT, BLIP3oDiTModel, FlowBatch, pick_weights
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel, FlowBatch
 from blip3o_dit.model.config import BLIP3oDiTConfig
+from blip3o_dit.model.loading import EMA_FILE, EMA_VARIANT, pick_weights
 from blip3o_dit.training.config import TRAINING_CONFIG_FILE, TrainingConfig
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.memory import check_room, distillation_forecast, room_on
@@ -163,7 +164,6 @@ def train_student(
             f"distill: expected a teacher that does not predict the noise, found {flow.prediction_type}"
         )
     student = copy.deepcopy(teacher).float().train()
-    student.dit.lay_weights_together()  # a copy's weights lie apart
     student.config.default_solver, student.config.default_steps = "euler", config.steps
     flow = replace(flow, student_steps=config.steps, condition_dropout=0.0)
     student.config.flow_matching = asdict(flow)

@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from blip3o_dit.model.blip3o_dit import EMA_FILE, EMA_VARIANT, BLIP3oDiTModel
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.loading import EMA_FILE, EMA_VARIANT
 from blip3o_dit.training.fsdp import own_part, shard_like, sharded_parameters, whole_tensors
 from blip3o_dit.utils.json_files import one_line
 

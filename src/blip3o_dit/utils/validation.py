@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blip3o_dit.utils.json_files import short_repr
+
+if TYPE_CHECKING:
+    import torch
 
 # No size of a network, and no number of steps, reaches this; the products of such sizes fit 64 bits.
 MAX_SIZE = 2**20
@@ -75,3 +80,12 @@ def is_hub_id(name: str | os.PathLike[str]) -> bool:
     if not isinstance(name, str) or name.count("/") > 1 or name.startswith((".", "/", "~")) or not name:
         return False
     return not Path(name).exists() and not ("/" in name and Path(name).parent.exists())
+
+
+def check_compiler(wanted_by: str, device: torch.device) -> None:
+    """Refuse (ValueError) what torch.compile cannot do here: it writes C++ for a CPU, Triton for a GPU."""
+    names = (os.environ.get("CXX", "g++"), "g++", "clang++")
+    if device.type == "cpu" and not any(shutil.which(name) for name in names):
+        raise ValueError(f"{wanted_by}: expected a C++ compiler (g++ or clang++), found none")
+    if device.type == "cuda" and not importlib.util.find_spec("triton"):
+        raise ValueError(f"{wanted_by}: expected triton, which comes with torch's CUDA builds, found none")

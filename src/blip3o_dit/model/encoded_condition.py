@@ -1,0 +1,74 @@
+"""What generation keeps of a condition between solver steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class KeysValues(NamedTuple):
+    """What one layer's cross-attention attends to: [B, G, L, h] each.
+
+    With guidance, another B samples stand before these, which attend to the null condition. Its tokens are
+    all the same, so attention to them gives their value [1, G, 1, h], whatever the queries.
+    """
+
+    keys: Tensor
+    values: Tensor
+    null_value: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class EncodedCondition:
+    """All that depends on the condition alone: computed once per sample, reused at every solver step.
+
+    `pooled` [B, min(d, 1024)] enters the modulation; `keys_values` holds what each layer attends to.
+    With an informed source, `source_mean` [B, N, in_channels] is its mean R(c) in float32, and
+    `embedded_source_mean` [B, N, d] what the first layers make of it.
+    """
+
+    pooled: Tensor
+    keys_values: list[KeysValues]
+    source_mean: Tensor | None = None
+    embedded_source_mean: Tensor | None = None
+
+    def with_null_condition(self, null: EncodedCondition) -> EncodedCondition:
+        """For a batch of the same samples twice, at first with the null condition, encoded as one sample."""
+        return EncodedCondition(
+            pooled=torch.cat([null.pooled.expand_as(self.pooled), self.pooled]),
+            keys_values=[
+                KeysValues(ours.keys, ours.values, of_null.values[:, :, :1])
+                for ours, of_null in zip(self.keys_values, null.keys_values, strict=True)
+            ],
+            source_mean=_twice(self.source_mean),
+            embedded_source_mean=_twice(self.embedded_source_mean),
+        )
+
+    def clone(self) -> EncodedCondition:
+        """The same in memory of its own."""
+        return EncodedCondition(
+            self.pooled.clone(),
+            [
+                KeysValues(layer.keys.clone(), layer.values.clone(), _clone(layer.null_value))
+                for layer in self.keys_values
+            ],
+            _clone(self.source_mean),
+            _clone(self.embedded_source_mean),
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """Everything it holds, in a fixed order."""
+        of_layers = [tensor for layer in self.keys_values for tensor in layer]
+        held = [self.pooled, *of_layers, self.source_mean, self.embedded_source_mean]
+        return [tensor for tensor in held if tensor is not None]
+
+
+def _twice(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.repeat(2, 1, 1)
+
+
+def _clone(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()

@@ -1,0 +1,85 @@
+"""Layers and functions that know nothing of the network: dtype-following layers, time features, rotation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TIME_FREQUENCIES = 256
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` that computes in its input's dtype, whatever its weights are stored in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm whose weight and bias follow the input's dtype: torch's fused kernel takes one dtype only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm, times its weight, times a modulation if there is one.
+
+    Weight and modulation are multiplied first: they are small, x is not.
+    """
+
+    eps: float
+
+    def forward(self, x: Tensor, modulation: Tensor | None = None) -> Tensor:
+        """x [B, N, d], modulation [B, 1, d] -> [B, N, d] in the modulation's dtype, or x's without one."""
+        dtype = x.dtype if modulation is None else modulation.dtype
+        factor = self.weight.to(dtype)
+        factor = (factor if modulation is None else factor * modulation).to(x.dtype)
+        return self.normalize(x, factor).to(dtype)
+
+    def normalize(self, x: Tensor, factor: Tensor) -> Tensor:
+        """x [B, N, d] / rms(x), times a factor [d] or [B, 1, d] in x's dtype."""
+        return F.rms_norm(x, self.normalized_shape, None, self.eps) * factor
+
+
+def sinusoidal_features(timestep: Tensor) -> Tensor:
+    """[B] -> [B, 256]: cosines, then sines, of periods from 2 pi to 2 pi 10000; float32."""
+    half = TIME_FREQUENCIES // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) / half
+    angles = timestep[:, None] * torch.exp(-math.log(10000.0) * exponent)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def rotary_tables(
+    grid: int, head_dim: int, theta: float, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [grid * grid, head_dim / 2], row-major positions, float32.
+
+    Each axis has head_dim / 4 frequencies theta^(-4 k / head_dim); on the last axis height and width take
+    turns (h0, w0, h1, w1, ...), as in Lumina-Next. Computed when needed: `from_pretrained` would leave a
+    non-persistent buffer uninitialised, and the table is small.
+    """
+    exponent = torch.arange(0, head_dim, 4, dtype=torch.float32, device=device) / head_dim
+    position = torch.arange(grid, dtype=torch.float32, device=device)
+    angles = torch.outer(position, theta**-exponent)  # [grid, h / 4]
+    height = angles[:, None].expand(grid, grid, -1)
+    width = angles[None, :].expand(grid, grid, -1)
+    table = torch.stack([height, width], dim=-1).reshape(grid * grid, head_dim // 2)
+    return table.cos(), table.sin()
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each adjacent pair of channels of [B, H, N, h] by its position's angle, in float32."""
+    cos, sin = rope
+    assert cos.dtype == sin.dtype == torch.float32
+    if not torch.compiler.is_compiling():  # one complex product is one pass over memory
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # [B, H, N, h / 2]
+        return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, H, N, h / 2] twice
+    rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return rotated.flatten(-2).to(x.dtype)

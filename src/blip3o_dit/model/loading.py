@@ -1,0 +1,211 @@
+"""Model folders: which weights they hold, whether these fit the configuration, reading and writing them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from blip3o_dit.model.config import BLIP3oDiTConfig
+from blip3o_dit.model.cpu_kernels import use_cpu_kernels
+from blip3o_dit.utils.checksums import is_sealed, verify
+from blip3o_dit.utils.json_files import one_line, printable
+from blip3o_dit.utils.logging import quiet_transformers
+from blip3o_dit.utils.validation import check_name, is_hub_id
+
+TENSORS_AT_ONCE = 4  # mapped while they are read: 0.1 GiB at the default size
+ALIGNMENT = 64  # bytes; what torch's own allocator gives on a CPU
+
+# Averaged weights lie beside the raw ones under Hugging Face's variant naming.
+EMA_VARIANT = "ema"
+EMA_FILE = f"model.{EMA_VARIANT}.safetensors"
+WEIGHTS_FILE = "model.safetensors"
+WEIGHT_DTYPES = {"F64", "F32", "F16", "BF16"}
+
+
+class StrictPreTrainedModel(PreTrainedModel):
+    """A model whose weights must all be there and fit, and are written without a copy of them in memory."""
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As `PreTrainedModel.save_pretrained`, which would copy all weights that share a block of memory."""
+        state = self.state_dict() if state_dict is None else state_dict
+        state = {name: _with_storage_of_its_own(tensor) for name, tensor in state.items()}
+        super().save_pretrained(save_directory, is_main_process, state, **kwargs)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> Any:
+        """As `PreTrainedModel.from_pretrained`, but weights that do not fit the config are refused.
+
+        Weights are read as safetensors. A folder is read without touching the network; what is no folder is
+        looked up on the hub only if it can be meant as an id there (`is_hub_id`).
+
+        Raises:
+            FileNotFoundError: no such folder.
+            ValueError: lists the missing, unexpected and misshapen tensors.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs["use_safetensors"] = True
+        # With peft installed, transformers would apply an adapter that lies in the folder.
+        kwargs.setdefault("adapter_kwargs", {"subfolder": "no-adapters"})
+        if not is_hub_id(pretrained_model_name_or_path):
+            kwargs["local_files_only"] = True
+            folder, config = Path(pretrained_model_name_or_path), kwargs.get("config")
+            if not isinstance(config, BLIP3oDiTConfig):
+                config = BLIP3oDiTConfig.from_pretrained(folder)
+            cls.check_weights(weights_file(folder, kwargs.get("variant")), config)
+        with quiet_transformers():  # its report of misfits is many lines; ours is one
+            loaded: Any = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *args,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **kwargs,
+            )
+        model, info = loaded
+        refuse_misfits(
+            str(pretrained_model_name_or_path),
+            missing=info["missing_keys"],
+            unexpected=info["unexpected_keys"],
+            mismatched=[name for name, *_ in info["mismatched_keys"]],
+        )
+        _align(model)
+        use_cpu_kernels(model)
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def load_for_inference(
+        cls, folder: str | Path, *, dtype: torch.dtype, variant: str | None = None
+    ) -> Self:
+        """A model from a folder, for inference, with weights in `dtype` that are in memory once.
+
+        `from_pretrained` has the whole file mapped while it converts, which counts as memory too.
+
+        Raises:
+            FileNotFoundError, ValueError: as `from_pretrained`.
+        """
+        config, file = BLIP3oDiTConfig.from_pretrained(folder), weights_file(Path(folder), variant)
+        cls.check_weights(file, config)
+        with torch.device("meta"):
+            model = cls(config)
+        weights = {name for name, _ in model.named_parameters()}
+        names, state = list(model.state_dict()), {}
+        for start in range(0, len(names), TENSORS_AT_ONCE):
+            with safe_open(file, framework="pt") as tensors:
+                for name in names[start : start + TENSORS_AT_ONCE]:
+                    wanted = dtype if name in weights else torch.float32
+                    state[name] = tensors.get_tensor(name).to(wanted, copy=True)
+        model.load_state_dict(state, assign=True)
+        del state  # or what moves now would be there twice
+        use_cpu_kernels(model)
+        return model.eval()
+
+    @classmethod
+    def check_weights(cls, file: Path, config: BLIP3oDiTConfig) -> None:
+        """Refuse weights that do not fit the configuration by the file's header, before anything is built.
+
+        Hugging Face makes room for what a configuration asks for and compares then.
+
+        Raises:
+            ValueError: not readable as safetensors, or names and shapes other than the configuration's.
+        """
+        found = _shapes(file)
+        if config.num_layers > len(found):
+            raise ValueError(
+                f"{file}: expected {config.num_layers} layers, found {len(found)} tensors in all"
+            )
+        with torch.device("meta"):
+            expected = {name: list(tensor.shape) for name, tensor in cls(config).state_dict().items()}
+        refuse_misfits(str(file), **compare_shapes(expected, found))
+
+
+def pick_weights(path: Path, weights: str) -> str:
+    """ "auto", "ema" or "raw" -> which of the last two a model folder gives.
+
+    Raises:
+        FileNotFoundError, ValueError: one line: no model there, no averaged weights, or files that were
+            altered since they were saved.
+    """
+    check_name("weights", weights, ("auto", "ema", "raw"))
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path}: expected a model folder with config.json, found none")
+    has_ema = (path / EMA_FILE).is_file()
+    if weights == "ema" and not has_ema:
+        raise ValueError(f"{path}: expected averaged weights ({EMA_FILE}), found none")
+    chosen = "raw" if weights == "raw" or not has_ema else "ema"
+    if is_sealed(path):
+        verify(path, ["config.json", EMA_FILE if chosen == "ema" else WEIGHTS_FILE])
+    return chosen
+
+
+def weights_file(folder: Path, variant: str | None) -> Path:
+    return folder / (f"model.{variant}.safetensors" if variant else WEIGHTS_FILE)
+
+
+def compare_shapes(expected: Mapping[str, list[int]], found: Mapping[str, list[int]]) -> dict[str, list[str]]:
+    """Names of the tensors that are missing, unexpected or mismatched, that is of another shape."""
+    return {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "mismatched": [name for name in expected if name in found and expected[name] != found[name]],
+    }
+
+
+def count_and_show(kind: str, names: list[str], separator: str) -> str:
+    """ "5 missing (a, b, c, ...)" """
+    return f"{len(names)} {kind} ({separator.join(names[:3])}{f'{separator}...' if len(names) > 3 else ''})"
+
+
+def refuse_misfits(where: str, **problems: Iterable[str]) -> None:
+    """Raise a one-line ValueError when there are missing, unexpected or mismatched tensors."""
+    named = {kind: [printable(name) for name in sorted(names)] for kind, names in problems.items()}
+    said = [count_and_show(kind, names, ", ") for kind, names in named.items() if names]
+    if said:
+        raise ValueError(f"{where}: weights do not fit the configuration: " + "; ".join(said))
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    """The shapes that a file's header tells, of weights in a dtype that can be theirs."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: expected weights, found none")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            found = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+            kinds = {tensors.get_slice(name).get_dtype() for name in found}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not readable weights: {one_line(error)}") from error
+    if not kinds <= WEIGHT_DTYPES:
+        raise ValueError(f"{file}: expected weights in {sorted(WEIGHT_DTYPES)}, found {sorted(kinds)}")
+    return found
+
+
+def _align(model: nn.Module) -> None:
+    """Move what a file maps to an odd address to memory of its own.
+
+    A matrix library may take another path there, whose sums are rounded differently: a model would not give
+    the same samples after saving and loading.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
+
+
+def _with_storage_of_its_own(tensor: Tensor) -> Tensor:
+    """The same memory seen through a storage that begins and ends with this tensor; nothing is copied."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.is_contiguous()
+    if not plain or tensor.device.type not in ("cpu", "cuda"):
+        return tensor
+    return torch.from_dlpack(tensor.detach())
