@@ -30,7 +30,7 @@ from blip3o_dit.training.config import PAPER_RECIPE, TrainingConfig
 from blip3o_dit.training.distillation import DistillationConfig, distill
 from blip3o_dit.training.run import train
 from tests.conftest import randomize, tiny_config
-from tests.stores import write_linear_store
+from tests.helpers.stores import write_linear_store
 
 pytestmark = pytest.mark.slow
 

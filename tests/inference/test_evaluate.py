@@ -33,7 +33,7 @@ from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.run import train
 from blip3o_dit.utils.atomic import seal
-from tests.stores import write_linear_store
+from tests.helpers.stores import write_linear_store
 
 QUICK = ["--num_inference_steps", "2", "--curve_calls", "1", "2", "--bootstrap", "50", "--device", "cpu"]
 

@@ -23,7 +23,7 @@ from blip3o_dit.training.callbacks import read_log
 from blip3o_dit.training.config import PAPER_RECIPE, TrainingConfig
 from blip3o_dit.training.run import build_trainer, train
 from blip3o_dit.utils.atomic import seal
-from tests.stores import write_linear_store
+from tests.helpers.stores import write_linear_store
 
 RAW = {**PAPER_RECIPE, "num_inference_steps": 2}
 MEASURE = EvaluationSettings(draws=2, draw_samples=8, distribution_samples=32, bootstrap=4, half_samples=2)

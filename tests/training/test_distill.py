@@ -23,8 +23,8 @@ from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.distillation import DistillationConfig, train_student
 from blip3o_dit.utils.atomic import verify
 from tests.conftest import randomize, tiny_config
+from tests.helpers.stores import write_linear_store
 from tests.inference.test_evaluate import train_model
-from tests.stores import write_linear_store
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])

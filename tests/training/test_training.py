@@ -30,7 +30,7 @@ from blip3o_dit.training.trainer import BLIP3oTrainer
 from blip3o_dit.training.wandb_setup import prepare_wandb
 from blip3o_dit.utils.atomic import seal
 from blip3o_dit.utils.distributed import join_processes
-from tests.stores import write_linear_store
+from tests.helpers.stores import write_linear_store
 
 # 40 samples to train on, 5 steps a pass.
 TINY: dict[str, Any] = dict(
