@@ -24,6 +24,7 @@ from blip3o_dit.training.config import PAPER_RECIPE, TrainingConfig
 from blip3o_dit.training.run import build_trainer, train
 from blip3o_dit.utils.atomic import seal
 from tests.helpers.stores import write_linear_store
+from tests.helpers.training import tiny_training
 
 RAW = {**PAPER_RECIPE, "num_inference_steps": 2}
 MEASURE = EvaluationSettings(draws=2, draw_samples=8, distribution_samples=32, bootstrap=4, half_samples=2)
@@ -32,23 +33,15 @@ CONFIG = EvaluationConfig(curve_calls=(), shown=0, device="cpu", measure=MEASURE
 
 def config_of(store: EmbeddingStore, output: Path, **changes: Any) -> TrainingConfig:
     settings = dict(
-        embeddings_path=str(store.path),
-        output_dir=str(output),
-        model_dim=16,
-        num_layers=1,
-        num_heads=2,
         max_steps=4,
         logging_steps=2,
         save_steps=2,
         eval_steps=4,
-        batch_size=8,
         eval_split=0.4,
         eval_samples=100,
-        eval_inference_steps=2,
         num_inference_steps=2,
-        device="cpu",
     )
-    return TrainingConfig(**(settings | changes))
+    return tiny_training(store.path, output, **(settings | changes))
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from blip3o_dit.training.distillation import DistillationConfig, train_student
 from blip3o_dit.utils.atomic import verify
 from tests.conftest import randomize, tiny_config
 from tests.helpers.stores import write_linear_store
-from tests.inference.test_evaluate import train_model
+from tests.helpers.training import train_model
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])

@@ -25,7 +25,7 @@ from blip3o_dit.training.memory import GIB, Activations, Room, forecast
 from blip3o_dit.training.run import train
 from tests.conftest import tiny_config
 from tests.helpers.stores import write_linear_store
-from tests.training.test_training import config_for
+from tests.helpers.training import config_for
 
 CPU = torch.device("cpu")
 DEFAULT_DATA = dict(num_tokens=64, condition_dim=1280, target_dim=768)

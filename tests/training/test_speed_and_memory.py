@@ -34,7 +34,7 @@ from blip3o_dit.training.throughput import Throughput, forward_flops, matmul_rat
 from blip3o_dit.training.trainer import BLIP3oTrainer
 from tests.conftest import randomize, tiny_config
 from tests.helpers.stores import write_linear_store
-from tests.training.test_training import config_for, make_trainer, same
+from tests.helpers.training import config_for, make_trainer, same
 
 
 @pytest.fixture(scope="module")
