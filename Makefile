@@ -13,7 +13,7 @@ help:
 	@echo "make matrix  the core of the tests under Python 3.10 to 3.13, with the oldest and newest packages"
 	@echo "make fuzz    hostile and broken input for MINUTES (10), from SEED (0)"
 	@echo "make lint    ruff and mypy"
-	@echo "make bench   speed, memory and known answers, on small sizes (python -m benchmarks --help)"
+	@echo "make bench   speed and memory on small sizes (python -m benchmarks --help)"
 	@echo "make gpu-check  a GPU's results beside the CPU's, then its speed and memory (PYTHON=... without .venv)"
 
 setup: .venv/installed
@@ -35,7 +35,7 @@ matrix: .venv/installed
 
 # On a machine with a GPU and torch, transformers and accelerate of its own; nothing is installed.
 gpu-check:
-	PYTHONPATH=src:. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(GPU_CHECK)
+	PYTHONPATH=src:. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks gpu-check $(GPU_CHECK)
 
 MINUTES ?= 10
 SEED ?= 0

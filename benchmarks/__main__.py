@@ -1,8 +1,7 @@
-"""python -m benchmarks PART: speed, memory and known answers, as tables.
+"""python -m benchmarks PART: speed, memory and quality, as tables.
 
-`python -m benchmarks short` runs every part on small sizes; without it each part runs on its full ones, on
-a GPU where there is one. `--json FILE` keeps the rows with the machine and the command;
-`python -m benchmarks tables FILE` prints them all.
+`python -m benchmarks short` runs the speed and memory tables on small sizes; without it each part runs on its
+full ones, on a GPU where there is one.
 """
 
 from __future__ import annotations
@@ -11,80 +10,98 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
-from benchmarks import (
-    generation,
-    known_answers,
-    loading,
-    low_memory,
-    memory,
-    products,
-    scaling,
-    soak,
-    startup,
-    training_step,
-)
 from benchmarks.measure import described, machine, markdown, record, tables
 
-PARTS: dict[str, ModuleType] = {
-    "generation": generation,
-    "training": training_step,
-    "loading": loading,
-    "startup": startup,
-    "memory": memory,
-    "low-memory": low_memory,
-    "scaling": scaling,
-    "products": products,
-    "known-answers": known_answers,
-    "soak": soak,
+# A part's module is imported only when it is asked for: gpu-check runs without diffusers and matplotlib.
+# Modules with `add_arguments(parser)` and `run(arguments) -> rows`:
+TABLES = {
+    "generation": "sampling beside diffusers' class and scheduler with the same weights",
+    "training": "a training step beside diffusers' class in a loop written by hand",
+    "loading": "reading a store: samples per second, memory, time to the first batch",
+    "memory": "peak memory of training and generation beside what was forecast",
+    "evaluation": "time and peak memory of an evaluation at full widths",
+    "soak": "killed, stopped and damaged trainings beside one that nobody disturbed",
 }
-
+# Modules with `main(words) -> exit status`, which print what they find themselves:
+PROGRAMS = {
+    "extraction": "extraction of mixed images: skip list, time, kills, processes, memory",
+    "quality": "recipes side by side on four data sets, as JSON lines",
+    "quality-table": "tables and figure of these JSON lines",
+    "gpu-check": "whether a GPU computes what the CPU does, and how near it is to its limits",
+}
 SHORT = {
     "generation": "--layers 2 --calls 2 --rounds 3",
     "training": "--sizes 'default width' --layers 1 --batch 8 --rounds 3",
     "loading": "--gigabytes 0.3",
-    "startup": "--rounds 1 --samples 32",
     "memory": "--layers 1 --steps 2",
-    "known-answers": "--steps 300",
 }
 
 
-def main(words: list[str]) -> None:
-    if words[:1] == ["short"]:
-        for part, given in SHORT.items():
-            print(f"\n## {part}\n", flush=True)
-            main([part, *shlex.split(given), *words[1:]])
-        return
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parts = parser.add_subparsers(dest="part", required=True)
-    for name, module in PARTS.items():
-        sub = parts.add_parser(name, help=module.__doc__, description=module.__doc__)
-        module.add_arguments(sub)
-        sub.add_argument("--json", type=Path, help="file to keep the rows in, beside other parts'")
-        sub.add_argument("--rows", action="store_true", help=argparse.SUPPRESS)  # for their own processes
-    parts.add_parser("tables", help="print the tables of a JSON file").add_argument("file", type=Path)
+def main(words: Sequence[str]) -> int:
+    listed = [f"  {name:14} {what}" for name, what in (TABLES | PROGRAMS).items()]
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        epilog="\n".join(["parts:", *listed, "", "`tables FILE` prints what --json kept."]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("part", choices=[*TABLES, *PROGRAMS, "short", "tables"], metavar="PART")
+    part = parser.parse_args(words[:1]).part
+    rest = list(words[1:])
+    if part in PROGRAMS:
+        return _module(part).main(rest)
+    if part == "short":
+        _run_short(rest)
+    elif part == "tables":
+        _print_tables(rest)
+    else:
+        _run_table(part, rest)
+    return 0
+
+
+def _run_short(words: list[str]) -> None:
+    for part, small in SHORT.items():
+        print(f"\n## {part}\n", flush=True)
+        _run_table(part, [*shlex.split(small), *words])
+
+
+def _run_table(part: str, words: list[str]) -> None:
+    module = _module(part)
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks {part}", description=module.__doc__)
+    module.add_arguments(parser)
+    parser.add_argument("--json", type=Path, help="file to keep the rows in, with machine and command")
+    parser.add_argument("--rows", action="store_true", help=argparse.SUPPRESS)  # for their own processes
     arguments = parser.parse_args(words)
-    if arguments.part == "tables":
-        print(tables(arguments.file), end="")
-        return
-    rows = PARTS[arguments.part].run(arguments)
+    rows = module.run(arguments)
     if arguments.rows:
         print(json.dumps(rows))
         return
     print(markdown(rows))
     print("\n" + described(machine()), flush=True)
     if arguments.json:
-        record(arguments.json, _command(words), rows)
+        record(arguments.json, _command(part, words), rows)
 
 
-def _command(words: list[str]) -> str:
+def _print_tables(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks tables")
+    parser.add_argument("file", type=Path, help="as --json wrote it")
+    print(tables(parser.parse_args(words).file), end="")
+
+
+def _module(part: str) -> Any:
+    return import_module("benchmarks." + part.replace("-", "_"))
+
+
+def _command(part: str, words: list[str]) -> str:
     """What was asked for, without where to put it."""
-    to_files = [i for i, word in enumerate(words) if word in ("--json", "--figure")]
-    kept = [word for i, word in enumerate(words) if i not in to_files and i - 1 not in to_files]
-    return "python -m benchmarks " + shlex.join(kept)
+    kept = [word for i, word in enumerate(words) if word != "--json" and words[i - 1 : i] != ["--json"]]
+    return shlex.join(["python", "-m", "benchmarks", part, *kept])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

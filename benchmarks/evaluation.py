@@ -1,4 +1,4 @@
-"""python -m benchmarks.evaluation: time and peak memory of an evaluation at full widths, sampling aside.
+"""Time and peak memory of an evaluation at full widths, sampling aside.
 
 Writes a store of 64 x 1280 and 64 x 768 tokens (about 0.26 MB a sample), then evaluates, in a process of
 its own, a "model" whose samples are made from the truth and cost next to nothing, beside all baselines.
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.measure import Row
 from blip3o_dit.data.dataset import split_permutation
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
 from blip3o_dit.evaluation.config import EvaluationConfig
@@ -68,7 +69,7 @@ def write_store(path: Path, samples: int) -> None:
             writer.append(eva, clip, [{"key": str(start + row)} for row in range(count)])
 
 
-def evaluate_store(path: Path, held_out: int, output: Path) -> dict[str, float]:
+def evaluate_store(path: Path, held_out: int, output: Path) -> Row:
     store = EmbeddingStore(path)
     before = peak_memory_mib()
     split = split_permutation(len(store), eval_split=held_out / len(store), seed=0)
@@ -98,32 +99,21 @@ def evaluate_store(path: Path, held_out: int, output: Path) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--held_out", type=int, default=20_000)
     parser.add_argument("--train", type=int, default=6_000)
     parser.add_argument("--folder", type=Path, help="for the store (default: a temporary folder)")
-    parser.add_argument("--evaluate", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    parser.add_argument("--evaluate", type=Path, help=argparse.SUPPRESS)  # what a process of its own does
+
+
+def run(arguments: argparse.Namespace) -> list[Row]:
     if arguments.evaluate:
-        found = evaluate_store(arguments.evaluate, arguments.held_out, arguments.evaluate.parent / "report")
-        print(json.dumps(found))
-        return
+        output = arguments.evaluate.parent / "report"
+        return [evaluate_store(arguments.evaluate, arguments.held_out, output)]
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         store = Path(folder) / "store"
         write_store(store, arguments.held_out + arguments.train)
-        words = [
-            "-m",
-            "benchmarks.evaluation",
-            "--evaluate",
-            str(store),
-            "--held_out",
-            str(arguments.held_out),
-        ]
-        done = subprocess.run([sys.executable, *words], check=True, stdout=subprocess.PIPE, text=True)
-    for name, value in json.loads(done.stdout.splitlines()[-1]).items():
-        print(f"{name}: {value:.0f}")
-
-
-if __name__ == "__main__":
-    main()
+        words = [sys.executable, "-m", "benchmarks", "evaluation", "--rows", "--evaluate", str(store)]
+        words += ["--held_out", str(arguments.held_out)]
+        done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""python -m benchmarks.gpu_check: whether a GPU computes what the CPU does, and how near it is to its limits.
+"""Whether a GPU computes what the CPU does, and how near it is to its limits.
 
 For a machine that may have other versions than the pinned ones, and neither diffusers nor pytest. First each
 dtype and path is compared with the CPU in float32 on a small network; then speed and memory of the default
@@ -15,7 +15,6 @@ import importlib.util
 import json
 import os
 import signal
-import sys
 import tempfile
 import time
 import traceback
@@ -390,7 +389,7 @@ def attempt(name: str, part: Callable[[Setup], list[Row]], setup: Setup, limit: 
 
 
 def main(words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu-check", description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--parts", nargs="+", choices=[*CHECKS, *MEASURES], help="default: all")
     parser.add_argument("--json", type=Path, help="file for everything as JSON")
@@ -421,7 +420,3 @@ def main(words: Sequence[str]) -> int:
         arguments.json.write_text(text + "\n")
     print(text)
     return int(bool(failed))
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

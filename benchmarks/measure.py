@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import statistics
@@ -94,13 +93,6 @@ def untrained(config: BLIP3oDiTConfig, *, dtype: torch.dtype = torch.float32) ->
             if not parameter.any():
                 parameter.normal_(std=0.02)
     return model.to(device())
-
-
-def power_law(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """a and b of the least-squares fit of log y by log a + b log x, through (x, y)."""
-    xs, ys = ([math.log(value) for value in column] for column in zip(*points, strict=True))
-    slope, intercept = statistics.linear_regression(xs, ys)
-    return math.exp(intercept), slope
 
 
 def machine() -> dict[str, Any]:

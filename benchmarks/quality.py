@@ -1,4 +1,4 @@
-"""python -m benchmarks.quality: how good, how soon. Recipes side by side on data of four kinds.
+"""How good, how soon: recipes side by side on data of four kinds.
 
 For each data set and seed: the paper's recipe and the default one, measured on held-out samples at several
 steps with the weights that inference would use; the default recipe once more with a schedule of 200 steps;
@@ -6,7 +6,7 @@ each part of the recipe changed alone; then, with the trained model, quality aga
 students of 1 and 4 calls. R2 is that of the one-call estimate; the energy score is that of
 four samples per condition. Ridge (as a sampler with a Gaussian residual) stands beside them.
 
-Rows are appended to a file of JSON lines; `python -m benchmarks.quality_table FILE` makes table and figure.
+Rows are appended to a file of JSON lines; `python -m benchmarks quality-table FILE` makes table and figure.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -301,8 +301,8 @@ def rows_of(set_name: str, arguments: argparse.Namespace) -> Iterator[Row]:
                 yield from ({"seed": seed, **row} for row in few_calls(model, data, truth, batch_size))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+def main(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks quality", description=__doc__)
     parser.add_argument("--sets", nargs="+", choices=tuple(SETS), default=list(SETS))
     parser.add_argument("--recipes", nargs="*", choices=tuple(RECIPES), default=list(RECIPES))
     parser.add_argument("--ablations", nargs="*", choices=tuple(ABLATIONS), default=list(ABLATIONS))
@@ -312,10 +312,11 @@ def main() -> None:
     parser.add_argument("--points", type=int, nargs="+", default=[50, 100, 200, 1000])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--output", type=Path, default=Path("quality.jsonl"), help="JSON lines, appended")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     for set_name in arguments.sets:
         for row in rows_of(set_name, arguments):
             _say({"set": set_name, **row}, arguments.output)
+    return 0
 
 
 def _say(row: Row, output: Path) -> None:
@@ -323,7 +324,3 @@ def _say(row: Row, output: Path) -> None:
     print(line, flush=True)
     with open(output, "a") as file:
         file.write(line + "\n")
-
-
-if __name__ == "__main__":
-    main()

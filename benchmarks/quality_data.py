@@ -12,9 +12,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
-from benchmarks.linear_gaussian import LinearGaussian
 from blip3o_dit.data.checks import Indices, Record
 from examples.digits.towers import ClipTower, EvaTower, digit_tokens, encode
+from tests.helpers.linear_gaussian import LinearGaussian
 
 
 @dataclass

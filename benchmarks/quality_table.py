@@ -1,4 +1,4 @@
-"""python -m benchmarks.quality_table FILE.jsonl: tables and figure of what `benchmarks.quality` measured."""
+"""Tables and figure of what `python -m benchmarks quality` measured."""
 
 from __future__ import annotations
 
@@ -172,11 +172,11 @@ def plot(rows: list[Row], sets: list[str], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks quality-table", description=__doc__)
     parser.add_argument("file", type=Path)
     parser.add_argument("--figure", type=Path, help="write the curves here, as a PNG")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     rows = read(arguments.file)
     sets = list(dict.fromkeys(row["set"] for row in rows))
     for table in (recipes_table, reach_table, ablation_table, calls_table):
@@ -184,7 +184,4 @@ def main() -> None:
     print(modes_table(rows))
     if arguments.figure:
         plot(rows, sets, arguments.figure)
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -32,7 +32,7 @@ BESIDE += ("pyarrow", "scikit-learn", "torchdiffeq", "torchao", "diffusers", "ma
 CORE = (
     "tests/test_architecture.py",
     "tests/utils",
-    "tests/data/test_store.py",
+    "tests/data",
     "tests/model",
     "tests/flow",
     "tests/training",

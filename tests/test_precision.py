@@ -30,7 +30,8 @@ from blip3o_dit.training.config import PAPER_RECIPE, TrainingConfig
 from blip3o_dit.training.distillation import DistillationConfig, distill
 from blip3o_dit.training.run import train
 from tests.conftest import randomize, tiny_config
-from tests.stores import write_linear_store
+from tests.helpers.stores import write_linear_store
+from tests.helpers.training import tiny_training
 
 pytestmark = pytest.mark.slow
 
@@ -57,7 +58,6 @@ SETTINGS: dict[str, Any] = dict(
     logging_steps=5,
     ema_decay=0.0,
     cfg_dropout=0.2,
-    device="cpu",
 )
 
 
@@ -80,8 +80,7 @@ def trained(store: EmbeddingStore, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def train_once(store: EmbeddingStore, output: Path, **changes: Any) -> Path:
-    paths = dict(embeddings_path=str(store.path), output_dir=str(output))
-    return train(TrainingConfig(**(paths | SETTINGS | changes)))
+    return train(tiny_training(store.path, output, **(SETTINGS | changes)))
 
 
 def inference(folder: Path, dtype: torch.dtype) -> BLIP3oInference:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import quality_table
+from benchmarks import __main__ as benchmarks
 from benchmarks.quality_data import modes
 from benchmarks.quality_table import calls_table, modes_table, reach_table, recipes_table
 
@@ -64,13 +64,10 @@ def test_scores_are_relative_to_fifty_euler_calls() -> None:
     assert "| 1 | student, direct | 0.2100 (+5.0 %) |" in calls_table(ROWS, ["digits"])
 
 
-def test_the_command_draws_and_prints(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_draws_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, figure = tmp_path / "rows.jsonl", tmp_path / "figure.png"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    monkeypatch.setattr("sys.argv", ["quality_table", str(file), "--figure", str(figure)])
-    quality_table.main()
+    assert benchmarks.main(["quality-table", str(file), "--figure", str(figure)]) == 0
     assert figure.stat().st_size > 1000
     assert modes_table(ROWS) in capsys.readouterr().out
 

@@ -33,10 +33,9 @@ from blip3o_dit.evaluation.summary import compare, summarize
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.metrics.downstream import retrieval_ranks
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
-from blip3o_dit.training.config import TrainingConfig
-from blip3o_dit.training.run import train
 from blip3o_dit.utils.checksums import seal
-from tests.stores import write_linear_store
+from tests.helpers.stores import write_linear_store
+from tests.helpers.training import train_model
 
 QUICK = ["--num_inference_steps", "2", "--curve_calls", "1", "2", "--bootstrap", "50", "--device", "cpu"]
 
@@ -67,23 +66,6 @@ def small(models: list[Path], store: Path, output: Path, **changes: Any) -> dict
         gallery_samples=16,
     )
     return evaluate_models(models, store, output, EvaluationConfig(**(options | changes)), progress=False)
-
-
-def train_model(store: EmbeddingStore, output: Path, **changes: Any) -> Path:
-    settings = dict(
-        embeddings_path=str(store.path),
-        output_dir=str(output),
-        model_dim=16,
-        num_layers=1,
-        num_heads=2,
-        max_steps=4,
-        batch_size=8,
-        eval_split=0.4,
-        eval_samples=2,
-        eval_inference_steps=2,
-        device="cpu",
-    )
-    return train(TrainingConfig(**(settings | changes)))
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,13 @@ import torch
 from scipy.integrate import quad
 from torch import Tensor
 
-from benchmarks.linear_gaussian import LinearGaussian
 from blip3o_dit.evaluation import scores
 from blip3o_dit.evaluation.config import EvaluationConfig
 from blip3o_dit.evaluation.predictions import collect_predictions
 from blip3o_dit.evaluation.reference import ReferenceSet, collect_reference
 from blip3o_dit.utils.stateless_random import stateless_normal
-from tests.stores import write_linear_store
+from tests.helpers.linear_gaussian import LinearGaussian
+from tests.helpers.stores import write_linear_store
 
 CONFIG = EvaluationConfig(
     batch_size=64, draw_samples=400, distribution_samples=800, bootstrap=200, half_samples=10

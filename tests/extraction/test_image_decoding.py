@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.mixed_pictures import write_mixed_pictures
 from blip3o_dit.extraction.image_decoding import UnreadableImageError, decode_image
+from tests.helpers.mixed_images import write_mixed_images
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -130,7 +130,7 @@ def test_every_flipped_byte_gives_an_image_or_a_reason() -> None:
 
 
 def test_mixed_images_are_read_and_exactly_the_broken_ones_refused(tmp_path: Path) -> None:
-    broken = write_mixed_pictures(tmp_path, count=120, broken=0.2, seed=3)
+    broken = write_mixed_images(tmp_path, count=120, broken=0.2, seed=3)
     assert len(broken) == 24
     refused = set()
     for file in (file for file in tmp_path.rglob("*") if file.is_file()):

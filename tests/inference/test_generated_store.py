@@ -15,7 +15,7 @@ from blip3o_dit.inference import generated_store
 from blip3o_dit.inference.generated_store import GeneratedStore
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
-from tests.stores import write_linear_store
+from tests.helpers.stores import write_linear_store
 
 SAMPLE = 9 * (12 + 8) * 4  # bytes
 

@@ -22,7 +22,7 @@ from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.utils.distributed import pick_device
 from blip3o_dit.utils.stateless_random import stateless_normal
 from tests.conftest import randomize, tiny_config
-from tests.stores import write_linear_store
+from tests.helpers.stores import write_linear_store
 
 
 @pytest.fixture

@@ -23,7 +23,8 @@ from blip3o_dit.training.callbacks import read_log
 from blip3o_dit.training.config import PAPER_RECIPE, TrainingConfig
 from blip3o_dit.training.run import build_trainer, train
 from blip3o_dit.utils.checksums import seal
-from tests.stores import write_linear_store
+from tests.helpers.stores import write_linear_store
+from tests.helpers.training import tiny_training
 
 RAW = {**PAPER_RECIPE, "num_inference_steps": 2}
 CONFIG = EvaluationConfig(
@@ -40,23 +41,15 @@ CONFIG = EvaluationConfig(
 
 def config_of(store: EmbeddingStore, output: Path, **changes: Any) -> TrainingConfig:
     settings = dict(
-        embeddings_path=str(store.path),
-        output_dir=str(output),
-        model_dim=16,
-        num_layers=1,
-        num_heads=2,
         max_steps=4,
         logging_steps=2,
         save_steps=2,
         eval_steps=4,
-        batch_size=8,
         eval_split=0.4,
         eval_samples=100,
-        eval_inference_steps=2,
         num_inference_steps=2,
-        device="cpu",
     )
-    return TrainingConfig(**(settings | changes))
+    return tiny_training(store.path, output, **(settings | changes))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.linear_gaussian import LinearGaussian
 from blip3o_dit.flow.config import FlowMatchingConfig
 from blip3o_dit.flow.path import AffineSource, LinearPath, make_path
 from blip3o_dit.flow.predictions import convert_prediction
@@ -17,6 +16,7 @@ from blip3o_dit.ridge import neighbourhood_features
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.fit_source import fit_source
 from tests.conftest import randomize, tiny_config
+from tests.helpers.linear_gaussian import LinearGaussian
 
 
 def informed_model(source: str = "ridge_3x3") -> BLIP3oDiTModel:

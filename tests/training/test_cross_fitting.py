@@ -30,8 +30,8 @@ from blip3o_dit.training.fit_source import (
 from blip3o_dit.training.run import build_trainer, train
 from blip3o_dit.training.trainer import BLIP3oTrainer
 from blip3o_dit.utils.checksums import CHECKSUMS_FILE, seal
-from tests.stores import write_linear_store
-from tests.training.test_training import config_for, same
+from tests.helpers.stores import write_linear_store
+from tests.helpers.training import config_for, same
 
 EVERYTHING = dict(save_steps=2, max_steps=4, eval_steps=100, eval_samples=0)
 

@@ -14,8 +14,8 @@ from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.run import train
 from blip3o_dit.utils.checksums import CHECKSUMS_FILE
 from tests.fuzz.mutators import flip_bytes
-from tests.stores import write_linear_store
-from tests.training.test_training import config_for
+from tests.helpers.stores import write_linear_store
+from tests.helpers.training import config_for
 
 # What a model folder also holds and nothing reads back, or reads as what it is: a log, a picture.
 NOT_COVERED = {"training_log.jsonl", "training_curves.png"}

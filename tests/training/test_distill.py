@@ -24,8 +24,8 @@ from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.distillation import DistillationConfig, train_student, trajectory_targets
 from blip3o_dit.utils.checksums import verify
 from tests.conftest import randomize, tiny_config
-from tests.evaluation.test_evaluate import train_model
-from tests.stores import write_linear_store
+from tests.helpers.stores import write_linear_store
+from tests.helpers.training import train_model
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])

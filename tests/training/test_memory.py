@@ -24,8 +24,8 @@ from blip3o_dit.training.distillation import DistillationConfig, distill
 from blip3o_dit.training.memory import GIB, Activations, Room, forecast
 from blip3o_dit.training.run import train
 from tests.conftest import tiny_config
-from tests.stores import write_linear_store
-from tests.training.test_training import config_for
+from tests.helpers.stores import write_linear_store
+from tests.helpers.training import config_for
 
 CPU = torch.device("cpu")
 DEFAULT_DATA = dict(num_tokens=64, condition_dim=1280, target_dim=768)

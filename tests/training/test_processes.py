@@ -18,10 +18,10 @@ from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.loading import EMA_FILE
 from blip3o_dit.training.callbacks import read_log
 from blip3o_dit.training.checkpoint import verify_checkpoint
-from tests.inference.jobs import generate_store
-from tests.launched import launch
-from tests.stores import write_linear_store
-from tests.training import jobs
+from tests.helpers import training_jobs as jobs
+from tests.helpers.inference_jobs import generate_store
+from tests.helpers.processes import launch
+from tests.helpers.stores import write_linear_store
 
 pytestmark = pytest.mark.slow
 

@@ -33,8 +33,8 @@ from blip3o_dit.utils import atomic
 from blip3o_dit.utils.checksums import CHECKSUMS_FILE, seal, verify
 from blip3o_dit.utils.errors import StoppedEarly, WriteError
 from blip3o_dit.utils.json_files import read_json
-from tests.stores import write_linear_store
-from tests.training.test_training import config_for, make_trainer, same
+from tests.helpers.stores import write_linear_store
+from tests.helpers.training import config_for, make_trainer, same
 
 # 40 samples to train on, 5 steps a pass; steps 3 and 6 lie inside a pass and inside a logging interval of 4.
 EVERY = dict(num_epochs=2, logging_steps=4, save_steps=3, eval_steps=4)

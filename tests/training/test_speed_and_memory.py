@@ -33,8 +33,8 @@ from blip3o_dit.training.metrics import Throughput, forward_flops, matmul_rate
 from blip3o_dit.training.run import train
 from blip3o_dit.training.trainer import BLIP3oTrainer
 from tests.conftest import randomize, tiny_config
-from tests.stores import write_linear_store
-from tests.training.test_training import config_for, make_trainer, same
+from tests.helpers.stores import write_linear_store
+from tests.helpers.training import config_for, make_trainer, same
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from blip3o_dit.cli.train import main as train_main
-from blip3o_dit.data.dataset import EmbeddingDataset, split_samples, training_sampler
+from blip3o_dit.data.dataset import split_samples, training_sampler
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.flow.path import LinearPath
 from blip3o_dit.flow.predictions import preconditioning
@@ -25,41 +25,19 @@ from blip3o_dit.training.anomalies import NonFiniteLossError
 from blip3o_dit.training.arguments import training_arguments
 from blip3o_dit.training.callbacks import read_log
 from blip3o_dit.training.checkpoint import LoopState, best_saved, check_checkpoint
-from blip3o_dit.training.config import TrainingConfig, resolve_config
+from blip3o_dit.training.config import resolve_config
 from blip3o_dit.training.distillation import DistillationConfig, distill
 from blip3o_dit.training.run import build_trainer, train
-from blip3o_dit.training.trainer import BLIP3oTrainer
 from blip3o_dit.training.wandb_setup import prepare_wandb
 from blip3o_dit.utils.checksums import seal
 from blip3o_dit.utils.distributed import join_processes
-from tests.stores import write_linear_store
-
-# 40 samples to train on, 5 steps a pass.
-TINY: dict[str, Any] = dict(
-    model_dim=32,
-    num_layers=1,
-    num_heads=2,
-    num_epochs=2,
-    batch_size=8,
-    eval_batch_size=8,
-    learning_rate=1e-3,
-    eval_split=1 / 6,
-    logging_steps=2,
-    eval_steps=5,
-    save_steps=5,
-    eval_samples=4,
-    eval_inference_steps=2,
-    device="cpu",
-)
+from tests.helpers.stores import write_linear_store
+from tests.helpers.training import config_for, make_trainer, same
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
     return write_linear_store(tmp_path_factory.mktemp("data") / "store")
-
-
-def config_for(store: EmbeddingStore, output: Path, **changes: Any) -> TrainingConfig:
-    return TrainingConfig(embeddings_path=str(store.path), output_dir=str(output), **(TINY | changes))
 
 
 @pytest.fixture(scope="module")
@@ -68,26 +46,8 @@ def finished(store: EmbeddingStore, tmp_path_factory: pytest.TempPathFactory) ->
     return train(config_for(store, tmp_path_factory.mktemp("run") / "whole"))
 
 
-def make_trainer(store: EmbeddingStore, output: Path, **changes: Any) -> BLIP3oTrainer:
-    config = config_for(store, output, **changes)
-    split = split_samples(store, eval_split=config.eval_split, seed=config.seed)
-    torch.manual_seed(0)
-    model = BLIP3oDiTModel(config.model(num_tokens=9, condition_dim=12, target_dim=8))
-    return BLIP3oTrainer(
-        model,
-        training_arguments(config, evaluate=True),
-        config=config,
-        train_dataset=EmbeddingDataset(store, split.train),
-        eval_dataset=EmbeddingDataset(store, split.eval),
-    )
-
-
 def tensors(file: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_the_output_folder_holds_all_that_generation_needs(finished: Path, store: EmbeddingStore) -> None:

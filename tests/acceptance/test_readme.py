@@ -19,7 +19,7 @@ from blip3o_dit.cli.extract import main as extract_main
 from blip3o_dit.cli.main import main as command_main
 from blip3o_dit.cli.train import main as train_main
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, flags=re.DOTALL)
 SMALL = "--model_dim=32 --num_layers=1 --num_heads=2 --max_steps=4 --batch_size=4 --eval_samples=2"

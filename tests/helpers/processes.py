@@ -13,8 +13,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-PRELOADED = ["blip3o_dit.training.run", "blip3o_dit.evaluation.evaluate", "tests.training.jobs"]
+ROOT = Path(__file__).parents[2]
+PRELOADED = ["blip3o_dit.training.run", "blip3o_dit.evaluation.evaluate", "tests.helpers.training_jobs"]
 
 
 def launch(job: Callable[..., Any], processes: int, *arguments: Any) -> list[Any]:

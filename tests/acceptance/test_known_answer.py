@@ -1,4 +1,4 @@
-"""Training and sampling against a data set whose optimal flow is known (benchmarks/linear_gaussian.py)."""
+"""Training and sampling on a data set whose optimal flow is known (tests/helpers/linear_gaussian.py)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.linear_gaussian import train_and_compare
+from tests.helpers.linear_gaussian import train_and_compare
 
 # Shares of what is explainable. The velocity's bounds are the project's promise. Predicting the noise
 # divides its error by alpha near t = 0 and predicting the data divides by sigma near t = 1, so their

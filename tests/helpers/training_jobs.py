@@ -31,28 +31,27 @@ from blip3o_dit.training.trainer import BLIP3oTrainer
 from blip3o_dit.utils.distributed import join_processes
 from blip3o_dit.utils.errors import StoppedEarly
 from tests.conftest import randomize, tiny_config
+from tests.helpers.training import tiny_training
 
 torch.set_num_threads(1)
 
-# 90 samples: 75 to train on, 3 global batches of 32 a pass, and 15 held out, 2 batches of 8 and 7.
+# Of 90 samples 75 to train on, 3 global batches of 32 an epoch, and 15 held out, 2 batches of 8 and 7.
 CONFIG: dict[str, Any] = dict(
     model_dim=32,
     num_layers=2,
-    num_heads=2,
+    batch_size=32,
     learning_rate=1e-3,
     eval_split=1 / 6,
     eval_batch_size=8,
     eval_samples=11,
-    eval_inference_steps=2,
     logging_steps=1,
     save_steps=1000,
     cfg_dropout=0.1,
-    device="cpu",
 )
 
 
 def config_for(store: Path, output: Path, changes: dict[str, Any]) -> TrainingConfig:
-    return TrainingConfig(embeddings_path=str(store), output_dir=str(output), **(CONFIG | changes))
+    return tiny_training(store, output, **(CONFIG | changes))
 
 
 def train_once(store: Path, output: Path, changes: dict[str, Any], resume: Path | None = None) -> None:

@@ -1,13 +1,7 @@
-"""python -m benchmarks.mixed_pictures FOLDER: small pictures of many kinds, some of them broken.
-
-The same seed writes the same bytes. The relative paths of the broken ones are returned, and written to
-FOLDER's neighbour expected_skips.json.
-"""
+"""Small image files of many kinds, some of them broken; the same seed writes the same bytes."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import struct
 import zlib
 from collections.abc import Callable
@@ -18,22 +12,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--count", type=int, default=3000)
-    parser.add_argument("--broken", type=float, default=0.01)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    broken = write_mixed_pictures(
-        arguments.folder, count=arguments.count, broken=arguments.broken, seed=arguments.seed
-    )
-    arguments.folder.with_name("expected_skips.json").write_text(json.dumps(sorted(broken), indent=2) + "\n")
-    print(f"{arguments.count} pictures in {arguments.folder}, {len(broken)} of them broken")
-
-
-def write_mixed_pictures(folder: Path, *, count: int, broken: float, seed: int) -> set[str]:
-    """Write the pictures below `folder`; returns the relative paths of the broken ones."""
+def write_mixed_images(folder: Path, *, count: int, broken: float, seed: int) -> set[str]:
+    """Write the images below `folder`; returns the relative paths of the broken ones."""
     generator = np.random.default_rng(seed)
     wrong = set(generator.permutation(count)[: round(count * broken)].tolist())
     bad: set[str] = set()
@@ -62,36 +42,36 @@ def _scene(generator: np.random.Generator) -> Image.Image:
     across = np.linspace(0, 1, width)[None, :, None] * generator.integers(60, 200, 3)
     down = np.linspace(0, 1, height)[:, None, None] * generator.integers(0, 55, 3)
     grain = generator.integers(0, 12, (height, width, 1))
-    picture = Image.fromarray(np.clip(across + down + grain, 0, 255).astype(np.uint8))
-    draw = ImageDraw.Draw(picture)
+    image = Image.fromarray(np.clip(across + down + grain, 0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
     for _ in range(3):
         x, y = (int(v) for v in generator.integers(0, (width, height)))
         radius = int(generator.integers(5, 60))
-        colour = tuple(int(v) for v in generator.integers(0, 256, 3))
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
-    return picture
+        color = tuple(int(v) for v in generator.integers(0, 256, 3))
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
+    return image
 
 
-def _encoded(picture: Image.Image, kind: str, **options: object) -> bytes:
+def _encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     out = BytesIO()
-    picture.save(out, kind, **options)
+    image.save(out, kind, **options)
     return out.getvalue()
 
 
-def _sixteen_bit(picture: Image.Image) -> bytes:
-    grey = np.asarray(picture.convert("L")).astype(np.uint16) * 257
+def _sixteen_bit(image: Image.Image) -> bytes:
+    grey = np.asarray(image.convert("L")).astype(np.uint16) * 257
     return _encoded(Image.fromarray(grey), "PNG")
 
 
-def _rotated(picture: Image.Image) -> bytes:
+def _rotated(image: Image.Image) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
-    return _encoded(picture, "JPEG", exif=exif)
+    return _encoded(image, "JPEG", exif=exif)
 
 
-def _animated(picture: Image.Image) -> bytes:
-    frames = [picture.rotate(90 * k) for k in range(1, 3)]
-    return _encoded(picture, "GIF", save_all=True, append_images=frames)
+def _animated(image: Image.Image) -> bytes:
+    frames = [image.rotate(90 * k) for k in range(1, 3)]
+    return _encoded(image, "GIF", save_all=True, append_images=frames)
 
 
 KINDS: dict[str, tuple[str, Callable[[Image.Image], bytes]]] = {
@@ -123,7 +103,3 @@ BROKEN: dict[str, Callable[[np.random.Generator, bytes], bytes]] = {
     "bomb": _bomb,
     "noise": lambda generator, data: generator.bytes(500),
 }
-
-
-if __name__ == "__main__":
-    main()

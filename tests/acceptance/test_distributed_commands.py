@@ -1,0 +1,107 @@
+"""The specification's distributed training: as `accelerate config` leaves it, and in two processes."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blip3o_dit.training.trainer import BLIP3oTrainer
+from tests.acceptance.commands import (
+    SMALL_AND_QUICK,
+    assert_whole_run,
+    json_of,
+    log_of,
+    run_command,
+    run_here,
+    run_with_enter,
+    words,
+)
+from tests.acceptance.specification import CONFIGURE_DISTRIBUTED, DISTRIBUTED
+
+pytestmark = pytest.mark.usefixtures("without_a_gpu", "console_restored")
+
+# Two processes on one machine; what `accelerate launch` is not told it asks its configuration for.
+MULTI_GPU = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+DISTRIBUTED_FLAGS = [*SMALL_AND_QUICK, *shlex.split("--max_steps 2 --logging_steps 1 --save_steps 2")]
+
+
+def assert_trained_once(output: Path, said: str, *, processes: int) -> None:
+    """One training into one folder, whatever started it: not as many trainings as processes."""
+    assert_whole_run(output)
+    described = [line for line in said.splitlines() if "process(es)" in line]
+    assert len(described) == 1 and f"{processes} process(es) x batch" in described[0]
+    log = log_of(output)
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2]
+    assert [entry["step"] for entry in log if "eval_loss" in entry] == [2]
+    assert sum("train_runtime" in entry for entry in log) == 1
+    progress = json_of(output / "checkpoint-2" / "progress.json")
+    settings = json_of(output / "training_config.json")
+    steps = settings["batch_size"] * settings["gradient_accumulation_steps"]
+    assert progress["run"]["global_batch"] == processes * steps
+
+
+@pytest.mark.slow
+def test_distributed_as_configured(folder: Path) -> None:
+    """`accelerate config` with every question at its default, then the launch as it is written."""
+    status, shown = run_with_enter(CONFIGURE_DISTRIBUTED.split(), folder)
+    assert status == 0 and "configuration saved" in shown, shown
+    assert (folder / "huggingface/accelerate/default_config.yaml").is_file()
+    result = run_command([*words(DISTRIBUTED, folder), *DISTRIBUTED_FLAGS], folder)
+    assert result.returncode == 0, result.stderr
+    output = folder / "checkpoints/blip3o-dit-distributed"
+    assert_trained_once(output, result.stderr, processes=1)
+    config = json_of(output / "training_config.json")
+    assert (config["batch_size"], config["gradient_accumulation_steps"]) == (16, 2)
+
+
+@pytest.mark.slow
+def test_precision_of_accelerate_config(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who answers bf16 there launches with this variable: refused, or what runs is what is written down."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    used = []
+    whole = BLIP3oTrainer.train
+
+    def watched(self: BLIP3oTrainer, *arguments: Any, **options: Any) -> Any:
+        used.append(self.accelerator.mixed_precision)
+        return whole(self, *arguments, **options)
+
+    monkeypatch.setattr(BLIP3oTrainer, "train", watched)
+    status = run_here(DISTRIBUTED.replace("accelerate launch", "python"), folder, *DISTRIBUTED_FLAGS)
+    said = capsys.readouterr().err
+    if status != 0:
+        assert used == [] and "bf16" in said
+        return
+    config = json_of(folder / "checkpoints/blip3o-dit-distributed/training_config.json")
+    assert used == ["bf16" if config["bf16"] else "no"]
+    assert ("; bf16 on" if config["bf16"] else "; float32 on") in said
+
+
+@pytest.fixture(scope="session")
+def one_process(shared: Path) -> dict[str, Any]:
+    """What one process logs of its first step, with a batch as large as two processes take together."""
+    output = shared / "checkpoints/one-process"
+    flags = [*DISTRIBUTED_FLAGS, *shlex.split("--batch_size 8 --output_dir"), str(output)]
+    assert run_here(DISTRIBUTED.replace("accelerate launch", "python"), shared, *flags) == 0
+    return log_of(output)[0]
+
+
+@pytest.mark.slow
+def test_two_processes(folder: Path, one_process: dict[str, Any]) -> None:
+    """Two processes take the step that one process takes with batches twice as large.
+
+    The launcher is not told to use the CPU; where it is told, and torchrun, are run by the README's test.
+    """
+    command = words(DISTRIBUTED.replace("accelerate launch", f"accelerate launch {MULTI_GPU}"), folder)
+    result = run_command([*command, *DISTRIBUTED_FLAGS, "--batch_size", "4"], folder)
+    assert result.returncode == 0, result.stderr
+    output = folder / "checkpoints/blip3o-dit-distributed"
+    assert_trained_once(output, result.stderr, processes=2)
+
+    first = log_of(output)[0]
+    for name in ("step", "epoch", "loss", "grad_norm", "cosine_similarity", "l2_distance"):
+        assert first[name] == pytest.approx(one_process[name], rel=1e-4), name
