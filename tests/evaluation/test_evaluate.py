@@ -451,8 +451,10 @@ def test_generate_computes_in_the_dtype_asked_for(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
     models = []
-    read = BLIP3oDiTModel.read
-    monkeypatch.setattr(BLIP3oDiTModel, "read", lambda *a, **k: models.append(read(*a, **k)) or models[-1])
+    load = BLIP3oDiTModel.load_for_inference
+    monkeypatch.setattr(
+        BLIP3oDiTModel, "load_for_inference", lambda *a, **k: models.append(load(*a, **k)) or models[-1]
+    )
     words = ["generate", str(folder / "a"), str(folder / "store"), str(tmp_path / "out")]
     assert main([*words, "--num_samples", "3", "--dtype", dtype, "--device", "cpu"]) == 0
     assert [str(model.dtype) for model in models] == [f"torch.{dtype}"]

@@ -117,7 +117,7 @@ def test_a_model_of_raw_features_holds_statistics_and_does_not_use_them(root: Pa
 def test_the_statistics_are_of_the_normalised_tokens(root: Path, tmp_path: Path) -> None:
     store, split = sides(root)
     config = config_of(store, tmp_path / "n", normalize_embeddings=True, eval_samples=0, **RAW)
-    model = build_trainer(store, config).dit
+    model = build_trainer(store, config).unwrapped_model
     clip = torch.nn.functional.normalize(store.fetch(split.train)[1], dim=-1)
     torch.testing.assert_close(model.target_mean, clip.mean(dim=(0, 1)))
     assert torch.equal(model.normalize_target(store.fetch(split.train)[1]), clip)
