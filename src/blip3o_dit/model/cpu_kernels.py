@@ -11,8 +11,7 @@
   the weight that is made for it and dropped, which is several times faster than emulating bfloat16 and
   keeps half the memory.
 * A few rows on a CPU: w x^T instead of x w^T, the same numbers in another order in memory. For 64 rows that
-  is up to 1.4 times as fast, for 256 and 512 up to 1.2 times, for 2048 no longer (`python -m benchmarks
-  products`).
+  is up to 1.4 times as fast, for 256 and 512 up to 1.2 times, for 2048 no longer (docs/speed.md).
 * RMSNorm as one autograd function, as torch has no fused kernel for it on a CPU.
 
 Layers that something else was done to (hooks, LoRA, quantised weights) are called one by one, and
