@@ -36,7 +36,7 @@ def modules_of_tree() -> list[str]:
     for line in TREE[1].splitlines():
         name = line.split()[0] if line.strip() else ""
         if name.endswith("/"):
-            folder = name if line.startswith(" ") else ""
+            folder = name
         elif name.endswith((".py", ".jinja")):
             listed.append((folder if line.startswith("    ") else "") + name)
     return listed
