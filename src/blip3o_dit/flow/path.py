@@ -1,6 +1,6 @@
 """Probability paths between noise and data, and informed sources in place of the noise.
 
-The one convention of this project (others are converted in `model/official_convention.py`):
+The one convention of this project (others are converted in `model/conversion.py`):
 
 * t in [0, 1]; x_0 is the source (noise) at t = 0, x_1 is the data at t = 1, v = dx/dt.
 * x_t = alpha(t) x_1 + sigma(t) eps with eps ~ N(0, I).

@@ -1,7 +1,10 @@
 """Weights to and from other layouts: the official BLIP3-o state dict and diffusers' Lumina class.
 
-Both use the other time convention, so the sign of the output layer flips on the way
-(`official_convention.py`). Nothing is guessed: a missing, unexpected or misshapen tensor is an error.
+Here t = 0 is noise, t = 1 is data, and the network predicts dx/dt (about data minus noise). There timestep
+1000 is noise, 0 is data, and the network predicts dx/dsigma (noise minus data). So the network embeds
+1000 (1 - t), and the sign of the output layer flips on the way.
+
+Nothing is guessed: a missing, unexpected or misshapen tensor is an error.
 """
 
 from __future__ import annotations
@@ -19,11 +22,11 @@ from blip3o_dit.flow.config import FlowMatchingConfig
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.loading import compare_shapes, count_and_show
-from blip3o_dit.model.official_convention import flip_velocity_sign
 from blip3o_dit.utils.json_files import one_line, weight_files_of
 
 OFFICIAL_PREFIXES = ("model.dit.model.", "dit.model.", "model.", "")
 CONDITION_PREFIX = "caption_projection."
+OUTPUT_LAYER = "norm_out.linear_2."
 
 # What else a released checkpoint holds beside the DiT: language model, vision towers, decoder.
 OTHER_GROUPS = (
@@ -146,6 +149,11 @@ def from_diffusers_state_dict(
     model = BLIP3oDiTModel(config)
     _load(model.dit, flip_velocity_sign(weights))
     return model
+
+
+def flip_velocity_sign(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same network predicting the velocity of the other convention (its own inverse)."""
+    return {name: -x if name.startswith(OUTPUT_LAYER) else x for name, x in state_dict.items()}
 
 
 def _check_exportable(what: str, model: BLIP3oDiTModel) -> None:

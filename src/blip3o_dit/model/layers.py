@@ -1,14 +1,28 @@
-"""Layers and functions that know nothing of the network: dtype-following layers, time features, rotation."""
+"""Dtype-following layers, time features, rotation, checkpointing: nothing here knows the network."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 TIME_FREQUENCIES = 256
+
+# What selective checkpointing keeps: everything else of a block costs next to nothing to compute again.
+SAVED_OPS = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
 
 
 class Linear(nn.Linear):
@@ -83,3 +97,11 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, H, N, h / 2] twice
     rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return rotated.flatten(-2).to(x.dtype)
+
+
+def checkpoint_block(block: Callable[..., Tensor], *inputs: Any, selective: bool) -> Tensor:
+    """The block's output; only its inputs are kept, or with `selective` also the results of SAVED_OPS."""
+    settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # no randomness inside
+    if selective:
+        settings["context_fn"] = partial(create_selective_checkpoint_contexts, SAVED_OPS)
+    return checkpoint(block, *inputs, **settings)

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip3o_dit.model.checkpointing import checkpoint_block
 from blip3o_dit.model.config import BLIP3oDiTConfig, default_ffn_dim
 from blip3o_dit.model.encoded_condition import EncodedCondition, KeysValues
 from blip3o_dit.model.layers import (
@@ -22,11 +21,11 @@ from blip3o_dit.model.layers import (
     LayerNorm,
     Linear,
     RMSNorm,
+    checkpoint_block,
     rotary_tables,
     rotate,
     sinusoidal_features,
 )
-from blip3o_dit.model.official_convention import official_timestep
 from blip3o_dit.model.precision import compute_dtype, without_autocast
 
 
@@ -145,7 +144,8 @@ class NextDiT(nn.Module):
         return self.guess_embedder(source_mean) + (self.patch_embedder(source_mean) - bias)
 
     def _time_embedding(self, timestep: Tensor, pooled: Tensor) -> Tensor:
-        features = sinusoidal_features(official_timestep(timestep))  # [B, 256]
+        # BLIP3-o's times, which the released weights embed: 1000 is noise, 0 data (see `conversion.py`).
+        features = sinusoidal_features(1000.0 * (1.0 - timestep))  # [B, 256]
         return self.time_caption_embed(features.to(pooled.dtype), pooled)  # [B, min(d, 1024)]
 
     def _rope(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
