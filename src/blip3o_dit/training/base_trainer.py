@@ -20,7 +20,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from blip3o_dit.data.dataset import EmbeddingDataset, ShuffledSampler, identity_collate, training_sampler
+from blip3o_dit.data.dataset import (
+    BatchNoise,
+    EmbeddingDataset,
+    ShuffledSampler,
+    identity_collate,
+    training_sampler,
+)
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.loading import EMA_FILE
 from blip3o_dit.training.anomalies import (
@@ -32,19 +38,12 @@ from blip3o_dit.training.anomalies import (
     write_diagnosis,
     write_spike,
 )
-from blip3o_dit.training.callbacks import (
-    ConsoleCallback,
-    EMACallback,
-    JSONLogCallback,
-    ShardingCallback,
-    StepHooks,
-)
+from blip3o_dit.training.callbacks import ConsoleCallback, JSONLogCallback
 from blip3o_dit.training.checkpoint import (
     TRAINER_STATE_FILE,
     LoopState,
     RunIdentity,
     best_saved,
-    fingerprint,
     global_batch,
     keep_newest,
     save_trainer_state,
@@ -52,7 +51,7 @@ from blip3o_dit.training.checkpoint import (
 from blip3o_dit.training.config import TRAINING_CONFIG_FILE, TrainingConfig
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.fit_source import SourceFolds, load_folds
-from blip3o_dit.training.fsdp import check_sharding, keep_the_dtype_rule
+from blip3o_dit.training.fsdp import check_sharding, keep_the_dtype_rule, let_generate
 from blip3o_dit.training.metrics import Throughput, TrainingMetrics, measure_throughput
 from blip3o_dit.training.optimizer_state import gathered_state, load_optimizer, save_optimizer
 from blip3o_dit.training.stopping import StopRequest, outlive_stops
@@ -78,10 +77,18 @@ def overrides_trainer(method: Method) -> Method:
     return method
 
 
-class ExactResumeTrainer(Trainer, ABC):
+class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
     """Trains a `BLIP3oDiTModel`; a continued run ends in the same weights as one that was not stopped.
 
-    The arguments are those of `BLIP3oTrainer`, which adds the flow to it.
+    It is a callback of itself: see the methods `on_...`.
+
+    Args:
+        model: with its statistics set; `model.config.flow` says what is trained.
+        args: Hugging Face's arguments, see `training_arguments`.
+        config: the run's configuration, written beside the weights.
+        train_dataset, eval_dataset: the two sides of the split; evaluation is skipped without the second.
+        source_folds: what an informed source starts from in training; a checkpoint brings its own.
+        callbacks: further callbacks.
     """
 
     def __init__(
@@ -91,15 +98,15 @@ class ExactResumeTrainer(Trainer, ABC):
         *,
         config: TrainingConfig,
         train_dataset: EmbeddingDataset,
-        eval_dataset: EmbeddingDataset | None,
-        source_folds: SourceFolds | None,
-        callbacks: Iterable[TrainerCallback],
+        eval_dataset: EmbeddingDataset | None = None,
+        source_folds: SourceFolds | None = None,
+        callbacks: Iterable[TrainerCallback] = (),
     ) -> None:
         super().__init__(
             model=model,
             args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=_with_noise(train_dataset, config.seed, "training"),
+            eval_dataset=eval_dataset and _with_noise(eval_dataset, config.seed, "evaluation"),
             data_collator=identity_collate,  # type: ignore[arg-type]
             callbacks=list(callbacks),
         )
@@ -125,25 +132,14 @@ class ExactResumeTrainer(Trainer, ABC):
         self.ema: ExponentialMovingAverage | None = None
         if config.ema_decay > 0:
             self.ema = ExponentialMovingAverage(model, config.ema_decay)
-        self._add_callbacks()
-
-    def _add_callbacks(self) -> None:
-        """Ours, in the order in which they act after a step."""
-        self.add_callback(self.stop_request)
-        self.add_callback(
-            StepHooks(
-                begin=self._restore_loop_state,
-                before_step=self._before_optimizer_step,
-                after_step=self._after_optimizer_step,
-            )
-        )
-        if self.ema is not None:
-            self.add_callback(EMACallback(self.ema, skip=lambda: self._overflowed))
-        self.add_callback(ShardingCallback(self.ema))
-        self.add_callback(JSONLogCallback())
+        for callback in (self.stop_request, self, JSONLogCallback()):
+            self.add_callback(callback)
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(ConsoleCallback())
+        model.dit.selective_checkpointing = config.selective_checkpointing
+        if config.compile:
+            model.dit.compile_blocks()
 
     @property
     def unwrapped_model(self) -> BLIP3oDiTModel:
@@ -288,17 +284,21 @@ class ExactResumeTrainer(Trainer, ABC):
         assert isinstance(self.train_dataset, EmbeddingDataset)
         return [record.get("key", "") for record in self.train_dataset.source.records(samples)]
 
-    def _before_optimizer_step(self) -> None:
+    def on_pre_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
         """Re-seed torch's global generator from (seed, step): torchao's stochastic rounding uses it, and must
         agree across processes and after a resume."""
         torch.manual_seed(stateless_seed(self.config.seed, "optimizer step", self.state.global_step))
 
-    def _after_optimizer_step(self) -> None:
+    def on_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
         """accelerate does not see that the scaler skipped a step of a fused optimizer, and the schedule would
         go on without it."""
         optimizer: Any = self.optimizer
         if self.accelerator.scaler is not None:
             optimizer._is_overflow = self._overflowed
+
+    def on_step_end(self, *_: Any, **kwargs: Any) -> None:
+        if self.ema is not None and not self._overflowed:
+            self.ema.update(self.unwrapped_model, self.state.global_step)
 
     # Logging -------------------------------------------------------------------------------------------
 
@@ -384,26 +384,22 @@ class ExactResumeTrainer(Trainer, ABC):
             Path(folder, TRAINING_CONFIG_FILE).write_bytes(self.config.to_json())
             Path(folder, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
-    def run_identity(self) -> RunIdentity:
-        """What a checkpoint of this run says of it."""
-        assert isinstance(self.train_dataset, EmbeddingDataset)
-        source = self.train_dataset.source
-        return RunIdentity(
-            source.num_samples, fingerprint(source), global_batch(self.config, self.args.world_size)
-        )
-
     def _current_loop_state(self) -> LoopState:
-        loss = self._tr_loss / self.args.world_size
+        assert isinstance(self.train_dataset, EmbeddingDataset)
+        run = RunIdentity.of(self.train_dataset.source, self.config, self.args.world_size)
         return LoopState(
-            run=self.run_identity(),
-            loss_since_log=self.accelerator.reduce(loss).item(),
+            run=run,
+            loss_since_log=self.accelerator.reduce(self._tr_loss / self.args.world_size).item(),
             loss_until_log=self._total_loss_scalar,
             last_logged_step=self._globalstep_last_logged,
             monitor=self.step_metrics.state,
         )
 
-    def _restore_loop_state(self) -> None:
-        """When training begins: what the next log line will say of the steps before the checkpoint."""
+    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
+        """What the next log line will say of the steps before the checkpoint; weights may be sharded now."""
+        let_generate(self.unwrapped_model)
+        if self.ema is not None:
+            self.ema.lay_out_like(self.unwrapped_model)
         assert all(name in vars(self) for name in PRIVATE_SUMS), "the Trainer sums its loss elsewhere"
         # The Trainer would go on with the intervals that the checkpoint was written with.
         self.state.compute_steps(self.args, self.state.max_steps)
@@ -445,4 +441,8 @@ class ExactResumeTrainer(Trainer, ABC):
     @overrides_trainer
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The stock one reads a pickle, and nothing here depends on a generator's state: see
-        `utils/stateless_random.py` and `_before_optimizer_step`."""
+        `utils/stateless_random.py` and `on_pre_optimizer_step`."""
+
+
+def _with_noise(dataset: EmbeddingDataset, seed: int, stream: str) -> EmbeddingDataset:
+    return EmbeddingDataset(dataset.source, dataset.indices, BatchNoise(seed, stream))

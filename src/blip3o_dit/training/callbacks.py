@@ -1,17 +1,14 @@
-"""Callbacks: averaged weights, console lines, the JSONL log, the curves."""
+"""Callbacks: console lines, the JSONL log, the curves."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback, TrainerState, TrainingArguments
 
-from blip3o_dit.training.ema import ExponentialMovingAverage
-from blip3o_dit.training.fsdp import let_generate
 from blip3o_dit.utils.atomic import write_atomically
 from blip3o_dit.utils.json_files import finite_or_none
 
@@ -19,52 +16,6 @@ LOG_FILE = "training_log.jsonl"
 CURVES_FILE = "training_curves.png"
 
 logger = logging.getLogger(__name__)
-
-
-class EMACallback(TrainerCallback):
-    """Updates the averaged weights after each optimizer step.
-
-    Args:
-        skip: whether the step was none, and the average is not to move.
-    """
-
-    def __init__(self, ema: ExponentialMovingAverage, skip: Callable[[], bool]) -> None:
-        self.ema = ema
-        self._skip = skip
-
-    def on_step_end(self, args: Any, state: TrainerState, *_: Any, model: Any = None, **kwargs: Any) -> None:
-        if not self._skip():
-            self.ema.update(getattr(model, "module", model), state.global_step)
-
-
-class ShardingCallback(TrainerCallback):
-    """Prepares averaging and generation for weights that may have been sharded when training begins."""
-
-    def __init__(self, ema: ExponentialMovingAverage | None) -> None:
-        self.ema = ema
-
-    def on_train_begin(self, *_: Any, model: Any = None, **kwargs: Any) -> None:
-        let_generate(model)
-        if self.ema is not None:
-            self.ema.lay_out_like(model)
-
-
-class StepHooks(TrainerCallback):
-    """Calls functions when training begins, and before and after each optimizer step."""
-
-    def __init__(
-        self, *, begin: Callable[[], None], before_step: Callable[[], None], after_step: Callable[[], None]
-    ) -> None:
-        self._begin, self._before_step, self._after_step = begin, before_step, after_step
-
-    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
-        self._begin()
-
-    def on_pre_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
-        self._before_step()
-
-    def on_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
-        self._after_step()
 
 
 class ConsoleCallback(ProgressCallback):

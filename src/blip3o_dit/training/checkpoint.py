@@ -63,6 +63,10 @@ class RunIdentity:
     fingerprint: str
     global_batch: int
 
+    @classmethod
+    def of(cls, source: Embeddings, config: TrainingConfig, processes: int) -> RunIdentity:
+        return cls(source.num_samples, fingerprint(source), global_batch(config, processes))
+
 
 @dataclass(frozen=True)
 class LoopState:

@@ -23,14 +23,7 @@ from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.training.arguments import make_deterministic, training_arguments, use_cpu
 from blip3o_dit.training.callbacks import CurvesCallback
-from blip3o_dit.training.checkpoint import (
-    RunIdentity,
-    check_checkpoint,
-    checkpoints,
-    fingerprint,
-    global_batch,
-    remove_leftovers,
-)
+from blip3o_dit.training.checkpoint import RunIdentity, check_checkpoint, checkpoints, remove_leftovers
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.fit_source import SourceFolds, fit_source, threads_of_all
 from blip3o_dit.training.memory import check_room, forecast, return_freed_memory, room_on, ways_to_fit
@@ -68,8 +61,7 @@ def train(
     _check_output(Path(_required(config.output_dir, "--output_dir")), resume, overwrite, dry_run)
     if resume is not None:
         processes = int(os.environ.get("WORLD_SIZE", "1"))
-        this_run = RunIdentity(source.num_samples, fingerprint(source), global_batch(config, processes))
-        check_checkpoint(resume, model_config, this_run)
+        check_checkpoint(resume, model_config, RunIdentity.of(source, config, processes))
     _check_memory(config, model_config, show=dry_run)
     if dry_run:
         with tempfile.TemporaryDirectory() as aside:  # the Trainer makes its folder when it is built

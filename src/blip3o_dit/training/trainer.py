@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from blip3o_dit.data.dataset import BatchNoise, EmbeddingDataset, identity_collate
+from blip3o_dit.data.dataset import EmbeddingDataset, identity_collate
 from blip3o_dit.data.embeddings import batches
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
 from blip3o_dit.flow.path import PathSample
 from blip3o_dit.metrics.fidelity import FidelitySums
-from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel, FlowBatch
+from blip3o_dit.model.blip3o_dit import FlowBatch
 from blip3o_dit.model.precision import has_native_matmul
 from blip3o_dit.training.base_trainer import ExactResumeTrainer
-from blip3o_dit.training.config import TrainingConfig
-from blip3o_dit.training.fit_source import SourceFolds
 from blip3o_dit.training.stopping import outlive_stops
 from blip3o_dit.utils.stateless_random import stateless_permutation
 
@@ -34,41 +30,14 @@ class BLIP3oTrainer(ExactResumeTrainer):
     Noise, times, condition dropout and the order of each epoch are functions of (seed, epoch, sample index):
     they do not depend on the number of processes, the batch split, workers, evaluation or a restart.
 
-    Args:
-        model: with its statistics set; `model.config.flow` says what is trained.
-        args: Hugging Face's arguments, see `training_arguments`.
-        config: the run's configuration, written beside the weights.
-        train_dataset, eval_dataset: the two sides of the split; evaluation is skipped without the second.
-        source_folds: what an informed source starts from in training; a checkpoint brings its own.
-        callbacks: further callbacks.
+    The arguments are those of `ExactResumeTrainer`.
     """
 
     loss_is_scaled_for_ga = False  # compute_loss returns a mean over the micro-batch
 
-    def __init__(
-        self,
-        model: BLIP3oDiTModel,
-        args: TrainingArguments,
-        *,
-        config: TrainingConfig,
-        train_dataset: EmbeddingDataset,
-        eval_dataset: EmbeddingDataset | None = None,
-        source_folds: SourceFolds | None = None,
-        callbacks: Iterable[TrainerCallback] = (),
-    ) -> None:
-        super().__init__(
-            model,
-            args,
-            config=config,
-            train_dataset=_with_noise(train_dataset, config.seed, "training"),
-            eval_dataset=eval_dataset and _with_noise(eval_dataset, config.seed, "evaluation"),
-            source_folds=source_folds,
-            callbacks=callbacks,
-        )
-        self.loss_fn = BLIP3oFlowMatchingLoss.from_config(model.config.flow)
-        model.dit.selective_checkpointing = config.selective_checkpointing
-        if config.compile:
-            model.dit.compile_blocks()
+    @cached_property
+    def loss_fn(self) -> BLIP3oFlowMatchingLoss:
+        return BLIP3oFlowMatchingLoss.from_config(self.unwrapped_model.config.flow)
 
     def flow_batch(self, batch: dict[str, Any], *, training: bool) -> FlowBatch[PathSample]:
         """A batch on its path; in training the source's mean is by maps that have not seen the samples, and
@@ -189,7 +158,3 @@ class BLIP3oTrainer(ExactResumeTrainer):
         if not self.config.weight_decay:
             return super().get_decay_parameter_names(model)
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
-
-
-def _with_noise(dataset: EmbeddingDataset, seed: int, stream: str) -> EmbeddingDataset:
-    return EmbeddingDataset(dataset.source, dataset.indices, BatchNoise(seed, stream))
