@@ -18,9 +18,10 @@ from torch.distributed.fsdp import fully_shard
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.evaluation.config import EvaluationConfig
 from blip3o_dit.evaluation.evaluate import evaluate_models
+from blip3o_dit.flow.path import FlowBatch
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model import transformer
-from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel, FlowBatch
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.precision import BFLOAT16_VARIABLE
 from blip3o_dit.training.anomalies import NonFiniteLossError
 from blip3o_dit.training.config import TrainingConfig

@@ -74,8 +74,7 @@ def test_activations_of_a_block_are_those_that_autograd_keeps(
         batch=8,
         condition_tokens=20,
         bytes_each=2 if narrow else 4,
-        norm_bytes=4 if narrow else 0,
-        stream_norm_bytes=0,
+        device=CPU,
     )
     found = keeps.kept_of_block(recompute, selective=False)
     if narrow and not recompute:  # bfloat16 copies of a block's matrices

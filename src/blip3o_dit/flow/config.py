@@ -9,8 +9,8 @@ from typing import Any
 from blip3o_dit.flow.path import PATHS, check_sigmas
 from blip3o_dit.flow.predictions import PREDICTIONS, Prediction
 from blip3o_dit.flow.solvers import SOLVERS
-from blip3o_dit.utils.json_files import short_repr, show_names
-from blip3o_dit.utils.validation import check_integer, check_name, check_range
+from blip3o_dit.utils.json_files import short_repr
+from blip3o_dit.utils.validation import check_integer, check_known, check_name, check_range
 
 SCHEDULE_TYPES = tuple(PATHS)
 PREDICTION_TYPES = tuple(PREDICTIONS)
@@ -90,8 +90,5 @@ class FlowMatchingConfig:
         """Raises ValueError for an unknown key, listing the known ones."""
         if not isinstance(values, dict):
             raise ValueError(f"flow_matching: expected an object, found {short_repr(values)}")
-        known = [f.name for f in fields(cls)]
-        unknown = set(values) - set(known)
-        if unknown:
-            raise ValueError(f"flow_matching: unknown {show_names(unknown)}; known are {known}")
+        check_known("flow_matching", values, [f.name for f in fields(cls)])
         return cls(**values)

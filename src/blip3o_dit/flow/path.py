@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,9 @@ class PathPoint:
     t: Tensor
     x_t: Tensor
     velocity: Tensor
+
+
+Points = TypeVar("Points", bound=PathPoint)
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,27 @@ class AffineSource:
     def repeat(self, times: int) -> AffineSource:
         """The same batch, so many times one after the other."""
         return AffineSource(None if self.mean is None else self.mean.repeat(times, 1, 1), self.std)
+
+
+@dataclass(frozen=True)
+class FlowBatch(Generic[Points]):
+    """Samples on their path in the flow's units, and all that the network needs to predict there.
+
+    `sample` has t [B] and x_t [B, N, C]; `condition` [B, L, C_eva] is normalised, zero where it was dropped.
+    """
+
+    sample: Points
+    source: AffineSource
+    condition: Tensor
+
+    @property
+    def network_input(self) -> Tensor:
+        """x_t in the network's units, [B, N, C]."""
+        return self.source.from_flow(self.sample.x_t)
+
+    def predict(self, model: Callable[..., Tensor]) -> Tensor:
+        """What the model, or whatever wraps it for several processes, predicts; [B, N, C], float32."""
+        return model(self.network_input, self.sample.t, self.condition, self.source.mean)
 
 
 def expand_times(t: Tensor, like: Tensor) -> Tensor:

@@ -233,7 +233,10 @@ class BLIP3oInference:
 
         def work(piece: Sequence[int]) -> tuple[float, Tensor]:
             eva, clip = source.fetch(piece)
-            loss = self._loss(loss_fn, eva, clip, piece, seed)
+            noise = stateless_normal(piece, clip.shape[1:], seed=seed, stream="evaluation noise")
+            u_time = stateless_uniform(piece, seed=seed, stream="evaluation time")
+            flow = self.model.flow_batch(eva, clip, noise, u_time)
+            loss = float(loss_fn(flow.predict(self.model), flow.sample).flow_matching_loss)
             generated = self.generate(eva, num_inference_steps, sample_index=piece, **sampling)
             return loss, sums.of(generated, self.model.l2_normalize_if_configured(clip))
 
@@ -308,19 +311,6 @@ class BLIP3oInference:
     def _bar(self, total: int, progress: bool) -> tqdm:
         hidden = not progress or not self.processes.is_main
         return tqdm(total=total, desc="generating", unit="sample", disable=hidden)
-
-    def _loss(
-        self,
-        loss_fn: BLIP3oFlowMatchingLoss,
-        eva: Tensor,
-        clip: Tensor,
-        indices: Sequence[int],
-        seed: int,
-    ) -> float:
-        noise = stateless_normal(indices, clip.shape[1:], seed=seed, stream="evaluation noise")
-        u_time = stateless_uniform(indices, seed=seed, stream="evaluation time")
-        flow = self.model.flow_batch(eva, clip, noise, u_time)
-        return float(loss_fn(flow.predict(self.model), flow.sample).flow_matching_loss)
 
     def open(self, path: str | Path) -> Embeddings:
         """Embeddings at `path`, refused (ValueError) when their sizes are not the model's."""

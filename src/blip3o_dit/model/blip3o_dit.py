@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from blip3o_dit.flow.path import AffineSource, PathPoint, PathSample, make_path
+from blip3o_dit.flow.path import AffineSource, FlowBatch, PathSample, make_path
 from blip3o_dit.flow.predictions import convert_prediction
 from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER, Velocity, integrate, integrate_adaptive
 from blip3o_dit.flow.timesteps import training_times
@@ -33,30 +32,6 @@ GENERATION_STREAM = "generation noise"
 
 STATISTICS = ["condition_mean", "condition_std", "target_mean", "target_std"]
 SOURCE_BUFFERS = ["source_weight", "source_bias", "source_std", "source_components"]
-
-
-Points = TypeVar("Points", bound=PathPoint)
-
-
-@dataclass(frozen=True)
-class FlowBatch(Generic[Points]):
-    """Samples on their path in the flow's units, and all that the network needs to predict there.
-
-    `sample` has t [B] and x_t [B, N, C]; `condition` [B, L, C_eva] is normalised, zero where it was dropped.
-    """
-
-    sample: Points
-    source: AffineSource
-    condition: Tensor
-
-    @property
-    def network_input(self) -> Tensor:
-        """x_t in the network's units, [B, N, C]."""
-        return self.source.from_flow(self.sample.x_t)
-
-    def predict(self, model: nn.Module) -> Tensor:
-        """What the model, or whatever wraps it for several processes, predicts; [B, N, C], float32."""
-        return model(self.network_input, self.sample.t, self.condition, self.source.mean)
 
 
 class BLIP3oDiTModel(StrictPreTrainedModel):

@@ -11,9 +11,10 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from blip3o_dit.flow.config import SOLVER_NAMES, FlowMatchingConfig
-from blip3o_dit.utils.json_files import read_json, short_repr, show_names
+from blip3o_dit.utils.json_files import read_json, short_repr
 from blip3o_dit.utils.validation import (
     check_bool,
+    check_known,
     check_name,
     check_size,
     check_text,
@@ -108,7 +109,7 @@ class BLIP3oDiTConfig(PreTrainedConfig):
     default_steps: int = 50
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self._refuse_unknown(kwargs)
+        check_known("BLIP3oDiTConfig", set(kwargs) - _PRETRAINED_EXTRAS, sorted(self.own_fields()))
         if self.num_kv_heads is None:
             self.num_kv_heads = self.num_heads
         self._check_types()
@@ -177,13 +178,6 @@ class BLIP3oDiTConfig(PreTrainedConfig):
         """Width of the time and pooled-condition embedding, min(d, 1024)."""
         return min(self.model_dim, 1024)
 
-    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
-        unknown = set(kwargs) - _PRETRAINED_EXTRAS
-        if unknown:
-            raise ValueError(
-                f"BLIP3oDiTConfig: unknown {show_names(unknown)}; known are {sorted(self.own_fields())}"
-            )
-
     def _check_types(self) -> None:
         for name in SIZE_FIELDS:
             if name != "ffn_dim" or self.ffn_dim is not None:
@@ -229,10 +223,7 @@ def _check_written(file: Path, values: Any) -> None:
     if not isinstance(values, dict) or values.get("model_type") != BLIP3oDiTConfig.model_type:
         found = short_repr(values.get("model_type")) if isinstance(values, dict) else short_repr(values)
         raise ValueError(f"{file}: expected model_type {BLIP3oDiTConfig.model_type!r}, found {found}")
-    known = {*BLIP3oDiTConfig.own_fields(), *_WRITTEN_EXTRAS}
-    unknown = set(values) - known
-    if unknown:
-        raise ValueError(f"{file}: unknown {show_names(unknown)}; known are {sorted(known)}")
+    check_known(file, values, sorted({*BLIP3oDiTConfig.own_fields(), *_WRITTEN_EXTRAS}))
     with error_context(file):
         for name in ("dtype", "torch_dtype"):
             if values.get(name) is not None:

@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from blip3o_dit.flow.config import FlowMatchingConfig
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.loading import compare_shapes, count_and_show
-from blip3o_dit.utils.json_files import one_line, weight_files_of
+from blip3o_dit.utils.json_files import weight_files_of
+from blip3o_dit.utils.validation import damage_refused
 
 OFFICIAL_PREFIXES = ("model.dit.model.", "dit.model.", "model.", "")
 CONDITION_PREFIX = "caption_projection."
@@ -248,8 +249,5 @@ def _safetensors_files(path: Path) -> list[Path]:
 
 
 def _tensor_names(file: Path) -> list[str]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return list(tensors.keys())
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not readable weights: {one_line(error)}") from error
+    with damage_refused(file), safe_open(file, framework="pt") as tensors:
+        return list(tensors.keys())

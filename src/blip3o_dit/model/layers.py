@@ -61,6 +61,11 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, None, self.eps) * factor
 
 
+def official_timestep(t: Tensor) -> Tensor:
+    """t [B] in [0, 1] -> BLIP3-o's times, which its weights embed: 1000 is noise, 0 data (`conversion.py`)."""
+    return 1000.0 * (1.0 - t)
+
+
 def sinusoidal_features(timestep: Tensor) -> Tensor:
     """[B] -> [B, 256]: cosines, then sines, of periods from 2 pi to 2 pi 10000; float32."""
     half = TIME_FREQUENCIES // 2

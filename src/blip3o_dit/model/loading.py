@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.cpu_kernels import use_cpu_kernels
 from blip3o_dit.utils.checksums import is_sealed, verify
-from blip3o_dit.utils.json_files import one_line, printable
+from blip3o_dit.utils.json_files import printable
 from blip3o_dit.utils.logging import quiet_transformers
-from blip3o_dit.utils.validation import check_name, is_hub_id
+from blip3o_dit.utils.validation import check_name, damage_refused, is_hub_id
 
 TENSORS_AT_ONCE = 4  # mapped while they are read: 0.1 GiB at the default size
 ALIGNMENT = 64  # bytes; what torch's own allocator gives on a CPU
@@ -181,12 +181,9 @@ def _shapes(file: Path) -> dict[str, list[int]]:
     """The shapes that a file's header tells, of weights in a dtype that can be theirs."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: expected weights, found none")
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            found = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-            kinds = {tensors.get_slice(name).get_dtype() for name in found}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not readable weights: {one_line(error)}") from error
+    with damage_refused(file), safe_open(file, framework="pt") as tensors:
+        found = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+        kinds = {tensors.get_slice(name).get_dtype() for name in found}
     if not kinds <= WEIGHT_DTYPES:
         raise ValueError(f"{file}: expected weights in {sorted(WEIGHT_DTYPES)}, found {sorted(kinds)}")
     return found

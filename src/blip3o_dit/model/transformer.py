@@ -22,6 +22,7 @@ from blip3o_dit.model.layers import (
     Linear,
     RMSNorm,
     checkpoint_block,
+    official_timestep,
     rotary_tables,
     rotate,
     sinusoidal_features,
@@ -144,8 +145,7 @@ class NextDiT(nn.Module):
         return self.guess_embedder(source_mean) + (self.patch_embedder(source_mean) - bias)
 
     def _time_embedding(self, timestep: Tensor, pooled: Tensor) -> Tensor:
-        # BLIP3-o's times, which the released weights embed: 1000 is noise, 0 data (see `conversion.py`).
-        features = sinusoidal_features(1000.0 * (1.0 - timestep))  # [B, 256]
+        features = sinusoidal_features(official_timestep(timestep))  # [B, 256]
         return self.time_caption_embed(features.to(pooled.dtype), pooled)  # [B, min(d, 1024)]
 
     def _rope(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:

@@ -109,11 +109,9 @@ def use_cpu(config: TrainingConfig) -> bool:
         raise ValueError(
             "--fp16: expected a GPU, found none: float16 training does not work on the CPU; use --bf16 there"
         )
-    for wanted_by in [name for name, wanted in _compiled_parts(config).items() if wanted]:
-        check_compiler(wanted_by, torch.device("cpu" if on_cpu else "cuda"))
+    device = torch.device("cpu" if on_cpu else "cuda")
+    if config.compile:
+        check_compiler("--compile", device)
+    if config.memory == "low":  # torchao's optimizers are compiled
+        check_compiler("--memory low", device)
     return on_cpu
-
-
-def _compiled_parts(config: TrainingConfig) -> dict[str, bool]:
-    """What torch.compile is needed for; torchao's optimizers are compiled."""
-    return {"--compile": config.compile, "--memory low": config.memory == "low"}

@@ -23,9 +23,16 @@ from blip3o_dit.flow.config import (
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.ridge import neighbour_components
 from blip3o_dit.utils.checksums import is_sealed, verify
-from blip3o_dit.utils.json_files import read_json_object, short_repr, show_names
+from blip3o_dit.utils.json_files import read_json_object, short_repr
 from blip3o_dit.utils.settings import check_settings, setting
-from blip3o_dit.utils.validation import check_integer, check_range, check_size, error_context, is_number
+from blip3o_dit.utils.validation import (
+    check_integer,
+    check_known,
+    check_range,
+    check_size,
+    error_context,
+    is_number,
+)
 
 TRAINING_CONFIG_FILE = "training_config.json"
 
@@ -216,10 +223,7 @@ class TrainingConfig:
         if is_sealed(Path(folder)):
             verify(Path(folder), [TRAINING_CONFIG_FILE])
         values = read_json_object(file)
-        known = {f.name for f in fields(cls)}
-        unknown = set(values) - known
-        if unknown:
-            raise ValueError(f"{file}: unknown {show_names(unknown)}; known are {sorted(known)}")
+        check_known(file, values, sorted(f.name for f in fields(cls)))
         with error_context(file):
             return cls(**values)
 

@@ -29,11 +29,11 @@ from transformers import get_cosine_schedule_with_warmup
 from blip3o_dit.data.dataset import split_samples
 from blip3o_dit.data.embeddings import Embeddings, check_sizes, open_embeddings
 from blip3o_dit.flow.config import SOLVER_NAMES
-from blip3o_dit.flow.path import PathPoint, make_path
+from blip3o_dit.flow.path import FlowBatch, PathPoint, make_path
 from blip3o_dit.flow.predictions import convert_prediction
 from blip3o_dit.flow.solvers import SOLVERS, Velocity
 from blip3o_dit.flow.timesteps import time_grid
-from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel, FlowBatch
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.loading import EMA_FILE, EMA_VARIANT, pick_weights
 from blip3o_dit.training.config import TRAINING_CONFIG_FILE, TrainingConfig
@@ -102,7 +102,11 @@ def distill(
         raise ValueError(f"{output}: expected no model there, found one (overwrite it?)")
     variant = EMA_VARIANT if pick_weights(Path(model_path), "auto") == "ema" else None
     run = TrainingConfig.from_folder(model_path)
-    _check_memory(BLIP3oDiTConfig.from_pretrained(model_path), config)
+    device, sizes = torch.device(config.device), BLIP3oDiTConfig.from_pretrained(model_path)
+    needed = distillation_forecast(
+        sizes, device, batch=config.batch_size, targets=config.steps, averages=config.ema_decay > 0
+    )
+    check_room(needed, room_on(device), "less is taken with a smaller --batch_size, --ema_decay 0")
     teacher: Any = BLIP3oDiTModel.from_pretrained(model_path, variant=variant)
     source = open_embeddings(embeddings)
     check_sizes(source, teacher.config.data_sizes, model_path)
@@ -125,15 +129,6 @@ def distill(
         (aside / TRAINING_CONFIG_FILE).write_bytes(taught.to_json())
     logger.info("the student, %d network calls a sample, is in %s", config.steps, output)
     return output
-
-
-def _check_memory(model: BLIP3oDiTConfig, config: DistillationConfig) -> None:
-    """Refuse (ValueError) what does not fit, before any of it is built."""
-    device = torch.device(config.device)
-    needed = distillation_forecast(
-        model, device, batch=config.batch_size, targets=config.steps, averages=config.ema_decay > 0
-    )
-    check_room(needed, room_on(device), "less is taken with a smaller --batch_size, --ema_decay 0")
 
 
 def train_student(

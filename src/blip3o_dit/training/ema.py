@@ -7,14 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.loading import EMA_FILE, EMA_VARIANT
 from blip3o_dit.training.fsdp import own_part, shard_like, sharded_parameters, whole_tensors
-from blip3o_dit.utils.json_files import one_line
+from blip3o_dit.utils.validation import damage_refused
 
 
 class ExponentialMovingAverage:
@@ -59,7 +58,8 @@ class ExponentialMovingAverage:
         Float32 weights change places with their averages, one at a time; of others, which cannot hold an
         average, a copy is kept.
         """
-        own = {n: p.detach().clone() for n, p in sharded_parameters(model).items() if not _holds_average(p)}
+        parameters = sharded_parameters(model).items()
+        own = {name: p.detach().clone() for name, p in parameters if p.dtype != torch.float32}
         self._exchange(model)
         try:
             yield
@@ -71,7 +71,7 @@ class ExponentialMovingAverage:
         """Float32 weights and averages change places; other weights become their averages, or `own`."""
         for name, parameter in sharded_parameters(model).items():
             average = self.weights[name]
-            if _holds_average(parameter):
+            if parameter.dtype == torch.float32:
                 kept = parameter.detach().clone()
                 parameter.copy_(average)
                 average.copy_(kept)
@@ -102,15 +102,9 @@ class ExponentialMovingAverage:
         file = Path(folder) / EMA_FILE
         if not file.is_file():
             raise ValueError(f"{file}: expected averaged weights to resume from, found none")
-        try:
+        with damage_refused(file):
             saved = load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: not readable weights: {one_line(error)}") from error
         for name, average in self.weights.items():
             if name not in saved or saved[name].shape != average.shape:
                 raise ValueError(f"{file}: {name}: expected shape {list(average.shape)}")
             average.copy_(saved[name])
-
-
-def _holds_average(parameter: Tensor) -> bool:
-    return parameter.dtype == torch.float32

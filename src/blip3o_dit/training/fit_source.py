@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,7 +26,7 @@ from blip3o_dit.flow.path import AffineSource
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.precision import without_autocast
 from blip3o_dit.ridge import Moments, principal_components, search_penalty, source_features
-from blip3o_dit.utils.json_files import one_line
+from blip3o_dit.utils.validation import damage_refused
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +65,7 @@ class SourceFolds:
             return source
         if self.weight.device != condition.device:
             self.weight, self.bias = self.weight.to(condition.device), self.bias.to(condition.device)
-        mean, components = source.mean.clone(), _components_of(model)
+        mean, components = source.mean.clone(), getattr(model, "source_components", None)
         for fold in np.unique(folds[folds >= 0]).tolist():
             rows = torch.from_numpy(np.flatnonzero(folds == fold)).to(condition.device)
             with without_autocast(condition.device):
@@ -97,10 +96,8 @@ def load_folds(folder: Path, model: BLIP3oDiTModel) -> SourceFolds | None:
     if not file.is_file():
         logger.info("%s: no %s: it was trained, and goes on, with one map for all", folder, FOLDS_FILE)
         return None
-    try:
+    with damage_refused(file, "tensors"):
         found = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not readable tensors: {one_line(error)}") from error
     folds, samples = (len(found.get(name, ())) for name in ("weight", "samples"))
     expected = {
         "weight": (torch.float32, [folds, *model.source_weight.shape]),
@@ -236,7 +233,3 @@ def threads_of_all(processes: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(own)
-
-
-def _components_of(model: BLIP3oDiTModel) -> Tensor | None:
-    return model.source_components if model.config.flow.source_components else None

@@ -20,21 +20,16 @@ def check_sharding(state: Any) -> None:
     plugin = getattr(state, "fsdp_plugin", None)
     if plugin is None:
         return
-    found = {
-        "fsdp_version": plugin.fsdp_version,
+    settings = [
+        ("fsdp_version", plugin.fsdp_version, 2),
         # accelerate would send buffers around as if they were sharded, and the statistics are buffers.
-        "fsdp_cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading,
+        ("fsdp_cpu_ram_efficient_loading", plugin.cpu_ram_efficient_loading, False),
         # Otherwise the saved model would not be one ordinary safetensors file.
-        "fsdp_state_dict_type": plugin.state_dict_type.name,
-    }
-    expected = {
-        "fsdp_version": 2,
-        "fsdp_cpu_ram_efficient_loading": False,
-        "fsdp_state_dict_type": "FULL_STATE_DICT",
-    }
-    for name, value in found.items():
-        if value != expected[name]:
-            raise ValueError(f"{name}: expected {expected[name]} as in {CONFIG_FILE}, found {value}")
+        ("fsdp_state_dict_type", plugin.state_dict_type.name, "FULL_STATE_DICT"),
+    ]
+    for name, found, expected in settings:
+        if found != expected:
+            raise ValueError(f"{name}: expected {expected} as in {CONFIG_FILE}, found {found}")
 
 
 def keep_the_dtype_rule(state: Any) -> None:

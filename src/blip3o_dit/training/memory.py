@@ -116,8 +116,7 @@ def forecast(
         batch=config.batch_size,
         condition_tokens=model.num_tokens,
         bytes_each=compute,
-        norm_bytes=_norm_bytes(compute, device),
-        stream_norm_bytes=_norm_bytes(FLOAT32, device),
+        device=device,
     )
     recompute, selective = model.gradient_checkpointing, config.selective_checkpointing
     in_parts = model.num_layers if recompute else 1  # one block's at a time
@@ -149,8 +148,7 @@ def distillation_forecast(
         batch=batch * targets,
         condition_tokens=model.num_tokens,
         bytes_each=FLOAT32,
-        norm_bytes=_norm_bytes(FLOAT32, device),
-        stream_norm_bytes=_norm_bytes(FLOAT32, device),
+        device=device,
     )
     kept = keeps.kept_of_block(model.gradient_checkpointing, False)
     return Forecast(
@@ -173,18 +171,14 @@ class Activations:
     d = model_dim, kv = width of keys or values, ffn = inner width of SwiGLU, N and L target and condition
     tokens of a sample.
 
-    Args:
-        bytes_each: of a number of the arithmetic, 4 or 2.
-        norm_bytes, stream_norm_bytes: of one more number per channel that an RMSNorm keeps of what the blocks
-            compute, and of the residual stream (see `_norm_bytes`).
+    `bytes_each` is that of a number of the arithmetic, 4 or 2.
     """
 
     config: BLIP3oDiTConfig
     batch: int
     condition_tokens: int
     bytes_each: int
-    norm_bytes: int
-    stream_norm_bytes: int
+    device: torch.device
 
     def block(self) -> int:
         """All that one block keeps.
@@ -201,9 +195,10 @@ class Activations:
         and for a sample the four modulations and six factors of norms                              (10 d).
         """
         d, kv, ffn = self.config.model_dim, self.config.kv_dim, self.config.ffn_dim or 0
-        target = 2 * d * (FLOAT32 + self.stream_norm_bytes)
-        target += (11 * d + 3 * kv + 4 * ffn) * self.bytes_each + 2 * d * self.norm_bytes
-        condition = (d + 3 * kv) * self.bytes_each + d * self.norm_bytes
+        norm_bytes = _norm_bytes(self.bytes_each, self.device)
+        target = 2 * d * (FLOAT32 + _norm_bytes(FLOAT32, self.device))
+        target += (11 * d + 3 * kv + 4 * ffn) * self.bytes_each + 2 * d * norm_bytes
+        condition = (d + 3 * kv) * self.bytes_each + d * norm_bytes
         sample = 10 * d * self.bytes_each
         return self.batch * (self.config.num_tokens * target + self.condition_tokens * condition + sample)
 
@@ -279,16 +274,13 @@ def _scratch(model: BLIP3oDiTConfig, low: bool, compute: int, device: torch.devi
 def check_room(needed: Forecast, room: Room, ways_out: str) -> None:
     """Raises ValueError, with the numbers and what would make it fit, when `needed` is more than there is."""
     if needed.total > room.size:
+        names = ("weights", "gradients", "optimizer", "averages", "teacher", "activations")
+        sizes = {name: getattr(needed, name) for name in names}
+        largest = ", ".join(f"{name} {size / GIB:.1f}" for name, size in sizes.items() if size)
         raise ValueError(
             f"memory: expected at most {room.size / GIB:.1f} GiB ({room.where}), found a run that takes "
-            f"{needed.total / GIB:.1f} GiB: {_largest_parts(needed)}; {ways_out}"
+            f"{needed.total / GIB:.1f} GiB: {largest}; {ways_out}"
         )
-
-
-def _largest_parts(needed: Forecast) -> str:
-    names = ("weights", "gradients", "optimizer", "averages", "teacher", "activations")
-    sizes = {name: getattr(needed, name) for name in names if getattr(needed, name)}
-    return ", ".join(f"{name} {size / GIB:.1f}" for name, size in sizes.items())
 
 
 def ways_to_fit(config: TrainingConfig) -> str:
@@ -350,11 +342,11 @@ def _free_of_groups(
     membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> list[tuple[int, str]]:
     """What the limits of this process's control groups leave, theirs and those of the groups around them."""
+    found = [(2**63, "no limit")]
     try:
         lines = membership.read_text().splitlines()
     except OSError:
-        return [(2**63, "no limit")]
-    found = [(2**63, "no limit")]
+        return found
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -24,7 +23,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from blip3o_dit.training.checkpoint import OPTIMIZER_NUMBERS, OPTIMIZER_TENSORS
-from blip3o_dit.utils.json_files import one_line, read_json_object, short_repr
+from blip3o_dit.utils.json_files import read_json_object, short_repr
+from blip3o_dit.utils.validation import damage_refused
 
 EIGHT_BIT_PARTS = ("codes", "scale", "qmap")
 
@@ -41,7 +41,8 @@ def gathered_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
     state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
     if not state:
         return {}
-    number = {name: i for i, name in enumerate(_names(state))}
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    number = {name: i for i, name in enumerate(names)}
     groups = [g | {"params": [number[name] for name in g["params"]]} for g in state["param_groups"]]
     return {"state": {number[name]: s for name, s in state["state"].items()}, "param_groups": groups}
 
@@ -82,10 +83,8 @@ def load_optimizer(
     optimizer = _unwrapped(optimizer)
     numbers = read_json_object(folder / OPTIMIZER_NUMBERS)
     file = folder / OPTIMIZER_TENSORS
-    try:
+    with damage_refused(file, "tensors"):
         tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not readable tensors: {one_line(error)}") from error
     _check_groups(folder / OPTIMIZER_NUMBERS, optimizer, numbers.get("param_groups"))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = _state(file, tensors, numbers.get("eight_bit"), parameters)
@@ -136,10 +135,6 @@ def _unwrapped(optimizer: Any) -> Optimizer:
 
 def _sharded(optimizer: Optimizer) -> bool:
     return any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
-
-
-def _names(state: dict[str, Any]) -> list[str]:
-    return [name for group in state["param_groups"] for name in group["params"]]
 
 
 def _json_values(value: Any) -> Any:

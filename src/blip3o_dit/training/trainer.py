@@ -15,9 +15,8 @@ from transformers.trainer_utils import EvalLoopOutput
 from blip3o_dit.data.dataset import EmbeddingDataset, identity_collate
 from blip3o_dit.data.embeddings import batches
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
-from blip3o_dit.flow.path import PathSample
+from blip3o_dit.flow.path import FlowBatch, PathSample
 from blip3o_dit.metrics.fidelity import FidelitySums
-from blip3o_dit.model.blip3o_dit import FlowBatch
 from blip3o_dit.model.precision import has_native_matmul
 from blip3o_dit.training.base_trainer import ExactResumeTrainer
 from blip3o_dit.training.stopping import outlive_stops

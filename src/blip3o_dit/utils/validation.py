@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blip3o_dit.utils.json_files import short_repr
+from safetensors import SafetensorError
+
+from blip3o_dit.utils.json_files import one_line, short_repr, show_names
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +35,13 @@ def check_name(field_name: str, value: Any, known: tuple[str, ...]) -> None:
     """Raises ValueError, listing the known names, unless `value` is one of them."""
     if not isinstance(value, str) or value not in known:
         raise ValueError(f"{field_name}: expected one of {known}, found {short_repr(value)}")
+
+
+def check_known(where: Any, names: Iterable[str], known: list[str]) -> None:
+    """Raises ValueError, listing the known names, when there are others."""
+    unknown = set(names) - set(known)
+    if unknown:
+        raise ValueError(f"{where}: unknown {show_names(unknown)}; known are {known}")
 
 
 def check_range(field_name: str, value: Any, low: float, high: float) -> None:
@@ -69,6 +78,15 @@ def error_context(file: Path) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+@contextmanager
+def damage_refused(file: Path, what: str = "weights") -> Iterator[None]:
+    """A safetensors file that cannot be read is a ValueError of one line."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not readable {what}: {one_line(error)}") from error
 
 
 def is_hub_id(name: str | os.PathLike[str]) -> bool:
