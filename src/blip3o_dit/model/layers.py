@@ -62,7 +62,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def official_timestep(t: Tensor) -> Tensor:
-    """t [B] in [0, 1] -> BLIP3-o's times, which its weights embed: 1000 is noise, 0 data (`conversion.py`)."""
+    """t [B] in [0, 1] -> BLIP3-o's time, which its weights embed: 1000 is noise, 0 data (`conversion.py`)."""
     return 1000.0 * (1.0 - t)
 
 
