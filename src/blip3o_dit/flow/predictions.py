@@ -16,8 +16,7 @@ from torch import Tensor
 from blip3o_dit.flow.path import PathSample, ProbabilityPath, expand_times
 from blip3o_dit.utils.validation import check_name
 
-# Near t = 1 the noise, and near t = 0 the data, cannot be read off x_t: the division by sigma / sigma_max
-# or alpha stops here. The value is JiT's (arXiv 2511.13720).
+# The least alpha or sigma / sigma_max that is divided by; the value is JiT's (arXiv 2511.13720).
 MIN_SCALE = 0.05
 
 

@@ -179,7 +179,11 @@ def write_diagnosis(
             name: [_finite(batch[key]) for batch in batches]
             for name, key in (("eva", "eva"), ("clip", "clip"), ("noise", "noise"), ("time", "u_time"))
         },
-        "weights": _bad_tensors((name, p.detach()) for name, p in model.named_parameters()),
+        "weights": [
+            {"name": name, "dtype": str(p.dtype)}
+            for name, p in model.named_parameters()
+            if not _finite(p.detach())
+        ],
         "gradients": [
             {"name": name, "dtype": str(model.get_parameter(name).dtype)}
             for name in (gradients.bad() if gradients else [])
@@ -216,10 +220,6 @@ def _after_each_layer(model: nn.Module, found: list[dict[str, str]]) -> Iterator
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _bad_tensors(named: Any) -> list[dict[str, str]]:
-    return [{"name": name, "dtype": str(tensor.dtype)} for name, tensor in named if not _finite(tensor)]
 
 
 def _finite(tensor: Tensor) -> bool:

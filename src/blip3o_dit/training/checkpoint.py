@@ -65,7 +65,9 @@ class RunIdentity:
 
     @classmethod
     def of(cls, source: Embeddings, config: TrainingConfig, processes: int) -> RunIdentity:
-        return cls(source.num_samples, fingerprint(source), global_batch(config, processes))
+        own = getattr(source, "fingerprint", None)
+        name = own() if callable(own) else f"{type(source).__name__} of {source.num_samples} samples"
+        return cls(source.num_samples, name, global_batch(config, processes))
 
 
 @dataclass(frozen=True)
@@ -201,12 +203,6 @@ _RUN_NAMES = {
 def global_batch(config: TrainingConfig, processes: int) -> int:
     """Samples of an optimizer step."""
     return config.batch_size * processes * config.gradient_accumulation_steps
-
-
-def fingerprint(source: Embeddings) -> str:
-    """What tells one set of embeddings from another."""
-    own = getattr(source, "fingerprint", None)
-    return own() if callable(own) else f"{type(source).__name__} of {source.num_samples} samples"
 
 
 def save_trainer_state(state: TrainerState, file: Path) -> None:

@@ -81,17 +81,15 @@ def load_optimizer(
         ValueError: naming the file, when it is not such a state or that of other parameters.
     """
     optimizer = _unwrapped(optimizer)
-    numbers = read_json_object(folder / OPTIMIZER_NUMBERS)
-    file = folder / OPTIMIZER_TENSORS
+    file, where = folder / OPTIMIZER_TENSORS, folder / OPTIMIZER_NUMBERS
+    numbers = read_json_object(where)
+    saved_groups = numbers.get("param_groups")
     with damage_refused(file, "tensors"):
         tensors = load_file(file)
-    _check_groups(folder / OPTIMIZER_NUMBERS, optimizer, numbers.get("param_groups"))
+    _check_groups(where, optimizer, saved_groups)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = _state(file, tensors, numbers.get("eight_bit"), parameters)
-    where = str(folder / OPTIMIZER_NUMBERS)
-    groups = _like(
-        f"{where}: param_groups", optimizer.state_dict()["param_groups"], numbers.get("param_groups")
-    )
+    groups = _like(f"{where}: param_groups", optimizer.state_dict()["param_groups"], saved_groups)
     schedule = _like(f"{where}: scheduler", scheduler.state_dict(), numbers.get("scheduler"))
     if _sharded(optimizer):
         _load_sharded(model, optimizer, state, groups)
