@@ -11,7 +11,7 @@ import torch
 import torch.utils.checkpoint
 from safetensors.torch import load_file
 
-from blip3o_dit.model import transformer
+from blip3o_dit.model import layers
 from tests.acceptance.commands import (
     SMALL_AND_QUICK,
     assert_whole_run,
@@ -99,7 +99,7 @@ def test_gradient_checkpointing_is_on(folder: Path, monkeypatch: pytest.MonkeyPa
         calls.append(arguments)
         return torch.utils.checkpoint.checkpoint(*arguments, **options)
 
-    monkeypatch.setattr(transformer, "checkpoint", counted)
+    monkeypatch.setattr(layers, "checkpoint", counted)
     block = FULL_CONFIGURATION.replace("--fp16", "--bf16")
     flags = shlex.split("--num_layers 3 --num_workers 0 --dry_run")
     assert run_here(block, folder, *SMALL_AND_QUICK, *flags) == 0
