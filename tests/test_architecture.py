@@ -80,3 +80,64 @@ def test_public_names_resolve() -> None:
         assert getattr(blip3o_dit, name)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = blip3o_dit.nothing
+
+
+# Modules without a test file of their name, and where they are tested.
+TESTED_IN = {
+    "cli/command.py": "cli/test_cli.py",
+    "cli/convert.py": "cli/test_cli.py",
+    "cli/distill.py": "training/test_distillation.py",
+    "cli/generate.py": "inference/test_generated_store.py",
+    "cli/images.py": "evaluation/test_evaluate.py",
+    "cli/inspect.py": "extraction/test_inspection.py",
+    "cli/main.py": "cli/test_cli.py",
+    "cli/tf32.py": "evaluation/test_evaluate.py",
+    "cli/train.py": "cli/test_cli.py",
+    "data/checks.py": "data/test_store.py",
+    "data/pickle_values.py": "data/test_safe_unpickler.py",
+    "evaluation/config.py": "evaluation/test_evaluate.py",
+    "evaluation/description.py": "evaluation/test_evaluate.py",
+    "evaluation/metric_tables.py": "evaluation/test_scores.py",
+    "evaluation/plots.py": "evaluation/test_evaluate.py",
+    "evaluation/predictions.py": "evaluation/test_scores.py",
+    "evaluation/reference.py": "evaluation/test_scores.py",
+    "evaluation/report.py": "evaluation/test_evaluate.py",
+    "evaluation/samplers.py": "evaluation/test_evaluate.py",
+    "evaluation/summary.py": "evaluation/test_evaluate.py",
+    "flow/config.py": "model/test_model_config.py",
+    "flow/loss.py": "flow/test_path.py",
+    "flow/predictions.py": "flow/test_path.py",
+    "model/blip3o_dit.py": "inference/test_pipeline.py",
+    "model/config.py": "model/test_model_config.py",
+    "model/encoded_condition.py": "model/test_transformer.py",
+    "model/layers.py": "model/test_transformer.py",
+    "training/anomalies.py": "training/test_resume.py",
+    "training/callbacks.py": "training/test_trainer.py",
+    "training/checkpoint.py": "training/test_resume.py",
+    "training/config.py": "training/test_training_config.py",
+    "training/ema.py": "training/test_trainer.py",
+    "training/fsdp.py": "training/test_processes.py",
+    "training/metrics.py": "training/test_speed_and_memory.py",
+    "training/optimizer_state.py": "training/test_resume.py",
+    "training/run.py": "training/test_trainer.py",
+    "training/stopping.py": "training/test_resume.py",
+    "training/wandb_setup.py": "training/test_trainer.py",
+    "utils/atomic.py": "training/test_resume.py",
+    "utils/checksums.py": "training/test_damage.py",
+    "utils/distributed.py": "training/test_processes.py",
+    "utils/errors.py": "training/test_resume.py",
+    "utils/pca_colors.py": "extraction/test_inspection.py",
+    "utils/settings.py": "cli/test_arguments.py",
+}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(SOURCE)))
+def test_every_module_has_its_tests(file: Path) -> None:
+    module = str(file.relative_to(SOURCE))
+    tests = Path(__file__).parent
+    own = [found for found in tests.rglob("test_*.py") if found.stem == f"test_{file.stem}"]
+    assert file.stem == "__init__" or own or (tests / TESTED_IN[module]).is_file()
+
+
+def test_every_named_module_is_there() -> None:
+    assert all((SOURCE / module).is_file() for module in TESTED_IN)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.ridge import PENALTIES, NeighbourhoodRidge, TokenRidge
-from tests.baseline_data import TEST, TRAIN, correlated, rows, write
+from tests.helpers.baseline_data import TEST, TRAIN, correlated, rows, write
 
 
 @pytest.fixture

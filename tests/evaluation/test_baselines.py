@@ -18,7 +18,7 @@ from blip3o_dit.evaluation.baselines import (
     TrainingMean,
     split_validation,
 )
-from tests.baseline_data import TEST, TRAIN, correlated, rows, write
+from tests.helpers.baseline_data import TEST, TRAIN, correlated, rows, write
 
 
 @pytest.fixture
