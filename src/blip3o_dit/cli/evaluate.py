@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from blip3o_dit.cli.arguments import add_flags, given_settings
-from blip3o_dit.cli.tf32 import add_tf32, use_tf32
+from blip3o_dit.cli.arguments import add_flags, add_tf32, given_settings, use_tf32
 from blip3o_dit.evaluation.config import EvaluationConfig
 
 DESCRIPTION = "Measure trained models beside baselines on held-out samples, and write a report."
@@ -39,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate, write, and print the summary."""
-    from blip3o_dit.cli.images import pictures_by_key
     from blip3o_dit.evaluation.evaluate import command_line, evaluate_models
+    from blip3o_dit.extraction.image_decoding import pictures_by_key
 
     config = EvaluationConfig(**given_settings(arguments, EvaluationConfig))
     if arguments.tf32:

@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _draw(source: Any, target: Path, arguments: argparse.Namespace) -> None:
-    from blip3o_dit.cli.images import pictures_by_key
+    from blip3o_dit.extraction.image_decoding import pictures_by_key
     from blip3o_dit.extraction.inspection import draw_contact_sheet
     from blip3o_dit.utils.stateless_random import stateless_permutation
 
