@@ -49,10 +49,10 @@ def run(arguments: argparse.Namespace) -> None:
 def _draw(source: Any, target: Path, arguments: argparse.Namespace) -> None:
     from blip3o_dit.extraction.image_decoding import pictures_by_key
     from blip3o_dit.extraction.inspection import draw_contact_sheet
-    from blip3o_dit.utils.stateless_random import stateless_permutation
+    from blip3o_dit.utils.stateless_random import stateless_choice
 
-    order = stateless_permutation(source.num_samples, seed=arguments.seed, stream="contact sheet")
-    chosen = sorted(order[: arguments.samples].tolist())
+    count, seed = arguments.samples, arguments.seed
+    chosen = stateless_choice(source.num_samples, count, seed=seed, stream="contact sheet").tolist()
     records = source.records(chosen)
     eva, clip = source.fetch(chosen)
     titles = [f"{r['key'][-28:]}\n{(r.get('caption') or '')[:28]}" for r in records]

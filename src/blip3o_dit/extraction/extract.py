@@ -267,20 +267,14 @@ class Extractor:
         return shard["bytes"] if shard else 0
 
 
+@dataclass(eq=False)
 class DecodingDataset(Dataset):
     """Reads, decodes and preprocesses images; runs in the data loader's processes."""
 
-    def __init__(
-        self,
-        refs: Sequence[ImageRef],
-        indices: Sequence[int],
-        preprocessing: dict[str, Preprocessing],
-        max_pixels: int,
-    ) -> None:
-        self.refs = refs
-        self.indices = indices
-        self.preprocessing = preprocessing
-        self.max_pixels = max_pixels
+    refs: Sequence[ImageRef]
+    indices: Sequence[int]
+    preprocessing: dict[str, Preprocessing]
+    max_pixels: int
 
     def __len__(self) -> int:
         return len(self.indices)

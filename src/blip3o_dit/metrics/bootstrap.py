@@ -25,6 +25,7 @@ class Estimate:
         return {"value": _finite(self.value), "low": _finite(self.low), "high": _finite(self.high)}
 
 
+@dataclass(frozen=True)
 class Bootstrap:
     """Resamples of n samples with replacement (Efron 1979), the same ones for every metric.
 
@@ -34,10 +35,9 @@ class Bootstrap:
         count: samples. replicates: resamples. seed: chooses them.
     """
 
-    def __init__(self, count: int, *, replicates: int = 1000, seed: int = 0) -> None:
-        self.count = count
-        self.replicates = replicates
-        self.seed = seed
+    count: int
+    replicates: int = 1000
+    seed: int = 0
 
     def means(self, columns: np.ndarray) -> np.ndarray:
         """Means of the columns over each resample, [n, m] -> [replicates, m]."""
