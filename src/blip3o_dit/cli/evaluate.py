@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate, write, and print the summary."""
-    from blip3o_dit.evaluation.evaluate import command_line, evaluate_models
+    from blip3o_dit.evaluation.evaluate import evaluate_models
     from blip3o_dit.extraction.image_decoding import pictures_by_key
 
     config = EvaluationConfig(**given_settings(arguments, EvaluationConfig))
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.output_dir,
         config,
         pictures=pictures_by_key(_where(arguments)),
-        command=command_line(),
+        command=shlex.join(["blip3o-dit", *sys.argv[1:]]),
     )
     if not result:  # the first of several processes has it
         return

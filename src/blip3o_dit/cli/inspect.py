@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     inspection = inspect_embeddings(source, progress=partial(tqdm, unit="batch", desc="reading", leave=False))
     sys.stdout.write(format_inspection(inspection))
     if arguments.json:
-        arguments.json.write_text(json.dumps(inspection.to_json(), indent=2) + "\n")
+        arguments.json.write_text(json.dumps(asdict(inspection), indent=2) + "\n")
     if not arguments.no_picture:
         path = arguments.embeddings
         target = arguments.picture or path.with_name(f"{path.stem}_inspection.png")

@@ -304,29 +304,22 @@ def fit_baselines(
             residual = ResidualGaussian.fit(on_fit, source, validation, scale=std)
         return BaselineSampler(name, f"{about}; Gaussian residual", final, residual, seed=seed)
 
-    def fit_twice(name: str, about: str, kind: type[PositionMean | Procrustes]) -> Sampler:
-        return gaussian(name, about, kind.fit(source, both), kind.fit(source, fit))
-
-    def ridge(name: str, about: str, kind: type[TokenRidge]) -> Sampler:
-        final, on_fit = kind.fit_with_holdout(source, fit, validation=validation)
-        chosen = f"penalty {final.penalty:g} chosen on {len(validation)} validation samples"
-        return gaussian(name, f"{about}, {chosen}", final, on_fit)
-
-    makers: dict[str, Callable[[str], Sampler]] = {
-        "training mean": lambda name: fit_twice(name, "the training split's mean token", TrainingMean),
-        "position mean": lambda name: fit_twice(
-            name, "the training split's mean token at each position", PositionMean
-        ),
-        "ridge": lambda name: ridge(
-            name, "linear map from each condition token to the token there", TokenRidge
-        ),
-        "ridge 3x3": lambda name: ridge(
-            name, "linear map from the 3x3 condition tokens around each position", NeighbourhoodRidge
-        ),
-        "procrustes": lambda name: fit_twice(name, "rotation and scale of each condition token", Procrustes),
-        "nearest neighbours": lambda _: NearestNeighbours.fit(source, both, seed=seed),
-    }
-    samplers = [makers[name](name) for name in progress(list(makers), "baselines")]
+    kinds: list[tuple[str, type[PositionMean | Procrustes | TokenRidge], str]] = [
+        ("training mean", TrainingMean, "the training split's mean token"),
+        ("position mean", PositionMean, "the training split's mean token at each position"),
+        ("ridge", TokenRidge, "linear map from each condition token to the token there"),
+        ("ridge 3x3", NeighbourhoodRidge, "linear map from the 3x3 condition tokens around each position"),
+        ("procrustes", Procrustes, "rotation and scale of each condition token"),
+    ]
+    samplers: list[Sampler] = []
+    for name, kind, about in progress(kinds, "baselines"):
+        if issubclass(kind, TokenRidge):
+            final, on_fit = kind.fit_with_holdout(source, fit, validation=validation)
+            about += f", penalty {final.penalty:g} chosen on {len(validation)} validation samples"
+            samplers.append(gaussian(name, about, final, on_fit))
+        else:
+            samplers.append(gaussian(name, about, kind.fit(source, both), kind.fit(source, fit)))
+    samplers.append(NearestNeighbours.fit(source, both, seed=seed))
     if network is not None and network_steps:
         regression = NetworkRegression.fit(
             network,

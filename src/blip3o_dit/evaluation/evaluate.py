@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -387,9 +385,3 @@ def _progress_bars(shown: bool) -> Progress:
         return tqdm(items, desc=name, unit="", leave=False, disable=not shown)
 
     return progress
-
-
-def command_line(arguments: Sequence[str] | None = None) -> str:
-    """The command as a user typed it, for the page."""
-    words = sys.argv[1:] if arguments is None else arguments
-    return shlex.join(["blip3o-dit", *words])
