@@ -19,13 +19,13 @@ import torch
 from PIL import Image
 
 from blip3o_dit.cli.command import set_up_logging
-from blip3o_dit.cli.images import pictures_by_key
 from blip3o_dit.data.dataset import Split, split_permutation
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.evaluation.baselines import PositionMean
 from blip3o_dit.evaluation.config import EvaluationConfig
 from blip3o_dit.evaluation.evaluate import evaluate_models
 from blip3o_dit.extraction.extract import ExtractionConfig, extract
+from blip3o_dit.extraction.image_decoding import pictures_by_key
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.ridge import TokenRidge
 from blip3o_dit.training.callbacks import LOG_FILE, read_log

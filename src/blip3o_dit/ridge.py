@@ -174,9 +174,11 @@ class TokenRidge:
 
     One map for all positions, x = W^T (c - origin) + bias, that minimises the mean of |x - x_hat|^2 plus
     penalty |W|^2 over standardised conditions (Hoerl and Kennard, 1970), by normal equations in float64.
+    With `components` the neighbours of c are features too (`source_features`).
     """
 
     origin: Tensor
+    components: Tensor | None
     weight: Tensor
     bias: Tensor
     penalty: float
@@ -201,27 +203,34 @@ class TokenRidge:
         Streamed over the samples at `indices`, and those at `validation`, if any.
 
         Args:
-            penalty: relative to each condition channel's variance. None takes the one of `PENALTIES` that
-                does best on the validation samples, and 1e-3 without any.
+            penalty: relative to each feature's variance. None takes the one of `PENALTIES` that does best on
+                the validation samples, and 1e-3 without any.
         """
-        origin, x_origin = token_origins(source, indices)
+        origin, components = cls._origin_and_components(source, indices, batch_size)
+        x_origin = token_origins(source, indices)[1]
 
         def moments(rows: np.ndarray) -> Moments:
-            return token_moments(source, rows, (origin, x_origin), batch_size)
+            return token_moments(source, rows, (origin, x_origin), batch_size, components)
 
+        kept = None if components is None else components.float()
         final, without_validation = (
-            cls(origin.float(), weight.float(), (bias + x_origin).float(), chosen)
+            cls(origin.float(), kept, weight.float(), (bias + x_origin).float(), chosen)
             for weight, bias, chosen in _solve_with_holdout(moments, indices, validation, penalty)
         )
         return final, without_validation
 
+    @staticmethod
+    def _origin_and_components(
+        source: Embeddings, indices: np.ndarray, batch_size: int
+    ) -> tuple[Tensor, Tensor | None]:
+        return token_origins(source, indices)[0], None
+
     def predict(self, eva: Tensor) -> Tensor:
         """[n, N, C_eva] -> [n, N, C]."""
-        return (eva.float() - self.origin) @ self.weight + self.bias
+        return source_features(eva.float() - self.origin, self.components) @ self.weight + self.bias
 
 
-@dataclass(frozen=True)
-class NeighbourhoodRidge:
+class NeighbourhoodRidge(TokenRidge):
     """Ridge regression from the 3x3 condition tokens around a position to the target token there.
 
     The token itself enters whole. Its eight neighbours enter whole while there are at most 2,560 features,
@@ -229,47 +238,11 @@ class NeighbourhoodRidge:
     the mean token.
     """
 
-    mean: Tensor
-    components: Tensor
-    weight: Tensor
-    bias: Tensor
-    penalty: float
-
-    @classmethod
-    def fit(cls, source: Embeddings, indices: np.ndarray, **options: Any) -> NeighbourhoodRidge:
-        """Fitted on all samples; for the options see `fit_with_holdout`."""
-        return cls.fit_with_holdout(source, indices, **options)[0]
-
-    @classmethod
-    def fit_with_holdout(
-        cls,
-        source: Embeddings,
-        indices: np.ndarray,
-        *,
-        penalty: float | None = None,
-        validation: np.ndarray | None = None,
-        batch_size: int = 16,
-    ) -> tuple[NeighbourhoodRidge, NeighbourhoodRidge]:
-        """As `TokenRidge.fit_with_holdout`."""
-        mean, components = principal_components(source, indices, batch_size)
-        x_origin = token_origins(source, indices)[1]
-
-        def moments(rows: np.ndarray) -> Moments:
-            sums = Moments(source.condition_dim + 8 * components.shape[1], source.target_dim)
-            for eva, clip in _read_float64(source, rows, batch_size):
-                features = neighbourhood_features(eva - mean, components)
-                sums.add(features.flatten(0, 1), clip.flatten(0, 1) - x_origin)
-            return sums
-
-        final, without_validation = (
-            cls(mean.float(), components.float(), weight.float(), (bias + x_origin).float(), chosen)
-            for weight, bias, chosen in _solve_with_holdout(moments, indices, validation, penalty)
-        )
-        return final, without_validation
-
-    def predict(self, eva: Tensor) -> Tensor:
-        """[n, N, C_eva] -> [n, N, C]."""
-        return neighbourhood_features(eva.float() - self.mean, self.components) @ self.weight + self.bias
+    @staticmethod
+    def _origin_and_components(
+        source: Embeddings, indices: np.ndarray, batch_size: int
+    ) -> tuple[Tensor, Tensor | None]:
+        return principal_components(source, indices, batch_size)
 
 
 def _solve_with_holdout(
@@ -298,12 +271,18 @@ def _solve_with_holdout(
 
 
 def token_moments(
-    source: Embeddings, rows: np.ndarray, origins: tuple[Tensor, Tensor], batch_size: int
+    source: Embeddings,
+    rows: np.ndarray,
+    origins: tuple[Tensor, Tensor],
+    batch_size: int,
+    components: Tensor | None = None,
 ) -> Moments:
-    """Moments of the condition and target tokens of these samples, about the origins."""
-    sums = Moments(source.condition_dim, source.target_dim)
+    """Moments of these samples' `source_features` and target tokens, about the origins."""
+    width = source.condition_dim + (0 if components is None else 8 * components.shape[1])
+    sums = Moments(width, source.target_dim)
     for eva, clip in _read_float64(source, rows, batch_size):
-        sums.add(eva.flatten(0, 1) - origins[0], clip.flatten(0, 1) - origins[1])
+        features = source_features(eva - origins[0], components)
+        sums.add(features.flatten(0, 1), clip.flatten(0, 1) - origins[1])
     return sums
 
 

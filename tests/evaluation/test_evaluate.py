@@ -21,8 +21,8 @@ import torch
 import yaml
 from PIL import Image
 
+from blip3o_dit.cli.arguments import use_tf32
 from blip3o_dit.cli.main import main
-from blip3o_dit.cli.tf32 import use_tf32
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
 from blip3o_dit.evaluation import evaluate, metric_tables
 from blip3o_dit.evaluation.config import EvaluationConfig

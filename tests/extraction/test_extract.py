@@ -25,9 +25,8 @@ from blip3o_dit.extraction import extract as engine
 from blip3o_dit.extraction.extract import ExtractionConfig, Extractor, extract, load_towers
 from blip3o_dit.extraction.image_decoding import decode_image
 from blip3o_dit.extraction.image_files import list_images
-from blip3o_dit.extraction.pooling import pool_tokens
 from blip3o_dit.extraction.resume import SKIPPED_FILE, read_entry
-from blip3o_dit.extraction.vision_towers import tiny_encoder
+from blip3o_dit.extraction.vision_towers import pool_tokens, tiny_encoder
 
 ROOT = Path(__file__).parent.parent.parent
 COUNT, BROKEN = 22, {"b/07.png": b"", "b/13.png": b"not a picture"}

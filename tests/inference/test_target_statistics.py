@@ -16,7 +16,7 @@ from blip3o_dit.data.store import EmbeddingStore, StoreWriter
 from blip3o_dit.evaluation.config import EvaluationConfig
 from blip3o_dit.evaluation.evaluate import evaluate_models
 from blip3o_dit.inference.pipeline import BLIP3oInference
-from blip3o_dit.metrics.fidelity import FidelitySums, fidelity
+from blip3o_dit.metrics.fidelity import FidelitySums
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.training.callbacks import read_log
@@ -93,7 +93,9 @@ def r2_about_the_training_mean(root: Path, model: BLIP3oInference) -> float:
     store, split = sides(root)
     eva, clip = store.fetch(split.eval)
     generated = model.generate(eva, 2, sample_index=split.eval.tolist())
-    return fidelity(generated, clip, store.fetch(split.train)[1].mean(dim=(0, 1)))["r2"]
+    sums = FidelitySums(store.fetch(split.train)[1].mean(dim=(0, 1)))
+    sums.add(generated, clip)
+    return sums.result()["r2"]
 
 
 def test_a_model_of_raw_features_holds_statistics_and_does_not_use_them(root: Path) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from blip3o_dit.cli.arguments import add_flags, given_settings
-from blip3o_dit.cli.tf32 import add_tf32, use_tf32
+from blip3o_dit.cli.arguments import add_flags, add_tf32, given_settings, use_tf32
 from blip3o_dit.evaluation.config import EvaluationConfig
 
 DESCRIPTION = "Measure trained models beside baselines on held-out samples, and write a report."
@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate, write, and print the summary."""
-    from blip3o_dit.cli.images import pictures_by_key
-    from blip3o_dit.evaluation.evaluate import command_line, evaluate_models
+    from blip3o_dit.evaluation.evaluate import evaluate_models
+    from blip3o_dit.extraction.image_decoding import pictures_by_key
 
     config = EvaluationConfig(**given_settings(arguments, EvaluationConfig))
     if arguments.tf32:
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.output_dir,
         config,
         pictures=pictures_by_key(_where(arguments)),
-        command=command_line(),
+        command=shlex.join(["blip3o-dit", *sys.argv[1:]]),
     )
     if not result:  # the first of several processes has it
         return

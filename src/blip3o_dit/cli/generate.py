@@ -8,8 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from blip3o_dit.cli.arguments import add_flags, given_settings
-from blip3o_dit.cli.tf32 import add_tf32, use_tf32
+from blip3o_dit.cli.arguments import add_flags, add_tf32, given_settings, use_tf32
 from blip3o_dit.flow.config import SOLVER_NAMES
 from blip3o_dit.utils.settings import setting
 

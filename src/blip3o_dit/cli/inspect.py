@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     inspection = inspect_embeddings(source, progress=partial(tqdm, unit="batch", desc="reading", leave=False))
     sys.stdout.write(format_inspection(inspection))
     if arguments.json:
-        arguments.json.write_text(json.dumps(inspection.to_json(), indent=2) + "\n")
+        arguments.json.write_text(json.dumps(asdict(inspection), indent=2) + "\n")
     if not arguments.no_picture:
         path = arguments.embeddings
         target = arguments.picture or path.with_name(f"{path.stem}_inspection.png")
@@ -47,12 +48,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _draw(source: Any, target: Path, arguments: argparse.Namespace) -> None:
-    from blip3o_dit.cli.images import pictures_by_key
+    from blip3o_dit.extraction.image_decoding import pictures_by_key
     from blip3o_dit.extraction.inspection import draw_contact_sheet
-    from blip3o_dit.utils.stateless_random import stateless_permutation
+    from blip3o_dit.utils.stateless_random import stateless_choice
 
-    order = stateless_permutation(source.num_samples, seed=arguments.seed, stream="contact sheet")
-    chosen = sorted(order[: arguments.samples].tolist())
+    count, seed = arguments.samples, arguments.seed
+    chosen = stateless_choice(source.num_samples, count, seed=seed, stream="contact sheet").tolist()
     records = source.records(chosen)
     eva, clip = source.fetch(chosen)
     titles = [f"{r['key'][-28:]}\n{(r.get('caption') or '')[:28]}" for r in records]

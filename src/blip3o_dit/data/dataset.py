@@ -136,6 +136,7 @@ class BatchNoise:
         }
 
 
+@dataclass(eq=False)
 class EmbeddingDataset(Dataset):
     """The samples `indices` of a source, fetched batch by batch.
 
@@ -147,12 +148,9 @@ class EmbeddingDataset(Dataset):
     source, `epoch`, an int, and the random numbers of `batch_noise`, if given.
     """
 
-    def __init__(
-        self, source: Embeddings, indices: np.ndarray, batch_noise: BatchNoise | None = None
-    ) -> None:
-        self.source = source
-        self.indices = indices
-        self.batch_noise = batch_noise
+    source: Embeddings
+    indices: np.ndarray
+    batch_noise: BatchNoise | None = None
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -262,18 +262,10 @@ def _rebuild_parameter(data: Any, requires_grad: Any, hooks: Any) -> TensorValue
     return data
 
 
-def _empty_dict() -> dict[object, object]:
-    return {}
-
-
-def _empty_bytes() -> bytes:
-    return b""
-
-
 def _names() -> dict[tuple[str, str], StandIn]:
     calls: dict[tuple[str, str], Callable[..., object]] = {
         ("numpy", "dtype"): _numpy_dtype,
-        ("collections", "OrderedDict"): _empty_dict,
+        ("collections", "OrderedDict"): lambda: {},
         ("torch", "Size"): _torch_size,
         ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
         ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
@@ -282,7 +274,7 @@ def _names() -> dict[tuple[str, str], StandIn]:
         calls[f"{core}.multiarray", "_reconstruct"] = _numpy_reconstruct
         calls[f"{core}.numeric", "_frombuffer"] = _numpy_frombuffer
     for builtins in BUILTINS:
-        calls[builtins, "bytes"] = _empty_bytes
+        calls[builtins, "bytes"] = lambda: b""
     dtypes = {("torch", str(dtype).removeprefix("torch.")): Value(dtype) for dtype in TORCH_DTYPES}
     return {name: Function(call) for name, call in calls.items()} | dtypes | {("numpy", "ndarray"): _NDARRAY}
 

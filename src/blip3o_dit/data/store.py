@@ -338,13 +338,13 @@ def _read_record(file: Path, sample: int, line: bytes) -> Record:
 
 
 def _identity(file: Path) -> Identity:
+    """What changes with the file's content. Raises ValueError when there is none."""
     if not file.is_file():
         raise ValueError(f"{file}: expected a file of the store, found none")
     return identity(file)
 
 
 def _check_digest(file: Path, expected: str) -> None:
-    if not file.is_file():
-        raise ValueError(f"{file}: expected a file of the store, found none")
+    _identity(file)
     if sha256(file) != expected:
         raise ValueError(f"{file}: its SHA-256 is not the manifest's: the file was altered")

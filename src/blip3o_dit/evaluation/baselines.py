@@ -1,7 +1,8 @@
 """The baselines that a model is compared with, fitted on the training split, and as samplers.
 
 Each predicts the mean of the target tokens, `predict(eva)` [n, L, C_eva] -> [n, N, C] in the units of the
-data. Nearest neighbours also sample; the others become samplers by a `ResidualGaussian`.
+data, and is fitted by one pass over the samples at `indices`. Nearest neighbours are a sampler by themselves;
+the others become one by a `ResidualGaussian`.
 """
 
 from __future__ import annotations
@@ -34,23 +35,6 @@ class Baseline(Protocol):
 
 
 @dataclass(frozen=True)
-class TrainingMean:
-    """The training split's mean token, at every position and whatever the condition. `mean` [C]."""
-
-    mean: Tensor
-    num_tokens: int
-
-    @classmethod
-    def fit(cls, source: Embeddings, indices: np.ndarray, batch_size: int = 32) -> TrainingMean:
-        """Streamed over the samples at `indices`."""
-        return cls(PositionMean.fit(source, indices, batch_size).mean.mean(dim=0), source.num_tokens)
-
-    def predict(self, eva: Tensor) -> Tensor:
-        """[n, L, C_eva] -> [n, N, C]."""
-        return self.mean.expand(len(eva), self.num_tokens, -1)
-
-
-@dataclass(frozen=True)
 class PositionMean:
     """The training split's mean token at each position, whatever the condition. `mean` [N, C]."""
 
@@ -58,15 +42,22 @@ class PositionMean:
 
     @classmethod
     def fit(cls, source: Embeddings, indices: np.ndarray, batch_size: int = 32) -> PositionMean:
-        """Streamed over the samples at `indices`."""
         total = torch.zeros(source.num_tokens, source.target_dim, dtype=torch.float64)
         for piece in batches(indices, batch_size):
             total += source.fetch(piece)[1].double().sum(dim=0)
         return cls((total / len(indices)).float())
 
     def predict(self, eva: Tensor) -> Tensor:
-        """[n, L, C_eva] -> [n, N, C]."""
         return self.mean.expand(len(eva), -1, -1)
+
+
+class TrainingMean(PositionMean):
+    """The training split's mean token, at every position and whatever the condition. `mean` [N, C]."""
+
+    @classmethod
+    def fit(cls, source: Embeddings, indices: np.ndarray, batch_size: int = 32) -> TrainingMean:
+        mean = PositionMean.fit(source, indices, batch_size).mean
+        return cls(mean.mean(dim=0).expand_as(mean))
 
 
 @dataclass(frozen=True)
@@ -85,7 +76,6 @@ class Procrustes:
 
     @classmethod
     def fit(cls, source: Embeddings, indices: np.ndarray, batch_size: int = 16) -> Procrustes:
-        """Streamed over the samples at `indices`."""
         origin = token_origins(source, indices)
         covariance, cross, mean_c, mean_x = token_moments(source, indices, origin, batch_size).centred()
         left, _, right = torch.linalg.svd(cross, full_matrices=False)
@@ -97,7 +87,6 @@ class Procrustes:
         return cls(origin[0].float(), weight.float(), bias.float(), scale)
 
     def predict(self, eva: Tensor) -> Tensor:
-        """[n, N, C_eva] -> [n, N, C]."""
         return (eva.float() - self.origin) @ self.weight + self.bias
 
 
@@ -113,30 +102,38 @@ class NearestNeighbours:
     bank_indices: np.ndarray
     centre: Tensor
     k: int
+    seed: int = 0
+    name: str = "nearest neighbours"
+    is_model: bool = False
+    calls: int = 0
+    random: bool = True
 
     @classmethod
     def fit(
-        cls, source: Embeddings, indices: np.ndarray, *, k: int = 10, batch_size: int = 32
+        cls, source: Embeddings, indices: np.ndarray, *, k: int = 10, seed: int = 0, batch_size: int = 32
     ) -> NearestNeighbours:
         """Keeps the mean condition token of each sample, [n, C_eva]; cosines are about their mean."""
         pooled = torch.cat([source.fetch(piece)[0].mean(dim=1) for piece in batches(indices, batch_size)])
         centre = pooled.mean(dim=0)
         bank = F.normalize(pooled - centre, dim=-1)
-        return cls(source, bank, np.asarray(indices), centre, min(k, len(indices)))
+        return cls(source, bank, np.asarray(indices), centre, min(k, len(indices)), seed)
 
-    def predict(self, eva: Tensor) -> Tensor:
-        """[n, L, C_eva] -> [n, N, C]."""
+    @property
+    def about(self) -> str:
+        return f"{self.k} training samples with the nearest mean condition token, among {len(self.bank)}"
+
+    def predict_mean(self, eva: Tensor, indices: Sequence[int]) -> Tensor:
         nearest = self._nearest(eva)
         total = torch.zeros(len(eva), self.source.num_tokens, self.source.target_dim)
         for column in nearest.T:
             total += self.source.fetch(column)[1]
         return total / self.k
 
-    def sample(self, eva: Tensor, indices: Sequence[int], *, seed: int, sample_number: int) -> Tensor:
-        """[n, L, C_eva] -> [n, N, C]: one neighbour's tokens, by (seed, sample index, sample number)."""
+    def sample(self, eva: Tensor, indices: Sequence[int], sample_number: int) -> Tensor:
+        """One neighbour's tokens, by (seed, sample index, sample number)."""
         nearest = self._nearest(eva)
         chosen = [
-            stateless_generator(seed, "neighbour", sample_number, int(index)).integers(0, self.k)
+            stateless_generator(self.seed, "neighbour", sample_number, int(index)).integers(0, self.k)
             for index in indices
         ]
         return self.source.fetch(nearest[np.arange(len(eva)), chosen])[1]
@@ -244,7 +241,6 @@ class NetworkRegression:
 
     @torch.no_grad()
     def predict(self, eva: Tensor) -> Tensor:
-        """[n, L, C_eva] -> [n, N, C]."""
         return self.model.denormalize_target(_regress(self.model, eva)).cpu()
 
 
@@ -280,31 +276,6 @@ class BaselineSampler:
         return mean + self.residual.sample(indices, seed=self.seed, sample_number=sample_number)
 
 
-@dataclass(frozen=True)
-class NeighbourSampler:
-    """k nearest neighbours: their mean, and one of them at random."""
-
-    baseline: NearestNeighbours
-    name: str = "nearest neighbours"
-    seed: int = 0
-    is_model: bool = False
-    calls: int = 0
-    random: bool = True
-
-    @property
-    def about(self) -> str:
-        return (
-            f"{self.baseline.k} training samples with the nearest mean condition token, "
-            f"among {len(self.baseline.bank)}"
-        )
-
-    def predict_mean(self, eva: Tensor, indices: Sequence[int]) -> Tensor | None:
-        return self.baseline.predict(eva)
-
-    def sample(self, eva: Tensor, indices: Sequence[int], sample_number: int) -> Tensor:
-        return self.baseline.sample(eva, indices, seed=self.seed, sample_number=sample_number)
-
-
 def fit_baselines(
     source: Embeddings,
     train: np.ndarray,
@@ -333,31 +304,22 @@ def fit_baselines(
             residual = ResidualGaussian.fit(on_fit, source, validation, scale=std)
         return BaselineSampler(name, f"{about}; Gaussian residual", final, residual, seed=seed)
 
-    def fit_twice(name: str, about: str, kind: type[TrainingMean | PositionMean | Procrustes]) -> Sampler:
-        return gaussian(name, about, kind.fit(source, both), kind.fit(source, fit))
-
-    def ridge(name: str, about: str, kind: type[TokenRidge | NeighbourhoodRidge]) -> Sampler:
-        final, on_fit = kind.fit_with_holdout(source, fit, validation=validation)
-        chosen = f"penalty {final.penalty:g} chosen on {len(validation)} validation samples"
-        return gaussian(name, f"{about}, {chosen}", final, on_fit)
-
-    makers: dict[str, Callable[[str], Sampler]] = {
-        "training mean": lambda name: fit_twice(name, "the training split's mean token", TrainingMean),
-        "position mean": lambda name: fit_twice(
-            name, "the training split's mean token at each position", PositionMean
-        ),
-        "ridge": lambda name: ridge(
-            name, "linear map from each condition token to the token there", TokenRidge
-        ),
-        "ridge 3x3": lambda name: ridge(
-            name, "linear map from the 3x3 condition tokens around each position", NeighbourhoodRidge
-        ),
-        "procrustes": lambda name: fit_twice(name, "rotation and scale of each condition token", Procrustes),
-        "nearest neighbours": lambda name: NeighbourSampler(
-            NearestNeighbours.fit(source, both), name, seed=seed
-        ),
-    }
-    samplers = [makers[name](name) for name in progress(list(makers), "baselines")]
+    kinds: list[tuple[str, type[PositionMean | Procrustes | TokenRidge], str]] = [
+        ("training mean", TrainingMean, "the training split's mean token"),
+        ("position mean", PositionMean, "the training split's mean token at each position"),
+        ("ridge", TokenRidge, "linear map from each condition token to the token there"),
+        ("ridge 3x3", NeighbourhoodRidge, "linear map from the 3x3 condition tokens around each position"),
+        ("procrustes", Procrustes, "rotation and scale of each condition token"),
+    ]
+    samplers: list[Sampler] = []
+    for name, kind, about in progress(kinds, "baselines"):
+        if issubclass(kind, TokenRidge):
+            final, on_fit = kind.fit_with_holdout(source, fit, validation=validation)
+            about += f", penalty {final.penalty:g} chosen on {len(validation)} validation samples"
+            samplers.append(gaussian(name, about, final, on_fit))
+        else:
+            samplers.append(gaussian(name, about, kind.fit(source, both), kind.fit(source, fit)))
+    samplers.append(NearestNeighbours.fit(source, both, seed=seed))
     if network is not None and network_steps:
         regression = NetworkRegression.fit(
             network,

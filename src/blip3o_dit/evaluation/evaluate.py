@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from blip3o_dit.evaluation.summary import summarize
 from blip3o_dit.inference.pipeline import BLIP3oInference, check_writable, target_statistics
 from blip3o_dit.training.config import TRAINING_CONFIG_FILE, TrainingConfig
 from blip3o_dit.utils.distributed import SINGLE_PROCESS, Processes, join_processes
-from blip3o_dit.utils.stateless_random import stateless_permutation
+from blip3o_dit.utils.stateless_random import stateless_choice
 
 FORMAT = "blip3o-dit evaluation"
 FORMAT_VERSION = 1
@@ -234,22 +232,22 @@ def _shown(
     config = reference.config
     if not config.shown:
         return None
-    order = stateless_permutation(len(reference.indices), seed=config.seed, stream="shown samples")
-    indices = reference.indices[np.sort(order[: config.shown])]
+    rows = stateless_choice(len(reference.indices), config.shown, seed=config.seed, stream="shown samples")
+    indices = reference.indices[rows]
     eva, clip = reference.source.fetch(indices)
-    rows = {"true": clip}
+    shown = {"true": clip}
     for sampler in samplers:
         if sampler.is_model:
-            rows[f"{sampler.name}, sample 1"] = sampler.sample(eva, indices.tolist(), 0)
-            rows[f"{sampler.name}, sample 2"] = sampler.sample(eva, indices.tolist(), 1)
+            shown[f"{sampler.name}, sample 1"] = sampler.sample(eva, indices.tolist(), 0)
+            shown[f"{sampler.name}, sample 2"] = sampler.sample(eva, indices.tolist(), 1)
         if sampler.is_model or sampler.name == "ridge":
             best_guess = sampler.predict_mean(eva, indices.tolist())
             if best_guess is not None:
-                rows[f"{sampler.name}, best guess"] = best_guess
+                shown[f"{sampler.name}, best guess"] = best_guess
     records = reference.source.records(indices)
     keys = [record["key"] for record in records]
     return report.ShownSamples(
-        {name: tokens.numpy() for name, tokens in rows.items()},
+        {name: tokens.numpy() for name, tokens in shown.items()},
         [str(record.get("label") or key)[-18:] for record, key in zip(records, keys, strict=True)],
         pictures(keys) if pictures else None,
     )
@@ -285,8 +283,9 @@ def _held_out(
     indices = np.asarray(model.choose(source, config.split, None))
     available = len(indices)
     if config.num_samples is not None:
-        order = stateless_permutation(available, seed=config.seed, stream="evaluated samples")
-        indices = np.sort(indices[order[: config.num_samples]])
+        stream = "evaluated samples"
+        chosen = stateless_choice(available, config.num_samples, seed=config.seed, stream=stream)
+        indices = np.sort(indices[chosen])
     return _as_trained_on(model, source), indices, available
 
 
@@ -386,9 +385,3 @@ def _progress_bars(shown: bool) -> Progress:
         return tqdm(items, desc=name, unit="", leave=False, disable=not shown)
 
     return progress
-
-
-def command_line(arguments: Sequence[str] | None = None) -> str:
-    """The command as a user typed it, for the page."""
-    words = sys.argv[1:] if arguments is None else arguments
-    return shlex.join(["blip3o-dit", *words])

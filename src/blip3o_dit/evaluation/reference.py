@@ -19,7 +19,7 @@ from blip3o_dit.data.embeddings import Embeddings, batches
 from blip3o_dit.evaluation.config import EvaluationConfig
 from blip3o_dit.metrics.bootstrap import Bootstrap, Estimate
 from blip3o_dit.metrics.downstream import LinearProbe
-from blip3o_dit.utils.stateless_random import stateless_permutation
+from blip3o_dit.utils.stateless_random import stateless_choice, stateless_permutation
 
 # Wraps an iterable for a progress bar of that name.
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
@@ -96,6 +96,7 @@ def collect_reference(
         raise ValueError(f"{source.path}: expected at least 2 samples to evaluate, found {len(indices)}")
     count, tokens, width = len(indices), source.num_tokens, source.target_dim
     rows, positions = _choose_tokens(count, tokens, config)
+    drawn = stateless_choice(count, config.draw_samples, seed=config.seed, stream="drawn samples")
     reference = ReferenceSet(
         source,
         np.asarray(indices),
@@ -108,8 +109,8 @@ def collect_reference(
         tokens=torch.empty(len(rows), width),
         position_squares=torch.zeros(tokens, width, dtype=torch.float64),
         spread=torch.empty(0),
-        drawn=_choose_drawn(count, config),
-        gallery=_choose_gallery(count, config),
+        drawn=np.isin(np.arange(count), drawn),
+        gallery=stateless_choice(count, config.gallery_samples, seed=config.seed, stream="gallery samples"),
     )
     squares = torch.empty(count, width)
     for piece in progress(reference.batches(), "true tokens"):
@@ -131,8 +132,8 @@ def fit_probe(reference: ReferenceSet, train: np.ndarray, progress: Progress) ->
     labels = [record.get("label") for record in source.records(reference.indices)]
     if any(label is None for label in labels):
         return
-    order = stateless_permutation(len(train), seed=config.seed, stream="probe samples")
-    chosen = np.sort(train[order[: config.probe_samples]])
+    rows = stateless_choice(len(train), config.probe_samples, seed=config.seed, stream="probe samples")
+    chosen = np.sort(train[rows])
     train_labels = [record.get("label") for record in source.records(chosen)]
     if any(label is None for label in train_labels) or len(set(train_labels)) < 2:
         return
@@ -189,15 +190,3 @@ def _choose_tokens(count: int, tokens: int, config: EvaluationConfig) -> tuple[n
     rows, positions = np.concatenate(rounds, axis=1)[:, :wanted]
     order = np.lexsort((positions, rows))
     return rows[order], positions[order]
-
-
-def _choose_drawn(count: int, config: EvaluationConfig) -> np.ndarray:
-    drawn = np.zeros(count, dtype=bool)
-    order = stateless_permutation(count, seed=config.seed, stream="drawn samples")
-    drawn[order[: config.draw_samples]] = True
-    return drawn
-
-
-def _choose_gallery(count: int, config: EvaluationConfig) -> np.ndarray:
-    order = stateless_permutation(count, seed=config.seed, stream="gallery samples")
-    return np.sort(order[: config.gallery_samples])

@@ -232,12 +232,8 @@ def _cost(sampler: Mapping[str, Any]) -> dict[str, Any]:
 def _settings(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [("command", result["command"])] if result.get("command") else []
     for model in result["models"]:
-        rows.append(
-            (
-                model["name"],
-                f"{model['path']}, {model['weights']} weights, {model['parameters']:,} parameters",
-            )
-        )
+        about = f"{model['path']}, {model['weights']} weights, {model['parameters']:,} parameters"
+        rows.append((model["name"], about))
     data = result["data"]
     rows.append(("baselines", f"fitted on {data['fitted_samples']} samples of {data['fitted_on']}"))
     rows += [(name, str(value)) for name, value in result["settings"].items()]

@@ -33,7 +33,7 @@ from blip3o_dit.metrics.bootstrap import MIN_SAMPLES, Estimate, from_half_sample
 from blip3o_dit.metrics.conditional import energy_score
 from blip3o_dit.metrics.fidelity import FidelitySums
 from blip3o_dit.utils.distributed import SINGLE_PROCESS, Processes
-from blip3o_dit.utils.stateless_random import stateless_permutation
+from blip3o_dit.utils.stateless_random import stateless_choice
 
 SPREAD_BINS = 10
 
@@ -82,8 +82,7 @@ def real_vs_real(reference: ReferenceSet, source: Embeddings, train: np.ndarray)
     Two independent sets of real vectors: what a perfect sampler without the condition would reach.
     """
     count = min(len(reference.indices), len(train))
-    order = stateless_permutation(len(train), seed=reference.config.seed, stream="floor")
-    chosen = np.sort(train[order[:count]])
+    chosen = np.sort(train[stateless_choice(len(train), count, seed=reference.config.seed, stream="floor")])
     kept = reference.token_rows < count
     tokens = torch.empty(len(reference.token_rows), reference.tokens.shape[1])
     pooled = torch.empty(count, reference.tokens.shape[1])
@@ -126,8 +125,10 @@ def quality_curve(
     point: the steps that it was trained for.
     """
     config = reference.config
-    order = stateless_permutation(len(reference.indices), seed=config.seed, stream="curve samples")
-    indices = reference.indices[np.sort(order[: config.curve_samples])]
+    count, stream = config.curve_samples, "curve samples"
+    indices = reference.indices[
+        stateless_choice(len(reference.indices), count, seed=config.seed, stream=stream)
+    ]
     pairs = [
         (name, count)
         for name, solver in SOLVERS.items()
@@ -201,8 +202,8 @@ def _set_distances(
     """Distances between two sets of vectors; halves of the owning samples give the intervals."""
     config = reference.config
     if len(real) > config.distribution_samples:  # only pooled vectors, one of each sample
-        order = stateless_permutation(len(real), seed=config.seed, stream="pooled samples")
-        kept = np.sort(order[: config.distribution_samples])
+        count = config.distribution_samples
+        kept = stateless_choice(len(real), count, seed=config.seed, stream="pooled samples")
         real, generated, owners = real[kept], generated[kept], owners[kept]
     whole = SetInputs.of(reference.standardize(real).double(), reference.standardize(generated).double())
     samples = np.unique(owners)

@@ -26,7 +26,6 @@ from blip3o_dit.data.manifest import DTYPES, MANIFEST, check_shard_count
 from blip3o_dit.data.store import EmbeddingStore, json_line, to_disk, write_shard
 from blip3o_dit.extraction.image_decoding import MAX_PIXELS, UnreadableImageError, decode_image
 from blip3o_dit.extraction.image_files import ImageRef, list_images
-from blip3o_dit.extraction.pooling import pool_tokens
 from blip3o_dit.extraction.resume import (
     claim_folder,
     finish_store,
@@ -34,7 +33,13 @@ from blip3o_dit.extraction.resume import (
     remove_working_files,
     write_entry,
 )
-from blip3o_dit.extraction.vision_towers import Preprocessing, VisionEncoder, load_encoder, tiny_encoder
+from blip3o_dit.extraction.vision_towers import (
+    Preprocessing,
+    VisionEncoder,
+    load_encoder,
+    pool_tokens,
+    tiny_encoder,
+)
 from blip3o_dit.utils.distributed import join_processes
 from blip3o_dit.utils.settings import setting
 from blip3o_dit.utils.validation import check_name
@@ -262,20 +267,14 @@ class Extractor:
         return shard["bytes"] if shard else 0
 
 
+@dataclass(eq=False)
 class DecodingDataset(Dataset):
     """Reads, decodes and preprocesses images; runs in the data loader's processes."""
 
-    def __init__(
-        self,
-        refs: Sequence[ImageRef],
-        indices: Sequence[int],
-        preprocessing: dict[str, Preprocessing],
-        max_pixels: int,
-    ) -> None:
-        self.refs = refs
-        self.indices = indices
-        self.preprocessing = preprocessing
-        self.max_pixels = max_pixels
+    refs: Sequence[ImageRef]
+    indices: Sequence[int]
+    preprocessing: dict[str, Preprocessing]
+    max_pixels: int
 
     def __len__(self) -> int:
         return len(self.indices)

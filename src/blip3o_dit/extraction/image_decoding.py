@@ -5,11 +5,13 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from io import BytesIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from blip3o_dit.extraction.image_files import list_images
 from blip3o_dit.utils.json_files import one_line
 
 MAX_PIXELS = 178_956_970  # Pillow refuses more than this by itself
@@ -92,3 +94,20 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     floating = image.mode == "F" and values.max() <= 1.0
     scale = 255.0 if floating else 255.0 / 65535.0
     return Image.fromarray(np.rint(values * scale).astype(np.uint8), mode="L")
+
+
+def pictures_by_key(where: str | None) -> Callable[[list[str]], list[Image.Image | None]]:
+    """A function from keys to RGB images, None for those that are not at `where` or cannot be read.
+
+    Raises:
+        FileNotFoundError, ValueError: when nothing can be listed at `where`.
+    """
+    refs = {ref.key: ref for ref in list_images(where)} if where else {}
+
+    def read(key: str) -> Image.Image | None:
+        try:
+            return decode_image(refs[key].read()) if key in refs else None
+        except (UnreadableImageError, OSError):
+            return None
+
+    return lambda keys: [read(key) for key in keys]

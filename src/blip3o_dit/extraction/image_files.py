@@ -6,9 +6,11 @@ import csv
 import json
 import os
 import tarfile
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -100,23 +102,16 @@ def _list_folder(path: Path, image_column: str | None, caption_column: str | Non
     if (path / "dataset_info.json").is_file() or (path / "state.json").is_file():
         tables = [file for file in files if file.suffix == ".arrow"]
         return [ref for table in tables for ref in _list_table(table, image_column, caption_column)]
-    kinds: dict[str, list[Path]] = {"tars": [], "parquet files": [], "pictures": []}
-    for file in files:
-        suffix = file.suffix.lower()
-        if suffix == ".tar":
-            kinds["tars"].append(file)
-        elif suffix == ".parquet":
-            kinds["parquet files"].append(file)
-        elif suffix in IMAGE_SUFFIXES:
-            kinds["pictures"].append(file)
-    found = {kind: members for kind, members in kinds.items() if members}
+    tars = [file for file in files if file.suffix.lower() == ".tar"]
+    tables = [file for file in files if file.suffix.lower() == ".parquet"]
+    pictures = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    kinds = {"tars": tars, "parquet files": tables, "pictures": pictures}
+    found = [f"{len(members)} {kind}" for kind, members in kinds.items() if members]
     if len(found) > 1:
-        counts = ", ".join(f"{len(members)} {kind}" for kind, members in found.items())
-        raise ValueError(f"{path}: expected one kind of source, found {counts}")
-    if kinds["tars"]:
-        return [ref for tar in kinds["tars"] for ref in _list_tar(tar)]
-    if kinds["parquet files"]:
-        tables = kinds["parquet files"]
+        raise ValueError(f"{path}: expected one kind of source, found {', '.join(found)}")
+    if tars:
+        return [ref for tar in tars for ref in _list_tar(tar)]
+    if tables:
         return [ref for table in tables for ref in _list_table(table, image_column, caption_column)]
     texts = {file.with_suffix("") for file in files if file.suffix.lower() == ".txt"}
     return [
@@ -125,7 +120,7 @@ def _list_folder(path: Path, image_column: str | None, caption_column: str | Non
             caption=_read_caption(file.with_suffix(".txt")) if file.with_suffix("") in texts else None,
             file=str(file),
         )
-        for file in kinds["pictures"]
+        for file in pictures
     ]
 
 
@@ -310,8 +305,9 @@ def _open_table(file: str) -> tuple[Sequence[str], int, Callable[[str], list[Any
 def _read_cell(file: str, row: int, column: str) -> bytes:
     """One cell of an image column: bytes, a struct with bytes or path, or a path beside the file."""
     if file.endswith(".parquet"):
-        group, first = _row_group(file, row)
-        cell = _group_column(file, group, column)[row - first].as_py()
+        starts = _group_starts(file)
+        group = bisect_right(starts, row) - 1
+        cell = _group_column(file, group, column)[row - starts[group]].as_py()
     else:
         cell = _arrow_table(file).column(column)[row].as_py()
     if isinstance(cell, dict):
@@ -326,16 +322,8 @@ def _read_cell(file: str, row: int, column: str) -> bytes:
 @lru_cache(maxsize=8)
 def _group_starts(file: str) -> list[int]:
     metadata = _pyarrow().parquet.ParquetFile(file).metadata
-    starts = [0]
-    for group in range(metadata.num_row_groups):
-        starts.append(starts[-1] + metadata.row_group(group).num_rows)
-    return starts
-
-
-def _row_group(file: str, row: int) -> tuple[int, int]:
-    starts = _group_starts(file)
-    group = next(g for g in range(len(starts) - 1) if row < starts[g + 1])
-    return group, starts[group]
+    counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    return list(accumulate(counts, initial=0))
 
 
 @lru_cache(maxsize=2)  # images are read in order: decode a row group once, not once per row

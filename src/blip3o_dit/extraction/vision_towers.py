@@ -1,4 +1,4 @@
-"""Vision towers behind one interface: pixels in, a grid of patch tokens out."""
+"""Vision towers behind one interface: pixels in, a grid of patch tokens out, which is pooled."""
 
 from __future__ import annotations
 
@@ -201,8 +201,32 @@ def load_encoder(
         about["preprocessing"] = _read_preprocessing(folder, model.config.image_size)
         return EvaClipEncoder(model, **about)
     if config.get("model_type") in ("clip", "clip_vision_model"):
-        return _load_clip(folder, dtype, about)
+        clip = _from_pretrained(CLIPVisionModelWithProjection, folder, dtype)
+        about["preprocessing"] = _read_preprocessing(folder, clip.config.image_size)
+        return ClipEncoder(clip, **about)
     return _load_auto(folder, dtype, about)
+
+
+def pool_tokens(tokens: Tensor, num_tokens: int) -> Tensor:
+    """Mean over square windows: [B, G * G, C] -> [B, num_tokens, C], both grids row-major.
+
+    16x16 patches become 8x8 tokens by 2x2 means, as in BLIP3-o (arXiv 2505.09568).
+
+    Raises:
+        ValueError: for token counts that are no squares, or a grid that does not pool evenly; says both.
+    """
+    grid, side = math.isqrt(tokens.shape[1]), math.isqrt(num_tokens)
+    if grid * grid != tokens.shape[1]:
+        raise ValueError(f"patch tokens: expected a square number (an n x n grid), found {tokens.shape[1]}")
+    if side < 1 or side * side != num_tokens:
+        raise ValueError(f"tokens: expected a square number, found {num_tokens}")
+    if side > grid or grid % side:
+        raise ValueError(
+            f"tokens: a grid of {grid}x{grid} patches does not pool evenly into {side}x{side} = {num_tokens}"
+        )
+    window = grid // side
+    cells = tokens.unflatten(1, (side, window, side, window))  # [B, side, window, side, window, C]
+    return cells.mean(dim=(2, 4)).flatten(1, 2)
 
 
 def tiny_encoder(side: str, *, seed: int = 0) -> VisionEncoder:
@@ -225,50 +249,17 @@ def tiny_encoder(side: str, *, seed: int = 0) -> VisionEncoder:
         return ClipEncoder(CLIPVisionModelWithProjection(CLIPVisionConfig(**_TINY_CLIP)), **about)
 
 
+_TINY: dict[str, Any] = dict(num_attention_heads=4, image_size=64, patch_size=4)
 _TINY_EVA = EvaClipConfig(
-    hidden_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    intermediate_size=128,
-    image_size=64,
-    patch_size=4,
-    projection_dim=64,
+    hidden_size=64, num_hidden_layers=2, intermediate_size=128, projection_dim=64, **_TINY
 )
-_TINY_CLIP: dict[str, Any] = dict(
-    hidden_size=48,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    intermediate_size=96,
-    image_size=64,
-    patch_size=4,
-    projection_dim=48,
-)
-
-
-def _load_clip(folder: Path, dtype: torch.dtype, about: dict[str, Any]) -> ClipEncoder:
-    with quiet_transformers():
-        loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True
-        )
-    model, info = loaded
-    _refuse_incomplete(str(folder), info)
-    about["preprocessing"] = _read_preprocessing(folder, model.config.image_size)
-    return ClipEncoder(model, **about)
+_TINY_CLIP = dict(hidden_size=48, num_hidden_layers=1, intermediate_size=96, projection_dim=48, **_TINY)
 
 
 def _load_auto(folder: Path, dtype: torch.dtype, about: dict[str, Any]) -> AutoModelEncoder:
     with quiet_transformers():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        loaded: Any = AutoModel.from_pretrained(
-            folder,
-            dtype=dtype,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            local_files_only=True,
-        )
-    model, info = loaded
-    _refuse_incomplete(str(folder), info)
+    model = _from_pretrained(AutoModel, folder, dtype)
     vision = getattr(config, "vision_config", config)
     tower = getattr(model, "vision_model", model)
     image_size, patch_size = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
@@ -286,15 +277,25 @@ def _load_auto(folder: Path, dtype: torch.dtype, about: dict[str, Any]) -> AutoM
     return AutoModelEncoder(tower, patch_size=patch_size, hidden_size=vision.hidden_size, **about)
 
 
-def _refuse_incomplete(where: str, info: dict[str, Any]) -> None:
-    """Tensors of other towers may be left over; this tower's own must all be there and fit."""
+def _from_pretrained(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """Tensors of other towers may be left over; this tower's own must all be there and fit (ValueError)."""
+    with quiet_transformers():
+        model, info = kind.from_pretrained(
+            folder,
+            dtype=dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            local_files_only=True,
+        )
     missing = sorted(info.get("missing_keys") or ())
     mismatched = sorted(str(key[0]) for key in info.get("mismatched_keys") or ())
     if missing or mismatched:
         raise ValueError(
-            f"{where}: weights do not fit: {len(missing)} missing {missing[:2]}, "
+            f"{folder}: weights do not fit: {len(missing)} missing {missing[:2]}, "
             f"{len(mismatched)} misshapen {mismatched[:2]}"
         )
+    return model
 
 
 def _read_preprocessing(folder: Path, image_size: int) -> Preprocessing:

@@ -25,6 +25,7 @@ class Estimate:
         return {"value": _finite(self.value), "low": _finite(self.low), "high": _finite(self.high)}
 
 
+@dataclass(frozen=True)
 class Bootstrap:
     """Resamples of n samples with replacement (Efron 1979), the same ones for every metric.
 
@@ -34,16 +35,17 @@ class Bootstrap:
         count: samples. replicates: resamples. seed: chooses them.
     """
 
-    def __init__(self, count: int, *, replicates: int = 1000, seed: int = 0) -> None:
-        self.count = count
-        self.replicates = replicates
-        self.seed = seed
+    count: int
+    replicates: int = 1000
+    seed: int = 0
 
     def means(self, columns: np.ndarray) -> np.ndarray:
         """Means of the columns over each resample, [n, m] -> [replicates, m]."""
+        generator = stateless_generator(self.seed, "bootstrap")
         out = np.empty((self.replicates, columns.shape[1]))
-        for row, weights in zip(out, self._weights(), strict=True):
-            row[:] = weights @ columns
+        for row in out:
+            chosen = generator.integers(0, self.count, self.count)
+            row[:] = (np.bincount(chosen, minlength=self.count) / self.count) @ columns
         return out
 
     def mean(self, values: np.ndarray) -> Estimate:
@@ -70,12 +72,6 @@ class Bootstrap:
             return Estimate(value)
         low, high = np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return Estimate(value, float(low), float(high))
-
-    def _weights(self) -> Iterator[np.ndarray]:
-        generator = stateless_generator(self.seed, "bootstrap")
-        for _ in range(self.replicates):
-            chosen = generator.integers(0, self.count, self.count)
-            yield np.bincount(chosen, minlength=self.count) / self.count
 
 
 def half_samples(count: int, *, replicates: int, seed: int) -> Iterator[np.ndarray]:

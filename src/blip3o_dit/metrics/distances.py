@@ -26,21 +26,12 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return max(0.0, float((mean_a - mean_b).square().sum() + traces - 2 * _root_trace(rows_a, rows_b)))
 
 
-def mmd_rbf(a: Tensor, b: Tensor, *, bandwidth: float | None = None) -> float:
+def mmd_from_distances(aa: Tensor, bb: Tensor, ab: Tensor, bandwidth_square: float) -> float:
     """Squared maximum mean discrepancy with k(x, y) = exp(-|x - y|^2 / (2 bandwidth^2)), unbiased.
 
-    About 0 for equal distributions (it can be slightly negative), at most 2 (Gretton et al. 2012,
-    equation 3; on CLIP features this is CMMD, arXiv 2401.09603). The default bandwidth is the median
-    distance within `a`, the reference vectors.
+    From squared distances [n, n], [m, m], [n, m]. About 0 for equal distributions (it can be slightly
+    negative), at most 2 (Gretton et al. 2012, equation 3; on CLIP features this is CMMD, arXiv 2401.09603).
     """
-    a, b = _checked(a, b, at_least=2)
-    within_a = squared_distances(a, a)
-    scale = median_square(within_a) if bandwidth is None else bandwidth**2
-    return mmd_from_distances(within_a, squared_distances(b, b), squared_distances(a, b), scale)
-
-
-def mmd_from_distances(aa: Tensor, bb: Tensor, ab: Tensor, bandwidth_square: float) -> float:
-    """`mmd_rbf` from squared distances [n, n], [m, m], [n, m]."""
     inside = 0.0
     for square in (aa, bb):
         kernel = torch.exp(square / (-2 * bandwidth_square))
@@ -54,28 +45,16 @@ def median_square(square: Tensor) -> float:
     return float(square[rows, columns].median()) or 1.0
 
 
-def precision_recall(reference: Tensor, generated: Tensor, *, k: int = 5) -> dict[str, float]:
+def precision_recall_from_distances(rr: Tensor, gg: Tensor, rg: Tensor, *, k: int) -> dict[str, float]:
     """`precision`, `recall`, `density`, `coverage` of generated vectors by k-nearest-neighbour balls.
+
+    From squared distances: reference [n, n], generated [m, m], between them [n, m].
 
     Precision and recall: the share of one set inside the other's balls, in [0, 1] (Kynkaanniemi et al.,
     arXiv 1904.06991). Density (>= 0, 1 for equal distributions): how many reference balls hold a generated
     vector, over k. Coverage in [0, 1]: the share of reference balls that hold one (Naeem et al., arXiv
     2002.09797; k = 5 is theirs).
-
-    Raises:
-        ValueError: unless each side has more than k vectors.
     """
-    reference, generated = _checked(reference, generated, at_least=k + 1)
-    return precision_recall_from_distances(
-        squared_distances(reference, reference),
-        squared_distances(generated, generated),
-        squared_distances(reference, generated),
-        k=k,
-    )
-
-
-def precision_recall_from_distances(rr: Tensor, gg: Tensor, rg: Tensor, *, k: int) -> dict[str, float]:
-    """`precision_recall` from squared distances [n, n], [m, m], [n, m]."""
     radius_r = rr.kthvalue(k + 1, dim=1).values  # the nearest is the vector itself
     radius_g = gg.kthvalue(k + 1, dim=1).values
     in_reference_ball = rg < radius_r[:, None]

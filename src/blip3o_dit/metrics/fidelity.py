@@ -9,13 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def fidelity(generated: Tensor, target: Tensor, target_mean: Tensor) -> dict[str, float]:
-    """The fidelity metrics of one batch; see `FidelitySums`. [n, N, C], [n, N, C], [C]."""
-    sums = FidelitySums(target_mean)
-    sums.add(generated, target)
-    return sums.result()
-
-
 @dataclass(frozen=True)
 class TokenMeasures:
     """Of each token [n, N]: `cosine` in [-1, 1], `distance` >= 0, `norm_ratio` >= 0. `pooled_cosine` [n].

@@ -24,7 +24,7 @@ def setting(
 
     Args:
         choices: the names it takes. check: raises ValueError, given the field's name and a bad value.
-        flag: what its flag has beside these: `spelling`, or an argument of argparse's `add_argument`.
+        flag: what else is known of it: `spelling` of its flag, or what a class checks by itself.
     """
     return field(default=default, metadata={"help": help_text, "choices": choices, "check": check} | flag)
 

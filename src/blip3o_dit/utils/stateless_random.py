@@ -73,3 +73,8 @@ def _sample_keys(indices: Sequence[int], repeats: Sequence[int] | None) -> Itera
 def stateless_permutation(n: int, *, seed: int, stream: str, counter: int = 0) -> np.ndarray:
     """A permutation of 0..n-1, int64."""
     return stateless_generator(seed, stream, counter).permutation(n)
+
+
+def stateless_choice(n: int, count: int, *, seed: int, stream: str) -> np.ndarray:
+    """`count` of 0..n-1 without repetition, or all if there are fewer; ascending, int64."""
+    return np.sort(stateless_permutation(n, seed=seed, stream=stream)[:count])
