@@ -553,11 +553,11 @@ def test_debug_then_dry_run(
 
     before = snapshot(folder)
     caplog.clear()
-    assert run_here(DRY_RUN, folder) == 0
+    assert run_here(DRY_RUN, folder, "--source", "noise") == 0
     assert "nothing was trained or written" in caplog.text
     assert snapshot(folder) == before
     # What cannot work fails in the dry run as it would in the run.
-    assert run_here(DRY_RUN, folder, "--num_heads", "5") != 0
+    assert run_here(DRY_RUN, folder, "--source", "noise", "--num_heads", "5") != 0
     assert "num_heads" in capsys.readouterr().err
 
 
@@ -722,7 +722,7 @@ def test_documented_settings() -> None:
 MULTI_GPU = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
 
 
-DISTRIBUTED_FLAGS = [*SMALL_AND_QUICK, *shlex.split("--max_steps 2 --logging_steps 1 --save_steps 2")]
+DISTRIBUTED_FLAGS = [*SMALL, *shlex.split("--source noise --max_steps 2 --logging_steps 1 --save_steps 2")]
 
 
 def assert_trained_once(output: Path, said: str, *, processes: int) -> None:
