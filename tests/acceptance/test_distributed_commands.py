@@ -10,7 +10,7 @@ import pytest
 
 from blip3o_dit.training.trainer import BLIP3oTrainer
 from tests.acceptance.commands import (
-    SMALL_AND_QUICK,
+    SMALL,
     assert_whole_run,
     json_of,
     log_of,
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("without_a_gpu", "console_restored")
 
 # Two processes on one machine; what `accelerate launch` is not told it asks its configuration for.
 MULTI_GPU = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
-DISTRIBUTED_FLAGS = [*SMALL_AND_QUICK, *shlex.split("--max_steps 2 --logging_steps 1 --save_steps 2")]
+DISTRIBUTED_FLAGS = [*SMALL, *shlex.split("--source noise --max_steps 2 --logging_steps 1 --save_steps 2")]
 
 
 def assert_trained_once(output: Path, said: str, *, processes: int) -> None:
