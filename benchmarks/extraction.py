@@ -23,7 +23,8 @@ from typing import Any
 
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.extraction import extract as engine
-from blip3o_dit.extraction.extract import ExtractionConfig, Extractor
+from blip3o_dit.extraction.config import ExtractionConfig
+from blip3o_dit.extraction.extract import Extractor
 from blip3o_dit.extraction.resume import SKIPPED_FILE
 from tests.helpers.mixed_images import write_mixed_images
 

@@ -24,7 +24,8 @@ from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.evaluation.baselines import PositionMean
 from blip3o_dit.evaluation.config import EvaluationConfig
 from blip3o_dit.evaluation.evaluate import evaluate_models
-from blip3o_dit.extraction.extract import ExtractionConfig, extract
+from blip3o_dit.extraction.config import ExtractionConfig
+from blip3o_dit.extraction.extract import extract
 from blip3o_dit.extraction.image_decoding import pictures_by_key
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.ridge import TokenRidge

@@ -25,6 +25,9 @@ MAX_RIDGE_FEATURES = 2560
 # Tried by `search_penalty`; relative to each feature's variance.
 PENALTIES = tuple(10.0**exponent for exponent in range(-6, 3))
 
+# Where there is nothing to choose it by.
+USUAL_PENALTY = 1e-3
+
 
 def neighbour_components(condition_dim: int) -> int:
     """How many principal components of each of 8 neighbours keep to `MAX_RIDGE_FEATURES` features."""
@@ -204,7 +207,7 @@ class TokenRidge:
 
         Args:
             penalty: relative to each feature's variance. None takes the one of `PENALTIES` that does best on
-                the validation samples, and 1e-3 without any.
+                the validation samples, and `USUAL_PENALTY` without any.
         """
         origin, components = cls._origin_and_components(source, indices, batch_size)
         x_origin = token_origins(source, indices)[1]
@@ -257,7 +260,7 @@ def _solve_with_holdout(
     """
     moments = moments_of(indices)
     if validation is None or not len(validation):
-        penalty = 1e-3 if penalty is None else penalty
+        penalty = USUAL_PENALTY if penalty is None else penalty
         final = without_validation = moments.solve(penalty)
     else:
         holdout = moments_of(validation)

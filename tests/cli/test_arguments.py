@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import subprocess
+import sys
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -12,10 +14,9 @@ import pytest
 from blip3o_dit.cli.arguments import add_flags, given_settings
 from blip3o_dit.cli.generate import GenerationConfig
 from blip3o_dit.cli.main import COMMANDS, main
-from blip3o_dit.extraction.extract import ExtractionConfig
+from blip3o_dit.extraction.config import ExtractionConfig
 from blip3o_dit.inference.pipeline import BLIP3oInference
-from blip3o_dit.training.config import TrainingConfig
-from blip3o_dit.training.distillation import DistillationConfig
+from blip3o_dit.training.config import DistillationConfig, TrainingConfig
 from blip3o_dit.utils.settings import setting
 
 SETTINGS: dict[str, Any] = {
@@ -47,6 +48,16 @@ def test_defaults_are_stated_in_the_dataclass_alone(command: str) -> None:
         assert actions[option.name].required is (option.default is MISSING)
         if isinstance(option.default, int | float) and not isinstance(option.default, bool):
             assert f"(default: {option.default})" in str(actions[option.name].help)
+
+
+def test_help_imports_nothing_that_a_command_runs() -> None:
+    heavy = ["transformers.trainer", "transformers.modeling_utils"]
+    code = (
+        "import sys; from blip3o_dit.cli.main import COMMANDS; import argparse\n"
+        "for module in COMMANDS.values(): module.add_arguments(argparse.ArgumentParser())\n"
+        f"assert not [name for name in {heavy} if name in sys.modules]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_generation_has_the_defaults_of_the_library() -> None:

@@ -25,7 +25,6 @@ from blip3o_dit.cli.arguments import use_tf32
 from blip3o_dit.cli.main import main
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
 from blip3o_dit.evaluation import evaluate, metric_tables
-from blip3o_dit.evaluation.config import EvaluationConfig
 from blip3o_dit.evaluation.evaluate import evaluate_models
 from blip3o_dit.evaluation.reference import collect_reference
 from blip3o_dit.evaluation.samplers import ModelSampler
@@ -34,6 +33,7 @@ from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.metrics.downstream import retrieval_ranks
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.utils.checksums import seal
+from tests.helpers.evaluation import small_evaluation
 from tests.helpers.stores import write_linear_store
 from tests.helpers.training import train_model
 
@@ -52,20 +52,9 @@ def labelled_store(path: Path) -> EmbeddingStore:
 
 
 def small(models: list[Path], store: Path, output: Path, **changes: Any) -> dict[str, Any]:
-    """An evaluation that takes little: two draws, few resamples, no curve, no pictures."""
-    options: dict[str, Any] = dict(
-        num_inference_steps=2,
-        curve_calls=(),
-        shown=0,
-        device="cpu",
-        draws=2,
-        draw_samples=8,
-        distribution_samples=32,
-        bootstrap=4,
-        half_samples=2,
-        gallery_samples=16,
-    )
-    return evaluate_models(models, store, output, EvaluationConfig(**(options | changes)), progress=False)
+    """An evaluation that takes little: two solver steps, and see `small_evaluation`."""
+    config = small_evaluation(**(dict(num_inference_steps=2, gallery_samples=16) | changes))
+    return evaluate_models(models, store, output, config, progress=False)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import torch
 
 from blip3o_dit.data.dataset import split_samples
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
-from blip3o_dit.evaluation.config import EvaluationConfig
 from blip3o_dit.evaluation.evaluate import evaluate_models
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.metrics.fidelity import FidelitySums
@@ -23,20 +22,12 @@ from blip3o_dit.training.callbacks import read_log
 from blip3o_dit.training.config import PAPER_RECIPE, TrainingConfig
 from blip3o_dit.training.run import build_trainer, train
 from blip3o_dit.utils.checksums import seal
+from tests.helpers.evaluation import small_evaluation
 from tests.helpers.stores import write_linear_store
 from tests.helpers.training import tiny_training
 
 RAW = {**PAPER_RECIPE, "num_inference_steps": 2}
-CONFIG = EvaluationConfig(
-    curve_calls=(),
-    shown=0,
-    device="cpu",
-    draws=2,
-    draw_samples=8,
-    distribution_samples=32,
-    bootstrap=4,
-    half_samples=2,
-)
+CONFIG = small_evaluation()
 
 
 def config_of(store: EmbeddingStore, output: Path, **changes: Any) -> TrainingConfig:

@@ -20,8 +20,8 @@ from blip3o_dit.flow.solvers import integrate
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.loading import EMA_FILE
-from blip3o_dit.training.config import TrainingConfig
-from blip3o_dit.training.distillation import DistillationConfig, train_student, trajectory_targets
+from blip3o_dit.training.config import DistillationConfig, TrainingConfig
+from blip3o_dit.training.distillation import train_student, trajectory_targets
 from blip3o_dit.utils.checksums import verify
 from tests.conftest import randomize, tiny_config
 from tests.helpers.stores import write_linear_store

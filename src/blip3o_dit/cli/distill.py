@@ -6,13 +6,12 @@ import argparse
 from pathlib import Path
 
 from blip3o_dit.cli.arguments import add_flags, given_settings
+from blip3o_dit.training.config import DistillationConfig
 
 DESCRIPTION = "Distil a trained model into one that needs a few network calls."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from blip3o_dit.training.distillation import DistillationConfig
-
     parser.add_argument("model", type=Path, help="the teacher: output folder of a training run")
     parser.add_argument("embeddings", type=Path, help="embedding store or documented pickle it learned from")
     parser.add_argument("--output_dir", type=Path, help="default: the teacher's name with -N-steps")
@@ -24,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from blip3o_dit.training.distillation import DistillationConfig, distill
+    from blip3o_dit.training.distillation import distill
     from blip3o_dit.utils.distributed import pick_device
 
     model = arguments.model

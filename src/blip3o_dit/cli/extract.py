@@ -10,6 +10,7 @@ from pathlib import Path
 
 from blip3o_dit.cli.arguments import add_flags, given_settings
 from blip3o_dit.cli.command import run_script
+from blip3o_dit.extraction.config import ExtractionConfig
 
 DESCRIPTION = "Extract EVA-CLIP and CLIP tokens from pictures into an embedding store."
 DEFAULT_STORE = Path("embeddings/store")
@@ -19,8 +20,6 @@ logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from blip3o_dit.extraction.extract import ExtractionConfig
-
     parser.add_argument(
         "pictures",
         nargs="?",
@@ -36,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from blip3o_dit.data.pickle_format import write_pickle
-    from blip3o_dit.extraction.extract import ExtractionConfig, extract
+    from blip3o_dit.extraction.extract import extract
 
     as_pickle = arguments.format == "pickle"
     output: Path = arguments.output or (DEFAULT_PICKLE if as_pickle else DEFAULT_STORE)

@@ -29,8 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sub = commands.add_parser(
             name, help=module.DESCRIPTION, description=module.DESCRIPTION, allow_abbrev=False
         )
-        if name in words:  # the settings are defined beside what a command runs, which is slow to import
-            module.add_arguments(sub)
+        module.add_arguments(sub)
     arguments = parser.parse_args(words)
     return run_command(lambda: COMMANDS[arguments.command].run(arguments))
 

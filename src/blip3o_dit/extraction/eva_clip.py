@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from blip3o_dit.utils.json_files import one_line, weight_files_of
+from blip3o_dit.utils.validation import damage_refused
 
 TEXT_TOWER = ("text_model.", "text_projection.", "logit_scale", "text.")
 _UNSUPPORTED = ("use_rope", "use_swiglu_mlp", "use_sub_ln", "q_bias", "k_bias", "v_bias")
@@ -203,12 +204,9 @@ def read_tensors(folder: Path) -> Iterable[tuple[str, Tensor]]:
     """Tensors of a checkpoint folder, file by file: safetensors if there are any, else weights-only .bin."""
     for file in _weight_files(folder):
         if file.suffix == ".safetensors":
-            try:
-                with safe_open(file, framework="pt") as tensors:
-                    for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                        yield name, tensors.get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file}: not readable weights: {one_line(error)}") from error
+            with damage_refused(file), safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                    yield name, tensors.get_tensor(name)
         else:
             yield from _read_bin(file)
 

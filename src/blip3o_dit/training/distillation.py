@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Iterator
-from dataclasses import MISSING, asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from transformers import get_cosine_schedule_with_warmup
 
 from blip3o_dit.data.dataset import split_samples
 from blip3o_dit.data.embeddings import Embeddings, check_sizes, open_embeddings
-from blip3o_dit.flow.config import SOLVER_NAMES
 from blip3o_dit.flow.path import FlowBatch, PathPoint, make_path
 from blip3o_dit.flow.predictions import convert_prediction
 from blip3o_dit.flow.solvers import SOLVERS, Velocity
@@ -36,47 +34,14 @@ from blip3o_dit.flow.timesteps import time_grid
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.loading import EMA_FILE, EMA_VARIANT, pick_weights
-from blip3o_dit.training.config import TRAINING_CONFIG_FILE, TrainingConfig
+from blip3o_dit.training.config import TRAINING_CONFIG_FILE, DistillationConfig, TrainingConfig
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.memory import check_room, distillation_forecast, room_on
 from blip3o_dit.utils.atomic import written_aside
 from blip3o_dit.utils.distributed import check_alone
-from blip3o_dit.utils.settings import setting
 from blip3o_dit.utils.stateless_random import stateless_normal, stateless_permutation
-from blip3o_dit.utils.validation import check_name, check_range
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillationConfig:
-    """How a student is trained: the flags of `blip3o-dit distill`; their meanings are the help texts.
-
-    The teacher's steps are shared out over the student's intervals, at least one in each. `device`: "cpu",
-    "cuda", ...
-    """
-
-    steps: int = setting(MISSING, "network calls of the student, which are Euler steps: 1, 2, 4, ...")
-    train_steps: int = setting(1000, "optimizer steps")
-    batch_size: int = setting(32, "conditions per step; each gives one training target per student step")
-    learning_rate: float = setting(
-        1e-3, "peak learning rate (AdamW), after a warm-up over a twentieth of the steps, then cosine to 0"
-    )
-    teacher_solver: str = setting("heun", "solver of the teacher's paths", choices=SOLVER_NAMES)
-    teacher_steps: int = setting(8, "solver steps of a whole path of the teacher")
-    ema_decay: float = setting(0.999, "decay of the averaged weights; 0: none")
-    max_grad_norm: float = 1.0
-    seed: int = setting(0, "seed of the order of conditions and of the noise")
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "train_steps", "batch_size", "teacher_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
-        check_name("teacher_solver", self.teacher_solver, SOLVER_NAMES)
-        check_range("learning_rate", self.learning_rate, 0.0, math.inf)
-        check_range("ema_decay", self.ema_decay, 0.0, 1.0)
-        check_range("max_grad_norm", self.max_grad_norm, 0.0, math.inf)
 
 
 def distill(

@@ -25,7 +25,7 @@ from blip3o_dit.data.embeddings import Embeddings, TransformedEmbeddings, batche
 from blip3o_dit.flow.path import AffineSource
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.precision import without_autocast
-from blip3o_dit.ridge import Moments, principal_components, search_penalty, source_features
+from blip3o_dit.ridge import USUAL_PENALTY, Moments, principal_components, search_penalty, source_features
 from blip3o_dit.utils.validation import damage_refused
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,6 @@ FOLDS_FILE = "source_folds.safetensors"
 # Of its deviation, as noise, for a channel that ridge predicts exactly: the flow divides by it.
 MIN_STD = 0.01
 
-USUAL_PENALTY = 1e-3  # where there is nothing to choose it by
 AT_ONCE = 16  # samples
 
 
