@@ -1,9 +1,14 @@
-"""Probability paths between noise and data, and informed sources in place of the noise.
+"""Probability paths between noise and data, times on them, and informed sources in place of the noise.
 
 The one convention of this project (others are converted in `model/conversion.py`):
 
 * t in [0, 1]; x_0 is the source (noise) at t = 0, x_1 is the data at t = 1, v = dx/dt.
 * x_t = alpha(t) x_1 + sigma(t) eps with eps ~ N(0, I).
+
+Times are drawn, and the solver's grid is laid out, in the noise level s = 1 - t. The shift
+s' = alpha s / (1 + (alpha - 1) s) moves them towards noise for alpha > 1 (Esser et al., arXiv 2403.03206,
+equation 23; alpha = sqrt(N d / 4096) for N tokens of d numbers is RAE's, arXiv 2510.11690): the more numbers a
+sample has, the more noise it takes to hide them.
 
 Everything here is float32, whatever dtype the network computes in.
 """
@@ -19,7 +24,6 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from blip3o_dit.flow.timesteps import time_grid
 from blip3o_dit.utils.validation import check_range
 
 if TYPE_CHECKING:  # it lists `PATHS`
@@ -213,6 +217,31 @@ class FlowBatch(Generic[Points]):
     def predict(self, model: Callable[..., Tensor]) -> Tensor:
         """What the model, or whatever wraps it for several processes, predicts; [B, N, C], float32."""
         return model(self.network_input, self.sample.t, self.condition, self.source.mean)
+
+
+def shift_time(t: Tensor, alpha: float) -> Tensor:
+    """t in [0, 1] -> t', by the shift of the noise level; 0 and 1 stay."""
+    # 1 - alpha s / (1 + (alpha - 1) s) with s = 1 - t, written so that 0 and 1 are met exactly
+    return t / (alpha + (1.0 - alpha) * t)
+
+
+def training_times(uniform: Tensor, config: FlowMatchingConfig) -> Tensor:
+    """Times from uniform numbers in [0, 1) [B], by the inverse distribution function; float32 in [0, 1].
+
+    `logit_normal` samples the noise level s with logit(s) ~ N(time_mean, time_std^2) (arXiv 2403.03206,
+    equation 19); the shift comes on top.
+    """
+    t = uniform.float()
+    if config.time_distribution == "logit_normal":
+        # clamped by a float32 step, or an exact 0 would give minus infinity
+        normal = torch.special.ndtri((1.0 - t).double().clamp(1e-7, 1 - 1e-7))
+        t = 1.0 - torch.sigmoid(config.time_mean + config.time_std * normal).float()
+    return shift_time(t, config.time_shift)
+
+
+def time_grid(num_steps: int, alpha: float = 1.0) -> Tensor:
+    """num_steps + 1 times from 0 to 1: equal steps, shifted as training shifts its times; float32."""
+    return shift_time(torch.linspace(0.0, 1.0, num_steps + 1), alpha)
 
 
 def expand_times(t: Tensor, like: Tensor) -> Tensor:

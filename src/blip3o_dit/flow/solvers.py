@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blip3o_dit.flow.timesteps import time_grid
+from blip3o_dit.flow.path import time_grid
 
 # v(x [B, ...], t [B]) -> [B, ...]
 Velocity = Callable[[Tensor, Tensor], Tensor]

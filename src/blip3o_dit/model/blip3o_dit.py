@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from blip3o_dit.flow.path import AffineSource, FlowBatch, PathSample, make_path
+from blip3o_dit.flow.path import AffineSource, FlowBatch, PathSample, make_path, training_times
 from blip3o_dit.flow.predictions import convert_prediction
 from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER, Velocity, integrate, integrate_adaptive
-from blip3o_dit.flow.timesteps import training_times
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.cpu_kernels import use_cpu_kernels
 from blip3o_dit.model.cuda_graphs import GraphedPredict, Predict

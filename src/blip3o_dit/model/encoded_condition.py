@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 class KeysValues(NamedTuple):
@@ -21,8 +21,7 @@ class KeysValues(NamedTuple):
     null_value: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class EncodedCondition:
+class EncodedCondition(NamedTuple):
     """All that depends on the condition alone: computed once per sample, reused at every solver step.
 
     `pooled` [B, min(d, 1024)] enters the modulation; `keys_values` holds what each layer attends to.
@@ -49,26 +48,12 @@ class EncodedCondition:
 
     def clone(self) -> EncodedCondition:
         """The same in memory of its own."""
-        return EncodedCondition(
-            self.pooled.clone(),
-            [
-                KeysValues(layer.keys.clone(), layer.values.clone(), _clone(layer.null_value))
-                for layer in self.keys_values
-            ],
-            _clone(self.source_mean),
-            _clone(self.embedded_source_mean),
-        )
+        return tree_map_only(Tensor, Tensor.clone, self)
 
     def tensors(self) -> list[Tensor]:
         """Everything it holds, in a fixed order."""
-        of_layers = [tensor for layer in self.keys_values for tensor in layer]
-        held = [self.pooled, *of_layers, self.source_mean, self.embedded_source_mean]
-        return [tensor for tensor in held if tensor is not None]
+        return [held for held in tree_leaves(self) if held is not None]
 
 
 def _twice(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.repeat(2, 1, 1)
-
-
-def _clone(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.clone()

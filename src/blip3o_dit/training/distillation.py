@@ -27,10 +27,9 @@ from transformers import get_cosine_schedule_with_warmup
 
 from blip3o_dit.data.dataset import split_samples
 from blip3o_dit.data.embeddings import Embeddings, check_sizes, open_embeddings
-from blip3o_dit.flow.path import FlowBatch, PathPoint, make_path
+from blip3o_dit.flow.path import FlowBatch, PathPoint, make_path, time_grid
 from blip3o_dit.flow.predictions import convert_prediction
 from blip3o_dit.flow.solvers import SOLVERS, Velocity
-from blip3o_dit.flow.timesteps import time_grid
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.loading import EMA_FILE, EMA_VARIANT, pick_weights
