@@ -88,9 +88,6 @@ def collect_predictions(
 
     Args:
         processes: share out the sampling; the predictions come together on the first one.
-
-    Raises:
-        ValueError: for NaN or infinity among the predictions, naming sampler and sample.
     """
     width = reference.tokens.shape[1]
     predictions = Predictions(

@@ -32,9 +32,6 @@ class BLIP3oFlowMatchingLoss:
         prediction_type: what the network predicts, one of `PREDICTIONS`.
         regularization_weight: weight of the penalty above, >= 0.
         schedule_type: "linear" or "cosine".
-
-    Raises:
-        ValueError: for an unknown name or a value out of range.
     """
 
     def __init__(

@@ -7,8 +7,8 @@ The one convention of this project (others are converted in `model/conversion.py
 
 Times are drawn, and the solver's grid is laid out, in the noise level s = 1 - t. The shift
 s' = alpha s / (1 + (alpha - 1) s) moves them towards noise for alpha > 1 (Esser et al., arXiv 2403.03206,
-equation 23; alpha = sqrt(N d / 4096) for N tokens of d numbers is RAE's, arXiv 2510.11690): the more numbers a
-sample has, the more noise it takes to hide them.
+equation 23; alpha = sqrt(N d / 4096) for N tokens of d numbers is RAE's, arXiv 2510.11690): the more numbers
+a sample has, the more noise it takes to hide them.
 
 Everything here is float32, whatever dtype the network computes in.
 """
@@ -64,9 +64,6 @@ class ProbabilityPath(ABC):
         sigma_max: noise at t = 0.
         grid: for a distilled model the times of its steps, from 0 to 1; its velocity is the average one
             from t to the next of them.
-
-    Raises:
-        ValueError: unless 0 <= sigma_min < sigma_max.
     """
 
     def __init__(

@@ -154,9 +154,6 @@ def convert_prediction(
         min_scale: the least divisor, see above.
 
     Returns: [B, ...] float32.
-
-    Raises:
-        ValueError: for an unknown prediction type.
     """
     check_name("from_type", from_type, tuple(PREDICTIONS))
     check_name("to_type", to_type, tuple(PREDICTIONS))

@@ -66,9 +66,6 @@ def integrate(
         solver: one of `SOLVERS`.
         time_shift: alpha of the grid's shift; 1 gives equal steps.
         progress: wraps the iterable of steps, for a progress bar.
-
-    Raises:
-        ValueError: for an unknown solver or num_steps < 1.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver: expected one of {tuple(SOLVERS)}, found {solver!r}")
@@ -95,9 +92,6 @@ def integrate_adaptive(velocity: Velocity, x_0: Tensor, *, tolerance: float = 1e
         tolerance: relative and absolute error per step.
 
     Returns: x_1 and the number of velocity calls.
-
-    Raises:
-        ValueError: when torchdiffeq is not installed.
     """
     try:
         from torchdiffeq import odeint

@@ -20,8 +20,8 @@ from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER
 from blip3o_dit.inference.generated_store import GeneratedStore, PieceWork
 from blip3o_dit.metrics.fidelity import FidelitySums
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.layers import has_native_matmul
 from blip3o_dit.model.loading import EMA_VARIANT, pick_weights
-from blip3o_dit.model.precision import has_native_matmul
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.utils.atomic import dump_atomically
 from blip3o_dit.utils.distributed import Processes, join_processes, pick_device
@@ -49,9 +49,6 @@ class BLIP3oInference:
             "raw" takes those of the last step.
         compile: `BLIP3oDiTModel.compile_for_generation`, worth its minute for long generations.
         alone: work alone also under a launcher.
-
-    Raises:
-        FileNotFoundError, ValueError: one line: no model there, weights that do not fit, no such device.
     """
 
     def __init__(
@@ -139,9 +136,6 @@ class BLIP3oInference:
             `generated_clip_embeddings` [n, N, C], `eva_embeddings` and `target_clip_embeddings`, float32,
             `keys` and `captions`. Of several processes the first returns this; the others return an empty
             dict.
-
-        Raises:
-            FileNotFoundError, ValueError: one line naming what was expected and found.
         """
         _check_batch_size(batch_size)
         source = self.open(dataset_path)
@@ -220,9 +214,6 @@ class BLIP3oInference:
             num_samples: only so many of the split; see `choose`. None means all.
 
         Returns: `flow_matching_loss`, `num_samples` and the metrics of `FidelitySums`.
-
-        Raises:
-            FileNotFoundError, ValueError: one line naming what was expected and found.
         """
         _check_batch_size(batch_size)
         source = self.open(dataset_path)

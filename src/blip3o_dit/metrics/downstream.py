@@ -33,9 +33,6 @@ def neighbour_agreement(generated: Tensor, reference: Tensor, *, k: int = 10, bl
 
     [n, C], [n, C] -> [n]. Nearness is the cosine; both search all reference vectors but the sample's own.
     Chance is k / (n - 1).
-
-    Raises:
-        ValueError: unless 1 <= k < n.
     """
     if not 1 <= k < len(reference):
         raise ValueError(f"k: expected 1 to {len(reference) - 1}, one less than the vectors, found {k}")
@@ -62,9 +59,6 @@ class LinearProbe:
     Args:
         features: [n, F] of reference tokens. labels: n names, of at least two kinds.
         inverse_penalty: scikit-learn's C.
-
-    Raises:
-        ValueError: for fewer than two classes.
     """
 
     def __init__(

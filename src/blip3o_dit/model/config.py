@@ -84,9 +84,6 @@ class BLIP3oDiTConfig(PreTrainedConfig):
         flow_matching: the fields of `FlowMatchingConfig`, as a dict (JSON) or as that class.
         default_solver, default_steps: what `generate` takes by default; for a distilled model the steps it
             was made for.
-
-    Raises:
-        ValueError: for an unknown name, or sizes that do not fit each other; says both numbers.
     """
 
     model_type = "blip3o-dit"

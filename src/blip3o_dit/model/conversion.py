@@ -73,9 +73,6 @@ def from_official_state_dict(
         state_dict: names under any of `OFFICIAL_PREFIXES`.
         input_size: side of the token grid (weights do not tell), used when `config` is None.
         config: sizes to expect; None reads them off the tensors.
-
-    Raises:
-        ValueError: no DiT found, or tensors missing, unexpected or misshapen.
     """
     names = _dit_names(state_dict)
     weights = flip_velocity_sign({stripped: state_dict[name] for name, stripped in names.items()})

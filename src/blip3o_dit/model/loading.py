@@ -93,9 +93,6 @@ class StrictPreTrainedModel(PreTrainedModel):
         """A model from a folder, for inference, with weights in `dtype` that are in memory once.
 
         `from_pretrained` has the whole file mapped while it converts, which counts as memory too.
-
-        Raises:
-            FileNotFoundError, ValueError: as `from_pretrained`.
         """
         config, file = BLIP3oDiTConfig.from_pretrained(folder), weights_file(Path(folder), variant)
         cls.check_weights(file, config)

@@ -22,19 +22,20 @@ from blip3o_dit.model.layers import (
     Linear,
     RMSNorm,
     checkpoint_block,
+    compute_dtype,
     official_timestep,
     rotary_tables,
     rotate,
     sinusoidal_features,
+    without_autocast,
 )
-from blip3o_dit.model.precision import compute_dtype, without_autocast
 
 
 class NextDiT(nn.Module):
     """Velocity (or noise, or data) prediction for target tokens, given condition tokens.
 
     Inputs and outputs are float32, in the network's units, that is standardised; `BLIP3oDiTModel` converts.
-    In between, the blocks compute in `compute_dtype` (see `precision.py`).
+    In between, the blocks compute in `compute_dtype` (see `layers.py`).
 
     With an informed source the network also sees its mean R(c), through an embedding of its own that BLIP3-o
     does not have: what is left to predict is x_t - R(c), which it can then read off its input, and R(c)

@@ -56,9 +56,6 @@ def distill(
 
     The student is an ordinary model folder whose `generate` takes `config.steps` Euler steps, no more and no
     fewer, without guidance: its targets have none.
-
-    Raises:
-        FileNotFoundError, ValueError: one line naming what was expected and found.
     """
     check_alone("distill")
     output = Path(output_dir)

@@ -24,7 +24,7 @@ from blip3o_dit.data.dataset import choose_samples
 from blip3o_dit.data.embeddings import Embeddings, TransformedEmbeddings, batches
 from blip3o_dit.flow.path import AffineSource
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
-from blip3o_dit.model.precision import without_autocast
+from blip3o_dit.model.layers import without_autocast
 from blip3o_dit.ridge import USUAL_PENALTY, Moments, principal_components, search_penalty, source_features
 from blip3o_dit.utils.validation import damage_refused
 
@@ -84,11 +84,7 @@ class SourceFolds:
 
 
 def load_folds(folder: Path, model: BLIP3oDiTModel) -> SourceFolds | None:
-    """What `SourceFolds.save` wrote into a checkpoint; None without a source, or if it was written without.
-
-    Raises:
-        ValueError: when the file is damaged or does not fit the model.
-    """
+    """What `SourceFolds.save` wrote into a checkpoint; None without a source, or if it was written without."""
     file = folder / FOLDS_FILE
     if model.config.flow.source == "noise":
         return None

@@ -14,7 +14,7 @@ import torch
 
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
-from blip3o_dit.model.precision import has_native_matmul
+from blip3o_dit.model.layers import has_native_matmul
 from blip3o_dit.training.config import TrainingConfig
 
 GIB = 2**30
