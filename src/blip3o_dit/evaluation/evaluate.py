@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from blip3o_dit.data.dataset import split_samples
 from blip3o_dit.data.embeddings import Embeddings, TransformedEmbeddings
-from blip3o_dit.evaluation import description, plots, report, scores
+from blip3o_dit.evaluation import plots, report, scores
 from blip3o_dit.evaluation.baselines import fit_baselines
 from blip3o_dit.evaluation.config import EvaluationConfig
 from blip3o_dit.evaluation.predictions import Predictions, collect_predictions, without_vectors
@@ -95,8 +95,7 @@ def evaluate_models(
     )
     result["command"] = command
     result["models"] = [
-        description.describe_model(sampler.name, found)
-        for sampler, found in zip(samplers, loaded, strict=True)
+        report.describe_model(sampler.name, found) for sampler, found in zip(samplers, loaded, strict=True)
     ]
     report.write_metrics(result, folder)
     report.write_report(result, folder, samples)
@@ -120,9 +119,10 @@ def evaluate_samplers(
     progress: bool = True,
     processes: Processes = SINGLE_PROCESS,
 ) -> tuple[dict[str, Any], report.ShownSamples | None]:
-    """Measure any samplers beside the baselines. `fit_source` is (embeddings, training indices).
+    """Measure any samplers beside the baselines.
 
     Args:
+        fit_source: embeddings and their training indices.
         statistics: mean and standard deviation of the training tokens per channel, [C] each.
         source_samples: training samples that a sampler's own ridge was fitted on, if it has one.
         available: samples that `indices` were chosen from; None means no others.
@@ -163,14 +163,14 @@ def evaluate_samplers(
         "summary": [],
         "models": [],
         "data": {
-            **description.describe_data(reference),
+            **report.describe_data(reference),
             "available_samples": available or len(reference.indices),
             "fitted_on": str(fit_on.path),
             "fitted_samples": fitted,
             "source_samples": min(len(train), source_samples),
         },
-        "settings": description.describe_settings(config),
-        "versions": description.describe_versions(),
+        "settings": report.describe_settings(config),
+        "versions": report.describe_versions(),
         "methods": described,
         "floor": real_vs_real,
         "differences": _differences(kept, reference),

@@ -7,7 +7,7 @@ sample, [n] or [n, m]; `estimate` takes these to a value with an interval.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -108,7 +108,7 @@ class SetInputs:
             min(BALL_NEIGHBOURS, len(reference) // 2 - 1),
         )
 
-    def subset(self, rows: Tensor) -> SetInputs:
+    def subset(self, rows: np.ndarray) -> SetInputs:
         """The same of some rows, with the bandwidth and k of all."""
         return replace(
             self,
@@ -335,6 +335,9 @@ METRICS = tuple(metric for table in TABLES for metric in table.metrics)
 
 def values_at(stage: str, inputs: Any) -> dict[str, Any]:
     """Key -> values of all metrics that are computed at this stage."""
-    return {
-        metric.key: metric.values(inputs) for metric in METRICS if metric.stage == stage and metric.values
-    }
+    return values_of((metric for metric in METRICS if metric.stage == stage), inputs)
+
+
+def values_of(metrics: Iterable[Metric], inputs: Any) -> dict[str, Any]:
+    """Key -> values of these metrics, None where there are none."""
+    return {metric.key: metric.values(inputs) for metric in metrics if metric.values}

@@ -22,16 +22,11 @@ class LossOutput:
 class BLIP3oFlowMatchingLoss:
     """Mean squared error between a network's prediction and what it should have predicted.
 
-    Its form is that of the prediction type: see `flow/predictions.py`.
+    Its form is that of the prediction type: see `flow/predictions.py`. The arguments are those of
+    `FlowMatchingConfig`.
 
     The regularisation penalises the mean square of the raw network output. It pulls predictions towards
     zero, so any weight above zero biases the samples; 0 is the default and the recommendation.
-
-    Args:
-        sigma_min, sigma_max: noise at t = 1 and t = 0, see `ProbabilityPath`.
-        prediction_type: what the network predicts, one of `PREDICTIONS`.
-        regularization_weight: weight of the penalty above, >= 0.
-        schedule_type: "linear" or "cosine".
     """
 
     def __init__(

@@ -32,10 +32,7 @@ if TYPE_CHECKING:  # it lists `PATHS`
 
 @dataclass(frozen=True)
 class PathPoint:
-    """Points x_t on a path at t, and the velocity there.
-
-    Shapes: `t` [B]; `x_t`, `velocity` [B, ...], float32.
-    """
+    """Points x_t [B, ...] on a path at t [B], and the velocity [B, ...] there; float32."""
 
     t: Tensor
     x_t: Tensor
@@ -47,10 +44,7 @@ Points = TypeVar("Points", bound=PathPoint)
 
 @dataclass(frozen=True)
 class PathSample(PathPoint):
-    """Points on the path between data and noise. The network's input and the loss both read this object.
-
-    Shapes: `x_1`, `noise` [B, ...], float32.
-    """
+    """Points on the path between data x_1 and noise: what the network's input and the loss are made from."""
 
     x_1: Tensor
     noise: Tensor

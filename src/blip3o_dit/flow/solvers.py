@@ -59,12 +59,9 @@ def integrate(
     """Carry x_0 [B, ...] from t = 0 to t = 1 along `time_grid`; the state is float32.
 
     Args:
-        velocity: v(x, t [B]).
         velocity_of_step: the time at which a step begins -> the velocity for all of that step's stages, in
             place of `velocity`. The time is a number on the CPU: asking a GPU for it would stall every step.
         num_steps: number of intervals, >= 1. Costs `num_steps * SOLVERS[solver].calls_per_step` calls.
-        solver: one of `SOLVERS`.
-        time_shift: alpha of the grid's shift; 1 gives equal steps.
         progress: wraps the iterable of steps, for a progress bar.
     """
     if solver not in SOLVERS:
@@ -86,12 +83,8 @@ def integrate(
 def integrate_adaptive(velocity: Velocity, x_0: Tensor, *, tolerance: float = 1e-4) -> tuple[Tensor, int]:
     """As `integrate` by Dormand and Prince's method of order 5, through torchdiffeq; for reference.
 
-    The step size is chosen for the whole batch, so a sample depends (within the tolerance) on its batch.
-
-    Args:
-        tolerance: relative and absolute error per step.
-
-    Returns: x_1 and the number of velocity calls.
+    The step size is chosen for the whole batch, so a sample depends (within the tolerance, the relative and
+    absolute error per step) on its batch. Returns x_1 and the number of velocity calls.
     """
     try:
         from torchdiffeq import odeint

@@ -86,21 +86,20 @@ class FidelitySums:
         return self._sums(measure_tokens(generated, target), target)
 
     def _sums(self, tokens: TokenMeasures, target: Tensor) -> Tensor:
-        scalars = torch.stack(
-            [
-                torch.tensor(float(len(target)), dtype=torch.float64),
-                torch.tensor(float(tokens.cosine.numel()), dtype=torch.float64),
-                tokens.cosine.sum(),
-                tokens.cosine.square().sum(),
-                tokens.pooled_cosine.sum(),
-                tokens.distance.sum(),
-                tokens.distance.square().sum(),
-                tokens.norm_ratio.sum(),
-            ]
+        scalars = (
+            len(target),
+            tokens.cosine.numel(),
+            tokens.cosine.sum(),
+            tokens.cosine.square().sum(),
+            tokens.pooled_cosine.sum(),
+            tokens.distance.sum(),
+            tokens.distance.square().sum(),
+            tokens.norm_ratio.sum(),
         )
+        summed = torch.tensor([float(value) for value in scalars], dtype=torch.float64)
         residual = tokens.squares.sum(dim=(0, 1))
         spread = (target.cpu().double() - self._mean).square_().sum(dim=(0, 1))
-        return torch.cat([scalars, residual, spread])
+        return torch.cat([summed, residual, spread])
 
     def result(self) -> dict[str, float]:
         """The metrics. Raises ValueError when no sample was added."""

@@ -330,9 +330,7 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         Returns: [B, N, in_channels] float32, in the units of the training data. An average of tokens of
             length 1 is shorter than 1.
 
-        Raises:
-            ValueError: for a model that predicts the noise, which says nothing of x_1 at t = 0, and for a
-                distilled one, which predicts where its step ends.
+        A model that predicts the noise says nothing of x_1 at t = 0, and a distilled one where its step ends.
         """
         flow = self.config.flow
         if flow.fixed_sampling is not None:

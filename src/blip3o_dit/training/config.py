@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from blip3o_dit.data.dataset import SHUFFLES, SPLIT_RULES, check_split
+from blip3o_dit.data.dataset import SHUFFLES, SPLIT_RULES, Split, check_split, split_samples
+from blip3o_dit.data.embeddings import Embeddings
 from blip3o_dit.data.store import VERIFY_CHOICES
 from blip3o_dit.flow.config import (
     PREDICTION_TYPES,
@@ -220,6 +221,10 @@ class TrainingConfig:
         check_known(file, values, sorted(f.name for f in fields(cls)))
         with error_context(file):
             return cls(**values)
+
+    def split(self, source: Embeddings) -> Split:
+        """The samples of the data that this run trains on, and those that it holds out."""
+        return split_samples(source, eval_split=self.eval_split, seed=self.seed, split_by=self.split_by)
 
     def flow_matching(
         self, *, num_tokens: int = 1, condition_dim: int = 1, target_dim: int = 1

@@ -25,7 +25,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from blip3o_dit.data.dataset import split_samples
 from blip3o_dit.data.embeddings import Embeddings, check_sizes, open_embeddings
 from blip3o_dit.flow.path import FlowBatch, PathPoint, make_path, time_grid
 from blip3o_dit.flow.predictions import convert_prediction
@@ -71,7 +70,7 @@ def distill(
     teacher: Any = BLIP3oDiTModel.from_pretrained(model_path, variant=variant)
     source = open_embeddings(embeddings)
     check_sizes(source, teacher.config.data_sizes, model_path)
-    train = split_samples(source, eval_split=run.eval_split, seed=run.seed, split_by=run.split_by).train
+    train = run.split(source).train
     student, average = train_student(
         teacher.to(config.device).eval(), source, train, config, progress=progress
     )

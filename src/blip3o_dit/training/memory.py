@@ -73,7 +73,6 @@ class Forecast:
 
     @property
     def fragments(self) -> int:
-        """Freed memory that is of no use."""
         return int(self.fragmentation * self._coming_and_going)
 
     @property
@@ -157,10 +156,8 @@ def distillation_forecast(
 class Activations:
     """Bytes that a forward pass keeps for its backward pass, counted from `transformer.py`.
 
-    d = model_dim, kv = width of keys or values, ffn = inner width of SwiGLU, N and L target and condition
-    tokens of a sample.
-
-    `bytes_each` is that of a number of the arithmetic, 4 or 2.
+    d = model_dim, kv = width of keys or values, ffn = inner width of SwiGLU; `bytes_each` is that of a number
+    of the arithmetic, 4 or 2.
     """
 
     config: BLIP3oDiTConfig
@@ -200,10 +197,10 @@ class Activations:
         d, kv, ffn = self.config.model_dim, self.config.kv_dim, self.config.ffn_dim or 0
         if not recompute:
             return self.block()
-        target, condition, sample = 0, 0, 0
+        kept = 0
         if selective:
-            target, condition, sample = 6 * d + 2 * kv + 2 * ffn, 2 * kv, 4 * d
-        kept = self.config.num_tokens * target + self.condition_tokens * condition + sample
+            target = 6 * d + 2 * kv + 2 * ffn
+            kept = self.config.num_tokens * target + self.condition_tokens * 2 * kv + 4 * d
         return self.batch * (kept * self.bytes_each + self.config.num_tokens * d * FLOAT32)
 
     def ends(self) -> int:
