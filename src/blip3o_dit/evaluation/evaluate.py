@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from blip3o_dit.data.embeddings import Embeddings, TransformedEmbeddings
 from blip3o_dit.evaluation import plots, report, scores
 from blip3o_dit.evaluation.baselines import fit_baselines
 from blip3o_dit.evaluation.config import EvaluationConfig
-from blip3o_dit.evaluation.predictions import Predictions, collect_predictions, without_vectors
+from blip3o_dit.evaluation.predictions import Predictions, collect_predictions
 from blip3o_dit.evaluation.reference import Progress, ReferenceSet, collect_reference, fit_probe
 from blip3o_dit.evaluation.samplers import ModelSampler, Sampler
 from blip3o_dit.evaluation.summary import summarize
@@ -156,7 +157,7 @@ def evaluate_samplers(
         shared = processes if number < len(samplers) else SINGLE_PROCESS
         predictions = collect_predictions(sampler, reference, bars, shared)
         described.append(scores.score(predictions, reference))
-        kept.append(without_vectors(predictions))
+        kept.append(replace(predictions, pooled=torch.empty(0), tokens=torch.empty(0)))  # only `score` needs
     result: dict[str, Any] = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -378,7 +379,4 @@ def _unique(paths: Sequence[Path]) -> list[str]:
 
 
 def _progress_bars(shown: bool) -> Progress:
-    def progress(items: Iterable[Any], name: str) -> Iterable[Any]:
-        return tqdm(items, desc=name, unit="", leave=False, disable=not shown)
-
-    return progress
+    return lambda items, name: tqdm(items, desc=name, unit="", leave=False, disable=not shown)

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -109,11 +109,6 @@ def collect_predictions(
             _add_tokens(predictions, reference, piece, "best_guess", batch.best_guess, batch.clip)
         _add_conditional(predictions, reference, piece, batch)
     return predictions
-
-
-def without_vectors(predictions: Predictions) -> Predictions:
-    """The same without pooled vectors and tokens, which only `score` needs."""
-    return replace(predictions, pooled=torch.empty(0), tokens=torch.empty(0))
 
 
 def peak_memory_mib(sampler: Sampler | None = None) -> float:

@@ -52,13 +52,8 @@ class BLIP3oFlowMatchingLoss:
     @classmethod
     def from_config(cls, config: FlowMatchingConfig) -> BLIP3oFlowMatchingLoss:
         """The loss of a configuration; its `path` is the path that sampling must follow."""
-        return cls(
-            sigma_min=config.sigma_min,
-            sigma_max=config.sigma_max,
-            prediction_type=config.prediction_type,
-            regularization_weight=config.regularization_weight,
-            schedule_type=config.schedule_type,
-        )
+        names = ("sigma_min", "sigma_max", "prediction_type", "regularization_weight", "schedule_type")
+        return cls(**{name: getattr(config, name) for name in names})
 
     def sample_path(self, x_1: Tensor, noise: Tensor, t: Tensor) -> PathSample:
         """Put data and noise [B, ...] on the path at t [B]: what network and loss share."""

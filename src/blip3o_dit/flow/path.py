@@ -51,13 +51,10 @@ class PathSample(PathPoint):
 
 
 class ProbabilityPath(ABC):
-    """x_t = alpha(t) x_1 + sigma(t) eps, and its velocity.
+    """x_t = alpha(t) x_1 + sigma(t) eps, and its velocity; the noise is sigma_max at t = 0, sigma_min at t = 1.
 
-    Args:
-        sigma_min: noise left at t = 1, in units of the (standardised) data.
-        sigma_max: noise at t = 0.
-        grid: for a distilled model the times of its steps, from 0 to 1; its velocity is the average one
-            from t to the next of them.
+    `grid` are for a distilled model the times of its steps, from 0 to 1; its velocity is the average one from
+    t to the next of them.
     """
 
     def __init__(

@@ -24,9 +24,7 @@ MAX_SHARD_BYTES = 2**28
 class GeneratedStore:
     """Writes conditions and generated tokens shard by shard; the manifest comes last and makes it a store.
 
-    Args:
-        path: folder to create, which all processes see.
-        sizes: tokens, condition width, target width.
+    All processes see the folder; `sizes` are tokens, condition width, target width.
     """
 
     def __init__(self, path: Path, sizes: tuple[int, int, int]) -> None:

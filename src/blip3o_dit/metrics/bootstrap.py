@@ -27,12 +27,9 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Resamples of n samples with replacement (Efron 1979), the same ones for every metric.
+    """Resamples of `count` samples with replacement (Efron 1979), the same ones for every metric.
 
     Because two samplers see the same resamples, the interval of a difference is a paired one.
-
-    Args:
-        count: samples. replicates: resamples. seed: chooses them.
     """
 
     count: int

@@ -54,11 +54,8 @@ class LinearProbe:
     """Multinomial logistic regression on standardised features, the same objective as scikit-learn's.
 
     Minimises the mean cross-entropy plus |W|^2 / (2 inverse_penalty n) over W [F, classes] and a free bias,
-    by L-BFGS in float64; features that never vary are left out by their zero.
-
-    Args:
-        features: [n, F] of reference tokens. labels: n names, of at least two kinds.
-        inverse_penalty: scikit-learn's C.
+    by L-BFGS in float64; features that never vary are left out by their zero. `features` [n, F] are those of
+    reference tokens, `labels` n names of at least two kinds, `inverse_penalty` scikit-learn's C.
     """
 
     def __init__(

@@ -54,10 +54,7 @@ class FidelitySums:
     * `r2`: 1 - sum (x_hat - x)^2 / sum (x - training mean)^2 per channel, averaged over the channels that
       vary; 1 is perfect, 0 is the training mean.
 
-    The sums of several processes can be added: `state` is one vector.
-
-    Args:
-        target_mean: mean of the training split per channel, [C].
+    The sums of several processes can be added: `state` is one vector. `target_mean` [C] is the training mean.
     """
 
     _scalars = (

@@ -123,12 +123,7 @@ class BLIP3oDiTConfig(PreTrainedConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
     ) -> Any:
-        """As `PreTrainedConfig.from_pretrained`; a folder's file is read and checked here.
-
-        Raises:
-            FileNotFoundError: no such folder, and the name is no hub id (see `is_hub_id`).
-            ValueError: one line naming the file: not JSON, another model's, an unknown field, a bad value.
-        """
+        """As `PreTrainedConfig.from_pretrained`; a folder's file is checked first (see `is_hub_id`)."""
         where = pretrained_model_name_or_path
         if is_hub_id(where):
             return super().from_pretrained(where, *args, **kwargs)

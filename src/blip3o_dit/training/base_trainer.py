@@ -84,11 +84,9 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
 
     Args:
         model: with its statistics set; `model.config.flow` says what is trained.
-        args: Hugging Face's arguments, see `training_arguments`.
-        config: the run's configuration, written beside the weights.
+        args: see `training_arguments`.
         train_dataset, eval_dataset: the two sides of the split; evaluation is skipped without the second.
         source_folds: what an informed source starts from in training; a checkpoint brings its own.
-        callbacks: further callbacks.
     """
 
     def __init__(

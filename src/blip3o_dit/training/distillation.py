@@ -101,11 +101,8 @@ def train_student(
 ) -> tuple[BLIP3oDiTModel, ExponentialMovingAverage | None]:
     """The student in memory, and its averaged weights, in float32 whatever the teacher's weights are.
 
-    Bfloat16 weights would lose most updates of AdamW, which are smaller than half a step of theirs.
-
-    Raises:
-        ValueError: for a teacher that predicts the noise, which has no velocity at t = 0, for a student asked
-            to teach otherwise than by its own steps, and when the loss is not finite.
+    Bfloat16 weights would lose most updates of AdamW, which are smaller than half a step of theirs. A teacher
+    that predicts the noise is refused: it has no velocity at t = 0.
     """
     flow = teacher.config.flow
     fixed = flow.fixed_sampling
@@ -187,12 +184,8 @@ def trajectory_targets(
     solver: str = "heun",
     time_shift: float = 1.0,
 ) -> list[PathPoint]:
-    """Follow the teacher from noise to data, and note its average velocity over each student interval.
-
-    Args:
-        teacher: its velocity v(x, t). x_0: where the paths start, [B, ...].
-        student_steps: intervals of the student, of `time_grid(student_steps, time_shift)`.
-        teacher_steps: the teacher's steps inside each of them.
+    """Follow the teacher from noise x_0 [B, ...] to data, and note its average velocity over each interval of
+    the student's grid, `time_grid(student_steps, time_shift)`; inside each it takes `teacher_steps`.
 
     Returns: `student_steps` batches of B points, with the velocity that the student has to predict there.
     """

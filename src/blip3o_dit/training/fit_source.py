@@ -160,7 +160,16 @@ def fit_source(
         "std": _deviation(total, parts, unseen),
         "components": None if components is None else components.cpu(),
     }
-    return arguments, _folds(folds, [rows.plain(solution) for solution in unseen]) if len(folds) > 1 else None
+    if len(parts) == 1:
+        return arguments, None
+    weights, biases = zip(*(rows.plain(solution) for solution in unseen), strict=True)
+    order = np.argsort(chosen)
+    return arguments, SourceFolds(
+        weight=torch.stack(weights),
+        bias=torch.stack(biases),
+        samples=torch.from_numpy(chosen[order]),
+        fold=torch.from_numpy(order % FOLDS),
+    )
 
 
 class _Rows:
@@ -202,19 +211,6 @@ def _deviation(total: Moments, parts: list[Moments], unseen: list[tuple[Tensor, 
     usual = varying.median() if len(varying) else 1.0
     least = MIN_STD * targets.clamp(min=MIN_STD * usual)  # a constant one has none of its own
     return deviation.maximum(least).float().cpu()
-
-
-def _folds(folds: list[np.ndarray], maps: list[tuple[Tensor, Tensor]]) -> SourceFolds:
-    samples = np.concatenate(folds)
-    numbers = np.repeat(np.arange(len(folds)), [len(fold) for fold in folds])
-    order = np.argsort(samples)
-    weights, biases = zip(*maps, strict=True)
-    return SourceFolds(
-        weight=torch.stack(weights),
-        bias=torch.stack(biases),
-        samples=torch.from_numpy(samples[order]),
-        fold=torch.from_numpy(numbers[order]),
-    )
 
 
 @contextmanager

@@ -107,12 +107,7 @@ class TrainingMetrics:
 
 
 class Throughput:
-    """Counts samples and seconds between two log lines.
-
-    Args:
-        flops_per_sample: of a training step.
-        rate: the device's measured floating point operations per second.
-    """
+    """Counts samples and seconds between two log lines; `rate` is the device's measured FLOP per second."""
 
     def __init__(self, flops_per_sample: float, rate: float) -> None:
         self._flops, self._rate = flops_per_sample, rate

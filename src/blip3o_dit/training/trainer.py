@@ -28,8 +28,6 @@ class BLIP3oTrainer(ExactResumeTrainer):
 
     Noise, times, condition dropout and the order of each epoch are functions of (seed, epoch, sample index):
     they do not depend on the number of processes, the batch split, workers, evaluation or a restart.
-
-    The arguments are those of `ExactResumeTrainer`.
     """
 
     loss_is_scaled_for_ga = False  # compute_loss returns a mean over the micro-batch
