@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -144,29 +144,16 @@ class Context:
     total_variance: float
 
 
-def mean(values: np.ndarray, bootstrap: Bootstrap, context: Context) -> Estimate:
-    return bootstrap.mean(values)
+def r2(means: np.ndarray, context: Context) -> np.ndarray:
+    return 1 - means[..., 0] / means[..., 1]
 
 
-def median(values: np.ndarray, bootstrap: Bootstrap, context: Context) -> Estimate:
-    return bootstrap.median(values)
+def spread_error_ratio(means: np.ndarray, context: Context) -> np.ndarray:
+    return conditional.spread_error_ratio(means[..., 0], means[..., 1])
 
 
-def r2(values: np.ndarray, bootstrap: Bootstrap, context: Context) -> Estimate:
-    return bootstrap.function(values, lambda m: 1 - m[..., 0] / m[..., 1])
-
-
-def spread_error_ratio(values: np.ndarray, bootstrap: Bootstrap, context: Context) -> Estimate:
-    return bootstrap.function(values, lambda m: conditional.spread_error_ratio(m[..., 0], m[..., 1]))
-
-
-def diversity(values: np.ndarray, bootstrap: Bootstrap, context: Context) -> Estimate:
-    return bootstrap.function(
-        values,
-        lambda m: conditional.diversity(
-            m[..., 0], num_samples=context.num_samples, total_variance=context.total_variance
-        ),
-    )
+def diversity(means: np.ndarray, context: Context) -> np.ndarray:
+    return conditional.diversity(means[..., 0], **vars(context))
 
 
 def mean_difference(a: np.ndarray, b: np.ndarray, bootstrap: Bootstrap) -> Estimate:
@@ -189,7 +176,8 @@ class Metric:
         better: "up", "down", "one" or "none": which values are good.
         values: inputs of the stage -> numbers per sample, or a number for sets; None where there are none.
             Without `values` it is over all tokens at once (`FidelitySums`), without an interval.
-        estimate: value and interval of the numbers per sample; sets are resampled by halves instead.
+        of_means: what is estimated, from the means of the numbers per sample, by default their first;
+            "median" of the numbers instead. Sets are resampled by halves.
         limits: lowest and highest end of a set distance's interval.
         difference: label of the paired difference between samplers, "" for none; `paired` estimates it.
         stage: what `values` gets: "sample" and "best_guess" `TokenInputs`, "conditional" `ConditionInputs`,
@@ -201,7 +189,7 @@ class Metric:
     label: str
     better: str
     values: Callable[[Any], Any] | None
-    estimate: Callable[[np.ndarray, Bootstrap, Context], Estimate] = mean
+    of_means: Callable[[np.ndarray, Context], np.ndarray] | Literal["median"] = lambda means, _: means[..., 0]
     limits: tuple[float, float] = (0.0, np.inf)
     difference: str = ""
     paired: Callable[[np.ndarray, np.ndarray, Bootstrap], Estimate] = mean_difference
@@ -210,6 +198,13 @@ class Metric:
     @property
     def key(self) -> str:
         return f"{self.group}.{self.name}"
+
+    def estimate(self, values: np.ndarray, bootstrap: Bootstrap, context: Context) -> Estimate:
+        """Value and interval of the numbers per sample."""
+        of_means = self.of_means
+        if of_means == "median":
+            return bootstrap.median(values)
+        return bootstrap.function(values.reshape(len(values), -1), lambda means: of_means(means, context))
 
 
 @dataclass(frozen=True)
@@ -266,11 +261,11 @@ def _downstream() -> tuple[Metric, ...]:
         row("recall_at_1", "recall@1", "up", lambda x: x.ranks <= 1),
         row("recall_at_5", "recall@5", "up", lambda x: x.ranks <= 5),
         row("recall_at_10", "recall@10", "up", lambda x: x.ranks <= 10),
-        row("median_rank", "median rank", "down", lambda x: x.ranks, median),
+        row("median_rank", "median rank", "down", lambda x: x.ranks, "median"),
         row("reverse_recall_at_1", "reverse recall@1", "up", lambda x: x.reverse_ranks <= 1),
         row("reverse_recall_at_5", "", "up", lambda x: x.reverse_ranks <= 5),
         row("reverse_recall_at_10", "", "up", lambda x: x.reverse_ranks <= 10),
-        row("reverse_median_rank", "reverse median rank", "down", lambda x: x.reverse_ranks, median),
+        row("reverse_median_rank", "reverse median rank", "down", lambda x: x.reverse_ranks, "median"),
         row("neighbour_agreement", "neighbours in common", "up", GalleryInputs.neighbour_agreement),
         row("probe_accuracy", "probe accuracy", "up", lambda x: x.correct, stage="sample"),
     )

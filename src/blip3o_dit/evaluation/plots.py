@@ -110,15 +110,10 @@ def sample_plot(rows: Mapping[str, np.ndarray], images: Sequence[Any] | None, ti
                 colors = pca_colors(rows[name][column], reference).reshape(side, side, 3)
                 grid[row, column].imshow(colors, interpolation="nearest")
             elif images is not None and images[column] is not None:
-                grid[row, column].imshow(_thumbnail(images[column]))
+                thumbnail = images[column].copy()
+                thumbnail.thumbnail((112, 112))  # at most: it is part of the page
+                grid[row, column].imshow(thumbnail.convert("RGB"))
     return _image(figure, "Token maps of a few samples")
-
-
-def _thumbnail(image: Any) -> np.ndarray:
-    """At most 112 pixels a side: it is part of the page."""
-    copy = image.copy()
-    copy.thumbnail((112, 112))
-    return np.asarray(copy.convert("RGB"))
 
 
 def _figure(width: float, height: float, *, axes: bool = True) -> tuple[Any, Any]:

@@ -51,7 +51,7 @@ class PathSample(PathPoint):
 
 
 class ProbabilityPath(ABC):
-    """x_t = alpha(t) x_1 + sigma(t) eps, and its velocity; the noise is sigma_max at t = 0, sigma_min at t = 1.
+    """x_t = alpha(t) x_1 + sigma(t) eps, and its velocity; sigma_max is sigma(0), sigma_min sigma(1).
 
     `grid` are for a distilled model the times of its steps, from 0 to 1; its velocity is the average one from
     t to the next of them.
