@@ -203,11 +203,9 @@ class TokenRidge:
     ) -> tuple[TokenRidge, TokenRidge]:
         """The map fitted on all samples, and with the same penalty the one without the validation samples.
 
-        Streamed over the samples at `indices`, and those at `validation`, if any.
-
-        Args:
-            penalty: relative to each feature's variance. None takes the one of `PENALTIES` that does best on
-                the validation samples, and `USUAL_PENALTY` without any.
+        Streamed over the samples at `indices`, and those at `validation`, if any. The penalty is relative to
+        each feature's variance; None takes the one of `PENALTIES` that does best on the validation samples,
+        and `USUAL_PENALTY` without any.
         """
         origin, components = cls._origin_and_components(source, indices, batch_size)
         x_origin = token_origins(source, indices)[1]

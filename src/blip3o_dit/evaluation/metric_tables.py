@@ -85,46 +85,34 @@ class GalleryInputs:
 
 @dataclass(frozen=True)
 class SetInputs:
-    """Two sets of vectors [m, C], standardised, with the squared distances within and between them."""
+    """Two sets of vectors [m, C], standardised.
+
+    `squares` are the squared distances [m, m] within the reference, within the generated, and between them.
+    """
 
     reference: Tensor
     generated: Tensor
-    within_reference: Tensor
-    within_generated: Tensor
-    between: Tensor
+    squares: tuple[Tensor, ...]
     bandwidth_square: float
     k: int
 
     @classmethod
     def of(cls, reference: Tensor, generated: Tensor) -> SetInputs:
-        within = distances.squared_distances(reference, reference)
-        return cls(
-            reference,
-            generated,
-            within,
-            distances.squared_distances(generated, generated),
-            distances.squared_distances(reference, generated),
-            distances.median_square(within),
-            min(BALL_NEIGHBOURS, len(reference) // 2 - 1),
-        )
+        pairs = ((reference, reference), (generated, generated), (reference, generated))
+        squares = tuple(distances.squared_distances(a, b) for a, b in pairs)
+        k = min(BALL_NEIGHBOURS, len(reference) // 2 - 1)
+        return cls(reference, generated, squares, distances.median_square(squares[0]), k)
 
     def subset(self, rows: np.ndarray) -> SetInputs:
         """The same of some rows, with the bandwidth and k of all."""
-        return replace(
-            self,
-            reference=self.reference[rows],
-            generated=self.generated[rows],
-            within_reference=self.within_reference[rows][:, rows],
-            within_generated=self.within_generated[rows][:, rows],
-            between=self.between[rows][:, rows],
-        )
+        squares = tuple(square[rows][:, rows] for square in self.squares)
+        return replace(self, reference=self.reference[rows], generated=self.generated[rows], squares=squares)
 
     def frechet(self) -> float:
         return distances.frechet_distance(self.reference, self.generated)
 
     def mmd(self) -> float:
-        squares = (self.within_reference, self.within_generated, self.between)
-        return distances.mmd_from_distances(*squares, self.bandwidth_square)
+        return distances.mmd_from_distances(*self.squares, self.bandwidth_square)
 
     def wasserstein(self) -> float:
         return distances.wasserstein_per_channel(self.reference, self.generated)
@@ -132,8 +120,7 @@ class SetInputs:
     @cached_property
     def balls(self) -> dict[str, float]:
         """Precision, recall, density and coverage; empty for too few vectors."""
-        squares = (self.within_reference, self.within_generated, self.between)
-        return distances.precision_recall_from_distances(*squares, k=self.k) if self.k >= 1 else {}
+        return distances.precision_recall_from_distances(*self.squares, k=self.k) if self.k >= 1 else {}
 
 
 @dataclass(frozen=True)
@@ -221,16 +208,10 @@ class MetricTable:
 
 
 def _fidelity(group: str, variant: str) -> tuple[Metric, ...]:
-    row = partial(Metric, group, stage=group)
+    row, cosine = partial(Metric, group, stage=group), "token cosine"
     return (
         row("r2", "R2", "up", TokenInputs.r2, r2, difference=f"R2, {variant}", paired=r2_difference),
-        row(
-            "cosine_similarity_mean",
-            "token cosine",
-            "up",
-            TokenInputs.cosine,
-            difference=f"token cosine, {variant}",
-        ),
+        row("cosine_similarity_mean", cosine, "up", TokenInputs.cosine, difference=f"{cosine}, {variant}"),
         row("cosine_similarity_std", "", "none", None),
         row("pooled_cosine_similarity_mean", "pooled cosine", "up", lambda x: x.tokens.pooled_cosine),
         row("l2_distance_mean", "L2 distance", "down", lambda x: x.tokens.distance.mean(dim=1)),
@@ -241,15 +222,10 @@ def _fidelity(group: str, variant: str) -> tuple[Metric, ...]:
 
 def _conditional() -> tuple[Metric, ...]:
     row, energy = partial(Metric, "conditional", stage="conditional"), "energy score"
+    per_token = ConditionInputs.token_energy_score
     return (
         row("energy_score", energy, "down", ConditionInputs.energy_score, difference=energy),
-        row(
-            "token_energy_score",
-            "per token",
-            "down",
-            ConditionInputs.token_energy_score,
-            difference=f"{energy} per token",
-        ),
+        row("token_energy_score", "per token", "down", per_token, difference=f"{energy} per token"),
         row("spread_error_ratio", "spread / error", "one", lambda x: x.spread_and_error, spread_error_ratio),
         row("diversity", "diversity", "none", lambda x: x.spread_and_error, diversity),
     )

@@ -34,8 +34,7 @@ class GeneratedStore:
     def claim(self) -> None:
         """Make the folder, without an interrupted generation's files; on one process, before others write.
 
-        Raises:
-            ValueError: when there is a store already, or a file in place of the folder.
+        Refuses (ValueError) a store that is there already, or a file in place of the folder.
         """
         num_tokens, condition_dim, target_dim = self.sizes
         StoreWriter(

@@ -77,7 +77,6 @@ class BLIP3oDiTConfig(PreTrainedConfig):
         in_channels: width of a target (CLIP) token. eva_embedding_size: width of a condition token.
         input_size: side of the square grid of target tokens; 8 means 64 tokens.
         norm_eps: of the RMS norms. rope_theta: base of the rotary embedding.
-        gradient_checkpointing: recompute each block in the backward pass to save memory.
         normalize_embeddings: tokens were L2-normalised before training, and conditions must be again.
         standardize: the network sees tokens standardised with the training split's statistics. Without it the
             statistics are there too, but only for measuring.

@@ -109,8 +109,7 @@ def forecast(
     """What one of `processes` takes to train this network, without building it."""
     weights, matrices = count_weights(model)
     low = config.memory == "low"
-    stored = 2 if low else FLOAT32
-    compute = _compute_bytes(config, device)
+    stored, compute = 2 if low else FLOAT32, _compute_bytes(config, device)
     keeps = Activations(model, config.batch_size, model.num_tokens, compute, device)
     recompute, selective = model.gradient_checkpointing, config.selective_checkpointing
     in_parts = model.num_layers if recompute else 1  # one block's at a time
