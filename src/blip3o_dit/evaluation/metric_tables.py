@@ -112,7 +112,7 @@ class SetInputs:
         return distances.frechet_distance(self.reference, self.generated)
 
     def mmd(self) -> float:
-        return distances.mmd_from_distances(*self.squares, self.bandwidth_square)
+        return distances.mmd_from_distances(*self.squares, bandwidth_square=self.bandwidth_square)
 
     def wasserstein(self) -> float:
         return distances.wasserstein_per_channel(self.reference, self.generated)

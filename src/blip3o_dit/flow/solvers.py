@@ -73,8 +73,7 @@ def integrate(
     grid = time_grid(num_steps, time_shift)
     begins, grid = grid.tolist(), grid.to(x.device)
     times, lengths = grid[:, None].expand(-1, x.shape[0]), grid.diff()
-    steps: Iterable[int] = range(num_steps)
-    for k in progress(steps) if progress else steps:
+    for k in progress(range(num_steps)) if progress else range(num_steps):
         field = velocity_of_step(begins[k]) if velocity_of_step else velocity
         x = step(field, x, times[k], lengths[k])
     return x
