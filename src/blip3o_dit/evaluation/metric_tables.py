@@ -92,27 +92,28 @@ class SetInputs:
 
     reference: Tensor
     generated: Tensor
-    squares: tuple[Tensor, ...]
+    squares: tuple[Tensor, Tensor, Tensor]
     bandwidth_square: float
     k: int
 
     @classmethod
     def of(cls, reference: Tensor, generated: Tensor) -> SetInputs:
-        pairs = ((reference, reference), (generated, generated), (reference, generated))
-        squares = tuple(distances.squared_distances(a, b) for a, b in pairs)
+        square = distances.squared_distances
+        squares = square(reference, reference), square(generated, generated), square(reference, generated)
         k = min(BALL_NEIGHBOURS, len(reference) // 2 - 1)
         return cls(reference, generated, squares, distances.median_square(squares[0]), k)
 
     def subset(self, rows: np.ndarray) -> SetInputs:
         """The same of some rows, with the bandwidth and k of all."""
-        squares = tuple(square[rows][:, rows] for square in self.squares)
-        return replace(self, reference=self.reference[rows], generated=self.generated[rows], squares=squares)
+        rr, gg, rg = (square[rows][:, rows] for square in self.squares)
+        reference, generated = self.reference[rows], self.generated[rows]
+        return replace(self, reference=reference, generated=generated, squares=(rr, gg, rg))
 
     def frechet(self) -> float:
         return distances.frechet_distance(self.reference, self.generated)
 
     def mmd(self) -> float:
-        return distances.mmd_from_distances(*self.squares, bandwidth_square=self.bandwidth_square)
+        return distances.mmd_from_distances(*self.squares, self.bandwidth_square)
 
     def wasserstein(self) -> float:
         return distances.wasserstein_per_channel(self.reference, self.generated)

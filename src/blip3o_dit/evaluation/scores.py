@@ -125,9 +125,8 @@ def quality_curve(
     """
     config = reference.config
     count, stream = config.curve_samples, "curve samples"
-    indices = reference.indices[
-        stateless_choice(len(reference.indices), count, seed=config.seed, stream=stream)
-    ]
+    chosen = stateless_choice(len(reference.indices), count, seed=config.seed, stream=stream)
+    indices = reference.indices[chosen]
     pairs = [
         (name, count)
         for name, solver in SOLVERS.items()
@@ -190,9 +189,8 @@ def _sample_scores(
             found[metric.name] = Estimate(predictions.sums[table.group].result()[metric.name]).to_json()
         elif metric.key in values:
             numbers = np.asarray(values[metric.key], dtype=float)
-            found[metric.name] = metric.estimate(
-                numbers, reference.bootstrap(len(numbers)), context
-            ).to_json()
+            estimate = metric.estimate(numbers, reference.bootstrap(len(numbers)), context)
+            found[metric.name] = estimate.to_json()
     return found
 
 
