@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import pickletools
-from itertools import count
 from typing import Any, BinaryIO
 
 from blip3o_dit.data.pickle_values import ALLOWED, refuse
@@ -54,7 +53,9 @@ def scan_opcodes(file: BinaryIO, size: int, *, with_storages: bool) -> int:
     ledger bounds what opcodes that are there would take.
     """
     ledger = Ledger(size)
-    for seen in count(1):
+    seen = 0
+    while True:
+        seen += 1
         code = file.read(1)
         op = _OPCODES.get(code)
         if op is None:
@@ -70,7 +71,6 @@ def scan_opcodes(file: BinaryIO, size: int, *, with_storages: bool) -> int:
         if op.name == "FRAME":
             _check_length(file, size, argument)
         ledger.add(op.name, argument)
-    raise AssertionError("unreachable")
 
 
 def _skip_argument(file: BinaryIO, size: int, op: pickletools.OpcodeInfo) -> int:

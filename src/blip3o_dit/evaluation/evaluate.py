@@ -349,9 +349,8 @@ def _source_samples(loaded: Sequence[BLIP3oInference]) -> int:
 def _as_trained_on(model: BLIP3oInference, source: Embeddings) -> Embeddings:
     if not model.model.config.normalize_embeddings:
         return source
-    return TransformedEmbeddings(
-        source, model.model.l2_normalize_if_configured, model.model.l2_normalize_if_configured
-    )
+    normalize = model.model.l2_normalize_if_configured
+    return TransformedEmbeddings(source, normalize, normalize)
 
 
 def _model_samplers(loaded: Sequence[BLIP3oInference], config: EvaluationConfig) -> list[ModelSampler]:

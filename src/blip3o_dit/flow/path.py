@@ -19,6 +19,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
@@ -151,6 +152,7 @@ class CosinePath(ProbabilityPath):
 PATHS: dict[str, type[ProbabilityPath]] = {"linear": LinearPath, "cosine": CosinePath}
 
 
+@cache
 def make_path(config: FlowMatchingConfig) -> ProbabilityPath:
     """The path that a configuration trains on, and that sampling must follow."""
     grid = time_grid(config.student_steps, config.time_shift) if config.student_steps else None

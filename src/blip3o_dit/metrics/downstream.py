@@ -20,8 +20,7 @@ def retrieval_ranks(queries: Tensor, gallery: Tensor, *, block: int = 256) -> Te
     ranks = []
     for start in range(0, len(queries), block):
         similarity = queries[start : start + block] @ gallery.T
-        rows = torch.arange(len(similarity))
-        own = similarity[rows, rows + start][:, None]
+        own = similarity.diagonal(start)[:, None]
         better = (similarity > own + TIE).sum(dim=1)
         equal = ((similarity - own).abs() <= TIE).sum(dim=1) - 1
         ranks.append(1.0 + better + equal / 2)
@@ -42,8 +41,7 @@ def neighbour_agreement(generated: Tensor, reference: Tensor, *, k: int = 10, bl
         nearest = []
         for vectors in (reference, generated):
             similarity = vectors[start : start + block] @ reference.T
-            rows = torch.arange(len(similarity))
-            similarity[rows, rows + start] = -torch.inf
+            similarity.diagonal(start).fill_(-torch.inf)
             nearest.append(similarity.topk(k, dim=1).indices)
         shared = (nearest[0][:, :, None] == nearest[1][:, None, :]).any(dim=2)
         shares.append(shared.double().mean(dim=1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import asdict, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ class BLIP3oDiTConfig(PreTrainedConfig):
 
     @property
     def flow(self) -> FlowMatchingConfig:
-        return FlowMatchingConfig.from_dict(self.flow_matching or {})
+        return _flow(**(self.flow_matching or {}))
 
     @property
     def num_tokens(self) -> int:
@@ -197,6 +198,12 @@ class BLIP3oDiTConfig(PreTrainedConfig):
                 f"num_heads must be a multiple of num_kv_heads, "
                 f"found num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
             )
+
+
+@lru_cache(typed=True)
+def _flow(**values: Any) -> FlowMatchingConfig:
+    """Checked once: every step asks for it."""
+    return FlowMatchingConfig.from_dict(values)
 
 
 def _config_file(folder: str | os.PathLike[str]) -> Path:

@@ -36,12 +36,10 @@ class EncodedCondition(NamedTuple):
 
     def with_null_condition(self, null: EncodedCondition) -> EncodedCondition:
         """For a batch of the same samples twice, at first with the null condition, encoded as one sample."""
+        pairs = zip(self.keys_values, null.keys_values, strict=True)
         return EncodedCondition(
             pooled=torch.cat([null.pooled.expand_as(self.pooled), self.pooled]),
-            keys_values=[
-                KeysValues(ours.keys, ours.values, of_null.values[:, :, :1])
-                for ours, of_null in zip(self.keys_values, null.keys_values, strict=True)
-            ],
+            keys_values=[KeysValues(own.keys, own.values, other.values[:, :, :1]) for own, other in pairs],
             source_mean=_twice(self.source_mean),
             embedded_source_mean=_twice(self.embedded_source_mean),
         )

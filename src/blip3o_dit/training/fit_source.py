@@ -200,13 +200,11 @@ class _Rows:
 
 def _deviation(total: Moments, parts: list[Moments], unseen: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Root mean square [C] of what each part's map leaves of it, and no less than the flow can divide by."""
-    squares = [
-        part.count * part.squared_error(*solution) for part, solution in zip(parts, unseen, strict=True)
-    ]
+    pairs = zip(parts, unseen, strict=True)
+    squares = [part.count * part.squared_error(*solution) for part, solution in pairs]
     deviation = (torch.stack(squares).sum(dim=0) / total.count).clamp(min=0).sqrt()
-    targets = (
-        (total.target_squares / total.count - (total.cross[-1] / total.count).square()).clamp(min=0).sqrt()
-    )
+    variance = total.target_squares / total.count - (total.cross[-1] / total.count).square()
+    targets = variance.clamp(min=0).sqrt()
     varying = targets[targets > 1e-6 * targets.max()]
     usual = varying.median() if len(varying) else 1.0
     least = MIN_STD * targets.clamp(min=MIN_STD * usual)  # a constant one has none of its own
