@@ -119,7 +119,7 @@ class ProductDtypes(TorchDispatchMode):
 
 
 def _check_products(function: Callable[[], None], expected: torch.dtype) -> None:
-    """All but the last layer, which is float32 in every precision (see `model/precision.py`)."""
+    """All but the last layer, which is float32 in every precision (see `model/layers.py`)."""
     with ProductDtypes() as products:
         function()
     share = products.operations[expected] / products.operations.total()

@@ -13,7 +13,7 @@ import torch
 
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
-from blip3o_dit.model.precision import BFLOAT16_VARIABLE
+from blip3o_dit.model.layers import BFLOAT16_VARIABLE
 
 torch.set_num_threads(1)
 

@@ -94,7 +94,6 @@ TESTED_IN = {
     "data/checks.py": "data/test_store.py",
     "data/pickle_values.py": "data/test_safe_unpickler.py",
     "evaluation/config.py": "evaluation/test_evaluate.py",
-    "evaluation/description.py": "evaluation/test_evaluate.py",
     "evaluation/metric_tables.py": "evaluation/test_scores.py",
     "evaluation/plots.py": "evaluation/test_evaluate.py",
     "evaluation/predictions.py": "evaluation/test_scores.py",

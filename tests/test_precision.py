@@ -1,4 +1,4 @@
-"""The dtype rule (`model/precision.py`), and every path in bfloat16 against float32.
+"""The dtype rule (`model/layers.py`), and every path in bfloat16 against float32.
 
 Each test runs where bfloat16 is multiplied natively and where it is emulated, on any machine (fixture
 `bfloat16`): torch takes such products everywhere, only more slowly.
@@ -23,7 +23,7 @@ from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model import transformer
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.conversion import from_official_state_dict, to_official_state_dict
-from blip3o_dit.model.precision import BFLOAT16_VARIABLE, has_native_matmul
+from blip3o_dit.model.layers import BFLOAT16_VARIABLE, has_native_matmul
 from blip3o_dit.model.transformer import NextDiTBlock
 from blip3o_dit.training.callbacks import read_log
 from blip3o_dit.training.config import PAPER_RECIPE, DistillationConfig, TrainingConfig

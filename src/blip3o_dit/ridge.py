@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,24 +203,30 @@ class TokenRidge:
     ) -> tuple[TokenRidge, TokenRidge]:
         """The map fitted on all samples, and with the same penalty the one without the validation samples.
 
-        Streamed over the samples at `indices`, and those at `validation`, if any.
-
-        Args:
-            penalty: relative to each feature's variance. None takes the one of `PENALTIES` that does best on
-                the validation samples, and `USUAL_PENALTY` without any.
+        Streamed over the samples at `indices`, and those at `validation`, if any. The penalty is relative to
+        each feature's variance; None takes the one of `PENALTIES` that does best on the validation samples,
+        and `USUAL_PENALTY` without any.
         """
         origin, components = cls._origin_and_components(source, indices, batch_size)
         x_origin = token_origins(source, indices)[1]
-
-        def moments(rows: np.ndarray) -> Moments:
-            return token_moments(source, rows, (origin, x_origin), batch_size, components)
-
-        kept = None if components is None else components.float()
-        final, without_validation = (
-            cls(origin.float(), kept, weight.float(), (bias + x_origin).float(), chosen)
-            for weight, bias, chosen in _solve_with_holdout(moments, indices, validation, penalty)
+        held_out = indices[:0] if validation is None else validation
+        moments, holdout = (
+            token_moments(source, rows, (origin, x_origin), batch_size, components)
+            for rows in (indices, held_out)
         )
-        return final, without_validation
+        if penalty is None and len(held_out):
+            penalty, without_validation = search_penalty(moments, holdout)
+        else:
+            penalty = USUAL_PENALTY if penalty is None else penalty
+            without_validation = moments.solve(penalty)
+        moments.merge(holdout)
+        final = moments.solve(penalty) if len(held_out) else without_validation
+
+        def ridge(weight: Tensor, bias: Tensor) -> TokenRidge:
+            kept = None if components is None else components.float()
+            return cls(origin.float(), kept, weight.float(), (bias + x_origin).float(), penalty)
+
+        return ridge(*final), ridge(*without_validation)
 
     @staticmethod
     def _origin_and_components(
@@ -246,31 +252,6 @@ class NeighbourhoodRidge(TokenRidge):
         source: Embeddings, indices: np.ndarray, batch_size: int
     ) -> tuple[Tensor, Tensor | None]:
         return principal_components(source, indices, batch_size)
-
-
-def _solve_with_holdout(
-    moments_of: Callable[[np.ndarray], Moments],
-    indices: np.ndarray,
-    validation: np.ndarray | None,
-    penalty: float | None,
-) -> tuple[tuple[Tensor, Tensor, float], tuple[Tensor, Tensor, float]]:
-    """(W, bias, penalty) fitted on all samples, then on all but the validation samples.
-
-    A penalty of None is chosen on the validation samples.
-    """
-    moments = moments_of(indices)
-    if validation is None or not len(validation):
-        penalty = USUAL_PENALTY if penalty is None else penalty
-        final = without_validation = moments.solve(penalty)
-    else:
-        holdout = moments_of(validation)
-        if penalty is None:
-            penalty, without_validation = search_penalty(moments, holdout)
-        else:
-            without_validation = moments.solve(penalty)
-        moments.merge(holdout)
-        final = moments.solve(penalty)
-    return (*final, penalty), (*without_validation, penalty)
 
 
 def token_moments(

@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 
-from blip3o_dit.flow.path import PATHS
+from blip3o_dit.flow.path import PATHS, shift_time
 from blip3o_dit.flow.solvers import SOLVERS, integrate, integrate_adaptive
-from blip3o_dit.flow.timesteps import shift_time
 
 
 class Counted:

@@ -7,7 +7,7 @@ import torch
 from scipy.stats import kstest, norm
 
 from blip3o_dit.flow.config import FlowMatchingConfig
-from blip3o_dit.flow.timesteps import shift_time, time_grid, training_times
+from blip3o_dit.flow.path import shift_time, time_grid, training_times
 from blip3o_dit.training.config import TrainingConfig
 
 UNIFORM = torch.rand(20_000, generator=torch.Generator().manual_seed(0))

@@ -22,7 +22,7 @@ from blip3o_dit.flow.path import FlowBatch
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model import transformer
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
-from blip3o_dit.model.precision import BFLOAT16_VARIABLE
+from blip3o_dit.model.layers import BFLOAT16_VARIABLE
 from blip3o_dit.training.anomalies import NonFiniteLossError
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.ema import ExponentialMovingAverage

@@ -62,7 +62,7 @@ def test_half_samples_scatter_as_resamples_do() -> None:
 
 
 def test_an_interval_stays_in_the_figures_range() -> None:
-    found = from_half_samples(0.99, np.array([0.9, 1.0, 0.95, 1.0]), lowest=0.0, highest=1.0)
+    found = from_half_samples(0.99, np.array([0.9, 1.0, 0.95, 1.0]), limits=(0.0, 1.0))
     assert found.high == 1.0 and found.low < 0.95
 
 

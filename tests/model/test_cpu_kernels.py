@@ -27,8 +27,7 @@ from blip3o_dit.model.cpu_kernels import (
     pack_weights,
     use_cpu_kernels,
 )
-from blip3o_dit.model.layers import LayerNorm
-from blip3o_dit.model.precision import BFLOAT16_VARIABLE, has_native_matmul
+from blip3o_dit.model.layers import BFLOAT16_VARIABLE, LayerNorm, has_native_matmul
 from blip3o_dit.model.transformer import NextDiT
 from tests.conftest import randomize, tiny_config
 

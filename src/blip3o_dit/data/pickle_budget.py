@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import io
 import pickletools
-from collections.abc import Callable
-from itertools import count
 from typing import Any, BinaryIO
 
 from blip3o_dit.data.pickle_values import ALLOWED, refuse
@@ -55,7 +53,9 @@ def scan_opcodes(file: BinaryIO, size: int, *, with_storages: bool) -> int:
     ledger bounds what opcodes that are there would take.
     """
     ledger = Ledger(size)
-    for seen in count(1):
+    seen = 0
+    while True:
+        seen += 1
         code = file.read(1)
         op = _OPCODES.get(code)
         if op is None:
@@ -71,7 +71,6 @@ def scan_opcodes(file: BinaryIO, size: int, *, with_storages: bool) -> int:
         if op.name == "FRAME":
             _check_length(file, size, argument)
         ledger.add(op.name, argument)
-    raise AssertionError("unreachable")
 
 
 def _skip_argument(file: BinaryIO, size: int, op: pickletools.OpcodeInfo) -> int:
@@ -112,14 +111,23 @@ class Ledger:
 
     def add(self, name: str, argument: int) -> None:
         """The next opcode. Raises ValueError when a sum is too high."""
-        held, handle = _ENTRIES[name]
-        self._memory_left -= held
+        self._memory_left -= _BYTES_HELD.get(name, _BYTES_HELD_BY_OTHERS if _EFFECTS[name][2] else 0)
         if self._memory_left < 0:
             raise ValueError("expected objects in proportion to the file, found many more")
-        if handle is None:  # most opcodes: one more text or number, or an empty container
+        if name in _ONLY_PUSH:  # most opcodes: one more text or number, or an empty container
             self._stack.append(0)
+        elif name in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"):
+            self._put(self._memoized if name == "MEMOIZE" else argument)
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            self._stack.append(self._memo.get(argument, 0))
+        elif name == "MARK":
+            self._marks.append(len(self._stack))
+        elif name == "DUP":
+            self._stack += self._stack[-1:]
+        elif name == "POP" and self._marks and self._marks[-1] == len(self._stack):
+            self._marks.pop()
         else:
-            handle(self, name, argument)
+            self._exchange(name, argument)
 
     def _exchange(self, name: str, argument: int) -> None:
         """Takes objects off the stack, and puts what the opcode makes of them there."""
@@ -152,22 +160,7 @@ class Ledger:
         self._hash_steps_left -= steps
         check_hash_steps(self._hash_steps_left)
 
-    def _mark(self, _: str, __: int) -> None:
-        self._marks.append(len(self._stack))
-
-    def _pop(self, _: str, __: int) -> None:
-        if self._marks and self._marks[-1] == len(self._stack):
-            self._marks.pop()
-        elif self._stack:
-            self._stack.pop()
-
-    def _duplicate(self, _: str, __: int) -> None:
-        self._stack += self._stack[-1:]
-
-    def _get(self, _: str, index: int) -> None:
-        self._stack.append(self._memo.get(index, 0))
-
-    def _put(self, _: str, index: int) -> None:
+    def _put(self, index: int) -> None:
         if index >= len(self._indices):
             self._indices += bytes(index + 1 - len(self._indices))
         self._memoized += not self._indices[index]
@@ -177,19 +170,6 @@ class Ledger:
             self._memo[index] = cost
         elif self._memo:
             self._memo.pop(index, None)
-
-    def _memoize(self, name: str, _: int) -> None:
-        self._put(name, self._memoized)
-
-
-_SPECIAL = {
-    "MARK": Ledger._mark,
-    "POP": Ledger._pop,
-    "DUP": Ledger._duplicate,
-    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), Ledger._get),
-    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), Ledger._put),
-    "MEMOIZE": Ledger._memoize,
-}
 
 
 def _effect(op: pickletools.OpcodeInfo) -> tuple[bool, int, int]:
@@ -201,17 +181,12 @@ def _effect(op: pickletools.OpcodeInfo) -> tuple[bool, int, int]:
 
 
 _EFFECTS = {op.name: _effect(op) for op in pickletools.opcodes}
-
-
-def _entry(name: str) -> tuple[int, Callable[[Ledger, str, int], None] | None]:
-    """(bytes held, what the ledger does; None: push an object of hash cost 0)."""
-    pushes = _EFFECTS[name][2]
-    only_pushes = _EFFECTS[name] == (False, 0, 1) and not name.startswith(("LONG", "INT"))
-    handle = _SPECIAL.get(name, None if only_pushes else Ledger._exchange)
-    return _BYTES_HELD.get(name, _BYTES_HELD_BY_OTHERS if pushes else 0), handle
-
-
-_ENTRIES = {name: _entry(name) for name in _EFFECTS}
+# Those that add one object of hash cost 0 and do nothing else.
+_ONLY_PUSH = {
+    name
+    for name, effect in _EFFECTS.items()
+    if effect == (False, 0, 1) and not name.startswith(("LONG", "INT", "MARK", "GET", "BINGET"))
+}
 
 
 def hash_steps(value: Any, done: dict[int, int]) -> int:

@@ -32,12 +32,7 @@ MAX_CONFIG_VALUES = 10_000
 
 
 class PickledEmbeddings:
-    """The documented pickle, held in memory as it is (`convert_pickle` makes a store of it).
-
-    Raises:
-        FileNotFoundError, ValueError: naming file, key, expectation and finding; `UnsafePickleError`
-            (a ValueError) when the file asks for anything but arrays, tensors and plain containers.
-    """
+    """The documented pickle, read safely and held in memory as it is (`convert_pickle` makes a store)."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -195,11 +190,9 @@ def _column(path: Path, content: dict[Any, Any], name: str, count: int) -> list[
 
 
 def _config_for_json(pickled: PickledEmbeddings) -> Any:
-    """What JSON can hold of the config, the rest as short text.
+    """What JSON can hold of the config, the rest as short text; at most `MAX_CONFIG_VALUES` values.
 
-    Raises:
-        ValueError: for more than `MAX_CONFIG_VALUES` values: containers that hold one another many times over
-            would have no end as text.
+    Containers that hold one another many times over would have no end as text.
     """
     left = MAX_CONFIG_VALUES
 

@@ -92,10 +92,8 @@ class Procrustes:
 
 @dataclass(frozen=True)
 class NearestNeighbours:
-    """The target tokens of the k training samples whose mean condition token is nearest by cosine.
-
-    The prediction is their mean; a sample is one of them, chosen at random.
-    """
+    """The k training samples whose mean condition token is nearest by cosine: predicts the mean of their
+    target tokens, samples one of them at random."""
 
     source: Embeddings
     bank: Tensor
@@ -192,10 +190,7 @@ class ResidualGaussian:
 
 @dataclass(frozen=True)
 class NetworkRegression:
-    """The model's own network trained by least squares to predict E[x_1 | condition].
-
-    Its input is x_t = 0 at t = 0, and its output is read as x_1.
-    """
+    """The model's own network trained by least squares: its output at x_t = 0, t = 0 is E[x_1 | c]."""
 
     model: BLIP3oDiTModel
 
@@ -214,9 +209,7 @@ class NetworkRegression:
     ) -> NetworkRegression:
         """AdamW, linear warm-up over a twentieth of the steps, then a cosine to zero.
 
-        Args:
-            like: gives the sizes and the data's statistics; it is not changed.
-            progress: wraps the iterable of steps, for a progress bar.
+        `like` gives the sizes and the data's statistics; it is not changed.
         """
         torch.manual_seed(seed)
         model = BLIP3oDiTModel(like.config)
@@ -290,9 +283,8 @@ def fit_baselines(
     """Every baseline as a sampler; residuals are those of validation samples, which the fit has not seen.
 
     Args:
-        train: indices in `source`; at most `max_samples` of them are used.
+        train: indices in `source`; at most `max_samples` of them, chosen by the seed, are used.
         std: of the training tokens per channel, [C].
-        seed: chooses the samples that are used and held out, and those that are generated.
         network, network_steps: also train this model's network by plain regression, for so many steps.
     """
     fit, validation = split_validation(train, max_samples=max_samples, seed=seed)

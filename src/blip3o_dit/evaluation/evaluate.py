@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from tqdm.auto import tqdm
 
 from blip3o_dit.data.dataset import split_samples
 from blip3o_dit.data.embeddings import Embeddings, TransformedEmbeddings
-from blip3o_dit.evaluation import description, plots, report, scores
+from blip3o_dit.evaluation import plots, report, scores
 from blip3o_dit.evaluation.baselines import fit_baselines
 from blip3o_dit.evaluation.config import EvaluationConfig
-from blip3o_dit.evaluation.predictions import Predictions, collect_predictions, without_vectors
+from blip3o_dit.evaluation.predictions import Predictions, collect_predictions
 from blip3o_dit.evaluation.reference import Progress, ReferenceSet, collect_reference, fit_probe
 from blip3o_dit.evaluation.samplers import ModelSampler, Sampler
 from blip3o_dit.evaluation.summary import summarize
@@ -57,9 +58,6 @@ def evaluate_models(
 
     Returns: the content of metrics.json, whose schema is in docs/evaluation.md, on the first process; an
         empty dict on the others.
-
-    Raises:
-        FileNotFoundError, ValueError: one line naming what was expected and found.
     """
     config = config or EvaluationConfig()
     plots.require_matplotlib()
@@ -98,8 +96,7 @@ def evaluate_models(
     )
     result["command"] = command
     result["models"] = [
-        description.describe_model(sampler.name, found)
-        for sampler, found in zip(samplers, loaded, strict=True)
+        report.describe_model(sampler.name, found) for sampler, found in zip(samplers, loaded, strict=True)
     ]
     report.write_metrics(result, folder)
     report.write_report(result, folder, samples)
@@ -123,9 +120,10 @@ def evaluate_samplers(
     progress: bool = True,
     processes: Processes = SINGLE_PROCESS,
 ) -> tuple[dict[str, Any], report.ShownSamples | None]:
-    """Measure any samplers beside the baselines. `fit_source` is (embeddings, training indices).
+    """Measure any samplers beside the baselines.
 
     Args:
+        fit_source: embeddings and their training indices.
         statistics: mean and standard deviation of the training tokens per channel, [C] each.
         source_samples: training samples that a sampler's own ridge was fitted on, if it has one.
         available: samples that `indices` were chosen from; None means no others.
@@ -159,21 +157,21 @@ def evaluate_samplers(
         shared = processes if number < len(samplers) else SINGLE_PROCESS
         predictions = collect_predictions(sampler, reference, bars, shared)
         described.append(scores.score(predictions, reference))
-        kept.append(without_vectors(predictions))
+        kept.append(replace(predictions, pooled=torch.empty(0), tokens=torch.empty(0)))  # only `score` needs
     result: dict[str, Any] = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
         "summary": [],
         "models": [],
         "data": {
-            **description.describe_data(reference),
+            **report.describe_data(reference),
             "available_samples": available or len(reference.indices),
             "fitted_on": str(fit_on.path),
             "fitted_samples": fitted,
             "source_samples": min(len(train), source_samples),
         },
-        "settings": description.describe_settings(config),
-        "versions": description.describe_versions(),
+        "settings": report.describe_settings(config),
+        "versions": report.describe_versions(),
         "methods": described,
         "floor": real_vs_real,
         "differences": _differences(kept, reference),
@@ -351,9 +349,8 @@ def _source_samples(loaded: Sequence[BLIP3oInference]) -> int:
 def _as_trained_on(model: BLIP3oInference, source: Embeddings) -> Embeddings:
     if not model.model.config.normalize_embeddings:
         return source
-    return TransformedEmbeddings(
-        source, model.model.l2_normalize_if_configured, model.model.l2_normalize_if_configured
-    )
+    normalize = model.model.l2_normalize_if_configured
+    return TransformedEmbeddings(source, normalize, normalize)
 
 
 def _model_samplers(loaded: Sequence[BLIP3oInference], config: EvaluationConfig) -> list[ModelSampler]:
@@ -381,7 +378,4 @@ def _unique(paths: Sequence[Path]) -> list[str]:
 
 
 def _progress_bars(shown: bool) -> Progress:
-    def progress(items: Iterable[Any], name: str) -> Iterable[Any]:
-        return tqdm(items, desc=name, unit="", leave=False, disable=not shown)
-
-    return progress
+    return lambda items, name: tqdm(items, desc=name, unit="", leave=False, disable=not shown)

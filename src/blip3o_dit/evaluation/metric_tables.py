@@ -7,10 +7,10 @@ sample, [n] or [n, m]; `estimate` takes these to a value with an interval.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -85,46 +85,35 @@ class GalleryInputs:
 
 @dataclass(frozen=True)
 class SetInputs:
-    """Two sets of vectors [m, C], standardised, with the squared distances within and between them."""
+    """Two sets of vectors [m, C], standardised.
+
+    `squares` are the squared distances [m, m] within the reference, within the generated, and between them.
+    """
 
     reference: Tensor
     generated: Tensor
-    within_reference: Tensor
-    within_generated: Tensor
-    between: Tensor
+    squares: tuple[Tensor, Tensor, Tensor]
     bandwidth_square: float
     k: int
 
     @classmethod
     def of(cls, reference: Tensor, generated: Tensor) -> SetInputs:
-        within = distances.squared_distances(reference, reference)
-        return cls(
-            reference,
-            generated,
-            within,
-            distances.squared_distances(generated, generated),
-            distances.squared_distances(reference, generated),
-            distances.median_square(within),
-            min(BALL_NEIGHBOURS, len(reference) // 2 - 1),
-        )
+        square = distances.squared_distances
+        squares = square(reference, reference), square(generated, generated), square(reference, generated)
+        k = min(BALL_NEIGHBOURS, len(reference) // 2 - 1)
+        return cls(reference, generated, squares, distances.median_square(squares[0]), k)
 
-    def subset(self, rows: Tensor) -> SetInputs:
+    def subset(self, rows: np.ndarray) -> SetInputs:
         """The same of some rows, with the bandwidth and k of all."""
-        return replace(
-            self,
-            reference=self.reference[rows],
-            generated=self.generated[rows],
-            within_reference=self.within_reference[rows][:, rows],
-            within_generated=self.within_generated[rows][:, rows],
-            between=self.between[rows][:, rows],
-        )
+        rr, gg, rg = (square[rows][:, rows] for square in self.squares)
+        reference, generated = self.reference[rows], self.generated[rows]
+        return replace(self, reference=reference, generated=generated, squares=(rr, gg, rg))
 
     def frechet(self) -> float:
         return distances.frechet_distance(self.reference, self.generated)
 
     def mmd(self) -> float:
-        squares = (self.within_reference, self.within_generated, self.between)
-        return distances.mmd_from_distances(*squares, self.bandwidth_square)
+        return distances.mmd_from_distances(*self.squares, self.bandwidth_square)
 
     def wasserstein(self) -> float:
         return distances.wasserstein_per_channel(self.reference, self.generated)
@@ -132,8 +121,7 @@ class SetInputs:
     @cached_property
     def balls(self) -> dict[str, float]:
         """Precision, recall, density and coverage; empty for too few vectors."""
-        squares = (self.within_reference, self.within_generated, self.between)
-        return distances.precision_recall_from_distances(*squares, k=self.k) if self.k >= 1 else {}
+        return distances.precision_recall_from_distances(*self.squares, k=self.k) if self.k >= 1 else {}
 
 
 @dataclass(frozen=True)
@@ -144,29 +132,16 @@ class Context:
     total_variance: float
 
 
-def mean(values: np.ndarray, bootstrap: Bootstrap, context: Context) -> Estimate:
-    return bootstrap.mean(values)
+def r2(means: np.ndarray, context: Context) -> np.ndarray:
+    return 1 - means[..., 0] / means[..., 1]
 
 
-def median(values: np.ndarray, bootstrap: Bootstrap, context: Context) -> Estimate:
-    return bootstrap.median(values)
+def spread_error_ratio(means: np.ndarray, context: Context) -> np.ndarray:
+    return conditional.spread_error_ratio(means[..., 0], means[..., 1])
 
 
-def r2(values: np.ndarray, bootstrap: Bootstrap, context: Context) -> Estimate:
-    return bootstrap.function(values, lambda m: 1 - m[..., 0] / m[..., 1])
-
-
-def spread_error_ratio(values: np.ndarray, bootstrap: Bootstrap, context: Context) -> Estimate:
-    return bootstrap.function(values, lambda m: conditional.spread_error_ratio(m[..., 0], m[..., 1]))
-
-
-def diversity(values: np.ndarray, bootstrap: Bootstrap, context: Context) -> Estimate:
-    return bootstrap.function(
-        values,
-        lambda m: conditional.diversity(
-            m[..., 0], num_samples=context.num_samples, total_variance=context.total_variance
-        ),
-    )
+def diversity(means: np.ndarray, context: Context) -> np.ndarray:
+    return conditional.diversity(means[..., 0], **vars(context))
 
 
 def mean_difference(a: np.ndarray, b: np.ndarray, bootstrap: Bootstrap) -> Estimate:
@@ -189,7 +164,8 @@ class Metric:
         better: "up", "down", "one" or "none": which values are good.
         values: inputs of the stage -> numbers per sample, or a number for sets; None where there are none.
             Without `values` it is over all tokens at once (`FidelitySums`), without an interval.
-        estimate: value and interval of the numbers per sample; sets are resampled by halves instead.
+        of_means: what is estimated, from the means of the numbers per sample, by default their first;
+            "median" of the numbers instead. Sets are resampled by halves.
         limits: lowest and highest end of a set distance's interval.
         difference: label of the paired difference between samplers, "" for none; `paired` estimates it.
         stage: what `values` gets: "sample" and "best_guess" `TokenInputs`, "conditional" `ConditionInputs`,
@@ -201,7 +177,7 @@ class Metric:
     label: str
     better: str
     values: Callable[[Any], Any] | None
-    estimate: Callable[[np.ndarray, Bootstrap, Context], Estimate] = mean
+    of_means: Callable[[np.ndarray, Context], np.ndarray] | Literal["median"] = lambda means, _: means[..., 0]
     limits: tuple[float, float] = (0.0, np.inf)
     difference: str = ""
     paired: Callable[[np.ndarray, np.ndarray, Bootstrap], Estimate] = mean_difference
@@ -210,6 +186,13 @@ class Metric:
     @property
     def key(self) -> str:
         return f"{self.group}.{self.name}"
+
+    def estimate(self, values: np.ndarray, bootstrap: Bootstrap, context: Context) -> Estimate:
+        """Value and interval of the numbers per sample."""
+        of_means = self.of_means
+        if of_means == "median":
+            return bootstrap.median(values)
+        return bootstrap.function(values.reshape(len(values), -1), lambda means: of_means(means, context))
 
 
 @dataclass(frozen=True)
@@ -226,16 +209,10 @@ class MetricTable:
 
 
 def _fidelity(group: str, variant: str) -> tuple[Metric, ...]:
-    row = partial(Metric, group, stage=group)
+    row, cosine = partial(Metric, group, stage=group), "token cosine"
     return (
         row("r2", "R2", "up", TokenInputs.r2, r2, difference=f"R2, {variant}", paired=r2_difference),
-        row(
-            "cosine_similarity_mean",
-            "token cosine",
-            "up",
-            TokenInputs.cosine,
-            difference=f"token cosine, {variant}",
-        ),
+        row("cosine_similarity_mean", cosine, "up", TokenInputs.cosine, difference=f"{cosine}, {variant}"),
         row("cosine_similarity_std", "", "none", None),
         row("pooled_cosine_similarity_mean", "pooled cosine", "up", lambda x: x.tokens.pooled_cosine),
         row("l2_distance_mean", "L2 distance", "down", lambda x: x.tokens.distance.mean(dim=1)),
@@ -246,15 +223,10 @@ def _fidelity(group: str, variant: str) -> tuple[Metric, ...]:
 
 def _conditional() -> tuple[Metric, ...]:
     row, energy = partial(Metric, "conditional", stage="conditional"), "energy score"
+    per_token = ConditionInputs.token_energy_score
     return (
         row("energy_score", energy, "down", ConditionInputs.energy_score, difference=energy),
-        row(
-            "token_energy_score",
-            "per token",
-            "down",
-            ConditionInputs.token_energy_score,
-            difference=f"{energy} per token",
-        ),
+        row("token_energy_score", "per token", "down", per_token, difference=f"{energy} per token"),
         row("spread_error_ratio", "spread / error", "one", lambda x: x.spread_and_error, spread_error_ratio),
         row("diversity", "diversity", "none", lambda x: x.spread_and_error, diversity),
     )
@@ -266,11 +238,11 @@ def _downstream() -> tuple[Metric, ...]:
         row("recall_at_1", "recall@1", "up", lambda x: x.ranks <= 1),
         row("recall_at_5", "recall@5", "up", lambda x: x.ranks <= 5),
         row("recall_at_10", "recall@10", "up", lambda x: x.ranks <= 10),
-        row("median_rank", "median rank", "down", lambda x: x.ranks, median),
+        row("median_rank", "median rank", "down", lambda x: x.ranks, "median"),
         row("reverse_recall_at_1", "reverse recall@1", "up", lambda x: x.reverse_ranks <= 1),
         row("reverse_recall_at_5", "", "up", lambda x: x.reverse_ranks <= 5),
         row("reverse_recall_at_10", "", "up", lambda x: x.reverse_ranks <= 10),
-        row("reverse_median_rank", "reverse median rank", "down", lambda x: x.reverse_ranks, median),
+        row("reverse_median_rank", "reverse median rank", "down", lambda x: x.reverse_ranks, "median"),
         row("neighbour_agreement", "neighbours in common", "up", GalleryInputs.neighbour_agreement),
         row("probe_accuracy", "probe accuracy", "up", lambda x: x.correct, stage="sample"),
     )
@@ -335,6 +307,9 @@ METRICS = tuple(metric for table in TABLES for metric in table.metrics)
 
 def values_at(stage: str, inputs: Any) -> dict[str, Any]:
     """Key -> values of all metrics that are computed at this stage."""
-    return {
-        metric.key: metric.values(inputs) for metric in METRICS if metric.stage == stage and metric.values
-    }
+    return values_of((metric for metric in METRICS if metric.stage == stage), inputs)
+
+
+def values_of(metrics: Iterable[Metric], inputs: Any) -> dict[str, Any]:
+    """Key -> values of these metrics, None where there are none."""
+    return {metric.key: metric.values(inputs) for metric in metrics if metric.values}

@@ -47,8 +47,7 @@ def curve_plot(curves: Mapping[str, Sequence[Mapping[str, Any]]], baseline: tupl
     ticks = sorted({point["network_calls"] for points in curves.values() for point in points})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_xticks([], minor=True)
-    axes.set_xlabel("network calls per sample")
-    axes.set_ylabel("energy score (lower is better)")
+    axes.set(xlabel="network calls per sample", ylabel="energy score (lower is better)")
     axes.legend(frameon=False, fontsize=9)
     return _image(figure, "Energy score against network calls")
 
@@ -64,12 +63,10 @@ def spread_plot(samplers: Sequence[Mapping[str, Any]]) -> str:
         axes.plot(
             spread, error, marker="o", markersize=4, color=COLORS[row % len(COLORS)], label=sampler["name"]
         )
-    axes.plot([0, 1.05 * high], [0, 1.05 * high], color=FAINT, linewidth=1, linestyle="--")
-    axes.set_xlim(0, 1.05 * high)
-    axes.set_ylim(0, 1.05 * high)
-    axes.set_aspect("equal")
-    axes.set_xlabel("spread of the samples")
-    axes.set_ylabel("error of their mean")
+    ends = (0, 1.05 * high)
+    axes.plot(ends, ends, color=FAINT, linewidth=1, linestyle="--")
+    axes.set(xlim=ends, ylim=ends, aspect="equal")
+    axes.set(xlabel="spread of the samples", ylabel="error of their mean")
     axes.legend(frameon=False, fontsize=9)
     return _image(figure, "Error against spread")
 
@@ -83,8 +80,7 @@ def position_plot(samplers: Sequence[Mapping[str, Any]]) -> str:
         for axes, (name, label) in zip(places[row], (("cosine", "token cosine"), ("r2", "R2")), strict=True):
             values = np.array(sampler["maps"][name]).reshape(side, side)
             image = axes.imshow(values, cmap="cividis")
-            axes.set_xticks([])
-            axes.set_yticks([])
+            axes.set(xticks=[], yticks=[])
             axes.set_title(f"{sampler['name']}: {label}" if len(samplers) > 1 else label, fontsize=10)
             figure.colorbar(image, ax=axes, shrink=0.85)
     return _image(figure, "Token cosine and R2 over the grid")
@@ -102,8 +98,7 @@ def sample_plot(rows: Mapping[str, np.ndarray], images: Sequence[Any] | None, ti
     figure, _ = _figure(1.25 + 1.15 * count, 1.2 * len(names) + 0.35, axes=False)
     grid = figure.subplots(len(names), count, squeeze=False)
     for place in grid.flat:
-        place.set_xticks([])
-        place.set_yticks([])
+        place.set(xticks=[], yticks=[])
         place.spines[:].set_visible(False)
     for column, title in enumerate(titles):
         grid[0, column].set_title(title, fontsize=8)
@@ -115,15 +110,10 @@ def sample_plot(rows: Mapping[str, np.ndarray], images: Sequence[Any] | None, ti
                 colors = pca_colors(rows[name][column], reference).reshape(side, side, 3)
                 grid[row, column].imshow(colors, interpolation="nearest")
             elif images is not None and images[column] is not None:
-                grid[row, column].imshow(_thumbnail(images[column]))
+                thumbnail = images[column].copy()
+                thumbnail.thumbnail((112, 112))  # at most: it is part of the page
+                grid[row, column].imshow(thumbnail.convert("RGB"))
     return _image(figure, "Token maps of a few samples")
-
-
-def _thumbnail(image: Any) -> np.ndarray:
-    """At most 112 pixels a side: it is part of the page."""
-    copy = image.copy()
-    copy.thumbnail((112, 112))
-    return np.asarray(copy.convert("RGB"))
 
 
 def _figure(width: float, height: float, *, axes: bool = True) -> tuple[Any, Any]:

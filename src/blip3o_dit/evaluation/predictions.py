@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -84,14 +84,7 @@ def predict_batch(sampler: Sampler, reference: ReferenceSet, piece: range) -> Pr
 def collect_predictions(
     sampler: Sampler, reference: ReferenceSet, progress: Progress, processes: Processes = SINGLE_PROCESS
 ) -> Predictions:
-    """Predict every held-out sample.
-
-    Args:
-        processes: share out the sampling; the predictions come together on the first one.
-
-    Raises:
-        ValueError: for NaN or infinity among the predictions, naming sampler and sample.
-    """
+    """Predict every held-out sample; the processes share out the sampling, and the first one gets all."""
     width = reference.tokens.shape[1]
     predictions = Predictions(
         sampler,
@@ -116,11 +109,6 @@ def collect_predictions(
             _add_tokens(predictions, reference, piece, "best_guess", batch.best_guess, batch.clip)
         _add_conditional(predictions, reference, piece, batch)
     return predictions
-
-
-def without_vectors(predictions: Predictions) -> Predictions:
-    """The same without pooled vectors and tokens, which only `score` needs."""
-    return replace(predictions, pooled=torch.empty(0), tokens=torch.empty(0))
 
 
 def peak_memory_mib(sampler: Sampler | None = None) -> float:
@@ -160,10 +148,9 @@ def _add_conditional(
     rows = batch.rows
     if not len(rows):
         return
-    samples = torch.stack([batch.generated[rows], *batch.further])
-    inputs = ConditionInputs(
-        *standardize_and_flatten(reference, samples, batch.clip[rows]), width=batch.clip.shape[2]
-    )
+    samples = reference.standardize(torch.stack([batch.generated[rows], *batch.further])).flatten(2)
+    clip = reference.standardize(batch.clip[rows]).flatten(1)
+    inputs = ConditionInputs(samples, clip, width=batch.clip.shape[2])
     first = int(reference.drawn[: piece.start].sum())
     place, count = slice(first, first + len(rows)), int(reference.drawn.sum())
     _fill(predictions.values, place, count, values_at("conditional", inputs))
@@ -180,11 +167,6 @@ def _bin_columns(samples: Tensor, reference: Tensor) -> dict[str, Tensor]:
     found = spread_and_error(shown, reference)
     order = spread_and_error(sorted_by, reference).spread
     return {"order": order, "spread": found.spread, "error": found.error}
-
-
-def standardize_and_flatten(reference: ReferenceSet, samples: Tensor, clip: Tensor) -> tuple[Tensor, Tensor]:
-    """Standardised and flattened: [K, n, N C] and [n, N C]."""
-    return reference.standardize(samples).flatten(2), reference.standardize(clip).flatten(1)
 
 
 def _fill(columns: dict[str, np.ndarray], rows: slice, count: int, values: Mapping[str, Any]) -> None:

@@ -1,24 +1,42 @@
-"""report.html and README.md (the model card), both written from the content of metrics.json."""
+"""metrics.json, and report.html and README.md (the model card), both written from its content."""
 
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jinja2 import Environment, PackageLoader
 
 from blip3o_dit.evaluation import plots
+from blip3o_dit.evaluation.config import EvaluationConfig
 from blip3o_dit.evaluation.metric_tables import METRICS, TABLES, Metric, MetricTable
+from blip3o_dit.evaluation.reference import ReferenceSet
+from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.utils.atomic import write_atomically
 
 METRICS_FILE = "metrics.json"
 REPORT_FILE = "report.html"
 CARD_FILE = "README.md"
 CARD_MARK = "<!-- Written by blip3o-dit evaluate; it is replaced at the next evaluation. -->"
+
+# Options whose key in metrics.json begins with "measure_".
+MEASURE_OPTIONS = (
+    "batch_size",
+    "draws",
+    "draw_samples",
+    "distribution_samples",
+    "gallery_samples",
+    "probe_samples",
+    "bootstrap",
+    "half_samples",
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +68,49 @@ class Table:
     note: str
     columns: list[str]
     rows: list[Row] = field(default_factory=list)
+
+
+def describe_model(name: str, found: BLIP3oInference) -> dict[str, Any]:
+    return {
+        "name": name,
+        "folder": found.model_path.resolve().name,
+        "path": str(found.model_path),
+        "weights": "averaged (EMA)" if found.weights == "ema" else "raw",
+        "parameters": sum(parameter.numel() for parameter in found.model.parameters()),
+        "device": str(found.device),
+        "dtype": str(found.model.dtype).removeprefix("torch."),
+    }
+
+
+def describe_data(reference: ReferenceSet) -> dict[str, Any]:
+    source = reference.source
+    return {
+        "path": str(source.path),
+        "split": reference.config.split,
+        "num_samples": len(reference.indices),
+        "gallery_samples": len(reference.gallery),
+        "num_tokens": source.num_tokens,
+        "condition_dim": source.condition_dim,
+        "target_dim": source.target_dim,
+        "drawn_samples": int(reference.drawn.sum()),
+        "probe_accuracy_of_truth": reference.probe_accuracy and reference.probe_accuracy.to_json(),
+    }
+
+
+def describe_settings(config: EvaluationConfig) -> dict[str, Any]:
+    settings = asdict(config)
+    measure = {f"measure_{name}": settings.pop(name) for name in MEASURE_OPTIONS}
+    settings["curve_calls"] = list(config.curve_calls)
+    settings["float32_products"] = torch.get_float32_matmul_precision()
+    return settings | measure | {"measure_seed": config.seed}
+
+
+def describe_versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    found["threads"] = str(torch.get_num_threads())
+    return found | {name: version(name) for name in ("blip3o-dit", "torch", "transformers", "numpy")}
 
 
 def write_metrics(result: Mapping[str, Any], folder: Path) -> None:

@@ -6,7 +6,6 @@ Every sampler is measured on the same samples, tokens and resamples, so that dif
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,12 +18,12 @@ from blip3o_dit.evaluation.metric_tables import (
     TABLES,
     Context,
     GalleryInputs,
-    Metric,
     MetricTable,
     SetInputs,
     values_at,
+    values_of,
 )
-from blip3o_dit.evaluation.predictions import Predictions, peak_memory_mib, standardize_and_flatten
+from blip3o_dit.evaluation.predictions import Predictions, peak_memory_mib
 from blip3o_dit.evaluation.reference import Progress, ReferenceSet, keep_vectors
 from blip3o_dit.evaluation.samplers import ModelSampler
 from blip3o_dit.flow.solvers import SOLVERS
@@ -126,9 +125,8 @@ def quality_curve(
     """
     config = reference.config
     count, stream = config.curve_samples, "curve samples"
-    indices = reference.indices[
-        stateless_choice(len(reference.indices), count, seed=config.seed, stream=stream)
-    ]
+    chosen = stateless_choice(len(reference.indices), count, seed=config.seed, stream=stream)
+    indices = reference.indices[chosen]
     pairs = [
         (name, count)
         for name, solver in SOLVERS.items()
@@ -160,7 +158,8 @@ def _curve_point(
     for _, (samples, clip, taken) in processes.map_in_order(pieces, sample_twice):
         seconds += taken
         sums.add(samples[0], clip)
-        energy_scores.append(energy_score(*standardize_and_flatten(reference, samples, clip)).numpy())
+        flat = reference.standardize(samples).flatten(2), reference.standardize(clip).flatten(1)
+        energy_scores.append(energy_score(*flat).numpy())
         pooled.append(torch.stack([samples[0].mean(dim=1), clip.mean(dim=1)]))
     if not processes.is_main:
         return {}
@@ -190,9 +189,8 @@ def _sample_scores(
             found[metric.name] = Estimate(predictions.sums[table.group].result()[metric.name]).to_json()
         elif metric.key in values:
             numbers = np.asarray(values[metric.key], dtype=float)
-            found[metric.name] = metric.estimate(
-                numbers, reference.bootstrap(len(numbers)), context
-            ).to_json()
+            estimate = metric.estimate(numbers, reference.bootstrap(len(numbers)), context)
+            found[metric.name] = estimate.to_json()
     return found
 
 
@@ -208,27 +206,18 @@ def _set_distances(
     whole = SetInputs.of(reference.standardize(real).double(), reference.standardize(generated).double())
     samples = np.unique(owners)
     halves = half_samples(len(samples), replicates=config.half_samples, seed=config.seed)
+    values = values_of(table.metrics, whole)
     replicates = [
-        _distances(
-            table.metrics, whole.subset(torch.from_numpy(np.flatnonzero(np.isin(owners, samples[half]))))
-        )
+        values_of(table.metrics, whole.subset(np.flatnonzero(np.isin(owners, samples[half]))))
         for half in (halves if len(samples) >= MIN_SAMPLES else ())
     ]
-    limits = {metric.name: metric.limits for metric in table.metrics}
     return {
-        name: from_half_samples(
-            value,
-            np.array([replicate[name] for replicate in replicates]),
-            lowest=limits[name][0],
-            highest=limits[name][1],
+        metric.name: from_half_samples(
+            value, np.array([replicate[metric.key] for replicate in replicates]), limits=metric.limits
         ).to_json()
-        for name, value in _distances(table.metrics, whole).items()
+        for metric in table.metrics
+        if (value := values[metric.key]) is not None
     }
-
-
-def _distances(metrics: Sequence[Metric], sets: SetInputs) -> dict[str, float]:
-    found = {metric.name: metric.values(sets) for metric in metrics if metric.values}
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def _spread_error(predictions: Predictions) -> list[dict[str, float]]:

@@ -23,24 +23,18 @@ SOURCES = ("noise", "ridge", "ridge_3x3")
 class FlowMatchingConfig:
     """The path, where it starts, what the network predicts on it, and how times are sampled.
 
+    Most of these are flags of training: for a line on each see `TrainingConfig`, for the paths and times
+    `flow/path.py`, for the prediction types `flow/predictions.py`.
+
     Args:
-        schedule_type: "linear" (optimal transport) or "cosine" (trigonometric).
         sigma_min, sigma_max: noise at t = 1 and at t = 0; 0 <= sigma_min < sigma_max.
-        prediction_type: "v_prediction", "epsilon", "sample" or "preconditioned" (see `flow/predictions.py`).
         source: what the path starts from. "noise" is N(0, I). "ridge" and "ridge_3x3" are informed: a ridge
             regression from the condition, plus noise of its residual's deviation (see `AffineSource`).
         source_components: principal components of a neighbour that "ridge_3x3" uses; 0 for other sources.
-        time_distribution: how training samples times, "uniform" or "logit_normal".
-        time_mean, time_std: of the logit of the noise level, for "logit_normal".
-        time_shift: alpha of the shift of the noise level, in training and in the sampler's grid; 1 is none.
-        regularization_weight: weight of the mean square of the network's output in the loss.
         condition_dropout: probability with which training replaces a sample's condition by the null
             condition; classifier-free guidance needs it above zero. BLIP3-o uses 0.1.
         student_steps: for a distilled model the number of Euler steps it was trained for: its velocity is the
             average over such a step. 0 for every other model.
-
-    Raises:
-        ValueError: names the field, what it expects and what it found.
     """
 
     schedule_type: str = "linear"

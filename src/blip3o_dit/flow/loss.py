@@ -22,19 +22,11 @@ class LossOutput:
 class BLIP3oFlowMatchingLoss:
     """Mean squared error between a network's prediction and what it should have predicted.
 
-    Its form is that of the prediction type: see `flow/predictions.py`.
+    Its form is that of the prediction type: see `flow/predictions.py`. The arguments are those of
+    `FlowMatchingConfig`.
 
     The regularisation penalises the mean square of the raw network output. It pulls predictions towards
     zero, so any weight above zero biases the samples; 0 is the default and the recommendation.
-
-    Args:
-        sigma_min, sigma_max: noise at t = 1 and t = 0, see `ProbabilityPath`.
-        prediction_type: what the network predicts, one of `PREDICTIONS`.
-        regularization_weight: weight of the penalty above, >= 0.
-        schedule_type: "linear" or "cosine".
-
-    Raises:
-        ValueError: for an unknown name or a value out of range.
     """
 
     def __init__(
@@ -60,13 +52,8 @@ class BLIP3oFlowMatchingLoss:
     @classmethod
     def from_config(cls, config: FlowMatchingConfig) -> BLIP3oFlowMatchingLoss:
         """The loss of a configuration; its `path` is the path that sampling must follow."""
-        return cls(
-            sigma_min=config.sigma_min,
-            sigma_max=config.sigma_max,
-            prediction_type=config.prediction_type,
-            regularization_weight=config.regularization_weight,
-            schedule_type=config.schedule_type,
-        )
+        names = ("sigma_min", "sigma_max", "prediction_type", "regularization_weight", "schedule_type")
+        return cls(**{name: getattr(config, name) for name in names})
 
     def sample_path(self, x_1: Tensor, noise: Tensor, t: Tensor) -> PathSample:
         """Put data and noise [B, ...] on the path at t [B]: what network and loss share."""

@@ -1,9 +1,14 @@
-"""Probability paths between noise and data, and informed sources in place of the noise.
+"""Probability paths between noise and data, times on them, and informed sources in place of the noise.
 
 The one convention of this project (others are converted in `model/conversion.py`):
 
 * t in [0, 1]; x_0 is the source (noise) at t = 0, x_1 is the data at t = 1, v = dx/dt.
 * x_t = alpha(t) x_1 + sigma(t) eps with eps ~ N(0, I).
+
+Times are drawn, and the solver's grid is laid out, in the noise level s = 1 - t. The shift
+s' = alpha s / (1 + (alpha - 1) s) moves them towards noise for alpha > 1 (Esser et al., arXiv 2403.03206,
+equation 23; alpha = sqrt(N d / 4096) for N tokens of d numbers is RAE's, arXiv 2510.11690): the more numbers
+a sample has, the more noise it takes to hide them.
 
 Everything here is float32, whatever dtype the network computes in.
 """
@@ -14,12 +19,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from blip3o_dit.flow.timesteps import time_grid
 from blip3o_dit.utils.validation import check_range
 
 if TYPE_CHECKING:  # it lists `PATHS`
@@ -28,10 +33,7 @@ if TYPE_CHECKING:  # it lists `PATHS`
 
 @dataclass(frozen=True)
 class PathPoint:
-    """Points x_t on a path at t, and the velocity there.
-
-    Shapes: `t` [B]; `x_t`, `velocity` [B, ...], float32.
-    """
+    """Points x_t [B, ...] on a path at t [B], and the velocity [B, ...] there; float32."""
 
     t: Tensor
     x_t: Tensor
@@ -43,26 +45,17 @@ Points = TypeVar("Points", bound=PathPoint)
 
 @dataclass(frozen=True)
 class PathSample(PathPoint):
-    """Points on the path between data and noise. The network's input and the loss both read this object.
-
-    Shapes: `x_1`, `noise` [B, ...], float32.
-    """
+    """Points on the path between data x_1 and noise: what the network's input and the loss are made from."""
 
     x_1: Tensor
     noise: Tensor
 
 
 class ProbabilityPath(ABC):
-    """x_t = alpha(t) x_1 + sigma(t) eps, and its velocity.
+    """x_t = alpha(t) x_1 + sigma(t) eps, and its velocity; sigma_max is sigma(0), sigma_min sigma(1).
 
-    Args:
-        sigma_min: noise left at t = 1, in units of the (standardised) data.
-        sigma_max: noise at t = 0.
-        grid: for a distilled model the times of its steps, from 0 to 1; its velocity is the average one
-            from t to the next of them.
-
-    Raises:
-        ValueError: unless 0 <= sigma_min < sigma_max.
+    `grid` are for a distilled model the times of its steps, from 0 to 1; its velocity is the average one from
+    t to the next of them.
     """
 
     def __init__(
@@ -159,6 +152,7 @@ class CosinePath(ProbabilityPath):
 PATHS: dict[str, type[ProbabilityPath]] = {"linear": LinearPath, "cosine": CosinePath}
 
 
+@cache
 def make_path(config: FlowMatchingConfig) -> ProbabilityPath:
     """The path that a configuration trains on, and that sampling must follow."""
     grid = time_grid(config.student_steps, config.time_shift) if config.student_steps else None
@@ -213,6 +207,31 @@ class FlowBatch(Generic[Points]):
     def predict(self, model: Callable[..., Tensor]) -> Tensor:
         """What the model, or whatever wraps it for several processes, predicts; [B, N, C], float32."""
         return model(self.network_input, self.sample.t, self.condition, self.source.mean)
+
+
+def shift_time(t: Tensor, alpha: float) -> Tensor:
+    """t in [0, 1] -> t', by the shift of the noise level; 0 and 1 stay."""
+    # 1 - alpha s / (1 + (alpha - 1) s) with s = 1 - t, written so that 0 and 1 are met exactly
+    return t / (alpha + (1.0 - alpha) * t)
+
+
+def training_times(uniform: Tensor, config: FlowMatchingConfig) -> Tensor:
+    """Times from uniform numbers in [0, 1) [B], by the inverse distribution function; float32 in [0, 1].
+
+    `logit_normal` samples the noise level s with logit(s) ~ N(time_mean, time_std^2) (arXiv 2403.03206,
+    equation 19); the shift comes on top.
+    """
+    t = uniform.float()
+    if config.time_distribution == "logit_normal":
+        # clamped by a float32 step, or an exact 0 would give minus infinity
+        normal = torch.special.ndtri((1.0 - t).double().clamp(1e-7, 1 - 1e-7))
+        t = 1.0 - torch.sigmoid(config.time_mean + config.time_std * normal).float()
+    return shift_time(t, config.time_shift)
+
+
+def time_grid(num_steps: int, alpha: float = 1.0) -> Tensor:
+    """num_steps + 1 times from 0 to 1: equal steps, shifted as training shifts its times; float32."""
+    return shift_time(torch.linspace(0.0, 1.0, num_steps + 1), alpha)
 
 
 def expand_times(t: Tensor, like: Tensor) -> Tensor:

@@ -146,17 +146,9 @@ def convert_prediction(
     to_type: str,
     min_scale: float = MIN_SCALE,
 ) -> Tensor:
-    """Turn any prediction type into any other, given x_t and t; float32.
+    """Turn any type of `PREDICTIONS` [B, ...] into any other, given x_t [B, ...] and t [B]; float32.
 
-    Args:
-        prediction, x_t: [B, ...]. t: [B].
-        from_type, to_type: one of `PREDICTIONS`.
-        min_scale: the least divisor, see above.
-
-    Returns: [B, ...] float32.
-
-    Raises:
-        ValueError: for an unknown prediction type.
+    `min_scale` is the least divisor, see above.
     """
     check_name("from_type", from_type, tuple(PREDICTIONS))
     check_name("to_type", to_type, tuple(PREDICTIONS))

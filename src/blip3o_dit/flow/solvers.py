@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blip3o_dit.flow.timesteps import time_grid
+from blip3o_dit.flow.path import time_grid
 
 # v(x [B, ...], t [B]) -> [B, ...]
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -59,16 +59,10 @@ def integrate(
     """Carry x_0 [B, ...] from t = 0 to t = 1 along `time_grid`; the state is float32.
 
     Args:
-        velocity: v(x, t [B]).
         velocity_of_step: the time at which a step begins -> the velocity for all of that step's stages, in
             place of `velocity`. The time is a number on the CPU: asking a GPU for it would stall every step.
         num_steps: number of intervals, >= 1. Costs `num_steps * SOLVERS[solver].calls_per_step` calls.
-        solver: one of `SOLVERS`.
-        time_shift: alpha of the grid's shift; 1 gives equal steps.
         progress: wraps the iterable of steps, for a progress bar.
-
-    Raises:
-        ValueError: for an unknown solver or num_steps < 1.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver: expected one of {tuple(SOLVERS)}, found {solver!r}")
@@ -79,8 +73,7 @@ def integrate(
     grid = time_grid(num_steps, time_shift)
     begins, grid = grid.tolist(), grid.to(x.device)
     times, lengths = grid[:, None].expand(-1, x.shape[0]), grid.diff()
-    steps: Iterable[int] = range(num_steps)
-    for k in progress(steps) if progress else steps:
+    for k in progress(range(num_steps)) if progress else range(num_steps):
         field = velocity_of_step(begins[k]) if velocity_of_step else velocity
         x = step(field, x, times[k], lengths[k])
     return x
@@ -89,15 +82,8 @@ def integrate(
 def integrate_adaptive(velocity: Velocity, x_0: Tensor, *, tolerance: float = 1e-4) -> tuple[Tensor, int]:
     """As `integrate` by Dormand and Prince's method of order 5, through torchdiffeq; for reference.
 
-    The step size is chosen for the whole batch, so a sample depends (within the tolerance) on its batch.
-
-    Args:
-        tolerance: relative and absolute error per step.
-
-    Returns: x_1 and the number of velocity calls.
-
-    Raises:
-        ValueError: when torchdiffeq is not installed.
+    The step size is chosen for the whole batch, so a sample depends (within the tolerance, the relative and
+    absolute error per step) on its batch. Returns x_1 and the number of velocity calls.
     """
     try:
         from torchdiffeq import odeint

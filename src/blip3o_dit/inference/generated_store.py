@@ -24,9 +24,7 @@ MAX_SHARD_BYTES = 2**28
 class GeneratedStore:
     """Writes conditions and generated tokens shard by shard; the manifest comes last and makes it a store.
 
-    Args:
-        path: folder to create, which all processes see.
-        sizes: tokens, condition width, target width.
+    All processes see the folder; `sizes` are tokens, condition width, target width.
     """
 
     def __init__(self, path: Path, sizes: tuple[int, int, int]) -> None:
@@ -36,8 +34,7 @@ class GeneratedStore:
     def claim(self) -> None:
         """Make the folder, without an interrupted generation's files; on one process, before others write.
 
-        Raises:
-            ValueError: when there is a store already, or a file in place of the folder.
+        Refuses (ValueError) a store that is there already, or a file in place of the folder.
         """
         num_tokens, condition_dim, target_dim = self.sizes
         StoreWriter(
@@ -62,9 +59,6 @@ class GeneratedStore:
 
         Args:
             first: number of samples in the shards before it.
-
-        Raises:
-            ValueError: for NaN or infinity and bad records, naming the sample.
         """
         check_pair(self.path, eva, generated, records, expected=self.sizes, offset=first)
         lines = [json_line(self.path, first + row, record) for row, record in enumerate(records)]

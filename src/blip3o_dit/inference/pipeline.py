@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from blip3o_dit.data.dataset import choose_samples, split_samples
+from blip3o_dit.data.dataset import choose_samples
 from blip3o_dit.data.embeddings import Embeddings, batches, check_sizes, open_embeddings
 from blip3o_dit.data.statistics import ChannelStatistics, streamed_statistics
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
@@ -20,8 +20,8 @@ from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER
 from blip3o_dit.inference.generated_store import GeneratedStore, PieceWork
 from blip3o_dit.metrics.fidelity import FidelitySums
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.layers import has_native_matmul
 from blip3o_dit.model.loading import EMA_VARIANT, pick_weights
-from blip3o_dit.model.precision import has_native_matmul
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.utils.atomic import dump_atomically
 from blip3o_dit.utils.distributed import Processes, join_processes, pick_device
@@ -49,9 +49,6 @@ class BLIP3oInference:
             "raw" takes those of the last step.
         compile: `BLIP3oDiTModel.compile_for_generation`, worth its minute for long generations.
         alone: work alone also under a launcher.
-
-    Raises:
-        FileNotFoundError, ValueError: one line: no model there, weights that do not fit, no such device.
     """
 
     def __init__(
@@ -123,15 +120,13 @@ class BLIP3oInference:
         """Generate for the samples of a store or pickle.
 
         Args:
-            num_samples: only so many of the split; see `choose`. None means all.
+            num_samples, split: see `choose`.
             output_path: a name ending in .pkl or .pickle is written as a pickle of plain arrays, anything
                 else as an embedding store whose `clip` tokens are the generated ones. A store is written
                 shard by shard, in memory that does not grow with the number of samples; each of several
                 processes writes shards of its own.
             compute_metrics: compare with the true tokens (`FidelitySums`).
-            split: "all", or the side of the training run's own split.
-            num_inference_steps, solver: None means what the model was saved with; for these and the rest
-                see `BLIP3oDiTModel.generate`.
+            num_inference_steps, solver and the rest: see `BLIP3oDiTModel.generate`.
             return_arrays: return tokens, keys and captions; None does unless a store is written, and for a
                 pickle they are returned in any case.
 
@@ -139,9 +134,6 @@ class BLIP3oInference:
             `generated_clip_embeddings` [n, N, C], `eva_embeddings` and `target_clip_embeddings`, float32,
             `keys` and `captions`. Of several processes the first returns this; the others return an empty
             dict.
-
-        Raises:
-            FileNotFoundError, ValueError: one line naming what was expected and found.
         """
         _check_batch_size(batch_size)
         source = self.open(dataset_path)
@@ -216,13 +208,8 @@ class BLIP3oInference:
     ) -> dict[str, float]:
         """The flow matching loss and the fidelity of generated tokens, on one side of the split.
 
-        Args:
-            num_samples: only so many of the split; see `choose`. None means all.
-
-        Returns: `flow_matching_loss`, `num_samples` and the metrics of `FidelitySums`.
-
-        Raises:
-            FileNotFoundError, ValueError: one line naming what was expected and found.
+        Returns: `flow_matching_loss`, `num_samples` and the metrics of `FidelitySums`; for the samples see
+            `choose`.
         """
         _check_batch_size(batch_size)
         source = self.open(dataset_path)
@@ -287,11 +274,8 @@ class BLIP3oInference:
         return store
 
     def _target_mean(self, source: Embeddings, split: str) -> Tensor:
-        """Mean of the training targets per channel, [C]: R2 is about it.
-
-        The model's own; for a model without statistics that of `source`, of its training side if `split` is
-        one of the sides.
-        """
+        """Mean of the training targets per channel, [C], which R2 is about: the model's own; for a model
+        without statistics that of `source`, of its training side if `split` is one of the sides."""
         if self.model.has_statistics:
             return self.model.target_mean
         found = None
@@ -331,10 +315,7 @@ class BLIP3oInference:
         if split == "all":
             chosen = np.arange(source.num_samples)
         else:
-            config = TrainingConfig.from_folder(self.model_path)
-            sides = split_samples(
-                source, eval_split=config.eval_split, seed=config.seed, split_by=config.split_by
-            )
+            sides = TrainingConfig.from_folder(self.model_path).split(source)
             chosen = sides.train if split == "train" else sides.eval
         if not len(chosen):
             raise ValueError(
@@ -350,10 +331,8 @@ class BLIP3oInference:
 def target_statistics(
     source: Embeddings, train: np.ndarray, *, normalize: bool = False, seed: int = 0
 ) -> ChannelStatistics:
-    """Mean and deviation of the targets over these samples, at most `STATISTICS_SAMPLES`, chosen by the seed.
-
-    With `normalize`, of L2-normalised tokens.
-    """
+    """Mean and deviation of the targets (with `normalize`, L2-normalised) over these samples, at most
+    `STATISTICS_SAMPLES`, chosen by the seed."""
     chosen = choose_samples(train, max_samples=STATISTICS_SAMPLES, seed=seed)
     return streamed_statistics(source, chosen, normalize=normalize)[1]
 

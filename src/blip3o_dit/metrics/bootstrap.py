@@ -27,12 +27,9 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Resamples of n samples with replacement (Efron 1979), the same ones for every metric.
+    """Resamples of `count` samples with replacement (Efron 1979), the same ones for every metric.
 
     Because two samplers see the same resamples, the interval of a difference is a paired one.
-
-    Args:
-        count: samples. replicates: resamples. seed: chooses them.
     """
 
     count: int
@@ -62,9 +59,8 @@ class Bootstrap:
         if self.count < MIN_SAMPLES:
             return Estimate(float(np.median(values)))
         generator = stateless_generator(self.seed, "bootstrap of medians")
-        found = [
-            np.median(values[generator.integers(0, self.count, self.count)]) for _ in range(self.replicates)
-        ]
+        chosen = (generator.integers(0, self.count, self.count) for _ in range(self.replicates))
+        found = [np.median(values[rows]) for rows in chosen]
         return self._interval(float(np.median(values)), np.array(found))
 
     def _interval(self, value: float, replicates: np.ndarray) -> Estimate:
@@ -87,13 +83,13 @@ def half_samples(count: int, *, replicates: int, seed: int) -> Iterator[np.ndarr
 
 
 def from_half_samples(
-    value: float, replicates: np.ndarray, *, lowest: float = -np.inf, highest: float = np.inf
+    value: float, replicates: np.ndarray, *, limits: tuple[float, float] = (-np.inf, np.inf)
 ) -> Estimate:
-    """value +- 1.96 standard deviations of the half-sample scores, inside the score's range."""
+    """value +- 1.96 standard deviations of the half-sample scores, inside the score's limits."""
     if not len(replicates):
         return Estimate(value)
     margin = 1.96 * float(np.std(replicates, ddof=1))
-    return Estimate(value, max(lowest, value - margin), min(highest, value + margin))
+    return Estimate(value, max(limits[0], value - margin), min(limits[1], value + margin))
 
 
 def _finite(value: float | None) -> float | None:

@@ -62,11 +62,8 @@ def spread_error_ratio(mean_spread: Number, mean_error: Number) -> Number:
 def diversity(mean_spread: Number, *, num_samples: int, total_variance: float) -> Number:
     """How different samples of one condition are: 0 collapsed, 1 as different as unrelated ones.
 
-    Root of the mean squared distance of two samples over that of two reference samples.
-
-    Args:
-        mean_spread: mean of `SpreadAndError.spread` of `num_samples` samples.
-        total_variance: mean variance of a coordinate over the reference samples.
+    Root of the mean squared distance of two samples over that of two reference samples, from the mean of
+    `SpreadAndError.spread` of `num_samples` samples and a coordinate's mean variance over the reference ones.
     """
     if total_variance <= 0:
         return mean_spread * np.nan

@@ -20,8 +20,7 @@ def retrieval_ranks(queries: Tensor, gallery: Tensor, *, block: int = 256) -> Te
     ranks = []
     for start in range(0, len(queries), block):
         similarity = queries[start : start + block] @ gallery.T
-        rows = torch.arange(len(similarity))
-        own = similarity[rows, rows + start][:, None]
+        own = similarity.diagonal(start)[:, None]
         better = (similarity > own + TIE).sum(dim=1)
         equal = ((similarity - own).abs() <= TIE).sum(dim=1) - 1
         ranks.append(1.0 + better + equal / 2)
@@ -33,9 +32,6 @@ def neighbour_agreement(generated: Tensor, reference: Tensor, *, k: int = 10, bl
 
     [n, C], [n, C] -> [n]. Nearness is the cosine; both search all reference vectors but the sample's own.
     Chance is k / (n - 1).
-
-    Raises:
-        ValueError: unless 1 <= k < n.
     """
     if not 1 <= k < len(reference):
         raise ValueError(f"k: expected 1 to {len(reference) - 1}, one less than the vectors, found {k}")
@@ -45,8 +41,7 @@ def neighbour_agreement(generated: Tensor, reference: Tensor, *, k: int = 10, bl
         nearest = []
         for vectors in (reference, generated):
             similarity = vectors[start : start + block] @ reference.T
-            rows = torch.arange(len(similarity))
-            similarity[rows, rows + start] = -torch.inf
+            similarity.diagonal(start).fill_(-torch.inf)
             nearest.append(similarity.topk(k, dim=1).indices)
         shared = (nearest[0][:, :, None] == nearest[1][:, None, :]).any(dim=2)
         shares.append(shared.double().mean(dim=1))
@@ -57,14 +52,8 @@ class LinearProbe:
     """Multinomial logistic regression on standardised features, the same objective as scikit-learn's.
 
     Minimises the mean cross-entropy plus |W|^2 / (2 inverse_penalty n) over W [F, classes] and a free bias,
-    by L-BFGS in float64; features that never vary are left out by their zero.
-
-    Args:
-        features: [n, F] of reference tokens. labels: n names, of at least two kinds.
-        inverse_penalty: scikit-learn's C.
-
-    Raises:
-        ValueError: for fewer than two classes.
+    by L-BFGS in float64; features that never vary are left out by their zero. `features` [n, F] are those of
+    reference tokens, `labels` n names of at least two kinds, `inverse_penalty` scikit-learn's C.
     """
 
     def __init__(

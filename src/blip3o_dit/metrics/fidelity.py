@@ -24,11 +24,7 @@ class TokenMeasures:
 
 
 def measure_tokens(generated: Tensor, target: Tensor) -> TokenMeasures:
-    """Each generated token against its reference token, [n, N, C] both, in float64.
-
-    Raises:
-        ValueError: when the shapes differ or the rank is not 3.
-    """
+    """Each generated token against its reference token, [n, N, C] both, in float64."""
     if generated.shape != target.shape or generated.ndim != 3:
         raise ValueError(
             f"expected generated and target of one shape [n, N, C], "
@@ -58,10 +54,7 @@ class FidelitySums:
     * `r2`: 1 - sum (x_hat - x)^2 / sum (x - training mean)^2 per channel, averaged over the channels that
       vary; 1 is perfect, 0 is the training mean.
 
-    The sums of several processes can be added: `state` is one vector.
-
-    Args:
-        target_mean: mean of the training split per channel, [C].
+    The sums of several processes can be added: `state` is one vector. `target_mean` [C] is the training mean.
     """
 
     _scalars = (
@@ -90,21 +83,20 @@ class FidelitySums:
         return self._sums(measure_tokens(generated, target), target)
 
     def _sums(self, tokens: TokenMeasures, target: Tensor) -> Tensor:
-        scalars = torch.stack(
-            [
-                torch.tensor(float(len(target)), dtype=torch.float64),
-                torch.tensor(float(tokens.cosine.numel()), dtype=torch.float64),
-                tokens.cosine.sum(),
-                tokens.cosine.square().sum(),
-                tokens.pooled_cosine.sum(),
-                tokens.distance.sum(),
-                tokens.distance.square().sum(),
-                tokens.norm_ratio.sum(),
-            ]
+        scalars = (
+            len(target),
+            tokens.cosine.numel(),
+            tokens.cosine.sum(),
+            tokens.cosine.square().sum(),
+            tokens.pooled_cosine.sum(),
+            tokens.distance.sum(),
+            tokens.distance.square().sum(),
+            tokens.norm_ratio.sum(),
         )
+        summed = torch.tensor([float(value) for value in scalars], dtype=torch.float64)
         residual = tokens.squares.sum(dim=(0, 1))
         spread = (target.cpu().double() - self._mean).square_().sum(dim=(0, 1))
-        return torch.cat([scalars, residual, spread])
+        return torch.cat([summed, residual, spread])
 
     def result(self) -> dict[str, float]:
         """The metrics. Raises ValueError when no sample was added."""

@@ -12,15 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from blip3o_dit.flow.path import AffineSource, FlowBatch, PathSample, make_path
+from blip3o_dit.flow.path import AffineSource, FlowBatch, PathSample, make_path, training_times
 from blip3o_dit.flow.predictions import convert_prediction
 from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER, Velocity, integrate, integrate_adaptive
-from blip3o_dit.flow.timesteps import training_times
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.cpu_kernels import use_cpu_kernels
 from blip3o_dit.model.cuda_graphs import GraphedPredict, Predict
+from blip3o_dit.model.layers import without_autocast
 from blip3o_dit.model.loading import StrictPreTrainedModel
-from blip3o_dit.model.precision import without_autocast
 from blip3o_dit.model.transformer import NextDiT
 from blip3o_dit.ridge import source_features
 from blip3o_dit.utils.stateless_random import stateless_normal
@@ -120,7 +119,7 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What the network computes in, here and now (see `precision.py`); it takes and returns float32."""
+        """What the network computes in, here and now (see `layers.py`); it takes and returns float32."""
         return self.dit.compute_dtype
 
     def forward(
@@ -140,9 +139,6 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
                 [B, N, in_channels]; None computes it, which is right unless the condition was dropped.
 
         Returns: the prediction (`config.flow.prediction_type`), [B, N, in_channels], float32.
-
-        Raises:
-            ValueError: for other shapes, or times in another dtype; says the expected and the found one.
         """
         self._check_forward(hidden_states, timestep, encoder_hidden_states)
         if source_mean is None:
@@ -211,9 +207,6 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         """Compile the blocks with torch.compile and, on a GPU, record each network call as a CUDA graph.
 
         The first call for a batch size then takes a minute or more. The samples differ by rounding only.
-
-        Raises:
-            ValueError: when there is nothing to compile with.
         """
         check_compiler("compile", self.device)
         logger.info("compiling the network: its first call takes a minute or more")
@@ -286,9 +279,6 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
 
         Returns: [B, N, in_channels] float32, in the units of the training data: of length 1 each if training
             L2-normalised the tokens.
-
-        Raises:
-            ValueError: for shapes, names or values that do not fit; says expected and found.
         """
         if guidance_scale != 1.0 and self.config.flow.condition_dropout == 0.0:
             raise ValueError(
@@ -340,9 +330,7 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         Returns: [B, N, in_channels] float32, in the units of the training data. An average of tokens of
             length 1 is shorter than 1.
 
-        Raises:
-            ValueError: for a model that predicts the noise, which says nothing of x_1 at t = 0, and for a
-                distilled one, which predicts where its step ends.
+        A model that predicts the noise says nothing of x_1 at t = 0, and a distilled one where its step ends.
         """
         flow = self.config.flow
         if flow.fixed_sampling is not None:

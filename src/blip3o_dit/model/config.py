@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import asdict, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -77,16 +78,12 @@ class BLIP3oDiTConfig(PreTrainedConfig):
         in_channels: width of a target (CLIP) token. eva_embedding_size: width of a condition token.
         input_size: side of the square grid of target tokens; 8 means 64 tokens.
         norm_eps: of the RMS norms. rope_theta: base of the rotary embedding.
-        gradient_checkpointing: recompute each block in the backward pass to save memory.
         normalize_embeddings: tokens were L2-normalised before training, and conditions must be again.
         standardize: the network sees tokens standardised with the training split's statistics. Without it the
             statistics are there too, but only for measuring.
         flow_matching: the fields of `FlowMatchingConfig`, as a dict (JSON) or as that class.
         default_solver, default_steps: what `generate` takes by default; for a distilled model the steps it
             was made for.
-
-    Raises:
-        ValueError: for an unknown name, or sizes that do not fit each other; says both numbers.
     """
 
     model_type = "blip3o-dit"
@@ -126,12 +123,7 @@ class BLIP3oDiTConfig(PreTrainedConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
     ) -> Any:
-        """As `PreTrainedConfig.from_pretrained`; a folder's file is read and checked here.
-
-        Raises:
-            FileNotFoundError: no such folder, and the name is no hub id (see `is_hub_id`).
-            ValueError: one line naming the file: not JSON, another model's, an unknown field, a bad value.
-        """
+        """As `PreTrainedConfig.from_pretrained`; a folder's file is checked first (see `is_hub_id`)."""
         where = pretrained_model_name_or_path
         if is_hub_id(where):
             return super().from_pretrained(where, *args, **kwargs)
@@ -152,7 +144,7 @@ class BLIP3oDiTConfig(PreTrainedConfig):
 
     @property
     def flow(self) -> FlowMatchingConfig:
-        return FlowMatchingConfig.from_dict(self.flow_matching or {})
+        return _flow(**(self.flow_matching or {}))
 
     @property
     def num_tokens(self) -> int:
@@ -206,6 +198,12 @@ class BLIP3oDiTConfig(PreTrainedConfig):
                 f"num_heads must be a multiple of num_kv_heads, "
                 f"found num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
             )
+
+
+@lru_cache(typed=True)
+def _flow(**values: Any) -> FlowMatchingConfig:
+    """Checked once: every step asks for it."""
+    return FlowMatchingConfig.from_dict(values)
 
 
 def _config_file(folder: str | os.PathLike[str]) -> Path:

@@ -157,13 +157,9 @@ def _is_plain(weight: Tensor) -> bool:
 
 
 def _is_hooked(layer: nn.Module) -> bool:
-    hooks = (
-        layer._forward_pre_hooks,
-        layer._forward_hooks,
-        layer._backward_pre_hooks,
-        layer._backward_hooks,
-    )
-    return any(hooks) or "forward" in vars(layer)  # accelerate's hooks replace `forward`
+    before, after = layer._forward_pre_hooks, layer._forward_hooks
+    backward = layer._backward_pre_hooks or layer._backward_hooks
+    return bool(before or after or backward or "forward" in vars(layer))  # accelerate replaces `forward`
 
 
 def _needs_grad(*tensors: Tensor) -> bool:

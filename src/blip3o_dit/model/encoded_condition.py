@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 class KeysValues(NamedTuple):
@@ -21,8 +21,7 @@ class KeysValues(NamedTuple):
     null_value: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class EncodedCondition:
+class EncodedCondition(NamedTuple):
     """All that depends on the condition alone: computed once per sample, reused at every solver step.
 
     `pooled` [B, min(d, 1024)] enters the modulation; `keys_values` holds what each layer attends to.
@@ -37,38 +36,22 @@ class EncodedCondition:
 
     def with_null_condition(self, null: EncodedCondition) -> EncodedCondition:
         """For a batch of the same samples twice, at first with the null condition, encoded as one sample."""
+        pairs = zip(self.keys_values, null.keys_values, strict=True)
         return EncodedCondition(
             pooled=torch.cat([null.pooled.expand_as(self.pooled), self.pooled]),
-            keys_values=[
-                KeysValues(ours.keys, ours.values, of_null.values[:, :, :1])
-                for ours, of_null in zip(self.keys_values, null.keys_values, strict=True)
-            ],
+            keys_values=[KeysValues(own.keys, own.values, other.values[:, :, :1]) for own, other in pairs],
             source_mean=_twice(self.source_mean),
             embedded_source_mean=_twice(self.embedded_source_mean),
         )
 
     def clone(self) -> EncodedCondition:
         """The same in memory of its own."""
-        return EncodedCondition(
-            self.pooled.clone(),
-            [
-                KeysValues(layer.keys.clone(), layer.values.clone(), _clone(layer.null_value))
-                for layer in self.keys_values
-            ],
-            _clone(self.source_mean),
-            _clone(self.embedded_source_mean),
-        )
+        return tree_map_only(Tensor, Tensor.clone, self)
 
     def tensors(self) -> list[Tensor]:
         """Everything it holds, in a fixed order."""
-        of_layers = [tensor for layer in self.keys_values for tensor in layer]
-        held = [self.pooled, *of_layers, self.source_mean, self.embedded_source_mean]
-        return [tensor for tensor in held if tensor is not None]
+        return [held for held in tree_leaves(self) if held is not None]
 
 
 def _twice(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.repeat(2, 1, 1)
-
-
-def _clone(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.clone()

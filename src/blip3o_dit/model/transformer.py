@@ -8,6 +8,8 @@ d = model_dim, H = num_heads, G = num_kv_heads, h = head_dim.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import torch
@@ -22,19 +24,20 @@ from blip3o_dit.model.layers import (
     Linear,
     RMSNorm,
     checkpoint_block,
+    compute_dtype,
     official_timestep,
     rotary_tables,
     rotate,
     sinusoidal_features,
+    without_autocast,
 )
-from blip3o_dit.model.precision import compute_dtype, without_autocast
 
 
 class NextDiT(nn.Module):
     """Velocity (or noise, or data) prediction for target tokens, given condition tokens.
 
     Inputs and outputs are float32, in the network's units, that is standardised; `BLIP3oDiTModel` converts.
-    In between, the blocks compute in `compute_dtype` (see `precision.py`).
+    In between, the blocks compute in `compute_dtype` (see `layers.py`).
 
     With an informed source the network also sees its mean R(c), through an embedding of its own that BLIP3-o
     does not have: what is left to predict is x_t - R(c), which it can then read off its input, and R(c)
@@ -49,7 +52,9 @@ class NextDiT(nn.Module):
         self.patch_embedder = PatchEmbedder(config.in_channels, config.model_dim)
         if config.flow.source != "noise":
             self.guess_embedder = Linear(config.in_channels, config.model_dim)
-        self.caption_projection = CaptionProjection(config.eva_embedding_size, config.model_dim)
+        self.caption_projection = TwoLayers(
+            config.eva_embedding_size, config.model_dim, partial(F.gelu, approximate="tanh")
+        )
         self.time_caption_embed = TimeCaptionEmbedding(config.model_dim, config.time_embed_dim)
         self.layers = nn.ModuleList(NextDiTBlock(config) for _ in range(config.num_layers))
         self.norm_out = OutputHead(config.model_dim, config.time_embed_dim, config.in_channels)
@@ -286,7 +291,7 @@ class TimeCaptionEmbedding(nn.Module):
 
     def __init__(self, dim: int, time_embed_dim: int) -> None:
         super().__init__()
-        self.timestep_embedder = TimestepEmbedder(time_embed_dim)
+        self.timestep_embedder = TwoLayers(TIME_FREQUENCIES, time_embed_dim, F.silu)
         self.caption_embedder = nn.Sequential(LayerNorm(dim), Linear(dim, time_embed_dim))
 
     def pool(self, condition: Tensor) -> Tensor:
@@ -297,24 +302,17 @@ class TimeCaptionEmbedding(nn.Module):
         return self.timestep_embedder(time_features) + pooled
 
 
-class TimestepEmbedder(nn.Module):
-    def __init__(self, time_embed_dim: int) -> None:
-        super().__init__()
-        self.linear_1 = Linear(TIME_FREQUENCIES, time_embed_dim)
-        self.linear_2 = Linear(time_embed_dim, time_embed_dim)
+class TwoLayers(nn.Module):
+    """linear_2(activation(linear_1 x)): embeds the time features, and projects the condition."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)))
-
-
-class CaptionProjection(nn.Module):
-    def __init__(self, in_dim: int, dim: int) -> None:
+    def __init__(self, in_dim: int, dim: int, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.linear_1 = Linear(in_dim, dim)
         self.linear_2 = Linear(dim, dim)
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.gelu(self.linear_1(x), approximate="tanh"))
+        return self.linear_2(self.activation(self.linear_1(x)))
 
 
 class PatchEmbedder(nn.Module):

@@ -54,9 +54,8 @@ class HostCopy:
 class LossMonitor:
     """Takes in the loss of every micro-batch and looks at it.
 
-    Args:
-        deferred: look at losses in `check` only, and wait there for no more than the forward pass.
-        on_spike: called with the optimizer step, the loss, the usual one, and the samples.
+    With `deferred` it looks in `check` only, and waits there for no more than the forward pass. `on_spike` is
+    called with the optimizer step, the loss, the usual one, and the samples.
     """
 
     def __init__(self, *, deferred: bool, on_spike: Callable[[int, float, float, list[int]], None]) -> None:
@@ -163,11 +162,7 @@ def write_diagnosis(
 ) -> Path:
     """Write a diagnosis: step, samples, the first layer whose output is not finite, gradients, dtypes.
 
-    Args:
-        batches: the micro-batches of the step.
-        gradients: of the step, if it came that far.
-        forward: the loss of one of them, computed once more without gradients; None: do not.
-        keys: sample indices -> their keys.
+    `forward` computes the loss of a micro-batch once more, without gradients (None: do not).
     """
     samples = [index for batch in batches for index in batch["index"]]
     found = {

@@ -19,12 +19,7 @@ MAX_FIT_SECONDS = 2 * 3600
 
 
 def training_arguments(config: TrainingConfig, *, evaluate: bool) -> TrainingArguments:
-    """Hugging Face's arguments for this run.
-
-    Raises:
-        ValueError: for --fp16 or --device cuda without a GPU, or a launcher whose processes the Trainer
-            does not see or whose precision is another.
-    """
+    """Hugging Face's arguments for this run, refused (ValueError) for another launcher or no GPU."""
     on_cpu = use_cpu(config)
     optimizer, optimizer_arguments = _optimizer(config)
     arguments = TrainingArguments(

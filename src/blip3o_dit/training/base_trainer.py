@@ -53,7 +53,7 @@ from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.fit_source import SourceFolds, load_folds
 from blip3o_dit.training.fsdp import check_sharding, keep_the_dtype_rule, let_generate
 from blip3o_dit.training.metrics import Throughput, TrainingMetrics, measure_throughput
-from blip3o_dit.training.optimizer_state import gathered_state, load_optimizer, save_optimizer
+from blip3o_dit.training.optimizer_state import gathered_state, load_optimizer, save_optimizer, unwrapped
 from blip3o_dit.training.stopping import StopRequest, outlive_stops
 from blip3o_dit.utils.atomic import written_aside
 from blip3o_dit.utils.distributed import Processes
@@ -69,8 +69,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 def overrides_trainer(method: Method) -> Method:
     """Marks an override of a method that is none of the Trainer's documented ones.
 
-    Raises:
-        ImportError: when the installed Trainer has no such method, and overriding it would do nothing.
+    One that the installed Trainer does not have is an ImportError: overriding it would do nothing.
     """
     if not callable(getattr(Trainer, method.__name__, None)):
         raise ImportError(f"transformers: expected a Trainer with the method {method.__name__}, found none")
@@ -84,11 +83,9 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
 
     Args:
         model: with its statistics set; `model.config.flow` says what is trained.
-        args: Hugging Face's arguments, see `training_arguments`.
-        config: the run's configuration, written beside the weights.
+        args: see `training_arguments`.
         train_dataset, eval_dataset: the two sides of the split; evaluation is skipped without the second.
         source_folds: what an informed source starts from in training; a checkpoint brings its own.
-        callbacks: further callbacks.
     """
 
     def __init__(
@@ -239,7 +236,7 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
 
     def _gate(self, norm: Tensor) -> None:
         """Have fused AdamW change nothing in this step if a loss or gradient is not finite."""
-        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # torch's, in accelerate's
+        optimizer = unwrapped(self.optimizer)
         assert all(group["fused"] for group in optimizer.param_groups)
         optimizer.found_inf = 1.0 - (torch.isfinite(norm) & self.losses.all_finite()).float()
 
@@ -364,7 +361,14 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         if self.ema is not None:
             self.ema.save(self.unwrapped_model, folder, write=self.args.should_save)
         optimizer = gathered_state(self.unwrapped_model, self.optimizer)
-        loop_state = self._current_loop_state()
+        assert isinstance(self.train_dataset, EmbeddingDataset)
+        loop_state = LoopState(
+            run=RunIdentity.of(self.train_dataset.source, self.config, self.args.world_size),
+            loss_since_log=self.accelerator.reduce(self._tr_loss / self.args.world_size).item(),
+            loss_until_log=self._total_loss_scalar,
+            last_logged_step=self._globalstep_last_logged,
+            monitor=self.step_metrics.state,
+        )
         if not self.args.should_save:
             return
         scaler = self.accelerator.scaler
@@ -383,17 +387,6 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         if self.args.should_save:
             Path(folder, TRAINING_CONFIG_FILE).write_bytes(self.config.to_json())
             Path(folder, TRAINING_ARGS_NAME).unlink(missing_ok=True)
-
-    def _current_loop_state(self) -> LoopState:
-        assert isinstance(self.train_dataset, EmbeddingDataset)
-        run = RunIdentity.of(self.train_dataset.source, self.config, self.args.world_size)
-        return LoopState(
-            run=run,
-            loss_since_log=self.accelerator.reduce(self._tr_loss / self.args.world_size).item(),
-            loss_until_log=self._total_loss_scalar,
-            last_logged_step=self._globalstep_last_logged,
-            monitor=self.step_metrics.state,
-        )
 
     def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
         """What the next log line will say of the steps before the checkpoint; weights may be sharded now."""

@@ -98,9 +98,9 @@ class LoopState:
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """Folders that have the name of a checkpoint, the newest first."""
-    named = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("checkpoint-*")]
-    found = [(int(match[1]), path) for match, path in named if match and path.is_dir()]
-    return [path for _, path in sorted(found, reverse=True)]
+    named = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    folders = filter(Path.is_dir, named)
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
 
 
 def newest_whole(output_dir: Path) -> Path | None:
@@ -167,11 +167,7 @@ def verify_checkpoint(checkpoint: Path) -> None:
 
 
 def check_checkpoint(checkpoint: Path, model_config: BLIP3oDiTConfig, run: RunIdentity) -> None:
-    """Refuse a checkpoint that is not whole or does not fit the run.
-
-    Raises:
-        FileNotFoundError, ValueError: naming the file, or each difference.
-    """
+    """Refuse a checkpoint that is not whole or does not fit the run."""
     verify_checkpoint(checkpoint)
     saved = read_json_object(checkpoint / "config.json")
     wanted = model_config.to_dict()

@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from blip3o_dit.data.dataset import SHUFFLES, SPLIT_RULES, check_split
+from blip3o_dit.data.dataset import SHUFFLES, SPLIT_RULES, Split, check_split, split_samples
+from blip3o_dit.data.embeddings import Embeddings
 from blip3o_dit.data.store import VERIFY_CHOICES
 from blip3o_dit.flow.config import (
     PREDICTION_TYPES,
@@ -67,9 +68,6 @@ class TrainingConfig:
 
     Written as `training_config.json` beside the weights. The fields are the flags; their meanings are the
     help texts.
-
-    Raises:
-        ValueError: names the field, what it expects and what it found.
     """
 
     embeddings_path: str = setting("", "embedding store (folder) or documented pickle")
@@ -213,11 +211,7 @@ class TrainingConfig:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> TrainingConfig:
-        """The configuration saved in a model folder or checkpoint.
-
-        Raises:
-            ValueError: when the file is missing, is not JSON, has unknown fields or bad values.
-        """
+        """The configuration saved in a model folder or checkpoint."""
         file = Path(folder) / TRAINING_CONFIG_FILE
         if not file.is_file():
             raise ValueError(f"{folder}: expected {TRAINING_CONFIG_FILE}, found none")
@@ -228,47 +222,38 @@ class TrainingConfig:
         with error_context(file):
             return cls(**values)
 
+    def split(self, source: Embeddings) -> Split:
+        """The samples of the data that this run trains on, and those that it holds out."""
+        return split_samples(source, eval_split=self.eval_split, seed=self.seed, split_by=self.split_by)
+
     def flow_matching(
         self, *, num_tokens: int = 1, condition_dim: int = 1, target_dim: int = 1
     ) -> FlowMatchingConfig:
         """The flow part of the flags, for data of these sizes."""
         shift = self.time_shift or (num_tokens * target_dim / SHIFT_REFERENCE) ** 0.5
         components = neighbour_components(condition_dim) if self.source == "ridge_3x3" else 0
-        return FlowMatchingConfig(
-            schedule_type=self.schedule_type,
-            sigma_min=self.sigma_min,
-            sigma_max=self.sigma_max,
-            prediction_type=self.prediction_type,
-            regularization_weight=self.regularization_weight,
-            condition_dropout=self.cfg_dropout,
-            source=self.source,
-            source_components=components,
-            time_distribution=self.time_distribution,
-            time_mean=self.time_mean,
-            time_std=self.time_std,
-            time_shift=shift,
-        )
+        same = {f.name: getattr(self, f.name) for f in fields(FlowMatchingConfig) if hasattr(self, f.name)}
+        resolved = {
+            "condition_dropout": self.cfg_dropout,
+            "source_components": components,
+            "time_shift": shift,
+        }
+        return FlowMatchingConfig(**(same | resolved))
 
     def model(self, *, num_tokens: int, condition_dim: int, target_dim: int) -> BLIP3oDiTConfig:
         """The model configuration of this run for data of these sizes. num_tokens must be a square."""
-        return BLIP3oDiTConfig(
-            model_dim=self.model_dim,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            ffn_dim=self.ffn_dim,
-            in_channels=target_dim,
-            eva_embedding_size=condition_dim,
-            input_size=math.isqrt(num_tokens),
-            gradient_checkpointing=self.gradient_checkpointing or self.selective_checkpointing,
-            normalize_embeddings=self.normalize_embeddings,
-            standardize=self.standardize,
-            flow_matching=asdict(
-                self.flow_matching(num_tokens=num_tokens, condition_dim=condition_dim, target_dim=target_dim)
-            ),
-            default_solver=self.solver,
-            default_steps=self.num_inference_steps,
-        )
+        sizes = {"num_tokens": num_tokens, "condition_dim": condition_dim, "target_dim": target_dim}
+        same = {name: getattr(self, name) for name in BLIP3oDiTConfig.own_fields() if hasattr(self, name)}
+        resolved = {
+            "in_channels": target_dim,
+            "eva_embedding_size": condition_dim,
+            "input_size": math.isqrt(num_tokens),
+            "gradient_checkpointing": self.gradient_checkpointing or self.selective_checkpointing,
+            "flow_matching": asdict(self.flow_matching(**sizes)),
+            "default_solver": self.solver,
+            "default_steps": self.num_inference_steps,
+        }
+        return BLIP3oDiTConfig(**(same | resolved))
 
 
 # BLIP3-o (arXiv 2505.09568 and its training code): raw features, pure noise, uniform times, the velocity,

@@ -25,12 +25,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from blip3o_dit.data.dataset import split_samples
 from blip3o_dit.data.embeddings import Embeddings, check_sizes, open_embeddings
-from blip3o_dit.flow.path import FlowBatch, PathPoint, make_path
+from blip3o_dit.flow.path import FlowBatch, PathPoint, make_path, time_grid
 from blip3o_dit.flow.predictions import convert_prediction
 from blip3o_dit.flow.solvers import SOLVERS, Velocity
-from blip3o_dit.flow.timesteps import time_grid
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.loading import EMA_FILE, EMA_VARIANT, pick_weights
@@ -57,9 +55,6 @@ def distill(
 
     The student is an ordinary model folder whose `generate` takes `config.steps` Euler steps, no more and no
     fewer, without guidance: its targets have none.
-
-    Raises:
-        FileNotFoundError, ValueError: one line naming what was expected and found.
     """
     check_alone("distill")
     output = Path(output_dir)
@@ -75,7 +70,7 @@ def distill(
     teacher: Any = BLIP3oDiTModel.from_pretrained(model_path, variant=variant)
     source = open_embeddings(embeddings)
     check_sizes(source, teacher.config.data_sizes, model_path)
-    train = split_samples(source, eval_split=run.eval_split, seed=run.seed, split_by=run.split_by).train
+    train = run.split(source).train
     student, average = train_student(
         teacher.to(config.device).eval(), source, train, config, progress=progress
     )
@@ -106,11 +101,8 @@ def train_student(
 ) -> tuple[BLIP3oDiTModel, ExponentialMovingAverage | None]:
     """The student in memory, and its averaged weights, in float32 whatever the teacher's weights are.
 
-    Bfloat16 weights would lose most updates of AdamW, which are smaller than half a step of theirs.
-
-    Raises:
-        ValueError: for a teacher that predicts the noise, which has no velocity at t = 0, for a student asked
-            to teach otherwise than by its own steps, and when the loss is not finite.
+    Bfloat16 weights would lose most updates of AdamW, which are smaller than half a step of theirs. A teacher
+    that predicts the noise is refused: it has no velocity at t = 0.
     """
     flow = teacher.config.flow
     fixed = flow.fixed_sampling
@@ -192,12 +184,8 @@ def trajectory_targets(
     solver: str = "heun",
     time_shift: float = 1.0,
 ) -> list[PathPoint]:
-    """Follow the teacher from noise to data, and note its average velocity over each student interval.
-
-    Args:
-        teacher: its velocity v(x, t). x_0: where the paths start, [B, ...].
-        student_steps: intervals of the student, of `time_grid(student_steps, time_shift)`.
-        teacher_steps: the teacher's steps inside each of them.
+    """Follow the teacher from noise x_0 [B, ...] to data, and note its average velocity over each interval of
+    the student's grid, `time_grid(student_steps, time_shift)`; inside each it takes `teacher_steps`.
 
     Returns: `student_steps` batches of B points, with the velocity that the student has to predict there.
     """

@@ -24,7 +24,7 @@ from blip3o_dit.data.dataset import choose_samples
 from blip3o_dit.data.embeddings import Embeddings, TransformedEmbeddings, batches
 from blip3o_dit.flow.path import AffineSource
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
-from blip3o_dit.model.precision import without_autocast
+from blip3o_dit.model.layers import without_autocast
 from blip3o_dit.ridge import USUAL_PENALTY, Moments, principal_components, search_penalty, source_features
 from blip3o_dit.utils.validation import damage_refused
 
@@ -84,11 +84,7 @@ class SourceFolds:
 
 
 def load_folds(folder: Path, model: BLIP3oDiTModel) -> SourceFolds | None:
-    """What `SourceFolds.save` wrote into a checkpoint; None without a source, or if it was written without.
-
-    Raises:
-        ValueError: when the file is damaged or does not fit the model.
-    """
+    """What `SourceFolds.save` wrote into a checkpoint; None for noise, or if it was written without."""
     file = folder / FOLDS_FILE
     if model.config.flow.source == "noise":
         return None
@@ -164,7 +160,16 @@ def fit_source(
         "std": _deviation(total, parts, unseen),
         "components": None if components is None else components.cpu(),
     }
-    return arguments, _folds(folds, [rows.plain(solution) for solution in unseen]) if len(folds) > 1 else None
+    if len(parts) == 1:
+        return arguments, None
+    weights, biases = zip(*(rows.plain(solution) for solution in unseen), strict=True)
+    order = np.argsort(chosen)
+    return arguments, SourceFolds(
+        weight=torch.stack(weights),
+        bias=torch.stack(biases),
+        samples=torch.from_numpy(chosen[order]),
+        fold=torch.from_numpy(order % FOLDS),
+    )
 
 
 class _Rows:
@@ -195,30 +200,15 @@ class _Rows:
 
 def _deviation(total: Moments, parts: list[Moments], unseen: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Root mean square [C] of what each part's map leaves of it, and no less than the flow can divide by."""
-    squares = [
-        part.count * part.squared_error(*solution) for part, solution in zip(parts, unseen, strict=True)
-    ]
+    pairs = zip(parts, unseen, strict=True)
+    squares = [part.count * part.squared_error(*solution) for part, solution in pairs]
     deviation = (torch.stack(squares).sum(dim=0) / total.count).clamp(min=0).sqrt()
-    targets = (
-        (total.target_squares / total.count - (total.cross[-1] / total.count).square()).clamp(min=0).sqrt()
-    )
+    variance = total.target_squares / total.count - (total.cross[-1] / total.count).square()
+    targets = variance.clamp(min=0).sqrt()
     varying = targets[targets > 1e-6 * targets.max()]
     usual = varying.median() if len(varying) else 1.0
     least = MIN_STD * targets.clamp(min=MIN_STD * usual)  # a constant one has none of its own
     return deviation.maximum(least).float().cpu()
-
-
-def _folds(folds: list[np.ndarray], maps: list[tuple[Tensor, Tensor]]) -> SourceFolds:
-    samples = np.concatenate(folds)
-    numbers = np.repeat(np.arange(len(folds)), [len(fold) for fold in folds])
-    order = np.argsort(samples)
-    weights, biases = zip(*maps, strict=True)
-    return SourceFolds(
-        weight=torch.stack(weights),
-        bias=torch.stack(biases),
-        samples=torch.from_numpy(samples[order]),
-        fold=torch.from_numpy(numbers[order]),
-    )
 
 
 @contextmanager

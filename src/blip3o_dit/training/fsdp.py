@@ -36,7 +36,7 @@ def keep_the_dtype_rule(state: Any) -> None:
     """Have mixed precision narrow the weights and nothing else, in an `AcceleratorState` with FSDP.
 
     accelerate would also round every input of every block, times and rotary tables among them, reduce
-    gradients in the narrow dtype, and round the output before the loss (see `model/precision.py`).
+    gradients in the narrow dtype, and round the output before the loss (see `model/layers.py`).
     """
     plugin = getattr(state, "fsdp_plugin", None)
     if plugin is None or plugin.mixed_precision_policy is None:

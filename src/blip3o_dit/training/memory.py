@@ -9,11 +9,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
-from blip3o_dit.model.precision import has_native_matmul
+from blip3o_dit.model.layers import has_native_matmul
 from blip3o_dit.training.config import TrainingConfig
 
 GIB = 2**30
@@ -72,7 +73,6 @@ class Forecast:
 
     @property
     def fragments(self) -> int:
-        """Freed memory that is of no use."""
         return int(self.fragmentation * self._coming_and_going)
 
     @property
@@ -109,15 +109,8 @@ def forecast(
     """What one of `processes` takes to train this network, without building it."""
     weights, matrices = count_weights(model)
     low = config.memory == "low"
-    stored = 2 if low else FLOAT32
-    compute = _compute_bytes(config, device)
-    keeps = Activations(
-        model,
-        batch=config.batch_size,
-        condition_tokens=model.num_tokens,
-        bytes_each=compute,
-        device=device,
-    )
+    stored, compute = 2 if low else FLOAT32, _compute_bytes(config, device)
+    keeps = Activations(model, config.batch_size, model.num_tokens, compute, device)
     recompute, selective = model.gradient_checkpointing, config.selective_checkpointing
     in_parts = model.num_layers if recompute else 1  # one block's at a time
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
@@ -143,13 +136,7 @@ def distillation_forecast(
 ) -> Forecast:
     """What teaching a student takes: two networks in float32, one of which learns all `targets` at once."""
     weights, _ = count_weights(model)
-    keeps = Activations(
-        model,
-        batch=batch * targets,
-        condition_tokens=model.num_tokens,
-        bytes_each=FLOAT32,
-        device=device,
-    )
+    keeps = Activations(model, batch * targets, model.num_tokens, FLOAT32, device)
     kept = keeps.kept_of_block(model.gradient_checkpointing, False)
     return Forecast(
         program=resident() + PROGRAM_GROWS if device.type == "cpu" else 0,
@@ -168,10 +155,8 @@ def distillation_forecast(
 class Activations:
     """Bytes that a forward pass keeps for its backward pass, counted from `transformer.py`.
 
-    d = model_dim, kv = width of keys or values, ffn = inner width of SwiGLU, N and L target and condition
-    tokens of a sample.
-
-    `bytes_each` is that of a number of the arithmetic, 4 or 2.
+    d = model_dim, kv = width of keys or values, ffn = inner width of SwiGLU; `bytes_each` is that of a number
+    of the arithmetic, 4 or 2.
     """
 
     config: BLIP3oDiTConfig
@@ -211,10 +196,10 @@ class Activations:
         d, kv, ffn = self.config.model_dim, self.config.kv_dim, self.config.ffn_dim or 0
         if not recompute:
             return self.block()
-        target, condition, sample = 0, 0, 0
+        kept = 0
         if selective:
-            target, condition, sample = 6 * d + 2 * kv + 2 * ffn, 2 * kv, 4 * d
-        kept = self.config.num_tokens * target + self.condition_tokens * condition + sample
+            target = 6 * d + 2 * kv + 2 * ffn
+            kept = self.config.num_tokens * target + self.condition_tokens * 2 * kv + 4 * d
         return self.batch * (kept * self.bytes_each + self.config.num_tokens * d * FLOAT32)
 
     def ends(self) -> int:
@@ -285,17 +270,14 @@ def check_room(needed: Forecast, room: Room, ways_out: str) -> None:
 
 def ways_to_fit(config: TrainingConfig) -> str:
     """The flags that this run could still take to need less."""
-    flags = []
-    if config.memory != "low":
-        flags.append("--memory low")
-    if not config.gradient_checkpointing:
-        flags.append("--gradient_checkpointing")
-    if config.ema_decay:
-        flags.append("--ema_decay 0")
-    if config.batch_size > 1:
-        flags.append("a smaller --batch_size (with --gradient_accumulation_steps)")
-    flags.append("a smaller network (--model_dim, --num_layers)")
-    return "less is taken with " + ", ".join(flags)
+    flags = {
+        "--memory low": config.memory != "low",
+        "--gradient_checkpointing": not config.gradient_checkpointing,
+        "--ema_decay 0": config.ema_decay > 0,
+        "a smaller --batch_size (with --gradient_accumulation_steps)": config.batch_size > 1,
+        "a smaller network (--model_dim, --num_layers)": True,
+    }
+    return "less is taken with " + ", ".join(flag for flag, helps in flags.items() if helps)
 
 
 def room_on(device: torch.device) -> Room:
@@ -312,23 +294,11 @@ def room_on(device: torch.device) -> Room:
 
 def resident() -> int:
     """Bytes that this process has in memory now."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        import resource  # not on every system
-
-        unit = 1 if platform.system() == "Darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return psutil.Process().memory_info().rss
 
 
 def _free_of_machine() -> tuple[int, str]:
-    try:
-        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    if found:
-        return 1024 * int(found[1]), "free on this machine"
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - resident(), "of this machine"
+    return psutil.virtual_memory().available, "free on this machine"
 
 
 # A control group's files, version 2 and 1: its limit, what it uses, and what of that can be dropped.

@@ -92,31 +92,22 @@ class TrainingMetrics:
 
     def pop(self) -> Tensor | None:
         """Means since the last call, [len(names)], or None when there was no step."""
-        if self._sums is None:
-            return None
-        means = self._sums / self._count
+        means = None if self._sums is None else self._sums / self._count
         self._sums, self._count = None, 0
         return means
 
     @classmethod
     def log_entries(cls, means: Tensor) -> dict[str, float]:
         """Means, perhaps averaged over processes -> what is logged."""
-        values = dict(zip(cls.names, means.double().cpu(), strict=True))
-        power, error = values.pop("velocity_power"), values.pop("velocity_error")
-        output_power = values.pop("output_power")
-        logged = {name: float(value) for name, value in values.items()}
+        *plain, power, error, output_power = means.double().cpu()
+        logged = {name: float(value) for name, value in zip(cls.names, plain, strict=False)}
         logged["snr_db"] = float(10.0 * torch.log10(power / error))
         logged["output_norm"] = float(output_power.sqrt())
         return logged
 
 
 class Throughput:
-    """Counts samples and seconds between two log lines.
-
-    Args:
-        flops_per_sample: of a training step.
-        rate: the device's measured floating point operations per second.
-    """
+    """Counts samples and seconds between two log lines; `rate` is the device's measured FLOP per second."""
 
     def __init__(self, flops_per_sample: float, rate: float) -> None:
         self._flops, self._rate = flops_per_sample, rate
@@ -136,15 +127,13 @@ class Throughput:
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Around what is not training: evaluations and checkpoints. May be nested."""
-        if self._paused:
-            yield
-            return
-        started, self._paused = time.perf_counter(), True
+        started, nested, self._paused = time.perf_counter(), self._paused, True
         try:
             yield
         finally:
-            self._apart += time.perf_counter() - started
-            self._paused = False
+            self._paused = nested
+            if not nested:
+                self._apart += time.perf_counter() - started
 
     def pop(self, processes: int = 1) -> dict[str, float]:
         """What is logged since the last call: all processes' samples/s, MFU in [0, 1], share of waiting."""
@@ -165,8 +154,7 @@ class Throughput:
 
 def measure_throughput(model: BLIP3oDiTModel, config: TrainingConfig, device: torch.device) -> Throughput:
     """A `Throughput` for this run, for which the device's arithmetic is measured."""
-    half = torch.bfloat16 if config.bf16 else torch.float16
-    dtype = half if config.bf16 or config.fp16 else model.compute_dtype
+    dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else model.compute_dtype
     rate = matmul_rate(model.config, config.batch_size, device, dtype)
     return Throughput(PASSES_PER_STEP * forward_flops(model.config), rate)
 

@@ -34,7 +34,7 @@ def gathered_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
 
     Where weights are shared out over processes (FSDP) all must call this, and the first one gets the state.
     """
-    optimizer = _unwrapped(optimizer)
+    optimizer = unwrapped(optimizer)
     if not _sharded(optimizer):
         return optimizer.state_dict()
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -42,9 +42,7 @@ def gathered_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
     if not state:
         return {}
     names = [name for group in state["param_groups"] for name in group["params"]]
-    number = {name: i for i, name in enumerate(names)}
-    groups = [g | {"params": [number[name] for name in g["params"]]} for g in state["param_groups"]]
-    return {"state": {number[name]: s for name, s in state["state"].items()}, "param_groups": groups}
+    return _renamed(state["state"], state["param_groups"], {name: i for i, name in enumerate(names)})
 
 
 def save_optimizer(
@@ -80,7 +78,7 @@ def load_optimizer(
     Raises:
         ValueError: naming the file, when it is not such a state or that of other parameters.
     """
-    optimizer = _unwrapped(optimizer)
+    optimizer = unwrapped(optimizer)
     file, where = folder / OPTIMIZER_TENSORS, folder / OPTIMIZER_NUMBERS
     numbers = read_json_object(where)
     saved_groups = numbers.get("param_groups")
@@ -118,15 +116,19 @@ def _load_sharded(
     """Every process has read the whole state, and keeps its part."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     named = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    whole: dict[str, Any] = {
-        "state": {named[number]: values for number, values in state.items()},
-        "param_groups": [g | {"params": [named[number] for number in g["params"]]} for g in groups],
+    whole = _renamed(state, groups, dict(enumerate(named)))
+    set_optimizer_state_dict(model, optimizer, whole, options=StateDictOptions(full_state_dict=True))
+
+
+def _renamed(state: dict[Any, Any], groups: list[dict[str, Any]], names: dict[Any, Any]) -> dict[str, Any]:
+    """A state dict with other names, or numbers, for the parameters."""
+    return {
+        "state": {names[key]: values for key, values in state.items()},
+        "param_groups": [g | {"params": [names[key] for key in g["params"]]} for g in groups],
     }
-    options = StateDictOptions(full_state_dict=True)
-    set_optimizer_state_dict(model, optimizer, whole, options=options)
 
 
-def _unwrapped(optimizer: Any) -> Optimizer:
+def unwrapped(optimizer: Any) -> Any:
     """torch's optimizer inside accelerate's."""
     return getattr(optimizer, "optimizer", optimizer)
 
@@ -195,8 +197,7 @@ def _joined(file: Path, tensors: dict[str, Tensor], eight_bit: Any) -> dict[str,
 
     joined = dict(tensors)
     for key, signed in eight_bit.items():
-        parts = [joined.pop(f"{key}.{part}", None) for part in EIGHT_BIT_PARTS]
-        codes, scale, qmap = parts
+        codes, scale, qmap = (joined.pop(f"{key}.{part}", None) for part in EIGHT_BIT_PARTS)
         if codes is None or scale is None or qmap is None:
             raise ValueError(f"{file}: {short_repr(key)}: expected {', '.join(EIGHT_BIT_PARTS)}")
         if codes.dtype != torch.uint8 or qmap.numel() != 256 or codes.numel() % max(1, scale.numel()):

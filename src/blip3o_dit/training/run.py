@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
-from blip3o_dit.data.dataset import EmbeddingDataset, Split, choose_samples, split_samples
+from blip3o_dit.data.dataset import EmbeddingDataset, Split, choose_samples
 from blip3o_dit.data.embeddings import Embeddings, open_embeddings
 from blip3o_dit.data.statistics import streamed_statistics
 from blip3o_dit.data.store import EmbeddingStore
@@ -76,11 +76,7 @@ def train(
 
 
 def train_on(source: Embeddings, config: TrainingConfig, *, resume: Path | None = None) -> BLIP3oTrainer:
-    """Train on embeddings that are open already, and save; returns the trainer.
-
-    Raises:
-        StoppedEarly, WriteError: as `train`.
-    """
+    """Train on embeddings that are open already, and save; returns the trainer."""
     if config.wandb_project and os.environ.get("RANK", "0") == "0":
         prepare_wandb(config.wandb_project, config.output_dir, continued=resume is not None)
     trainer = build_trainer(source, config, fitted=resume is not None)
@@ -108,9 +104,7 @@ def build_trainer(
         make_deterministic()
     arguments = training_arguments(config, evaluate=config.eval_split > 0)
     if split is None:
-        split = split_samples(
-            source, eval_split=config.eval_split, seed=config.seed, split_by=config.split_by
-        )
+        split = config.split(source)
     set_seed(config.seed)
     model = BLIP3oDiTModel(_model_config(source, config))
     _describe(config, model, source, len(split.train), len(split.eval), arguments)
@@ -125,10 +119,8 @@ def build_trainer(
     if config.memory == "low":
         return_freed_memory()
         model.bfloat16()
-    callbacks: list[TrainerCallback] = []
-    if importlib.util.find_spec("matplotlib"):
-        callbacks.append(CurvesCallback())
-    else:
+    can_draw = importlib.util.find_spec("matplotlib")
+    if not can_draw:
         logger.warning("no training_curves.png: matplotlib is not installed (pip install 'blip3o-dit[plot]')")
     return BLIP3oTrainer(
         model,
@@ -137,7 +129,7 @@ def build_trainer(
         train_dataset=EmbeddingDataset(source, split.train),
         eval_dataset=EmbeddingDataset(source, split.eval) if len(split.eval) else None,
         source_folds=folds,
-        callbacks=callbacks,
+        callbacks=[CurvesCallback()] if can_draw else [],
     )
 
 

@@ -25,10 +25,7 @@ class StopRequest(TrainerCallback):
 
     All processes stop after the same step: once a step they tell each other, by way of the CPU, whether one
     of them was asked to. They read the answers a step later, so that none waits for another; the run then
-    ends a step after the one in which the signal came.
-
-    Args:
-        max_hours: of this process, from when it is built; None: no limit.
+    ends a step after the one in which the signal came. `max_hours` count from when this is built.
     """
 
     def __init__(self, max_hours: float | None) -> None:

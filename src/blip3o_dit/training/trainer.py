@@ -17,7 +17,7 @@ from blip3o_dit.data.embeddings import batches
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
 from blip3o_dit.flow.path import FlowBatch, PathSample
 from blip3o_dit.metrics.fidelity import FidelitySums
-from blip3o_dit.model.precision import has_native_matmul
+from blip3o_dit.model.layers import has_native_matmul
 from blip3o_dit.training.base_trainer import ExactResumeTrainer
 from blip3o_dit.training.stopping import outlive_stops
 from blip3o_dit.utils.stateless_random import stateless_permutation
@@ -28,8 +28,6 @@ class BLIP3oTrainer(ExactResumeTrainer):
 
     Noise, times, condition dropout and the order of each epoch are functions of (seed, epoch, sample index):
     they do not depend on the number of processes, the batch split, workers, evaluation or a restart.
-
-    The arguments are those of `ExactResumeTrainer`.
     """
 
     loss_is_scaled_for_ga = False  # compute_loss returns a mean over the micro-batch

@@ -1,4 +1,7 @@
-"""Exceptions with an exit status of their own; a user's mistake is a ValueError or OSError."""
+"""Exceptions with an exit status of their own.
+
+A user's mistake is a ValueError or OSError, everywhere: one line with what was expected and what was found.
+"""
 
 from __future__ import annotations
 

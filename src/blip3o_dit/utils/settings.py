@@ -20,11 +20,10 @@ def setting(
     check: Callable[[str, Any], None] | None = None,
     **flag: Any,
 ) -> Any:
-    """A dataclass field; `default` may be `dataclasses.MISSING`.
+    """A dataclass field; `default` may be `dataclasses.MISSING`, `choices` are the names it takes.
 
-    Args:
-        choices: the names it takes. check: raises ValueError, given the field's name and a bad value.
-        flag: what else is known of it: `spelling` of its flag, or what a class checks by itself.
+    `check` raises ValueError, given the field's name and a bad value. `flag` is what else is known of it:
+    `spelling` of its flag, or what a class checks by itself.
     """
     return field(default=default, metadata={"help": help_text, "choices": choices, "check": check} | flag)
 
