@@ -32,7 +32,12 @@ MAX_CONFIG_VALUES = 10_000
 
 
 class PickledEmbeddings:
-    """The documented pickle, read safely and held in memory as it is (`convert_pickle` makes a store)."""
+    """The documented pickle, read safely and held in memory as it is (`convert_pickle` makes a store).
+
+    Raises:
+        FileNotFoundError, ValueError: naming file, key, expectation and finding; `UnsafePickleError`
+            (a ValueError) when the file asks for anything but arrays, tensors and plain containers.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

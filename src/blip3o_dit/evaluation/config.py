@@ -16,6 +16,9 @@ class EvaluationConfig:
     """What is measured: one field per flag of `blip3o-dit evaluate`; their meanings are the help texts.
 
     Every random choice is made by `seed`.
+
+    Raises:
+        ValueError: names the field, what it expects and what it found.
     """
 
     split: str = setting(

@@ -58,6 +58,9 @@ def evaluate_models(
 
     Returns: the content of metrics.json, whose schema is in docs/evaluation.md, on the first process; an
         empty dict on the others.
+
+    Raises:
+        FileNotFoundError, ValueError: one line naming what was expected and found.
     """
     config = config or EvaluationConfig()
     plots.require_matplotlib()

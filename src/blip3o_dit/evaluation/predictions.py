@@ -84,7 +84,11 @@ def predict_batch(sampler: Sampler, reference: ReferenceSet, piece: range) -> Pr
 def collect_predictions(
     sampler: Sampler, reference: ReferenceSet, progress: Progress, processes: Processes = SINGLE_PROCESS
 ) -> Predictions:
-    """Predict every held-out sample; the processes share out the sampling, and the first one gets all."""
+    """Predict every held-out sample; the processes share out the sampling, and the first one gets all.
+
+    Raises:
+        ValueError: for NaN or infinity among the predictions, naming sampler and sample.
+    """
     width = reference.tokens.shape[1]
     predictions = Predictions(
         sampler,

@@ -87,7 +87,11 @@ def collect_reference(
     config: EvaluationConfig,
     progress: Progress,
 ) -> ReferenceSet:
-    """Read the held-out samples once."""
+    """Read the held-out samples once.
+
+    Raises:
+        ValueError: for fewer than two samples, and for NaN or infinity, naming the sample.
+    """
     if len(indices) < 2:
         raise ValueError(f"{source.path}: expected at least 2 samples to evaluate, found {len(indices)}")
     count, tokens, width = len(indices), source.num_tokens, source.target_dim

@@ -35,6 +35,9 @@ class FlowMatchingConfig:
             condition; classifier-free guidance needs it above zero. BLIP3-o uses 0.1.
         student_steps: for a distilled model the number of Euler steps it was trained for: its velocity is the
             average over such a step. 0 for every other model.
+
+    Raises:
+        ValueError: names the field, what it expects and what it found.
     """
 
     schedule_type: str = "linear"

@@ -27,6 +27,9 @@ class BLIP3oFlowMatchingLoss:
 
     The regularisation penalises the mean square of the raw network output. It pulls predictions towards
     zero, so any weight above zero biases the samples; 0 is the default and the recommendation.
+
+    Raises:
+        ValueError: for an unknown name or a value out of range.
     """
 
     def __init__(

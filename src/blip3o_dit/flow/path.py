@@ -19,7 +19,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
@@ -56,6 +55,9 @@ class ProbabilityPath(ABC):
 
     `grid` are for a distilled model the times of its steps, from 0 to 1; its velocity is the average one from
     t to the next of them.
+
+    Raises:
+        ValueError: unless 0 <= sigma_min < sigma_max.
     """
 
     def __init__(
@@ -152,7 +154,6 @@ class CosinePath(ProbabilityPath):
 PATHS: dict[str, type[ProbabilityPath]] = {"linear": LinearPath, "cosine": CosinePath}
 
 
-@cache
 def make_path(config: FlowMatchingConfig) -> ProbabilityPath:
     """The path that a configuration trains on, and that sampling must follow."""
     grid = time_grid(config.student_steps, config.time_shift) if config.student_steps else None

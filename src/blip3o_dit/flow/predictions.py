@@ -149,6 +149,9 @@ def convert_prediction(
     """Turn any type of `PREDICTIONS` [B, ...] into any other, given x_t [B, ...] and t [B]; float32.
 
     `min_scale` is the least divisor, see above.
+
+    Raises:
+        ValueError: for an unknown prediction type.
     """
     check_name("from_type", from_type, tuple(PREDICTIONS))
     check_name("to_type", to_type, tuple(PREDICTIONS))

@@ -63,6 +63,9 @@ def integrate(
             place of `velocity`. The time is a number on the CPU: asking a GPU for it would stall every step.
         num_steps: number of intervals, >= 1. Costs `num_steps * SOLVERS[solver].calls_per_step` calls.
         progress: wraps the iterable of steps, for a progress bar.
+
+    Raises:
+        ValueError: for an unknown solver or num_steps < 1.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver: expected one of {tuple(SOLVERS)}, found {solver!r}")
@@ -84,6 +87,9 @@ def integrate_adaptive(velocity: Velocity, x_0: Tensor, *, tolerance: float = 1e
 
     The step size is chosen for the whole batch, so a sample depends (within the tolerance, the relative and
     absolute error per step) on its batch. Returns x_1 and the number of velocity calls.
+
+    Raises:
+        ValueError: when torchdiffeq is not installed.
     """
     try:
         from torchdiffeq import odeint

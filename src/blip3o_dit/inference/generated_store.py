@@ -59,6 +59,9 @@ class GeneratedStore:
 
         Args:
             first: number of samples in the shards before it.
+
+        Raises:
+            ValueError: for NaN or infinity and bad records, naming the sample.
         """
         check_pair(self.path, eva, generated, records, expected=self.sizes, offset=first)
         lines = [json_line(self.path, first + row, record) for row, record in enumerate(records)]

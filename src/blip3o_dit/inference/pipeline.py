@@ -49,6 +49,9 @@ class BLIP3oInference:
             "raw" takes those of the last step.
         compile: `BLIP3oDiTModel.compile_for_generation`, worth its minute for long generations.
         alone: work alone also under a launcher.
+
+    Raises:
+        FileNotFoundError, ValueError: one line: no model there, weights that do not fit, no such device.
     """
 
     def __init__(
@@ -134,6 +137,9 @@ class BLIP3oInference:
             `generated_clip_embeddings` [n, N, C], `eva_embeddings` and `target_clip_embeddings`, float32,
             `keys` and `captions`. Of several processes the first returns this; the others return an empty
             dict.
+
+        Raises:
+            FileNotFoundError, ValueError: one line naming what was expected and found.
         """
         _check_batch_size(batch_size)
         source = self.open(dataset_path)
@@ -210,6 +216,9 @@ class BLIP3oInference:
 
         Returns: `flow_matching_loss`, `num_samples` and the metrics of `FidelitySums`; for the samples see
             `choose`.
+
+        Raises:
+            FileNotFoundError, ValueError: one line naming what was expected and found.
         """
         _check_batch_size(batch_size)
         source = self.open(dataset_path)

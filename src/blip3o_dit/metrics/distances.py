@@ -15,6 +15,9 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
     The squared 2-Wasserstein distance of the Gaussians with these moments (Dowson and Landau 1982; on
     Inception features it is the FID of Heusel et al., arXiv 1706.08500). Covariances divide by n - 1.
+
+    Raises:
+        ValueError: with fewer than two vectors on a side.
     """
     a, b = _checked(a, b, at_least=2)
     mean_a, mean_b = a.mean(dim=0), b.mean(dim=0)

@@ -32,6 +32,9 @@ def neighbour_agreement(generated: Tensor, reference: Tensor, *, k: int = 10, bl
 
     [n, C], [n, C] -> [n]. Nearness is the cosine; both search all reference vectors but the sample's own.
     Chance is k / (n - 1).
+
+    Raises:
+        ValueError: unless 1 <= k < n.
     """
     if not 1 <= k < len(reference):
         raise ValueError(f"k: expected 1 to {len(reference) - 1}, one less than the vectors, found {k}")
@@ -54,6 +57,9 @@ class LinearProbe:
     Minimises the mean cross-entropy plus |W|^2 / (2 inverse_penalty n) over W [F, classes] and a free bias,
     by L-BFGS in float64; features that never vary are left out by their zero. `features` [n, F] are those of
     reference tokens, `labels` n names of at least two kinds, `inverse_penalty` scikit-learn's C.
+
+    Raises:
+        ValueError: for fewer than two classes.
     """
 
     def __init__(

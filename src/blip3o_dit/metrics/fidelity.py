@@ -24,7 +24,11 @@ class TokenMeasures:
 
 
 def measure_tokens(generated: Tensor, target: Tensor) -> TokenMeasures:
-    """Each generated token against its reference token, [n, N, C] both, in float64."""
+    """Each generated token against its reference token, [n, N, C] both, in float64.
+
+    Raises:
+        ValueError: when the shapes differ or the rank is not 3.
+    """
     if generated.shape != target.shape or generated.ndim != 3:
         raise ValueError(
             f"expected generated and target of one shape [n, N, C], "

@@ -139,6 +139,9 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
                 [B, N, in_channels]; None computes it, which is right unless the condition was dropped.
 
         Returns: the prediction (`config.flow.prediction_type`), [B, N, in_channels], float32.
+
+        Raises:
+            ValueError: for other shapes, or times in another dtype; says the expected and the found one.
         """
         self._check_forward(hidden_states, timestep, encoder_hidden_states)
         if source_mean is None:
@@ -207,6 +210,9 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         """Compile the blocks with torch.compile and, on a GPU, record each network call as a CUDA graph.
 
         The first call for a batch size then takes a minute or more. The samples differ by rounding only.
+
+        Raises:
+            ValueError: when there is nothing to compile with.
         """
         check_compiler("compile", self.device)
         logger.info("compiling the network: its first call takes a minute or more")
@@ -279,6 +285,9 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
 
         Returns: [B, N, in_channels] float32, in the units of the training data: of length 1 each if training
             L2-normalised the tokens.
+
+        Raises:
+            ValueError: for shapes, names or values that do not fit; says expected and found.
         """
         if guidance_scale != 1.0 and self.config.flow.condition_dropout == 0.0:
             raise ValueError(
@@ -331,6 +340,10 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
             length 1 is shorter than 1.
 
         A model that predicts the noise says nothing of x_1 at t = 0, and a distilled one where its step ends.
+
+        Raises:
+            ValueError: for a model that predicts the noise, which says nothing of x_1 at t = 0, and for a
+                distilled one, which predicts where its step ends.
         """
         flow = self.config.flow
         if flow.fixed_sampling is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import asdict, fields
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +83,9 @@ class BLIP3oDiTConfig(PreTrainedConfig):
         flow_matching: the fields of `FlowMatchingConfig`, as a dict (JSON) or as that class.
         default_solver, default_steps: what `generate` takes by default; for a distilled model the steps it
             was made for.
+
+    Raises:
+        ValueError: for an unknown name, or sizes that do not fit each other; says both numbers.
     """
 
     model_type = "blip3o-dit"
@@ -123,7 +125,12 @@ class BLIP3oDiTConfig(PreTrainedConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
     ) -> Any:
-        """As `PreTrainedConfig.from_pretrained`; a folder's file is checked first (see `is_hub_id`)."""
+        """As `PreTrainedConfig.from_pretrained`; a folder's file is checked first (see `is_hub_id`).
+
+        Raises:
+            FileNotFoundError: no such folder, and the name is no hub id (see `is_hub_id`).
+            ValueError: one line naming the file: not JSON, another model's, an unknown field, a bad value.
+        """
         where = pretrained_model_name_or_path
         if is_hub_id(where):
             return super().from_pretrained(where, *args, **kwargs)
@@ -144,7 +151,7 @@ class BLIP3oDiTConfig(PreTrainedConfig):
 
     @property
     def flow(self) -> FlowMatchingConfig:
-        return _flow(**(self.flow_matching or {}))
+        return FlowMatchingConfig.from_dict(self.flow_matching or {})
 
     @property
     def num_tokens(self) -> int:
@@ -198,12 +205,6 @@ class BLIP3oDiTConfig(PreTrainedConfig):
                 f"num_heads must be a multiple of num_kv_heads, "
                 f"found num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
             )
-
-
-@lru_cache(typed=True)
-def _flow(**values: Any) -> FlowMatchingConfig:
-    """Checked once: every step asks for it."""
-    return FlowMatchingConfig.from_dict(values)
 
 
 def _config_file(folder: str | os.PathLike[str]) -> Path:

@@ -51,7 +51,11 @@ MAX_SIGMA_MIN = 1e-3
 
 
 def to_official_state_dict(model: BLIP3oDiTModel, prefix: str = OFFICIAL_PREFIXES[0]) -> dict[str, Tensor]:
-    """The network in the released layout (noise minus data), under `prefix`; see `_check_exportable`."""
+    """The network in the released layout (noise minus data), under `prefix`; see `_check_exportable`.
+
+    Raises:
+        ValueError: for a model that was trained otherwise than the released one.
+    """
     _check_exportable("to_official_state_dict", model)
     weights = flip_velocity_sign(model.dit.state_dict())
     return {prefix + name: tensor for name, tensor in weights.items()}
@@ -69,6 +73,9 @@ def from_official_state_dict(
         state_dict: names under any of `OFFICIAL_PREFIXES`.
         input_size: side of the token grid (weights do not tell), used when `config` is None.
         config: sizes to expect; None reads them off the tensors.
+
+    Raises:
+        ValueError: no DiT found, or tensors missing, unexpected or misshapen.
     """
     names = _dit_names(state_dict)
     weights = flip_velocity_sign({stripped: state_dict[name] for name, stripped in names.items()})
@@ -120,6 +127,9 @@ def to_diffusers_state_dict(model: BLIP3oDiTModel) -> dict[str, Tensor]:
     what `FlowMatchEulerDiscreteScheduler` integrates.
 
     The class has no condition projection (kept out) and an unused `pad_token` (zeros).
+
+    Raises:
+        ValueError: for a model that does not predict the velocity of a linear path from noise.
     """
     _check_exportable("to_diffusers_state_dict", model)
     weights = flip_velocity_sign(model.dit.state_dict())

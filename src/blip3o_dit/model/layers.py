@@ -69,7 +69,11 @@ def without_autocast(device: torch.device) -> torch.autocast:
 
 
 def has_native_matmul(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the processor multiplies numbers of this type itself; otherwise torch emulates it, slowly."""
+    """Whether the processor multiplies numbers of this type itself; otherwise torch emulates it, slowly.
+
+    Raises:
+        ValueError: for another value of `BLIP3O_DIT_BFLOAT16` than native and emulated.
+    """
     if dtype in (torch.float32, torch.float64):
         return True
     if device.type == "cuda":

@@ -52,6 +52,10 @@ class StrictPreTrainedModel(PreTrainedModel):
 
         Weights are read as safetensors. A folder is read without touching the network; what is no folder is
         looked up on the hub only if it can be meant as an id there (`is_hub_id`).
+
+        Raises:
+            FileNotFoundError: no such folder.
+            ValueError: lists the missing, unexpected and misshapen tensors.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["use_safetensors"] = True
@@ -89,6 +93,9 @@ class StrictPreTrainedModel(PreTrainedModel):
         """A model from a folder, for inference, with weights in `dtype` that are in memory once.
 
         `from_pretrained` has the whole file mapped while it converts, which counts as memory too.
+
+        Raises:
+            FileNotFoundError, ValueError: as `from_pretrained`.
         """
         config, file = BLIP3oDiTConfig.from_pretrained(folder), weights_file(Path(folder), variant)
         cls.check_weights(file, config)
@@ -111,6 +118,9 @@ class StrictPreTrainedModel(PreTrainedModel):
         """Refuse weights that do not fit the configuration by the file's header, before anything is built.
 
         Hugging Face makes room for what a configuration asks for and compares then.
+
+        Raises:
+            ValueError: not readable as safetensors, or names and shapes other than the configuration's.
         """
         found = _shapes(file)
         if config.num_layers > len(found):
@@ -123,7 +133,12 @@ class StrictPreTrainedModel(PreTrainedModel):
 
 
 def pick_weights(path: Path, weights: str) -> str:
-    """ "auto", "ema" or "raw" -> which of the last two a model folder gives; refuses altered files."""
+    """ "auto", "ema" or "raw" -> which of the last two a model folder gives; refuses altered files.
+
+    Raises:
+        FileNotFoundError, ValueError: one line: no model there, no averaged weights, or files that were
+            altered since they were saved.
+    """
     check_name("weights", weights, ("auto", "ema", "raw"))
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path}: expected a model folder with config.json, found none")

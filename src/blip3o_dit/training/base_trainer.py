@@ -70,6 +70,9 @@ def overrides_trainer(method: Method) -> Method:
     """Marks an override of a method that is none of the Trainer's documented ones.
 
     One that the installed Trainer does not have is an ImportError: overriding it would do nothing.
+
+    Raises:
+        ImportError: when the installed Trainer has no such method, and overriding it would do nothing.
     """
     if not callable(getattr(Trainer, method.__name__, None)):
         raise ImportError(f"transformers: expected a Trainer with the method {method.__name__}, found none")

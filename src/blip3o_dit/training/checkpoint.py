@@ -167,7 +167,11 @@ def verify_checkpoint(checkpoint: Path) -> None:
 
 
 def check_checkpoint(checkpoint: Path, model_config: BLIP3oDiTConfig, run: RunIdentity) -> None:
-    """Refuse a checkpoint that is not whole or does not fit the run."""
+    """Refuse a checkpoint that is not whole or does not fit the run.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file, or each difference.
+    """
     verify_checkpoint(checkpoint)
     saved = read_json_object(checkpoint / "config.json")
     wanted = model_config.to_dict()

@@ -68,6 +68,9 @@ class TrainingConfig:
 
     Written as `training_config.json` beside the weights. The fields are the flags; their meanings are the
     help texts.
+
+    Raises:
+        ValueError: names the field, what it expects and what it found.
     """
 
     embeddings_path: str = setting("", "embedding store (folder) or documented pickle")
@@ -211,7 +214,11 @@ class TrainingConfig:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> TrainingConfig:
-        """The configuration saved in a model folder or checkpoint."""
+        """The configuration saved in a model folder or checkpoint.
+
+        Raises:
+            ValueError: when the file is missing, is not JSON, has unknown fields or bad values.
+        """
         file = Path(folder) / TRAINING_CONFIG_FILE
         if not file.is_file():
             raise ValueError(f"{folder}: expected {TRAINING_CONFIG_FILE}, found none")

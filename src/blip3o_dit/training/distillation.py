@@ -55,6 +55,9 @@ def distill(
 
     The student is an ordinary model folder whose `generate` takes `config.steps` Euler steps, no more and no
     fewer, without guidance: its targets have none.
+
+    Raises:
+        FileNotFoundError, ValueError: one line naming what was expected and found.
     """
     check_alone("distill")
     output = Path(output_dir)
@@ -103,6 +106,10 @@ def train_student(
 
     Bfloat16 weights would lose most updates of AdamW, which are smaller than half a step of theirs. A teacher
     that predicts the noise is refused: it has no velocity at t = 0.
+
+    Raises:
+        ValueError: for a teacher that predicts the noise, which has no velocity at t = 0, for a student asked
+            to teach otherwise than by its own steps, and when the loss is not finite.
     """
     flow = teacher.config.flow
     fixed = flow.fixed_sampling

@@ -84,7 +84,11 @@ class SourceFolds:
 
 
 def load_folds(folder: Path, model: BLIP3oDiTModel) -> SourceFolds | None:
-    """What `SourceFolds.save` wrote into a checkpoint; None for noise, or if it was written without."""
+    """What `SourceFolds.save` wrote into a checkpoint; None for noise, or if it was written without.
+
+    Raises:
+        ValueError: when the file is damaged or does not fit the model.
+    """
     file = folder / FOLDS_FILE
     if model.config.flow.source == "noise":
         return None

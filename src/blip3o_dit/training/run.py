@@ -76,7 +76,11 @@ def train(
 
 
 def train_on(source: Embeddings, config: TrainingConfig, *, resume: Path | None = None) -> BLIP3oTrainer:
-    """Train on embeddings that are open already, and save; returns the trainer."""
+    """Train on embeddings that are open already, and save; returns the trainer.
+
+    Raises:
+        StoppedEarly, WriteError: as `train`.
+    """
     if config.wandb_project and os.environ.get("RANK", "0") == "0":
         prepare_wandb(config.wandb_project, config.output_dir, continued=resume is not None)
     trainer = build_trainer(source, config, fitted=resume is not None)

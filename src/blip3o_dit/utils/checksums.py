@@ -40,7 +40,11 @@ def is_sealed(folder: Path) -> bool:
 
 
 def verify(folder: Path, names: Iterable[str] | None = None) -> None:
-    """Check the files of a sealed folder, or those of them that are named, against its checksums."""
+    """Check the files of a sealed folder, or those of them that are named, against its checksums.
+
+    Raises:
+        ValueError: naming the first file that is missing, cut short or altered.
+    """
     known = _read_checksums(folder)
     for name in known if names is None else names:
         if name not in known:

@@ -21,6 +21,10 @@ def read_json(file: Path, *, non_finite: bool = False) -> Any:
     """The content of a JSON file: UTF-8, not too large or too deep, no name twice in an object.
 
     `non_finite` also takes NaN, Infinity and -Infinity, which Python writes and JSON does not have.
+
+    Raises:
+        ValueError: one line naming the file: not UTF-8, not JSON, too large or too deep, or an object that
+            gives a name twice.
     """
     size = file.stat().st_size
     if size > MAX_JSON_BYTES:
