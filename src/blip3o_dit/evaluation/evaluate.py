@@ -20,7 +20,8 @@ from blip3o_dit.evaluation.predictions import Predictions, collect_predictions, 
 from blip3o_dit.evaluation.reference import Progress, ReferenceSet, collect_reference, fit_probe
 from blip3o_dit.evaluation.samplers import ModelSampler, Sampler
 from blip3o_dit.evaluation.summary import summarize
-from blip3o_dit.inference.pipeline import BLIP3oInference, check_writable, target_statistics
+from blip3o_dit.inference.output import check_writable
+from blip3o_dit.inference.pipeline import BLIP3oInference, target_statistics
 from blip3o_dit.training.config import TRAINING_CONFIG_FILE, TrainingConfig
 from blip3o_dit.utils.distributed import SINGLE_PROCESS, Processes, join_processes
 from blip3o_dit.utils.stateless_random import stateless_choice
