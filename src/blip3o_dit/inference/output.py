@@ -88,6 +88,10 @@ def _check_folder(path: Path, overwrite: bool) -> None:
     """A store may take the place of an empty folder, or of a store when that is asked for."""
     if path.is_file():
         raise ValueError(f"{path}: expected a folder to write to, found a file")
+    if path.name in ("", ".."):
+        raise ValueError(f"{path}: expected the name of a new folder, found none")
+    if os.fsencode(path).decode(errors="replace") != str(path):
+        raise ValueError(f"{path}: expected a name in UTF-8, which all tools can read shards from")
     if path.is_mount():
         raise ValueError(
             f"{path}: expected a folder that can be replaced, found a file system: name one in it"
