@@ -27,7 +27,7 @@ from blip3o_dit.model.precision import has_native_matmul
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.utils.distributed import Processes, join_processes, pick_device
 from blip3o_dit.utils.stateless_random import stateless_normal, stateless_permutation, stateless_uniform
-from blip3o_dit.utils.validation import check_name
+from blip3o_dit.utils.validation import check_name, checked_integer
 
 SPLITS = ("all", "train", "eval")
 
@@ -94,7 +94,7 @@ class BLIP3oInference:
         Conditions and results are in the units of the training data; see `BLIP3oDiTModel.generate`.
         """
         generated = self.model.generate(
-            torch.as_tensor(eva_embeddings),
+            eva_embeddings,
             num_inference_steps=num_inference_steps,
             solver=solver,
             guidance_scale=guidance_scale,
@@ -149,7 +149,7 @@ class BLIP3oInference:
         Raises:
             FileNotFoundError, ValueError: one line naming what was expected and found.
         """
-        _check_batch_size(batch_size)
+        batch_size, seed = checked_integer("batch_size", batch_size, low=1), checked_integer("seed", seed)
         source = self.open(dataset_path)
         indices = self.choose(source, split, num_samples)
         output = None if output_path is None else Path(output_path)
@@ -237,7 +237,7 @@ class BLIP3oInference:
         Raises:
             FileNotFoundError, ValueError: one line naming what was expected and found.
         """
-        _check_batch_size(batch_size)
+        batch_size, seed = checked_integer("batch_size", batch_size, low=1), checked_integer("seed", seed)
         source = self.open(dataset_path)
         indices = self.choose(source, split, num_samples)
         loss_fn = BLIP3oFlowMatchingLoss.from_config(self.model.config.flow)
@@ -339,8 +339,8 @@ class BLIP3oInference:
         alike. The seed of the noise has no part in it: other seeds give the same samples other noise.
         """
         check_name("split", split, SPLITS)
-        if num_samples is not None and num_samples < 1:
-            raise ValueError(f"num_samples: expected at least 1, found {num_samples}")
+        if num_samples is not None:
+            num_samples = checked_integer("num_samples", num_samples, low=1)
         chosen: np.ndarray
         if split == "all":
             chosen = np.arange(source.num_samples)
@@ -395,8 +395,3 @@ def _encoder_of(source: Embeddings) -> dict[str, Any] | None:
     """The tower that made the conditions, where the embeddings name it."""
     towers = towers_of(source)
     return None if towers is None else towers["encoders"]["eva"]
-
-
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
