@@ -49,7 +49,7 @@ def neighbourhood_features(centred: Tensor, components: Tensor) -> Tensor:
         components: [C, r]; a neighbour enters as its projection on them. Outside the grid is zero.
     """
     side = math.isqrt(centred.shape[1])
-    grid = (centred @ components).reshape(len(centred), side, side, -1)
+    grid = (centred @ components).unflatten(1, (side, side))
     padded = F.pad(grid, (0, 0, 1, 1, 1, 1))
     around = [
         padded[:, 1 + dy : 1 + dy + side, 1 + dx : 1 + dx + side].flatten(1, 2)

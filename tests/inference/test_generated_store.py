@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from blip3o_dit.data.manifest import MANIFEST
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.inference import generated_store
 from blip3o_dit.inference.generated_store import GeneratedStore
@@ -97,7 +96,7 @@ def test_an_interrupted_generation_leaves_no_store(
         patch.setattr(inference, "generate", generate)
         with pytest.raises(KeyboardInterrupt):
             inference.generate_from_dataset(data.path, output_path=output, **options)
-    assert output.is_dir() and not (output / MANIFEST).exists()
+    assert not list(tmp_path.glob("output*"))
     with pytest.raises((FileNotFoundError, ValueError)):
         EmbeddingStore(output)
     inference.generate_from_dataset(data.path, output_path=output, **options)
@@ -108,10 +107,11 @@ def test_a_store_that_is_there_is_refused_before_anything_is_generated(
     inference: BLIP3oInference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = write_linear_store(tmp_path / "data", samples=4)
+    other = write_linear_store(tmp_path / "other", samples=4)
     monkeypatch.setattr(inference, "generate", None)  # a call would raise something else
     with pytest.raises(ValueError, match="expected no store there, found one"):
-        inference.generate_from_dataset(data.path, output_path=data.path, progress=False)
-    assert EmbeddingStore(data.path).num_samples == 4
+        inference.generate_from_dataset(data.path, output_path=other.path, progress=False)
+    assert EmbeddingStore(other.path).num_samples == 4
 
 
 @pytest.mark.parametrize("processes", [1, 2, 8])

@@ -319,7 +319,7 @@ class TestRefusals:
     def test_bad_arguments(self, folder: Path, store: EmbeddingStore) -> None:
         inference = BLIP3oInference(folder, device="cpu")
         eva = torch.randn(2, 9, 12)
-        with pytest.raises(ValueError, match=r"expected shape \[batch, tokens, 12\], found \[2, 9, 11\]"):
+        with pytest.raises(ValueError, match=r"expected shape \[batch, 9, 12\], found \[2, 9, 11\]"):
             inference.generate(eva[..., :11])
         with pytest.raises(ValueError, match="sample_index: expected 2 entries, found 1"):
             inference.generate(eva, 1, sample_index=[0])
@@ -327,9 +327,9 @@ class TestRefusals:
             inference.generate(eva, 1, solver="rk45")
         with pytest.raises(ValueError, match="split: expected one of"):
             inference.evaluate_model(store.path, split="test")
-        with pytest.raises(ValueError, match="num_samples: expected at least 1, found 0"):
+        with pytest.raises(ValueError, match="num_samples: expected an integer >= 1, found 0"):
             inference.generate_from_dataset(store.path, num_samples=0)
-        with pytest.raises(ValueError, match="batch_size: expected at least 1, found 0"):
+        with pytest.raises(ValueError, match="batch_size: expected an integer >= 1, found 0"):
             inference.generate_from_dataset(store.path, batch_size=0)
 
     def test_guidance_without_a_null_condition(self) -> None:

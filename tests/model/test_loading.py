@@ -127,6 +127,52 @@ def test_a_folder_that_is_not_there_is_not_looked_up(
         socket.create_connection(("127.0.0.1", 9))
 
 
+@pytest.mark.parametrize("variant", [None, "ema"])
+def test_weights_in_several_files_are_read(
+    tiny_model: BLIP3oDiTModel, tmp_path: Path, variant: str | None, no_network: None
+) -> None:
+    eva = torch.randn(2, 9, 12)
+    expected = tiny_model.generate(eva, num_inference_steps=2)
+    folder = tmp_path / "model"
+    if variant:  # beside raw weights
+        BLIP3oDiTModel(tiny_model.config).save_pretrained(folder)
+    tiny_model.save_pretrained(folder, max_shard_size="50KB", variant=variant)
+    assert len(list(folder.glob("model*-of-*"))) > 2
+    inference = BLIP3oInference(folder, device="cpu", dtype=torch.float32)
+    assert inference.weights == ("ema" if variant else "raw")
+    assert torch.equal(inference.generate(eva, 2), expected)
+    loaded = BLIP3oDiTModel.from_pretrained(folder, variant=variant).eval()
+    assert torch.equal(loaded.generate(eva, num_inference_steps=2), expected)
+
+
+def test_several_files_that_do_not_fit_are_refused(tiny_model: BLIP3oDiTModel, tmp_path: Path) -> None:
+    tiny_model.save_pretrained(tmp_path / "model", max_shard_size="50KB")
+    first, second, *_ = sorted((tmp_path / "model").glob("model-*.safetensors"))
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    whole, content = first.read_bytes(), index.read_text()
+
+    def refusals() -> list[str]:
+        messages = []
+        for load in (BLIP3oDiTModel.from_pretrained, BLIP3oInference):
+            with pytest.raises((ValueError, FileNotFoundError)) as caught:
+                load(tmp_path / "model")
+            messages.append(str(caught.value))
+            assert "\n" not in messages[-1]
+        return messages
+
+    first.unlink()
+    assert all("expected weights, found none" in message for message in refusals())
+    first.write_bytes(second.read_bytes())
+    assert all("expected each tensor in one file, found" in message for message in refusals())
+    first.write_bytes(whole[:-1])
+    assert all("not readable weights" in message for message in refusals())
+    first.write_bytes(whole)
+    index.write_text(content.replace(first.name, second.name))
+    assert all("do not fit the configuration: " in message and "missing" in message for message in refusals())
+    index.write_text(content.replace(first.name, f"../{first.name}"))
+    assert all("expected plain file names, found" in message for message in refusals())
+
+
 @pytest.mark.parametrize("names", [5, {"a": 5}, {"a": "../x"}, {"a": "/etc/passwd"}, {"a": "x\ny"}])
 def test_an_index_names_files_beside_it(tmp_path: Path, names: Any) -> None:
     index = tmp_path / "model.safetensors.index.json"

@@ -17,7 +17,7 @@ MIN_TF32_CAPABILITY = (8, 0)
 
 
 def add_flags(
-    parser: argparse.ArgumentParser,
+    parser: argparse._ActionsContainer,
     settings: type,
     *,
     negatable: bool = False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import logging
 import os
 import signal
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from blip3o_dit.utils.errors import StoppedEarly, WriteError
+from blip3o_dit.utils.json_files import escaped
 from blip3o_dit.utils.logging import quiet_torchao
 
 TRACEBACK_VARIABLE = "BLIP3O_DIT_TRACEBACK"
@@ -61,8 +63,8 @@ def exit_status(error: BaseException) -> int:
 def user_message(error: BaseException) -> str:
     """One line: what a user is told of an error."""
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+        return escaped(f"{error.filename}: {error.strerror}")
+    return escaped(" ".join(str(error).split())) or type(error).__name__
 
 
 def set_up_logging() -> None:
@@ -73,5 +75,14 @@ def set_up_logging() -> None:
     logger.setLevel(logging.INFO if main_process else logging.WARNING)
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(_EscapingFormatter("%(message)s"))
         logger.addHandler(handler)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # whatever the terminal's encoding cannot write
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+class _EscapingFormatter(logging.Formatter):
+    """File names in a message may hold what a terminal would obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(escaped(line) for line in super().format(record).split("\n"))

@@ -7,10 +7,10 @@ import logging
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 from blip3o_dit.cli.arguments import add_flags, add_tf32, given_settings, use_tf32
 from blip3o_dit.evaluation.config import EvaluationConfig
+from blip3o_dit.utils.json_files import escaped
 
 DESCRIPTION = "Measure trained models beside baselines on held-out samples, and write a report."
 
@@ -39,37 +39,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate, write, and print the summary."""
+    from blip3o_dit.data.embeddings import open_embeddings
     from blip3o_dit.evaluation.evaluate import evaluate_models
     from blip3o_dit.extraction.image_decoding import pictures_by_key
+    from blip3o_dit.extraction.shown_images import images_of_store
 
     config = EvaluationConfig(**given_settings(arguments, EvaluationConfig))
     if arguments.tf32:
         use_tf32(config.device)
+    asked_for = pictures_by_key(arguments.pictures) if arguments.pictures else None
+    source = open_embeddings(arguments.embeddings)
     result = evaluate_models(
         [arguments.model, *arguments.compare],
-        arguments.embeddings,
+        source,
         arguments.output_dir,
         config,
-        pictures=pictures_by_key(_where(arguments)),
+        pictures=asked_for or images_of_store(getattr(source, "manifest", {})),
         command=shlex.join(["blip3o-dit", *sys.argv[1:]]),
     )
     if not result:  # the first of several processes has it
         return
-    sys.stdout.write("\n".join(result["summary"]) + "\n")
+    sys.stdout.writelines(escaped(line) + "\n" for line in result["summary"])
     folder = arguments.output_dir or arguments.model
     logger.info("the report: %s", folder / "report.html")
 
 
 def _number_or_all(text: str) -> int | None:
     return None if text == "all" else int(text)
-
-
-def _where(arguments: argparse.Namespace) -> str | None:
-    """The pictures named on the command line, or those the store says it was made from, if still there."""
-    from blip3o_dit.data.embeddings import open_embeddings
-
-    if arguments.pictures:
-        return str(arguments.pictures)
-    manifest: dict[str, Any] = getattr(open_embeddings(arguments.embeddings), "manifest", {})
-    recorded = manifest.get("pictures")
-    return recorded if isinstance(recorded, str) and Path(recorded).exists() else None

@@ -1,18 +1,29 @@
-"""blip3o-dit generate: CLIP tokens for the conditions of a data set."""
+"""blip3o-dit generate: CLIP tokens for the conditions of a data set, or for pictures."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from blip3o_dit.cli.arguments import add_flags, add_tf32, given_settings, use_tf32
 from blip3o_dit.flow.config import SOLVER_NAMES
 from blip3o_dit.utils.settings import setting
 
-DESCRIPTION = "Generate CLIP tokens for the samples of an embedding store or pickle."
+if TYPE_CHECKING:
+    from blip3o_dit.inference.pipeline import BLIP3oInference
+
+DESCRIPTION = "Generate CLIP tokens for the samples of an embedding store or pickle, or for pictures."
+
+# Flags that choose among samples, which pictures are not yet.
+CHOICES_OF_SAMPLES = ("split", "num_samples")
+_ARCHIVE_SUFFIXES = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".parquet", ".arrow")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +40,34 @@ class GenerationConfig:
     guidance_scale: float = setting(1.0, "classifier-free guidance; 1: none")
     guidance_interval: tuple[float, float] = setting((0.0, 1.0), "times at which guidance acts")
     seed: int = setting(0, "seed of the noise")
+    pooled: bool = setting(False, "one vector a picture, the mean over its tokens; into .npz or .pkl")
+    overwrite: bool = setting(False, "replace an output that is there")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerConfig:
+    """The flags that name the tower which reads pictures."""
+
+    eva: str | None = setting(
+        None, "tower of the conditions (default: the one the model's data was made with)"
+    )
+    eva_revision: str | None = setting(None, "its revision on the hub")
+    eva_dtype: str | None = setting(
+        None, "its precision (default: as it was, or float32)", choices=("float32", "bfloat16", "float16")
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="output folder of a training run, or a checkpoint")
-    parser.add_argument("embeddings", type=Path, help="embedding store or documented pickle")
-    parser.add_argument("output", type=Path, help="results: a .pkl file, or a folder for a store")
+    parser.add_argument(
+        "embeddings",
+        metavar="data",
+        type=Path,
+        help="embedding store, documented pickle, or pictures as for extract",
+    )
+    parser.add_argument("output", type=Path, help="results: a .pkl or .npz file, or a folder for a store")
     add_flags(parser, GenerationConfig, guidance_interval={"metavar": ("LOW", "HIGH")})
+    add_flags(parser.add_argument_group("for pictures"), TowerConfig)
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile (and CUDA graphs), for long runs"
     )
@@ -61,23 +93,125 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Generate, write, and print the metrics as JSON."""
+    from blip3o_dit.inference.output import check_output
+
+    if arguments.tf32:
+        use_tf32(arguments.device)
+    given = given_settings(arguments, GenerationConfig)
+    kept = {name: given.get(name, False) for name in ("pooled", "overwrite")}
+    check_output(arguments.output, **kept)  # before a model is loaded
+    if _are_pictures(arguments.embeddings):
+        _generate_for_pictures(arguments, given)
+    else:
+        _generate_for_embeddings(arguments, given)
+
+
+def _generate_for_embeddings(arguments: argparse.Namespace, given: dict[str, Any]) -> None:
+    unused = given_settings(arguments, TowerConfig)
+    if unused:
+        raise ValueError(
+            f"--{next(iter(unused))}: expected pictures, found embeddings: {arguments.embeddings}"
+        )
+    inference = _load(arguments)
+    source = inference.open(arguments.embeddings)
+    count = len(inference.choose(source, given.get("split", "all"), given.get("num_samples")))
+    _check_room(arguments.output, count, inference, given, true_tokens=True)
+    results = inference.generate_from_dataset(source, output_path=arguments.output, **given)
+    if results:  # on the first of several processes
+        sys.stdout.write(json.dumps(results["generation_metrics"], indent=2) + "\n")
+
+
+def _generate_for_pictures(arguments: argparse.Namespace, given: dict[str, Any]) -> None:
+    from blip3o_dit.data.towers import read_towers
+    from blip3o_dit.extraction.conditions import ImageConditions, open_images, open_tower
+    from blip3o_dit.inference.from_conditions import generate_for_conditions
+    from blip3o_dit.utils.distributed import check_alone
+
+    for name in CHOICES_OF_SAMPLES:
+        if name in given:
+            raise ValueError(f"--{name}: expected none with pictures: all of them are read")
+    check_alone("generate from pictures (not from a store, see extract)")
+    images = open_images(str(arguments.embeddings))
+    inference = _load(arguments)
+    _check_room(arguments.output, len(images), inference, given, true_tokens=False)
+    sizes = inference.model.config.data_sizes
+    flags = given_settings(arguments, TowerConfig)
+    tower = open_tower(
+        read_towers(arguments.model),
+        sizes,
+        arguments.model,
+        name=flags.get("eva"),
+        revision=flags.get("eva_revision"),
+        dtype=flags.get("eva_dtype"),
+        device=inference.device,
+    )
+    conditions = ImageConditions(images, tower, num_tokens=sizes[0])
+    about = {"pictures": str(arguments.embeddings), "tower": tower.name}
+    results = generate_for_conditions(inference, conditions, arguments.output, about=about, **given)
+    skipped = _list_skipped(arguments.output, conditions.skipped)
+    logger.info(
+        "%s: %d pictures%s; no true tokens: no metrics",
+        arguments.output,
+        results["config"]["num_samples"],
+        f", {len(conditions.skipped)} skipped, see {skipped}" if conditions.skipped else "",
+    )
+
+
+def _are_pictures(path: Path) -> bool:
+    """Whether `data` is read with a tower: a folder that is no store, or a name that only pictures have."""
+    from blip3o_dit.data.manifest import MANIFEST
+    from blip3o_dit.extraction.image_files import IMAGE_SUFFIXES, LIST_SUFFIXES
+
+    if path.is_dir():
+        return not (path / MANIFEST).exists() and not any(path.glob("shard-*.safetensors"))
+    return path.suffix.lower() in (*IMAGE_SUFFIXES, *LIST_SUFFIXES, *_ARCHIVE_SUFFIXES)
+
+
+def _list_skipped(output: Path, skipped: list[dict[str, str]]) -> Path:
+    """The list of pictures that could not be read, in a store or beside a file; none if there are none."""
+    from blip3o_dit.extraction.resume import SKIPPED_FILE
+    from blip3o_dit.inference.output import is_file_output
+    from blip3o_dit.utils.atomic import write_atomically
+
+    file = output.with_suffix(f".{SKIPPED_FILE}") if is_file_output(output) else output / SKIPPED_FILE
+    if skipped:
+        write_atomically(file, "".join(json.dumps(image) + "\n" for image in skipped).encode())
+    else:
+        file.unlink(missing_ok=True)
+    return file
+
+
+def _load(arguments: argparse.Namespace) -> BLIP3oInference:
     import torch
 
     from blip3o_dit.inference.pipeline import BLIP3oInference
 
-    if arguments.tf32:
-        use_tf32(arguments.device)
-    inference = BLIP3oInference(
+    return BLIP3oInference(
         arguments.model,
         device=arguments.device,
         dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
         weights=arguments.weights,
         compile=arguments.compile,
     )
-    results = inference.generate_from_dataset(
-        arguments.embeddings,
-        output_path=arguments.output,
-        **given_settings(arguments, GenerationConfig),
-    )
-    if results:  # on the first of several processes
-        sys.stdout.write(json.dumps(results["generation_metrics"], indent=2) + "\n")
+
+
+def _check_room(
+    output: Path, count: int, inference: BLIP3oInference, given: dict[str, Any], *, true_tokens: bool
+) -> None:
+    """Refuse one file of more samples than this machine's memory holds, which a store would not need."""
+    import torch
+
+    from blip3o_dit.inference.output import bytes_in_file, is_file_output
+    from blip3o_dit.training.memory import GIB, resident, room_on
+
+    if not is_file_output(output):
+        return
+    sizes = inference.model.config.data_sizes
+    needed = bytes_in_file(count, sizes, pooled=given.get("pooled", False), true_tokens=true_tokens)
+    room = room_on(torch.device("cpu"))
+    free = max(0, room.size - resident())
+    if needed > free:
+        raise ValueError(
+            f"{output}: {count} samples in one file take {needed / GIB:.1f} GiB of memory, found "
+            f"{free / GIB:.1f} GiB {room.where}: give a folder's name, for a store, or fewer --num_samples"
+        )

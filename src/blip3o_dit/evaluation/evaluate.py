@@ -21,7 +21,8 @@ from blip3o_dit.evaluation.predictions import Predictions, collect_predictions
 from blip3o_dit.evaluation.reference import Progress, ReferenceSet, collect_reference, fit_probe
 from blip3o_dit.evaluation.samplers import ModelSampler, Sampler
 from blip3o_dit.evaluation.summary import summarize
-from blip3o_dit.inference.pipeline import BLIP3oInference, check_writable, target_statistics
+from blip3o_dit.inference.output import check_writable
+from blip3o_dit.inference.pipeline import BLIP3oInference, target_statistics
 from blip3o_dit.training.config import TRAINING_CONFIG_FILE, TrainingConfig
 from blip3o_dit.utils.distributed import SINGLE_PROCESS, Processes, join_processes
 from blip3o_dit.utils.stateless_random import stateless_choice
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 def evaluate_models(
     models: Sequence[str | Path],
-    embeddings: str | Path,
+    embeddings: str | Path | Embeddings,
     output_dir: str | Path | None = None,
     config: EvaluationConfig | None = None,
     *,
@@ -51,9 +52,9 @@ def evaluate_models(
 
     Args:
         models: folders of training runs or checkpoints; all are measured on the same samples.
-        embeddings: store or documented pickle.
+        embeddings: store or documented pickle, or embeddings that are open already.
         output_dir: for metrics.json, report.html and README.md; None means the first model's folder.
-        pictures: keys -> RGB images or None, for the page.
+        pictures: keys -> RGB images or None, for the page; called once, at the end.
         command: shown on the page.
 
     Returns: the content of metrics.json, whose schema is in docs/evaluation.md, on the first process; an
@@ -73,14 +74,15 @@ def evaluate_models(
         BLIP3oInference(path, device=config.device, dtype=dtype, weights=config.weights) for path in models
     ]
     _check_comparable(loaded, config)
-    source, indices, available = _held_out(loaded[0], embeddings, config)
+    opened = loaded[0].open(embeddings)
     for other in loaded[1:]:
-        other.open(embeddings)
+        other.open(opened)
+    source, indices, available = _held_out(loaded[0], opened, config)
     samplers = _model_samplers(loaded, config)
     if not processes.is_main:
         _help_sampling(samplers, source, indices, config, processes)
         return {}
-    fit_on, train = _fit_source(loaded, source, embeddings, config)
+    fit_on, train = _fit_source(loaded, source, config)
     # Of the data, not of a model: scores must not depend on which model is named first.
     statistics = target_statistics(fit_on, train, seed=config.seed)
     result, samples = evaluate_samplers(
@@ -249,7 +251,7 @@ def _shown(
     keys = [record["key"] for record in records]
     return report.ShownSamples(
         {name: tokens.numpy() for name, tokens in shown.items()},
-        [str(record.get("label") or key)[-18:] for record, key in zip(records, keys, strict=True)],
+        [str(record.get("label") or key) for record, key in zip(records, keys, strict=True)],
         pictures(keys) if pictures else None,
     )
 
@@ -277,10 +279,9 @@ def _check_comparable(loaded: Sequence[BLIP3oInference], config: EvaluationConfi
 
 
 def _held_out(
-    model: BLIP3oInference, embeddings: str | Path, config: EvaluationConfig
+    model: BLIP3oInference, source: Embeddings, config: EvaluationConfig
 ) -> tuple[Embeddings, np.ndarray, int]:
     """The embeddings, the samples to measure, and how many there were to choose from."""
-    source = model.open(embeddings)
     indices = np.asarray(model.choose(source, config.split, None))
     available = len(indices)
     if config.num_samples is not None:
@@ -293,10 +294,10 @@ def _held_out(
 def _fit_source(
     loaded: Sequence[BLIP3oInference],
     source: Embeddings,
-    embeddings: str | Path,
     config: EvaluationConfig,
 ) -> tuple[Embeddings, np.ndarray]:
     """(embeddings, indices) for baselines, statistics, probe and `real_vs_real`: nothing that is measured."""
+    embeddings = source.path
     runs = [
         TrainingConfig.from_folder(model.model_path)
         for model in loaded
@@ -326,7 +327,7 @@ def _fit_source(
     return fitted, getattr(sides, side)
 
 
-def _training_embeddings(runs: Sequence[TrainingConfig], embeddings: str | Path) -> str:
+def _training_embeddings(runs: Sequence[TrainingConfig], embeddings: Path) -> str:
     """The embeddings that all the models were trained on."""
     paths = sorted({run.embeddings_path for run in runs})
     if len(paths) != 1 or not Path(paths[0]).exists():

@@ -5,16 +5,24 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+import textwrap
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
+from blip3o_dit.utils.json_files import escaped
 from blip3o_dit.utils.pca_colors import pca_colors
 
 # Okabe and Ito's palette, which color-blind readers can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 FAINT = "#8A8A8A"
+
+MAX_LABEL, MAX_TITLE = 40, 18
+
+Plot = TypeVar("Plot", bound=Callable[..., str])
 
 
 def require_matplotlib() -> None:
@@ -25,6 +33,28 @@ def require_matplotlib() -> None:
         raise ValueError("the report: expected matplotlib: pip install 'blip3o-dit[plot]'") from None
 
 
+def _plain_text(plot: Plot) -> Plot:
+    """Names and keys are shown as they are: "$" begins no formula, and what no font has is no warning."""
+
+    @wraps(plot)
+    def plain(*arguments: Any, **options: Any) -> str:
+        import matplotlib
+
+        with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
+            return plot(*arguments, **options)
+
+    return cast("Plot", plain)
+
+
+def _label(name: str) -> str:
+    """A name for a plot, whose legend leaves out those that begin with an underscore."""
+    text = escaped(name)
+    text = text if len(text) <= MAX_LABEL else f"{text[: MAX_LABEL // 2]}...{text[-MAX_LABEL // 2 :]}"
+    return f" {text}" if text.startswith("_") else text
+
+
+@_plain_text
 def curve_plot(curves: Mapping[str, Sequence[Mapping[str, Any]]], baseline: tuple[str, float] | None) -> str:
     """Energy score against network calls, one line for each model and solver."""
     figure, axes = _figure(6.4, 3.6)
@@ -39,10 +69,10 @@ def curve_plot(curves: Mapping[str, Sequence[Mapping[str, Any]]], baseline: tupl
                 linestyle=("-", "--", ":", "-.")[style % 4],
                 marker="os^D"[style % 4],
                 markersize=4,
-                label=f"{name}, {solver}" if len(curves) > 1 else solver,
+                label=_label(f"{name}, {solver}" if len(curves) > 1 else solver),
             )
     if baseline is not None:
-        axes.axhline(baseline[1], color=FAINT, linewidth=1, linestyle=(0, (1, 2)), label=baseline[0])
+        axes.axhline(baseline[1], color=FAINT, linewidth=1, linestyle=(0, (1, 2)), label=_label(baseline[0]))
     axes.set_xscale("log", base=2)
     ticks = sorted({point["network_calls"] for points in curves.values() for point in points})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -52,6 +82,7 @@ def curve_plot(curves: Mapping[str, Sequence[Mapping[str, Any]]], baseline: tupl
     return _image(figure, "Energy score against network calls")
 
 
+@_plain_text
 def spread_plot(samplers: Sequence[Mapping[str, Any]]) -> str:
     """Error of the samples' mean against their spread, in bins of equal count; calibrated is the diagonal."""
     figure, axes = _figure(4.6, 4.0)
@@ -61,7 +92,12 @@ def spread_plot(samplers: Sequence[Mapping[str, Any]]) -> str:
         error = [point["error"] for point in sampler["spread_error"]]
         high = max([high, *spread, *error])
         axes.plot(
-            spread, error, marker="o", markersize=4, color=COLORS[row % len(COLORS)], label=sampler["name"]
+            spread,
+            error,
+            marker="o",
+            markersize=4,
+            color=COLORS[row % len(COLORS)],
+            label=_label(sampler["name"]),
         )
     ends = (0, 1.05 * high)
     axes.plot(ends, ends, color=FAINT, linewidth=1, linestyle="--")
@@ -71,6 +107,7 @@ def spread_plot(samplers: Sequence[Mapping[str, Any]]) -> str:
     return _image(figure, "Error against spread")
 
 
+@_plain_text
 def position_plot(samplers: Sequence[Mapping[str, Any]]) -> str:
     """Maps of token cosine and R2 over the grid, a row for each sampler."""
     side = math.isqrt(len(samplers[0]["maps"]["cosine"]))
@@ -81,11 +118,12 @@ def position_plot(samplers: Sequence[Mapping[str, Any]]) -> str:
             values = np.array(sampler["maps"][name]).reshape(side, side)
             image = axes.imshow(values, cmap="cividis")
             axes.set(xticks=[], yticks=[])
-            axes.set_title(f"{sampler['name']}: {label}" if len(samplers) > 1 else label, fontsize=10)
+            axes.set_title(f"{_label(sampler['name'])}: {label}" if len(samplers) > 1 else label, fontsize=10)
             figure.colorbar(image, ax=axes, shrink=0.85)
     return _image(figure, "Token cosine and R2 over the grid")
 
 
+@_plain_text
 def sample_plot(rows: Mapping[str, np.ndarray], images: Sequence[Any] | None, titles: Sequence[str]) -> str:
     """Token maps of a few samples, one row for each of `rows`, the reference tokens first.
 
@@ -101,10 +139,10 @@ def sample_plot(rows: Mapping[str, np.ndarray], images: Sequence[Any] | None, ti
         place.set(xticks=[], yticks=[])
         place.spines[:].set_visible(False)
     for column, title in enumerate(titles):
-        grid[0, column].set_title(title, fontsize=8)
+        grid[0, column].set_title(escaped(title)[-MAX_TITLE:], fontsize=8)
     for row, name in enumerate(names):
-        label = grid[row, 0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
-        label.set_wrap(True)
+        label = "\n".join(textwrap.wrap(_label(name), 18))
+        grid[row, 0].set_ylabel(label, fontsize=9, rotation=0, ha="right", va="center")
         for column in range(count):
             if name in rows:
                 colors = pca_colors(rows[name][column], reference).reshape(side, side, 3)

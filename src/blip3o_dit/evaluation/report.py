@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
 
 from blip3o_dit.evaluation import plots
 from blip3o_dit.evaluation.config import EvaluationConfig
@@ -20,6 +22,7 @@ from blip3o_dit.evaluation.metric_tables import METRICS, TABLES, Metric, MetricT
 from blip3o_dit.evaluation.reference import ReferenceSet
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.utils.atomic import write_atomically
+from blip3o_dit.utils.json_files import escaped
 
 METRICS_FILE = "metrics.json"
 REPORT_FILE = "report.html"
@@ -121,10 +124,21 @@ def write_metrics(result: Mapping[str, Any], folder: Path) -> None:
 
 def write_report(result: Mapping[str, Any], folder: Path, samples: ShownSamples | None = None) -> None:
     """report.html: one page without scripts or anything from elsewhere."""
-    environment = Environment(loader=PackageLoader("blip3o_dit.evaluation", "."), autoescape=True)
-    environment.trim_blocks = True
+    environment = Environment(
+        loader=PackageLoader("blip3o_dit.evaluation", "."), autoescape=True, trim_blocks=True, finalize=_shown
+    )
     page = environment.get_template(f"{REPORT_FILE}.jinja").render(**_content(result, samples))
     write_atomically(folder / REPORT_FILE, page.encode())
+
+
+def _shown(value: Any) -> Any:
+    """A value of the page: names and paths can hold what neither prints nor has a place in UTF-8."""
+    return escaped(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def markdown(text: str) -> str:
+    """Text as it is, where Markdown or HTML would make something of its characters."""
+    return re.sub(r"[\\`*_{}\[\]<>|#~$&!]", r"\\\g<0>", escaped(text))
 
 
 def write_card(result: Mapping[str, Any], folder: Path) -> bool:
@@ -135,7 +149,7 @@ def write_card(result: Mapping[str, Any], folder: Path) -> bool:
     if path.exists() and CARD_MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return False
     model = next(sampler for sampler in result["methods"] if sampler["is_model"])
-    data_name = Path(result["data"]["path"]).name
+    data_name = escaped(Path(result["data"]["path"]).name)
     wanted = (("conditional", "energy_score"), ("best_guess", "r2"), ("sample", "cosine_similarity_mean"))
     found = [
         EvalResult(
@@ -152,7 +166,7 @@ def write_card(result: Mapping[str, Any], folder: Path) -> bool:
     data = ModelCardData(
         library_name="blip3o-dit",
         tags=["flow-matching", "diffusion-transformer", "clip", "eva-clip", "embeddings"],
-        model_name=result["models"][0]["folder"],
+        model_name=escaped(result["models"][0]["folder"]),
         eval_results=found,
     )
     text = f"---\n{data.to_yaml()}\n---\n{CARD_MARK}\n\n{_card_text(result)}"
@@ -305,7 +319,7 @@ def _settings(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _card_text(result: Mapping[str, Any]) -> str:
     model = result["models"][0]
     lines = [
-        f"# {model['folder']}",
+        f"# {markdown(model['folder'])}",
         "",
         "A BLIP3-o diffusion transformer trained by flow matching to generate CLIP tokens from EVA-CLIP",
         "tokens, by blip3o-dit.",
@@ -316,7 +330,7 @@ def _card_text(result: Mapping[str, Any]) -> str:
         "",
         "## How good it is",
         "",
-        *(f"* {line}" for line in result["summary"]),
+        *(f"* {markdown(line)}" for line in result["summary"]),
         "",
         f"Measured on {_measured(result['data'])} ({result['data']['split']} split). "
         f"All figures: `{METRICS_FILE}`, `{REPORT_FILE}`.",
@@ -326,7 +340,9 @@ def _card_text(result: Mapping[str, Any]) -> str:
         made = _table(table, result)
         lines += [f"### {made.title}", "", "| | " + " | ".join(made.columns) + " |"]
         lines.append("|---" * (len(made.columns) + 1) + "|")
-        lines += [f"| {row.name} | " + " | ".join(c.text for c in row.cells) + " |" for row in made.rows]
+        lines += [
+            f"| {markdown(row.name)} | " + " | ".join(c.text for c in row.cells) + " |" for row in made.rows
+        ]
         lines.append("")
     lines += [
         "## Use",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,32 +15,69 @@ from torch import Tensor
 from blip3o_dit.data.checks import Record, check_pair
 from blip3o_dit.data.embeddings import Embeddings, batches
 from blip3o_dit.data.manifest import DTYPES, write_manifest
-from blip3o_dit.data.store import StoreWriter, json_line, to_disk, write_shard
+from blip3o_dit.data.store import json_line, to_disk, write_shard
+from blip3o_dit.inference.output import check_output
+from blip3o_dit.utils.atomic import ASIDE, publish, remove_files_and_folders
+from blip3o_dit.utils.folder_lock import LOCK_FILE, folder_lock
+from blip3o_dit.utils.json_files import show_names
 
 DTYPE = "float32"
 # Size of a shard at most, give or take a batch; a process holds one shard at a time.
 MAX_SHARD_BYTES = 2**28
+# How the names begin of all that lies in an unfinished store.
+_OURS = ("shard-", "manifest.json", LOCK_FILE)
 
 
 class GeneratedStore:
     """Writes conditions and generated tokens shard by shard; the manifest comes last and makes it a store.
 
-    All processes see the folder; `sizes` are tokens, condition width, target width.
+    All of it is written into NAME.partial, which takes the name when it is whole: until then nothing that
+    has the name is touched.
+
+    Args:
+        path: the folder that becomes the store; all processes see it.
+        sizes: tokens, condition width, target width.
+        encoder: what is known of the tower that made the conditions, for the manifest.
     """
 
-    def __init__(self, path: Path, sizes: tuple[int, int, int]) -> None:
+    def __init__(
+        self, path: Path, sizes: tuple[int, int, int], *, encoder: Mapping[str, Any] | None = None
+    ) -> None:
         self.path = path
+        self.aside = path.with_name(path.name + ASIDE)
         self.sizes = sizes
+        self.encoder = encoder
 
-    def claim(self) -> None:
-        """Make the folder, without an interrupted generation's files; on one process, before others write.
+    @contextmanager
+    def claimed(self, *, overwrite: bool = False) -> Iterator[None]:
+        """Hold the name while the block writes; on one process, before others write.
 
-        Refuses (ValueError) a store that is there already, or a file in place of the folder.
+        When the block ends well the store takes its name, else what it wrote is removed.
+
+        Raises:
+            ValueError: see `check_output`; also when another process generates the same store.
         """
-        num_tokens, condition_dim, target_dim = self.sizes
-        StoreWriter(
-            self.path, num_tokens=num_tokens, condition_dim=condition_dim, target_dim=target_dim, dtype=DTYPE
-        )
+        check_output(self.path, overwrite=overwrite)
+        self._make_folder()
+        with folder_lock(self.aside, "a generation"):
+            remove_files_and_folders(file for file in self.aside.iterdir() if file.name != LOCK_FILE)
+            try:
+                yield
+            except BaseException:
+                remove_files_and_folders([self.aside])
+                raise
+        publish(self.aside, self.path)
+
+    def _make_folder(self) -> None:
+        """NAME.partial, with nothing in it but what a generation that was killed has left."""
+        if self.aside.exists() and not self.aside.is_dir():
+            raise ValueError(f"{self.aside}: expected a folder of an unfinished generation, found a file")
+        self.aside.mkdir(parents=True, exist_ok=True)
+        foreign = [file.name for file in self.aside.iterdir() if not file.name.startswith(_OURS)]
+        if foreign:
+            raise ValueError(
+                f"{self.aside}: expected a folder of an unfinished generation, found {show_names(foreign)}"
+            )
 
     def shard_size(self, count: int, *, batch_size: int, processes: int) -> int:
         """Samples per shard: a multiple of `batch_size` that gives each process equally many shards.
@@ -68,12 +106,15 @@ class GeneratedStore:
         stored_eva, stored_clip = (
             to_disk(self.path, tokens, name, DTYPE) for tokens, name in ((eva, "eva"), (generated, "clip"))
         )
-        return write_shard(self.path, number, stored_eva, stored_clip, lines)
+        return write_shard(self.aside, number, stored_eva, stored_clip, lines)
 
     def finish(self, entries: Sequence[Mapping[str, Any]], made_by: Mapping[str, Any]) -> None:
         """Write the manifest, from the entries of all shards in order and how the tokens were made."""
-        about = {"encoders": {"clip": {"generated_by": made_by}}, "pooling": None, "normalization": "none"}
-        write_manifest(self.path, self.sizes, DTYPE, entries, about)
+        encoders: dict[str, Any] = {"clip": {"generated_by": made_by}}
+        if self.encoder is not None:
+            encoders["eva"] = dict(self.encoder)
+        about = {"encoders": encoders, "pooling": None, "normalization": "none"}
+        write_manifest(self.aside, self.sizes, DTYPE, entries, about)
 
 
 class Piece(NamedTuple):
@@ -93,7 +134,7 @@ class PieceWork:
         size: samples per piece; the store's shard size if there is one.
         generate: conditions and their indices -> tokens [n, N, C].
         measure: generated and true tokens -> their sums for the metrics, or None.
-        keep: whether to return the tokens.
+        keep: whether to return the tokens. pooled: as the mean over each sample's, [n, C].
         advance: called with the size of each finished batch, for a progress bar.
     """
 
@@ -105,6 +146,7 @@ class PieceWork:
     measure: Callable[[Tensor, Tensor], Tensor | None]
     store: GeneratedStore | None
     keep: bool
+    pooled: bool
     advance: Callable[[int], Any]
 
     def __call__(self, piece: range) -> Piece:
@@ -113,8 +155,9 @@ class PieceWork:
         conditions, parts, added = [], [], []
         for batch in batches(indices, self.batch_size):
             eva, clip = self.source.fetch(batch)
-            parts.append(self.generate(eva, batch))
-            added.append(self.measure(parts[-1], clip))
+            generated = self.generate(eva, batch)
+            added.append(self.measure(generated, clip))
+            parts.append(generated.mean(dim=1) if self.pooled else generated)
             if self.store is not None:
                 conditions.append(eva)
             self.advance(len(batch))

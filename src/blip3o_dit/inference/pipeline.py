@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,19 @@ from tqdm.auto import tqdm
 from blip3o_dit.data.dataset import choose_samples
 from blip3o_dit.data.embeddings import Embeddings, batches, check_sizes, open_embeddings
 from blip3o_dit.data.statistics import ChannelStatistics, streamed_statistics
+from blip3o_dit.data.towers import towers_of
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
 from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER
 from blip3o_dit.inference.generated_store import GeneratedStore, PieceWork
+from blip3o_dit.inference.output import POOLED, TOKENS, check_output, is_file_output, write_arrays
 from blip3o_dit.metrics.fidelity import FidelitySums
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.layers import has_native_matmul
 from blip3o_dit.model.loading import EMA_VARIANT, pick_weights
 from blip3o_dit.training.config import TrainingConfig
-from blip3o_dit.utils.atomic import dump_atomically
 from blip3o_dit.utils.distributed import Processes, join_processes, pick_device
 from blip3o_dit.utils.stateless_random import stateless_normal, stateless_permutation, stateless_uniform
-from blip3o_dit.utils.validation import check_name
+from blip3o_dit.utils.validation import check_name, checked_integer
 
 SPLITS = ("all", "train", "eval")
 
@@ -93,7 +94,7 @@ class BLIP3oInference:
         Conditions and results are in the units of the training data; see `BLIP3oDiTModel.generate`.
         """
         generated = self.model.generate(
-            torch.as_tensor(eva_embeddings),
+            eva_embeddings,
             num_inference_steps=num_inference_steps,
             solver=solver,
             guidance_scale=guidance_scale,
@@ -105,7 +106,7 @@ class BLIP3oInference:
 
     def generate_from_dataset(
         self,
-        dataset_path: str | Path,
+        dataset_path: str | Path | Embeddings,
         num_samples: int | None = None,
         batch_size: int = 8,
         num_inference_steps: int | None = None,
@@ -118,34 +119,43 @@ class BLIP3oInference:
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         seed: int = 0,
         return_arrays: bool | None = None,
+        pooled: bool = False,
+        overwrite: bool = False,
         progress: bool = True,
     ) -> dict[str, Any]:
         """Generate for the samples of a store or pickle.
 
         Args:
-            num_samples, split: see `choose`.
-            output_path: a name ending in .pkl or .pickle is written as a pickle of plain arrays, anything
+            dataset_path: where they are, or embeddings that are open already.
+            num_samples: only so many of the split; see `choose`. None means all.
+            output_path: a name ending in .pkl, .pickle or .npz is written as a file of plain arrays, anything
                 else as an embedding store whose `clip` tokens are the generated ones. A store is written
                 shard by shard, in memory that does not grow with the number of samples; each of several
                 processes writes shards of its own.
             compute_metrics: compare with the true tokens (`FidelitySums`).
             num_inference_steps, solver and the rest: see `BLIP3oDiTModel.generate`.
             return_arrays: return tokens, keys and captions; None does unless a store is written, and for a
-                pickle they are returned in any case.
+                file they are returned in any case.
+            pooled: one vector a sample, the mean over its tokens, instead of tokens; into a file.
+            overwrite: replace an output of the same kind. Without it nothing is sampled when there is one.
 
         Returns: `config` and `generation_metrics` (a dict or None), and with arrays
             `generated_clip_embeddings` [n, N, C], `eva_embeddings` and `target_clip_embeddings`, float32,
-            `keys` and `captions`. Of several processes the first returns this; the others return an empty
-            dict.
+            `keys` and `captions`; pooled, `pooled_clip_embeddings` [n, C] in place of the tokens. Of several
+            processes the first returns this; the others return an empty dict.
 
         Raises:
             FileNotFoundError, ValueError: one line naming what was expected and found.
         """
-        _check_batch_size(batch_size)
+        batch_size, seed = checked_integer("batch_size", batch_size, low=1), checked_integer("seed", seed)
         source = self.open(dataset_path)
         indices = self.choose(source, split, num_samples)
         output = None if output_path is None else Path(output_path)
-        store = self._store_to_write(output)
+        store = None
+        if output is not None and output.resolve() == source.path.resolve():
+            raise ValueError(f"{output}: expected another place than that of the data, found the same")
+        if output is not None and not is_file_output(output):
+            store = GeneratedStore(output, self.model.config.data_sizes, encoder=_encoder_of(source))
         sampling: dict[str, Any] = {
             "solver": solver,
             "guidance_scale": guidance_scale,
@@ -153,7 +163,7 @@ class BLIP3oInference:
             "seed": seed,
         }
         sums = FidelitySums(self._target_mean(source, split)) if compute_metrics else None
-        size, to_pickle = batch_size, output is not None and store is None
+        size, to_file = batch_size, output is not None and store is None
         if store is not None:
             size = store.shard_size(len(indices), batch_size=batch_size, processes=self.processes.count)
 
@@ -163,7 +173,7 @@ class BLIP3oInference:
         def measure(generated: Tensor, clip: Tensor) -> Tensor | None:
             return None if sums is None else sums.of(generated, self.model.l2_normalize_if_configured(clip))
 
-        with self._bar(len(indices), progress) as bar:
+        with self._claimed(output, store, overwrite, pooled), self.bar(len(indices), progress) as bar:
             work = PieceWork(
                 source,
                 indices,
@@ -172,36 +182,39 @@ class BLIP3oInference:
                 generate=generate,
                 measure=measure,
                 store=store,
-                keep=to_pickle or (store is None if return_arrays is None else return_arrays),
+                keep=to_file or (store is None if return_arrays is None else return_arrays),
+                pooled=pooled,
                 advance=bar.update,
             )
             tokens, entries = self._collect(work, sums, bar)
-        if not self.processes.is_main:
-            return {}
-        results: dict[str, Any] = {}
-        if work.keep:
-            results = {"generated_clip_embeddings": tokens, **_everything_of(source, indices)}
-        results["config"] = {
+            if not self.processes.is_main:
+                return {}
+            results = _arrays(source, indices, tokens, pooled=pooled) if work.keep else {}
+            results["config"] = self.describe_sampling(num_inference_steps, **sampling) | {
+                "split": split,
+                "num_samples": len(indices),
+            }
+            results["generation_metrics"] = None if sums is None else sums.result()
+            if store is not None:
+                store.finish(entries, results["config"])
+            elif output is not None:
+                write_arrays(output, results)
+        return results
+
+    def describe_sampling(self, num_inference_steps: int | None, **sampling: Any) -> dict[str, Any]:
+        """How samples are taken, for the record beside them."""
+        return {
             "model_path": str(self.model_path),
             "weights": self.weights,
             **sampling,
-            **self._steps(solver, num_inference_steps),
-            "split": split,
-            "num_samples": len(indices),
+            **self._steps(sampling["solver"], num_inference_steps),
             "normalize_embeddings": self.model.config.normalize_embeddings,
         }
-        results["generation_metrics"] = None if sums is None else sums.result()
-        if store is not None:
-            store.finish(entries, results["config"])
-        elif output is not None:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            dump_atomically(output, results)
-        return results
 
     @torch.no_grad()
     def evaluate_model(
         self,
-        dataset_path: str | Path,
+        dataset_path: str | Path | Embeddings,
         batch_size: int = 32,
         split: str = "eval",
         *,
@@ -220,7 +233,7 @@ class BLIP3oInference:
         Raises:
             FileNotFoundError, ValueError: one line naming what was expected and found.
         """
-        _check_batch_size(batch_size)
+        batch_size, seed = checked_integer("batch_size", batch_size, low=1), checked_integer("seed", seed)
         source = self.open(dataset_path)
         indices = self.choose(source, split, num_samples)
         loss_fn = BLIP3oFlowMatchingLoss.from_config(self.model.config.flow)
@@ -236,7 +249,7 @@ class BLIP3oInference:
             generated = self.generate(eva, num_inference_steps, sample_index=piece, **sampling)
             return loss, sums.of(generated, self.model.l2_normalize_if_configured(clip))
 
-        with self._bar(len(indices), progress) as bar:
+        with self.bar(len(indices), progress) as bar:
             for piece, (loss, added) in self.processes.map_in_order(batches(indices, batch_size), work):
                 total += len(piece) * loss
                 sums.state += added
@@ -251,10 +264,11 @@ class BLIP3oInference:
     def _collect(
         self, work: PieceWork, sums: FidelitySums | None, bar: tqdm
     ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-        """The tokens that are kept, [n, N, C], and the entries of the shards; on the first process."""
+        """What is kept, [n, N, C] or pooled [n, C], and the entries of the shards; on the first process."""
         source, count = work.source, len(work.indices)
         kept = work.keep and self.processes.is_main
-        tokens = np.empty((count if kept else 0, source.num_tokens, source.target_dim), dtype=np.float32)
+        shape = (source.target_dim,) if work.pooled else (source.num_tokens, source.target_dim)
+        tokens = np.empty((count if kept else 0, *shape), dtype=np.float32)
         entries = []
         pieces = batches(range(count), work.size)
         for number, (piece, found) in enumerate(self.processes.map_in_order(pieces, work)):
@@ -269,18 +283,18 @@ class BLIP3oInference:
                 bar.update(len(piece))
         return tokens, entries
 
-    def _store_to_write(self, output: Path | None) -> GeneratedStore | None:
-        """The store that `output` names, claimed by the first process; None for a pickle or no output."""
-        if output is None:
-            return None
-        is_pickle = output.suffix in (".pkl", ".pickle")
-        store = None if is_pickle else GeneratedStore(output, self.model.config.data_sizes)
-        if self.processes.is_main:
-            check_writable(output)
-            if store is not None:
-                store.claim()
-        self.processes.barrier()
-        return store
+    @contextmanager
+    def _claimed(
+        self, output: Path | None, store: GeneratedStore | None, overwrite: bool, pooled: bool
+    ) -> Iterator[None]:
+        """The output claimed by the first process before any process writes to it."""
+        with ExitStack() as claims:
+            if output is not None and self.processes.is_main:
+                check_output(output, overwrite=overwrite, pooled=pooled)
+                if store is not None:
+                    claims.enter_context(store.claimed(overwrite=overwrite))
+            self.processes.barrier()
+            yield
 
     def _target_mean(self, source: Embeddings, split: str) -> Tensor:
         """Mean of the training targets per channel, [C], which R2 is about: the model's own; for a model
@@ -301,13 +315,13 @@ class BLIP3oInference:
             num_inference_steps = self.model.config.default_steps
         return {"solver": solver, "num_inference_steps": num_inference_steps}
 
-    def _bar(self, total: int, progress: bool) -> tqdm:
+    def bar(self, total: int, progress: bool) -> tqdm:
         hidden = not progress or not self.processes.is_main
         return tqdm(total=total, desc="generating", unit="sample", disable=hidden)
 
-    def open(self, path: str | Path) -> Embeddings:
-        """Embeddings at `path`, refused (ValueError) when their sizes are not the model's."""
-        source = open_embeddings(path)
+    def open(self, path: str | Path | Embeddings) -> Embeddings:
+        """Embeddings at `path`, or open already, refused (ValueError) unless they have the model's sizes."""
+        source = open_embeddings(path) if isinstance(path, str | Path) else path
         check_sizes(source, self.model.config.data_sizes, self.model_path)
         return source
 
@@ -318,8 +332,8 @@ class BLIP3oInference:
         alike. The seed of the noise has no part in it: other seeds give the same samples other noise.
         """
         check_name("split", split, SPLITS)
-        if num_samples is not None and num_samples < 1:
-            raise ValueError(f"num_samples: expected at least 1, found {num_samples}")
+        if num_samples is not None:
+            num_samples = checked_integer("num_samples", num_samples, low=1)
         chosen: np.ndarray
         if split == "all":
             chosen = np.arange(source.num_samples)
@@ -346,34 +360,26 @@ def target_statistics(
     return streamed_statistics(source, chosen, normalize=normalize)[1]
 
 
-def _everything_of(source: Embeddings, indices: Sequence[int]) -> dict[str, Any]:
-    """Tokens, keys and captions of these samples, in memory once."""
-    shape = (len(indices), source.num_tokens)
-    eva = np.empty((*shape, source.condition_dim), dtype=np.float32)
-    clip = np.empty((*shape, source.target_dim), dtype=np.float32)
-    for rows in batches(range(len(indices)), 256):
-        fetched = source.fetch(indices[rows.start : rows.stop])
-        eva[rows.start : rows.stop], clip[rows.start : rows.stop] = (side.numpy() for side in fetched)
+def _arrays(
+    source: Embeddings, indices: Sequence[int], generated: np.ndarray, *, pooled: bool
+) -> dict[str, Any]:
+    """What was generated for these samples, with their keys and captions, and unless pooled their tokens."""
     records = source.records(indices)
-    return {
-        "eva_embeddings": eva,
-        "target_clip_embeddings": clip,
+    about = {
         "keys": [record["key"] for record in records],
         "captions": [record.get("caption") for record in records],
     }
+    if pooled:
+        return {POOLED: generated, **about}
+    eva = np.empty((len(indices), source.num_tokens, source.condition_dim), dtype=np.float32)
+    clip = np.empty(generated.shape, dtype=np.float32)
+    for rows in batches(range(len(indices)), 256):
+        fetched = source.fetch(indices[rows.start : rows.stop])
+        eva[rows.start : rows.stop], clip[rows.start : rows.stop] = (side.numpy() for side in fetched)
+    return {TOKENS: generated, "eva_embeddings": eva, "target_clip_embeddings": clip, **about}
 
 
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
-
-
-def check_writable(path: Path) -> None:
-    """Before hours of sampling, not after them."""
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise ValueError(f"{path}: expected a file or folder to write, found a device")
-    existing = path.parent
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"{path}: expected a folder that can be written, found {existing}")
+def _encoder_of(source: Embeddings) -> dict[str, Any] | None:
+    """The tower that made the conditions, where the embeddings name it."""
+    towers = towers_of(source)
+    return None if towers is None else towers["encoders"]["eva"]

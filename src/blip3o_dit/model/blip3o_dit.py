@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,16 +15,24 @@ from transformers import AutoConfig, AutoModel
 
 from blip3o_dit.flow.path import AffineSource, FlowBatch, PathSample, make_path, training_times
 from blip3o_dit.flow.predictions import convert_prediction
-from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER, Velocity, integrate, integrate_adaptive
+from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER, SOLVERS, Velocity, integrate, integrate_adaptive
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.cpu_kernels import use_cpu_kernels
 from blip3o_dit.model.cuda_graphs import GraphedPredict, Predict
+from blip3o_dit.model.inputs import check_forward, conditions_of_data
 from blip3o_dit.model.layers import without_autocast
 from blip3o_dit.model.loading import StrictPreTrainedModel
 from blip3o_dit.model.transformer import NextDiT
 from blip3o_dit.ridge import source_features
 from blip3o_dit.utils.stateless_random import stateless_normal
-from blip3o_dit.utils.validation import check_compiler
+from blip3o_dit.utils.validation import (
+    check_compiler,
+    check_finite_number,
+    check_interval,
+    check_name,
+    checked_integer,
+    checked_integers,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -141,9 +150,9 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         Returns: the prediction (`config.flow.prediction_type`), [B, N, in_channels], float32.
 
         Raises:
-            ValueError: for other shapes, or times in another dtype; says the expected and the found one.
+            ValueError: for other shapes, devices or dtypes; says the expected and the found one.
         """
-        self._check_forward(hidden_states, timestep, encoder_hidden_states)
+        check_forward(self.config, self.device, hidden_states, timestep, encoder_hidden_states, source_mean)
         if source_mean is None:
             source_mean = self.source_distribution(encoder_hidden_states).mean
         return self.dit(hidden_states, timestep, encoder_hidden_states, source_mean)
@@ -254,7 +263,7 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
     @torch.no_grad()
     def generate(
         self,
-        eva_embeddings: Tensor,
+        eva_embeddings: Tensor | np.ndarray,
         *,
         num_inference_steps: int | None = None,
         solver: str | None = None,
@@ -272,7 +281,7 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         depend on the batch it travels in. Other sample numbers give further samples of the same conditions.
 
         Args:
-            eva_embeddings: [B, L, eva_embedding_size], in the units of the training data.
+            eva_embeddings: [B, L, eva_embedding_size], in the units of the training data; of any device.
             num_inference_steps: intervals of the solver; euler costs one network call each, midpoint and
                 heun two. Default: `config.default_steps`.
             solver: "euler", "midpoint", "heun", or "dopri5", which chooses its steps by `tolerance` and takes
@@ -289,17 +298,21 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         Raises:
             ValueError: for shapes, names or values that do not fit; says expected and found.
         """
+        check_finite_number("guidance_scale", guidance_scale)
         if guidance_scale != 1.0 and self.config.flow.condition_dropout == 0.0:
             raise ValueError(
                 "guidance_scale: expected 1 because this model was trained with condition_dropout 0 "
                 f"and does not know the null condition, found {guidance_scale}"
             )
-        low, high = guidance_interval
-        if not 0.0 <= low < high <= 1.0:
-            raise ValueError(f"guidance_interval: expected 0 <= low < high <= 1, found {guidance_interval}")
-        solver = solver or self.config.default_solver
+        low, high = check_interval("guidance_interval", guidance_interval)
+        solver = self.config.default_solver if solver is None else solver
+        check_name("solver", solver, (*SOLVERS, ADAPTIVE_SOLVER))
+        if num_inference_steps is not None:
+            num_inference_steps = checked_integer("num_inference_steps", num_inference_steps, low=1)
         self._check_fixed_sampling(solver, num_inference_steps)
         x_0, condition = self._initial_state(eva_embeddings, seed, sample_index, sample_number)
+        if not len(x_0):
+            return x_0
         source = self.source_distribution(condition)
         velocity = self.make_velocity_fn(condition, source, guidance_scale)
 
@@ -307,6 +320,7 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
             return partial(velocity, guided=low <= t and (t < high or high == 1.0))
 
         if solver == ADAPTIVE_SOLVER:
+            check_finite_number("tolerance", tolerance)
             if num_inference_steps is not None:
                 raise ValueError(
                     f"num_inference_steps: expected none with solver {solver} (it has a tolerance)"
@@ -328,7 +342,7 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
     @torch.no_grad()
     def predict_mean(
         self,
-        eva_embeddings: Tensor,
+        eva_embeddings: Tensor | np.ndarray,
         *,
         seed: int = 0,
         sample_index: Sequence[int] | None = None,
@@ -374,18 +388,27 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
             )
 
     def _initial_state(
-        self, eva_embeddings: Tensor, seed: int, sample_index: Sequence[int] | None, sample_number: int
+        self,
+        eva_embeddings: Tensor | np.ndarray,
+        seed: int,
+        sample_index: Sequence[int] | None,
+        sample_number: int,
     ) -> tuple[Tensor, Tensor]:
         """x_0 [B, N, C] in the flow's units, and the condition in the network's [B, L, C_eva]."""
-        self._check_condition(eva_embeddings)
-        batch = eva_embeddings.shape[0]
-        indices = range(batch) if sample_index is None else sample_index
-        if len(indices) != batch:
-            raise ValueError(f"sample_index: expected {batch} entries, found {len(indices)}")
-        shape = (self.config.num_tokens, self.config.in_channels)
-        noise = stateless_normal(indices, shape, seed=seed, stream=GENERATION_STREAM, counter=sample_number)
+        eva = conditions_of_data(self.config, eva_embeddings)
+        batch = len(eva)
+        indices = checked_integers(
+            "sample_index", range(batch) if sample_index is None else sample_index, batch
+        )
+        noise = stateless_normal(
+            indices,
+            (self.config.num_tokens, self.config.in_channels),
+            seed=checked_integer("seed", seed),
+            stream=GENERATION_STREAM,
+            counter=checked_integer("sample_number", sample_number),
+        )
         x_0 = make_path(self.config.flow).initial_point(noise.to(self.device))
-        return x_0, self.normalize_condition(eva_embeddings.to(self.device))
+        return x_0, self.normalize_condition(eva.to(self.device))
 
     def make_velocity_fn(
         self, condition: Tensor, source: AffineSource, guidance_scale: float = 1.0
@@ -418,25 +441,6 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
     def _normalize(self, tokens: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         tokens = self.l2_normalize_if_configured(tokens)
         return (tokens - mean.float()) / std.float() if self.config.standardize else tokens
-
-    def _check_condition(self, condition: Tensor) -> None:
-        width = self.config.eva_embedding_size
-        if condition.ndim != 3 or condition.shape[-1] != width:
-            found = list(condition.shape)
-            raise ValueError(f"condition: expected shape [batch, tokens, {width}], found {found}")
-
-    def _check_forward(self, hidden_states: Tensor, timestep: Tensor, condition: Tensor) -> None:
-        batch = hidden_states.shape[0]
-        expected = [batch, self.config.num_tokens, self.config.in_channels]
-        if list(hidden_states.shape) != expected:
-            raise ValueError(f"hidden_states: expected shape {expected}, found {list(hidden_states.shape)}")
-        if list(timestep.shape) != [batch]:
-            raise ValueError(f"timestep: expected shape [{batch}], found {list(timestep.shape)}")
-        if timestep.dtype not in (torch.float32, torch.float64):  # bfloat16 keeps half of 1000 levels apart
-            raise ValueError(f"timestep: expected float32, found {timestep.dtype}")
-        self._check_condition(condition)
-        if condition.shape[0] != batch:
-            raise ValueError(f"condition: expected a batch of {batch}, found {condition.shape[0]}")
 
 
 AutoConfig.register(BLIP3oDiTConfig.model_type, BLIP3oDiTConfig, exist_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.cpu_kernels import use_cpu_kernels
 from blip3o_dit.utils.checksums import is_sealed, verify
-from blip3o_dit.utils.json_files import printable
+from blip3o_dit.utils.json_files import printable, show_names, weight_files_of
 from blip3o_dit.utils.logging import quiet_transformers
 from blip3o_dit.utils.validation import check_name, damage_refused, is_hub_id
 
@@ -66,7 +66,7 @@ class StrictPreTrainedModel(PreTrainedModel):
             folder, config = Path(pretrained_model_name_or_path), kwargs.get("config")
             if not isinstance(config, BLIP3oDiTConfig):
                 config = BLIP3oDiTConfig.from_pretrained(folder)
-            cls.check_weights(weights_file(folder, kwargs.get("variant")), config)
+            cls.check_weights(weights_files(folder, kwargs.get("variant")), config)
         with quiet_transformers():  # its report of misfits is many lines; ours is one
             loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path,
@@ -97,39 +97,48 @@ class StrictPreTrainedModel(PreTrainedModel):
         Raises:
             FileNotFoundError, ValueError: as `from_pretrained`.
         """
-        config, file = BLIP3oDiTConfig.from_pretrained(folder), weights_file(Path(folder), variant)
-        cls.check_weights(file, config)
+        config, files = BLIP3oDiTConfig.from_pretrained(folder), weights_files(Path(folder), variant)
+        cls.check_weights(files, config)
+        file_of = {name: file for file in files for name in _shapes(file)}
         with torch.device("meta"):
             model = cls(config)
         weights = {name for name, _ in model.named_parameters()}
         names, state = list(model.state_dict()), {}
-        for start in range(0, len(names), TENSORS_AT_ONCE):
-            with safe_open(file, framework="pt") as tensors:
-                for name in names[start : start + TENSORS_AT_ONCE]:
-                    wanted = dtype if name in weights else torch.float32
-                    state[name] = tensors.get_tensor(name).to(wanted, copy=True)
+        for file in files:
+            inside = [name for name in names if file_of[name] == file]
+            for start in range(0, len(inside), TENSORS_AT_ONCE):
+                with safe_open(file, framework="pt") as tensors:
+                    for name in inside[start : start + TENSORS_AT_ONCE]:
+                        wanted = dtype if name in weights else torch.float32
+                        state[name] = tensors.get_tensor(name).to(wanted, copy=True)
         model.load_state_dict(state, assign=True)
         del state  # or what moves now would be there twice
         use_cpu_kernels(model)
         return model.eval()
 
     @classmethod
-    def check_weights(cls, file: Path, config: BLIP3oDiTConfig) -> None:
-        """Refuse weights that do not fit the configuration by the file's header, before anything is built.
+    def check_weights(cls, files: Path | Sequence[Path], config: BLIP3oDiTConfig) -> None:
+        """Refuse weights that do not fit the configuration by the files' headers, before anything is built.
 
         Hugging Face makes room for what a configuration asks for and compares then.
 
         Raises:
             ValueError: not readable as safetensors, or names and shapes other than the configuration's.
         """
-        found = _shapes(file)
+        files = [files] if isinstance(files, Path) else files
+        found: dict[str, list[int]] = {}
+        for part in files:
+            shapes = _shapes(part)
+            if twice := sorted(shapes.keys() & found.keys()):
+                raise ValueError(f"{part}: expected each tensor in one file, found {show_names(twice)} again")
+            found |= shapes
         if config.num_layers > len(found):
             raise ValueError(
-                f"{file}: expected {config.num_layers} layers, found {len(found)} tensors in all"
+                f"{files[0]}: expected {config.num_layers} layers, found {len(found)} tensors in all"
             )
         with torch.device("meta"):
             expected = {name: list(tensor.shape) for name, tensor in cls(config).state_dict().items()}
-        refuse_misfits(str(file), **compare_shapes(expected, found))
+        refuse_misfits(str(files[0]), **compare_shapes(expected, found))
 
 
 def pick_weights(path: Path, weights: str) -> str:
@@ -142,17 +151,25 @@ def pick_weights(path: Path, weights: str) -> str:
     check_name("weights", weights, ("auto", "ema", "raw"))
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path}: expected a model folder with config.json, found none")
-    has_ema = (path / EMA_FILE).is_file()
+    has_ema = all(file.is_file() for file in weights_files(path, EMA_VARIANT))
     if weights == "ema" and not has_ema:
         raise ValueError(f"{path}: expected averaged weights ({EMA_FILE}), found none")
     chosen = "raw" if weights == "raw" or not has_ema else "ema"
     if is_sealed(path):
-        verify(path, ["config.json", EMA_FILE if chosen == "ema" else WEIGHTS_FILE])
+        files = weights_files(path, EMA_VARIANT if chosen == "ema" else None)
+        verify(path, ["config.json", *(file.name for file in files)])
     return chosen
 
 
-def weights_file(folder: Path, variant: str | None) -> Path:
-    return folder / (f"model.{variant}.safetensors" if variant else WEIGHTS_FILE)
+def weights_files(folder: Path, variant: str | None) -> list[Path]:
+    """The file of a model's weights, or those that `save_pretrained` with a `max_shard_size` cut them into.
+
+    Raises:
+        ValueError: for an index that does not name files beside it.
+    """
+    file = folder / (f"model.{variant}.safetensors" if variant else WEIGHTS_FILE)
+    index = folder / f"{WEIGHTS_FILE}.index{f'.{variant}' if variant else ''}.json"
+    return weight_files_of(index) if index.is_file() and not file.is_file() else [file]
 
 
 def compare_shapes(expected: Mapping[str, list[int]], found: Mapping[str, list[int]]) -> dict[str, list[str]]:

@@ -27,6 +27,7 @@ from blip3o_dit.data.dataset import (
     identity_collate,
     training_sampler,
 )
+from blip3o_dit.data.towers import write_towers
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.loading import EMA_FILE
 from blip3o_dit.training.anomalies import (
@@ -389,6 +390,7 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         super()._save(folder, state_dict)
         if self.args.should_save:
             Path(folder, TRAINING_CONFIG_FILE).write_bytes(self.config.to_json())
+            write_towers(self.train_dataset.source, Path(folder))  # type: ignore[union-attr]
             Path(folder, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def on_train_begin(self, *_: Any, **kwargs: Any) -> None:

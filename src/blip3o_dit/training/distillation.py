@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from blip3o_dit.data.embeddings import Embeddings, check_sizes, open_embeddings
+from blip3o_dit.data.towers import copy_towers
 from blip3o_dit.flow.path import FlowBatch, PathPoint, make_path, time_grid
 from blip3o_dit.flow.predictions import convert_prediction
 from blip3o_dit.flow.solvers import SOLVERS, Velocity
@@ -90,6 +91,7 @@ def distill(
         if average is not None:
             average.save(student, aside, dtype=teacher.dtype)
         (aside / TRAINING_CONFIG_FILE).write_bytes(taught.to_json())
+        copy_towers(Path(model_path), aside)
     logger.info("the student, %d network calls a sample, is in %s", config.steps, output)
     return output
 

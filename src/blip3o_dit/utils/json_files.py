@@ -118,6 +118,14 @@ def printable(value: Any) -> str:
     return text if text.isprintable() else short_repr(text)
 
 
+def escaped(text: str) -> str:
+    """Text on one line that every terminal, page and plot shows: what does not print is written as Python
+    escapes it, control characters, turned directions and half surrogates of file names among it."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def show_names(names: Any) -> str:
     """The first of these names, sorted, as a list."""
     listed = sorted(map(str, names))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+import operator
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +72,47 @@ def is_number(value: Any) -> bool:
     if isinstance(value, int):
         return not isinstance(value, bool) and abs(value) <= 2**53
     return isinstance(value, float)
+
+
+def checked_integer(field_name: str, value: Any, *, low: int | None = None) -> int:
+    """The value as an int: Python's, NumPy's or a tensor's. Raises ValueError for others, or below `low`."""
+    try:
+        number = operator.index(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = None
+    if number is None or isinstance(value, bool) or (low is not None and number < low):
+        wanted = "an integer" if low is None else f"an integer >= {low}"
+        raise ValueError(f"{field_name}: expected {wanted}, found {short_repr(value)}")
+    return number
+
+
+def checked_integers(field_name: str, values: Any, count: int) -> list[int]:
+    """So many of them. Raises ValueError."""
+    try:
+        found = list(values)
+    except TypeError:
+        found = [values]
+    if len(found) != count:
+        raise ValueError(f"{field_name}: expected {count} entries, found {len(found)}")
+    return [checked_integer(field_name, value) for value in found]
+
+
+def check_finite_number(field_name: str, value: Any) -> None:
+    if not _is_real(value) or not math.isfinite(value):
+        raise ValueError(f"{field_name}: expected a finite number, found {short_repr(value)}")
+
+
+def check_interval(field_name: str, value: Any) -> tuple[float, float]:
+    """(low, high) within [0, 1]. Raises ValueError for anything else."""
+    pair = tuple(value) if isinstance(value, list | tuple) else ()
+    if len(pair) != 2 or not all(map(_is_real, pair)) or not 0.0 <= pair[0] < pair[1] <= 1.0:
+        raise ValueError(f"{field_name}: expected 0 <= low < high <= 1, found {short_repr(value)}")
+    return pair
+
+
+def _is_real(value: Any) -> bool:
+    """As `is_number`, or one of NumPy's numbers."""
+    return is_number(value) or (isinstance(value, Real) and not isinstance(value, int))
 
 
 @contextmanager

@@ -1,0 +1,208 @@
+"""Conditions straight from images: the tower that a model's training data was made with, run on demand."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip3o_dit.data.checks import Record, non_finite_samples
+from blip3o_dit.data.manifest import DTYPES
+from blip3o_dit.data.towers import TOWERS_FILE
+from blip3o_dit.extraction.image_decoding import decode_image
+from blip3o_dit.extraction.image_files import IMAGE_SUFFIXES, ImageRef, list_images
+from blip3o_dit.extraction.vision_towers import VisionEncoder, load_encoder, pool_tokens, tiny_encoder
+from blip3o_dit.utils.json_files import printable, short_repr
+
+# Of a tower's description, what does not say what tokens it makes, or may be spelled in several ways.
+_NOT_COMPARED = ("name", "revision", "meaningful", "version")
+_FROM_SCRATCH = re.compile(r"random eva tower, seed (\d{1,9})")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ImageConditions:
+    """The conditions of images, [n, L, C_eva] float32 on the CPU; what cannot be read goes to `skipped`.
+
+    Args:
+        num_tokens: L, into which the tower's grid is pooled.
+    """
+
+    images: Sequence[ImageRef]
+    tower: VisionEncoder
+    num_tokens: int
+    skipped: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def most(self) -> int:
+        return len(self.images)
+
+    @property
+    def encoder(self) -> dict[str, Any]:
+        return self.tower.describe()
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, list[Record]]]:
+        """Conditions and records of the images that can be read, in batches that all but the last are full.
+
+        Raises:
+            ValueError: when none of the images can be read.
+            OSError: when the place that an image is in cannot be read.
+        """
+        done, pixels, images = 0, [], []
+        for number, image in enumerate(self.images, start=1):
+            prepared = self._prepared(image)
+            if prepared is not None:
+                pixels.append(prepared)
+                images.append(image)
+            if images and (len(images) == batch_size or number == len(self.images)):
+                tokens, records = self._encode(pixels, images)
+                done, pixels, images = done + len(records), [], []
+                if records:
+                    yield tokens, records
+        if not done:
+            first = self.skipped[0]
+            raise ValueError(
+                f"expected at least one readable picture, found none of {len(self.skipped)}, "
+                f"the first {first['location']}: {first['reason']}"
+            )
+
+    def _prepared(self, image: ImageRef) -> Tensor | None:
+        """An image as the tower takes it, [3, size, size]; None, and noted, where it cannot be read."""
+        try:
+            return self.tower.preprocessing(decode_image(image.read()))
+        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+            if not Path(image.file).parent.is_dir():  # not this image is missing, but the place it is in
+                raise
+            reason = f"cannot be read: {error.strerror}"
+        except ValueError as error:
+            reason = str(error)
+        self._skip(image, reason)
+        return None
+
+    @torch.no_grad()
+    def _encode(self, pixels: list[Tensor], images: list[ImageRef]) -> tuple[Tensor, list[Record]]:
+        """Pooled tokens [n, L, C_eva] and records of these images, without those whose tokens overflow."""
+        weight = next(self.tower.parameters())
+        grid = self.tower(torch.stack(pixels).to(weight.device, weight.dtype))  # [B, grid * grid, C]
+        tokens = pool_tokens(grid.float(), self.num_tokens).cpu()
+        bad = set(non_finite_samples(tokens).tolist())
+        for row in sorted(bad):
+            self._skip(images[row], "its tokens are not finite")
+        rows = [row for row in range(len(images)) if row not in bad]
+        return tokens[rows], [_record(images[row]) for row in rows]
+
+    def _skip(self, image: ImageRef, reason: str) -> None:
+        self.skipped.append({"key": image.key, "location": image.location, "reason": reason})
+
+
+def open_images(where: str) -> Sequence[ImageRef]:
+    """The images that `list_images` finds, or one image by its file. Raises as `list_images`."""
+    path = Path(where)
+    if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES:
+        return [ImageRef(key=path.name, caption=None, file=str(path))]
+    return list_images(where)
+
+
+def open_tower(
+    recorded: Mapping[str, Any] | None,
+    sizes: tuple[int, int, int],
+    model: Path,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    dtype: str | None = None,
+    device: torch.device | str = "cpu",
+) -> VisionEncoder:
+    """The tower that made the conditions which the model at `model` was trained on.
+
+    Args:
+        recorded: what `read_towers` found beside the model's weights.
+        sizes: tokens, condition width and target width of the model.
+        name, revision, dtype: of the tower, instead of those recorded.
+
+    Raises:
+        ValueError, OSError: one line: no tower is recorded or named, it cannot be loaded, or it is another
+            one than the one recorded.
+    """
+    known = {} if recorded is None else recorded["encoders"]["eva"]
+    if name is None and not known:
+        raise ValueError(
+            f"{model}: expected {TOWERS_FILE}, which names the tower of the conditions, found none: the "
+            "model was trained on a pickle or by an earlier version; name the tower with --eva"
+        )
+    if name is None and known["name"].startswith(("timm:", "open_clip:")):
+        raise ValueError(
+            f"{model}: was trained on tokens of {printable(known['name'])}, which is only loaded when you "
+            "name it: --eva"
+        )
+    wanted = known["name"] if name is None else name
+    tower = _load(
+        wanted, revision or (known.get("revision") if name is None else None), dtype, recorded, model
+    )
+    tokens, width, _ = sizes
+    if tower.width != width:
+        raise ValueError(
+            f"{model}: expected a tower {width} wide, found {printable(wanted)}, {tower.width} wide"
+        )
+    pool_tokens(torch.empty(1, tower.grid**2, 1), tokens)  # refuses a grid that does not pool into the tokens
+    _check_description(tower.describe(), known, model)
+    _check_pooling(recorded or {}, tower, tokens, model)
+    return tower.to(device).eval().requires_grad_(False)
+
+
+def _load(
+    name: str, revision: str | None, dtype: str | None, recorded: Mapping[str, Any] | None, model: Path
+) -> VisionEncoder:
+    precision = DTYPES[dtype or (recorded or {}).get("dtype", "float32")]
+    from_scratch = _FROM_SCRATCH.fullmatch(name)
+    if from_scratch:
+        logger.warning("%s: tiny and random, its tokens mean nothing", name)
+        return tiny_encoder("eva", seed=int(from_scratch[1])).to(precision)
+    logger.info("loading the tower %s", printable(name))
+    try:
+        return load_encoder(name, dtype=precision, revision=revision)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}; {model} was trained on tokens of it: name where it is now with --eva"
+        ) from error
+
+
+def _check_description(found: Mapping[str, Any], known: Mapping[str, Any], model: Path) -> None:
+    """Refuse another tower than the recorded one, by all that both descriptions tell."""
+    there, here = _flat(known), _flat(found)
+    for name in sorted(there.keys() & here.keys()):
+        if name.split(".")[0] not in _NOT_COMPARED and there[name] != here[name]:
+            raise ValueError(
+                f"{model}: expected the tower that made its training data, with {name} "
+                f"{short_repr(there[name])}, found {printable(found['name'])} with {short_repr(here[name])}"
+            )
+
+
+def _check_pooling(recorded: Mapping[str, Any], tower: VisionEncoder, tokens: int, model: Path) -> None:
+    """Refuse what was pooled or normalised in another way than here."""
+    side = round(tokens**0.5)
+    ours = f"eva {tower.grid}x{tower.grid} -> {side}x{side} mean"
+    pooling, normalization = recorded.get("pooling"), recorded.get("normalization", "none")
+    if pooling is not None and not str(pooling).startswith(ours):
+        raise ValueError(f"{model}: expected conditions pooled {ours!r}, found {short_repr(pooling)}")
+    if normalization != "none":
+        raise ValueError(f"{model}: expected conditions normalised 'none', found {short_repr(normalization)}")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _record(image: ImageRef) -> Record:
+    known = {"caption": image.caption, "label": image.label}
+    return {"key": image.key} | {name: value for name, value in known.items() if value is not None}

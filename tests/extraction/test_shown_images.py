@@ -1,0 +1,116 @@
+"""Images that a page shows without being asked: those that the store was made from, or none."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from blip3o_dit.extraction import shown_images
+from blip3o_dit.extraction.image_files import ImageRef, list_images
+from blip3o_dit.extraction.shown_images import images_of_store
+
+
+class Listed(list[ImageRef]):
+    def digest(self) -> str:
+        return hashlib.sha256(
+            json.dumps([[ref.key, Path(ref.file).stat().st_size] for ref in self]).encode()
+        ).hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def listing(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Where images were listed."""
+    asked: list[str] = []
+
+    def listed(where: str) -> Listed:
+        asked.append(str(where))
+        return Listed(list_images(where))
+
+    monkeypatch.setattr(shown_images, "list_images", listed)
+    return asked
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index in range(4):
+        Image.new("RGB", (600, 20 + index), (index, 0, 0)).save(folder / f"{index}.png")
+    return folder
+
+
+def manifest_of(images: Path, **changes: Any) -> dict[str, Any]:
+    found = Listed(list_images(images))
+    recorded = {"count": len(found), "sha256": found.digest()}
+    return {"pictures": str(images), "extraction": {"pictures": recorded}} | changes
+
+
+def test_those_of_the_store_are_shown(
+    images: Path, listing: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    show = images_of_store(manifest_of(images))
+    assert not listing  # until some are wanted
+    (images / "3.png").write_bytes((images / "3.png").read_bytes())
+    found = show(["2.png", "none.png", "0.png"])
+    assert [image and image.getpixel((0, 0)) for image in found] == [(2, 0, 0), None, (0, 0, 0)]
+    assert all(image is None or max(image.size) <= 448 for image in found)
+    assert listing == [str(images)] and not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder, _: shutil.rmtree(folder), "found nothing there"),
+        (lambda folder, _: (folder / "3.png").unlink(), "not the pictures that the store was made from"),
+        (lambda folder, _: (folder / "3.png").write_bytes(b"another"), "not the pictures"),
+        (lambda folder, found: found.update(pictures="images"), "does not say which they were"),
+        (lambda folder, found: found.update(extraction=None), "does not say which they were"),
+        (lambda folder, found: found.update(extraction={"pictures": 5}), "does not say which they were"),
+        (lambda folder, found: found.update(extraction={"pictures": {"count": "x"}}), "does not say which"),
+        (lambda folder, found: found["extraction"]["pictures"].update(sha256=None), "not the pictures"),
+        (
+            lambda folder, found: found["extraction"]["pictures"].update(count=10**7),
+            "listing them takes long",
+        ),
+        (lambda folder, found: found.update(pictures=str(folder / "cut.tar")), "cut.tar: not a whole tar"),
+        (lambda folder, found: found.update(pictures="/a\x1b[31m\n"), r"/a\x1b[31m : expected pictures"),
+    ],
+)
+def test_others_are_not_and_the_log_says_why(
+    images: Path,
+    tmp_path: Path,
+    change: Any,
+    message: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where a folder of that name is in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    manifest = manifest_of(images)
+    (images / "cut.tar").write_bytes(b"x" * 600)
+    if "cut" not in message:
+        (images / "cut.tar").unlink()
+    change(images, manifest)
+    with caplog.at_level(logging.INFO):
+        assert images_of_store(manifest)(["0.png", "1.png"]) == [None, None]
+    (record,) = caplog.records
+    assert message in record.getMessage() and "\n" not in record.getMessage()
+
+
+def test_nothing_is_listed_where_nothing_is_shown_or_known(images: Path, listing: list[str]) -> None:
+    assert images_of_store(manifest_of(images))([]) == []
+    assert images_of_store({})(["0.png"]) == [None]
+    assert images_of_store({"pictures": 5})(["0.png"]) == [None]
+    assert not listing
+
+
+def test_a_listing_without_a_digest_is_not_believed(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shown_images, "list_images", lambda where: list(list_images(where)))
+    assert images_of_store(manifest_of(images))(["0.png"]) == [None]
