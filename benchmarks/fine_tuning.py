@@ -1,15 +1,14 @@
-"""Fine-tuning on digits: how many steps a run that starts from a trained model takes for what one from scratch has.
+"""Fine-tuning on digits: steps that a run from a trained model takes for what one from scratch reaches.
 
-A model is trained on the digits 5 to 9, seen by two small towers that were trained on all ten. Then 0 to 4 are
-trained from scratch, and from that model with its own statistics and source or with the data's. Each run has the
-same steps, batches and learning rate; its energy score is measured on held-out digits 0 to 4 as it goes.
+A model is trained on the digits 5 to 9, seen by two small towers that were trained on all ten. Then 0 to 4
+are trained from scratch, and from that model with its own statistics and source or with the data's. Each run
+has the same steps, batches and learning rate; its energy score is measured on held-out digits 0 to 4.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,22 +55,20 @@ def trained(data: MemorySource, steps: int, seed: int) -> BLIP3oDiTModel:
     return train_recipe(data, truth_of(data), {}, steps=steps, points=(), seed=seed)[1]
 
 
-def curve(
-    data: MemorySource, folder: str, kind: str | None, arguments: argparse.Namespace
-) -> dict[int, float]:
+def curve(data: MemorySource, folder: str, kind: str | None, asked: argparse.Namespace) -> dict[int, float]:
     """Step -> energy score of one run."""
     changes: dict[str, Any] = {}
     if kind is not None:
         changes = settings_of_model(Path(folder), {}) | {"init_from": folder, "init_statistics": kind}
-    points = [point for point in POINTS if point < arguments.steps] + [arguments.steps]
+    points = [point for point in POINTS if point < asked.steps] + [asked.steps]
     measured, _ = train_recipe(
-        data, truth_of(data), changes, steps=arguments.steps, points=points, seed=arguments.seed
+        data, truth_of(data), changes, steps=asked.steps, points=points, seed=asked.seed
     )
     return {int(point["step"]): point["energy"] for point in measured}
 
 
 def rows(curves: dict[str, dict[int, float]]) -> list[Row]:
-    """One row a run: the energy score at each step, and the first step at which it is the last one from scratch."""
+    """One row a run: energy scores, and the first step with the one that from scratch is the last."""
     scratch = curves["from scratch"]
     wanted, found = list(scratch.values())[-1], []
     for name, points in curves.items():

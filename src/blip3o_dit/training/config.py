@@ -229,6 +229,8 @@ class TrainingConfig:
             )
         if self.best_metric != "loss" and not self.eval_samples:
             raise ValueError(f"best_metric: {self.best_metric} expects eval_samples above 0, found 0")
+        if self.init_statistics != "model" and not self.init_from:
+            raise ValueError("init_statistics: expected a model to start from (init_from), found none")
         if (self.extend_epochs or self.extend_steps) and not self.extended_at:
             raise ValueError(
                 "extend_epochs: expected a run to train further (--resume_from_checkpoint), found none; "
