@@ -16,7 +16,8 @@ from blip3o_dit.cli.main import main
 from blip3o_dit.cli.train import add_arguments
 from blip3o_dit.cli.train import main as train_main
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.training.config import DEBUG_DEFAULTS, TrainingConfig, resolve_config
+from blip3o_dit.training.config import DEBUG_DEFAULTS, TrainingConfig
+from blip3o_dit.training.resolve import resolve_config
 from tests.helpers.stores import write_linear_store
 
 SMALL = ["--model_dim=32", "--num_layers=1", "--num_heads=2", "--max_steps=2", "--logging_steps=1"]

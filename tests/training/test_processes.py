@@ -245,3 +245,25 @@ def test_a_sharded_run_continues_sharded_or_on_one_process(
         found = load_file(again / name)
         for key, tensor in load_file(whole / name).items():
             torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-6, msg=f"{name}: {key}")
+
+
+@pytest.mark.parametrize("job", [jobs.train_once, jobs.train_sharded])
+def test_several_processes_start_from_a_model_and_train_further_as_one_does(
+    job: Callable[..., Any], store: Path, run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """At a rate of 0 the weights stay what they were; an extension has one process's rates and weights."""
+    model = run(1, 32)
+    start = dict(batch_size=16, max_steps=2, learning_rate=0.0, eval_steps=100, init_from=str(model))
+    launch(job, 2, store, tmp_path / "started", start)
+    expected = load_file(model / EMA_FILE)
+    for file in ("model.safetensors", EMA_FILE):
+        for name, tensor in load_file(tmp_path / "started" / file).items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-8, msg=name)
+    longer = start | dict(extend_steps=3, extended_at=2, extended_to=5, extended_warmup=1, learning_rate=1e-3)
+    checkpoint = tmp_path / "started" / "checkpoint-2"
+    launch(job, 2, store, tmp_path / "longer", longer, checkpoint)
+    jobs.train_once(store, tmp_path / "one", longer | dict(batch_size=32), checkpoint)
+    assert logged(tmp_path / "longer")["learning_rate"].tolist() == [0.0, 1e-3, 5e-4]
+    one = load_file(tmp_path / "one" / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "longer" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, one[name], rtol=1e-4, atol=1e-6, msg=name)

@@ -25,7 +25,8 @@ from blip3o_dit.training import anomalies
 from blip3o_dit.training.anomalies import NonFiniteLossError
 from blip3o_dit.training.callbacks import LOG_FILE, read_log
 from blip3o_dit.training.checkpoint import checkpoints, keep_newest, newest_whole
-from blip3o_dit.training.config import TrainingConfig, resolve_config
+from blip3o_dit.training.config import TrainingConfig
+from blip3o_dit.training.resolve import resolve_config
 from blip3o_dit.training.run import train
 from blip3o_dit.training.stopping import outlive_stops
 from blip3o_dit.training.trainer import BLIP3oTrainer

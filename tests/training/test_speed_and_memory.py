@@ -27,9 +27,10 @@ from blip3o_dit.model.transformer import NextDiTBlock
 from blip3o_dit.training import arguments
 from blip3o_dit.training.anomalies import HostCopy, LossMonitor, NonFiniteLossError
 from blip3o_dit.training.callbacks import read_log
-from blip3o_dit.training.config import TrainingConfig, resolve_config
+from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.metrics import Throughput, forward_flops, matmul_rate
+from blip3o_dit.training.resolve import resolve_config
 from blip3o_dit.training.run import train
 from blip3o_dit.training.trainer import BLIP3oTrainer
 from tests.conftest import randomize, tiny_config

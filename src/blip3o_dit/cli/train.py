@@ -10,7 +10,7 @@ from pathlib import Path
 
 from blip3o_dit.cli.arguments import add_flags, given_settings
 from blip3o_dit.cli.command import run_script
-from blip3o_dit.training.config import TrainingConfig, resolve_config
+from blip3o_dit.training.config import NOTED, TrainingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ DESCRIPTION = "Train the diffusion transformer on an embedding store or a docume
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One flag per field of TrainingConfig, and those that are about this call only."""
-    add_flags(parser, TrainingConfig, negatable=True)
+    add_flags(parser, TrainingConfig, negatable=True, leave_out=NOTED)
     parser.add_argument(
         "--resume_from_checkpoint",
         metavar="CHECKPOINT",
@@ -43,37 +43,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train as the parsed arguments say."""
-    from blip3o_dit.training.run import train
+    from blip3o_dit.training.output_folder import output_folder
+    from blip3o_dit.training.resolve import resolve_config
+    from blip3o_dit.training.run import run_alone
 
-    resume = _checkpoint(arguments)
-    config = resolve_config(
-        given_settings(arguments, TrainingConfig),
-        debug=arguments.debug,
-        resume=resume,
-        recipe=arguments.recipe,
-    )
-    train(
-        config,
-        resume=resume,
-        dry_run=arguments.dry_run,
-        overwrite=arguments.overwrite_output_dir,
-    )
+    output = _output_dir(arguments)
+    with output_folder(output, "a training", dry_run=arguments.dry_run):
+        resume = _checkpoint(arguments.resume_from_checkpoint, output)
+        config = resolve_config(
+            given_settings(arguments, TrainingConfig),
+            debug=arguments.debug,
+            resume=resume,
+            recipe=arguments.recipe,
+        )
+        run_alone(
+            config,
+            resume=resume,
+            dry_run=arguments.dry_run,
+            overwrite=arguments.overwrite_output_dir,
+        )
 
 
-def _checkpoint(arguments: argparse.Namespace) -> Path | None:
+def _output_dir(arguments: argparse.Namespace) -> Path:
+    """Where to train, which a run that is resumed knows."""
+    from blip3o_dit.training.checkpoint import verify_checkpoint
+
+    output, resume = getattr(arguments, "output_dir", None), arguments.resume_from_checkpoint
+    if not output and resume not in (None, "auto"):
+        verify_checkpoint(Path(resume))
+        output = TrainingConfig.from_folder(resume).output_dir
+    if not output:
+        raise ValueError("--output_dir: expected a path, found none")
+    return Path(output)
+
+
+def _checkpoint(given: str | None, output: Path) -> Path | None:
     """The checkpoint to continue from, whole."""
     from blip3o_dit.training.checkpoint import newest_whole, verify_checkpoint
 
-    given = arguments.resume_from_checkpoint
     if given is None:
         return None
     if given != "auto":
         verify_checkpoint(Path(given))
         return Path(given)
-    output = getattr(arguments, "output_dir", None)
-    if not output:
-        raise ValueError("--resume_from_checkpoint auto: expected --output_dir, found none")
-    found = newest_whole(Path(output))
+    found = newest_whole(output)
     logger.info("continuing from %s", found) if found else logger.info("%s: a new run", output)
     return found
 

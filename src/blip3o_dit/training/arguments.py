@@ -25,7 +25,7 @@ def training_arguments(config: TrainingConfig, *, evaluate: bool) -> TrainingArg
     arguments = TrainingArguments(
         output_dir=config.output_dir,
         num_train_epochs=config.num_epochs,
-        max_steps=config.max_steps,
+        max_steps=config.extended_to or config.max_steps,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.eval_batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,

@@ -51,6 +51,15 @@ CHECKPOINT_FILES = (
 )
 
 
+# What is said of a refusal to resume: the way that does what was meant.
+NEWEST_WHOLE = "--resume_from_checkpoint auto takes the newest whole one in --output_dir"
+ANOTHER_RUN = "that needs a run of its own: leave out --resume_from_checkpoint, and give another --output_dir"
+
+
+def from_its_weights(checkpoint: Path) -> str:
+    return f"a new run can start from its weights: --init_from {checkpoint} --output_dir NEW"
+
+
 @dataclass(frozen=True)
 class RunIdentity:
     """What a continued run must share with the one it continues, beside the settings of its configuration.
@@ -156,13 +165,19 @@ def verify_checkpoint(checkpoint: Path) -> None:
     Reads all of it, once for as long as its files keep their sizes and times.
     """
     if not checkpoint.is_dir():
-        raise FileNotFoundError(f"{checkpoint}: expected a checkpoint folder, found none")
+        raise FileNotFoundError(f"{checkpoint}: expected a checkpoint folder, found none: {NEWEST_WHOLE}")
     missing = [name for name in CHECKPOINT_FILES if not (checkpoint / name).is_file()]
     if missing:
-        raise ValueError(f"{checkpoint}: expected a whole checkpoint, found no {', '.join(missing)}")
+        raise ValueError(
+            f"{checkpoint}: expected a whole checkpoint, found no {', '.join(missing)}: {NEWEST_WHOLE}; "
+            "a new run can start from the weights of a model folder, with --init_from"
+        )
     files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.iterdir()]
     if tuple(sorted(files)) not in _verified:
-        verify(checkpoint)
+        try:
+            verify(checkpoint)
+        except ValueError as error:
+            raise ValueError(f"{error}: {NEWEST_WHOLE}") from error
         _verified.add(tuple(sorted(files)))
 
 
@@ -183,12 +198,14 @@ def check_checkpoint(checkpoint: Path, model_config: BLIP3oDiTConfig, run: RunId
         for name in sorted(names)
         if saved.get(name) != wanted[name]
     ]
+    way = ANOTHER_RUN if different else from_its_weights(checkpoint)
     saved = asdict(LoopState.read(checkpoint).run)
     for name, now in asdict(run).items():
         if saved[name] != now:
             different.append(f"{_RUN_NAMES[name]} was {short_repr(saved[name])}, now {short_repr(now)}")
     if different:
-        raise ValueError(f"{checkpoint}: the checkpoint does not fit this run: " + "; ".join(different))
+        found = "; ".join(different)
+        raise ValueError(f"{checkpoint}: the checkpoint does not fit this run: {found}: {way}")
     BLIP3oDiTModel.check_weights(checkpoint / "model.safetensors", model_config)
     _check_trainer_state(checkpoint / TRAINER_STATE_FILE)
 

@@ -1,4 +1,4 @@
-"""One training run, or one distillation: settings, recipes, and what a resumed run may change."""
+"""One training run, or one distillation: settings and recipes."""
 
 from __future__ import annotations
 
@@ -38,6 +38,9 @@ from blip3o_dit.utils.validation import (
 
 TRAINING_CONFIG_FILE = "training_config.json"
 
+# What a run notes of itself, and nobody gives.
+NOTED = ("init_checksum", "extended_at", "extended_to", "extended_rate", "extended_warmup")
+
 MEMORY_MODES = ("default", "low")
 BEST_METRICS = ("loss", "cosine_similarity_mean", "r2")
 
@@ -75,6 +78,16 @@ class TrainingConfig:
 
     embeddings_path: str = setting("", "embedding store (folder) or documented pickle")
     output_dir: str = setting("", "folder for weights, checkpoints, logs and curves")
+    init_from: str = setting(
+        "",
+        "model folder or checkpoint whose weights the run starts from; they bring sizes, path and source",
+    )
+    init_statistics: str = setting(
+        "model",
+        "whose statistics and source such a run has: the model's, or fitted on the data",
+        choices=("model", "data"),
+    )
+    init_checksum: str = setting("", "SHA-256 of the weights that the run started from")
 
     model_dim: int = setting(1792, "hidden width of the transformer", check=check_size)
     num_layers: int = setting(24, "transformer blocks", check=check_size)
@@ -103,6 +116,16 @@ class TrainingConfig:
     max_steps: int = setting(
         -1, "stop after this many optimizer steps; overrides num_epochs", check=_max_steps
     )
+    extend_epochs: float | None = setting(
+        None,
+        "train a resumed run so many passes further, with a schedule of their own",
+        check=_positive,
+    )
+    extend_steps: int | None = setting(None, "the same in optimizer steps", check=_at_least_1)
+    extended_at: int = setting(0, "step at which that schedule begins", check=_at_least_0)
+    extended_to: int = setting(0, "step at which it ends", check=_at_least_0)
+    extended_rate: float = setting(0.0, "learning rate that it begins with", check=_nonnegative)
+    extended_warmup: int = setting(0, "its steps of linear warm-up", check=_at_least_0)
     batch_size: int = setting(32, "training samples per device and step", check=_at_least_1)
     eval_batch_size: int = setting(32, "evaluation samples per device and step", check=_at_least_1)
     gradient_accumulation_steps: int = setting(1, "batches per optimizer step", check=_at_least_1)
@@ -207,6 +230,13 @@ class TrainingConfig:
             )
         if self.best_metric != "loss" and not self.eval_samples:
             raise ValueError(f"best_metric: {self.best_metric} expects eval_samples above 0, found 0")
+        if self.init_statistics != "model" and not self.init_from:
+            raise ValueError("init_statistics: expected a model to start from (init_from), found none")
+        if (self.extend_epochs or self.extend_steps) and not self.extended_at:
+            raise ValueError(
+                "extend_epochs: expected a run to train further (--resume_from_checkpoint), found none; "
+                "--init_from starts a new run from a model's weights"
+            )
 
     def to_json(self) -> bytes:
         """The content of `training_config.json`."""
@@ -296,65 +326,6 @@ DEBUG_DEFAULTS: dict[str, Any] = {
     "eval_samples": 8,
     "eval_inference_steps": 5,
 }
-
-# Settings that a resumed run may change: they do not change what is learned from which data.
-RESUMABLE_CHANGES = {
-    "embeddings_path",
-    "output_dir",
-    "num_workers",
-    "verify",
-    "device",
-    "deterministic",
-    "logging_steps",
-    "save_steps",
-    "save_total_limit",
-    "eval_steps",
-    "eval_loss_samples",
-    "eval_samples",
-    "eval_inference_steps",
-    "eval_batch_size",
-    "gradient_checkpointing",
-    "selective_checkpointing",
-    "compile",
-    "wandb_project",
-    "wandb_run_name",
-    "best_metric",
-    "max_hours",
-    # together the samples of a step, which `check_checkpoint` compares
-    "batch_size",
-    "gradient_accumulation_steps",
-    "solver",
-    "num_inference_steps",
-}
-
-
-def resolve_config(
-    given: dict[str, Any], *, debug: bool, resume: Path | None, recipe: str = "default"
-) -> TrainingConfig:
-    """The configuration of a run from the flags that were given, over those of `--debug` and the recipe.
-
-    A resumed run takes what was not given from its checkpoint, and refuses to change what was learned:
-    the message shows each difference.
-    """
-    given = launcher_precision() | given
-    recipe_settings = PAPER_RECIPE if recipe == "paper" else {}
-    if given.get("memory") == "low":
-        recipe_settings = recipe_settings | LOW_MEMORY_DEFAULTS
-    if resume is None:
-        return TrainingConfig(**(recipe_settings | (DEBUG_DEFAULTS if debug else {}) | given))
-    given = recipe_settings | given
-    saved = asdict(TrainingConfig.from_folder(resume))
-    may_change = RESUMABLE_CHANGES
-    if saved["lr_scheduler_type"] == "constant_with_warmup":  # the others end where the run ends
-        may_change = may_change | {"num_epochs", "max_steps"}
-    changed = [
-        f"{name} was {saved[name]!r}, now {value!r}"
-        for name, value in given.items()
-        if name not in may_change and saved[name] != value
-    ]
-    if changed:
-        raise ValueError(f"{resume}: cannot resume with other settings: " + "; ".join(changed))
-    return TrainingConfig(**(saved | given))
 
 
 def launcher_precision() -> dict[str, Any]:

@@ -36,6 +36,7 @@ from blip3o_dit.model.loading import EMA_FILE, EMA_VARIANT, pick_weights
 from blip3o_dit.training.config import TRAINING_CONFIG_FILE, DistillationConfig, TrainingConfig
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.memory import check_room, distillation_forecast, room_on
+from blip3o_dit.training.output_folder import output_folder
 from blip3o_dit.utils.atomic import written_aside
 from blip3o_dit.utils.distributed import check_alone
 from blip3o_dit.utils.stateless_random import stateless_normal, stateless_permutation
@@ -61,10 +62,28 @@ def distill(
         FileNotFoundError, ValueError: one line naming what was expected and found.
     """
     check_alone("distill")
-    output = Path(output_dir)
+    with output_folder(Path(output_dir), "a distillation"):
+        return _distill(
+            Path(model_path), embeddings, Path(output_dir), config, overwrite=overwrite, progress=progress
+        )
+
+
+def _distill(
+    model_path: Path,
+    embeddings: str | Path,
+    output: Path,
+    config: DistillationConfig,
+    *,
+    overwrite: bool,
+    progress: bool,
+) -> Path:
+    """`distill` into a folder that is held."""
     if (output / "config.json").exists() and not overwrite:
-        raise ValueError(f"{output}: expected no model there, found one (overwrite it?)")
-    variant = EMA_VARIANT if pick_weights(Path(model_path), "auto") == "ema" else None
+        raise ValueError(
+            f"{output}: expected no model there, found one: give --overwrite_output_dir to replace it, or "
+            "another --output_dir"
+        )
+    variant = EMA_VARIANT if pick_weights(model_path, "auto") == "ema" else None
     run = TrainingConfig.from_folder(model_path)
     device, sizes = torch.device(config.device), BLIP3oDiTConfig.from_pretrained(model_path)
     needed = distillation_forecast(

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from blip3o_dit.training.checkpoint import OPTIMIZER_NUMBERS, OPTIMIZER_TENSORS
+from blip3o_dit.training.checkpoint import OPTIMIZER_NUMBERS, OPTIMIZER_TENSORS, from_its_weights
 from blip3o_dit.utils.json_files import read_json_object, short_repr
 from blip3o_dit.utils.validation import damage_refused
 
@@ -106,7 +106,8 @@ def _check_groups(file: Path, optimizer: Optimizer, found: Any) -> None:
     if counts != expected:
         raise ValueError(
             f"{file}: param_groups: expected {expected} parameters with and without weight decay, found "
-            f"{short_repr(counts)} (earlier versions with --weight_decay also let norms and gates decay)"
+            f"{short_repr(counts)} (earlier versions with --weight_decay also let norms and gates decay): "
+            + from_its_weights(file.parent)
         )
 
 

@@ -26,7 +26,9 @@ from blip3o_dit.training.callbacks import CurvesCallback
 from blip3o_dit.training.checkpoint import RunIdentity, check_checkpoint, checkpoints, remove_leftovers
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.fit_source import SourceFolds, fit_source, threads_of_all
+from blip3o_dit.training.init_from import check_start, kept_folds, load_start, refuse_overwritten_start
 from blip3o_dit.training.memory import check_room, forecast, return_freed_memory, room_on, ways_to_fit
+from blip3o_dit.training.output_folder import output_folder
 from blip3o_dit.training.trainer import BLIP3oTrainer
 from blip3o_dit.training.wandb_setup import prepare_wandb, require_wandb
 from blip3o_dit.utils.distributed import Processes
@@ -55,24 +57,39 @@ def train(
         WriteError: when the disk is full; the last checkpoint is whole.
         StoppedEarly: on SIGTERM, SIGINT or at `max_hours`; a checkpoint was saved.
     """
+    with output_folder(Path(required(config.output_dir, "--output_dir")), "a training", dry_run=dry_run):
+        return run_alone(config, resume=resume, dry_run=dry_run, overwrite=overwrite)
+
+
+def run_alone(
+    config: TrainingConfig, *, resume: Path | None, dry_run: bool = False, overwrite: bool = False
+) -> Path:
+    """`train` in an output folder that is held already (see `output_folder`)."""
     use_cpu(config)  # what cannot run on this machine is refused before anything is read or written
-    source = open_embeddings(_required(config.embeddings_path, "--embeddings_path"), verify=config.verify)
+    output = Path(config.output_dir)
+    if config.init_from and overwrite and resume is None:
+        refuse_overwritten_start(config)
+    if not (overwrite or dry_run):
+        _check_no_run(output, resume)
+    source = open_embeddings(required(config.embeddings_path, "--embeddings_path"), verify=config.verify)
     model_config = _model_config(source, config)
-    _check_output(Path(_required(config.output_dir, "--output_dir")), resume, overwrite, dry_run)
+    if config.init_from and resume is None:
+        config = check_start(config, model_config, source)
     if resume is not None:
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         check_checkpoint(resume, model_config, RunIdentity.of(source, config, processes))
     _check_memory(config, model_config, show=dry_run)
     if dry_run:
         with tempfile.TemporaryDirectory() as aside:  # the Trainer makes its folder when it is built
-            _first_step(build_trainer(source, replace(config, output_dir=aside)))
-        return Path(config.output_dir)
+            aside_config = replace(config, output_dir=aside)
+            _first_step(build_trainer(source, aside_config, fitted=resume is not None))
+        return output
     if os.environ.get("RANK", "0") == "0":
-        remove_leftovers(Path(config.output_dir), all_checkpoints=resume is None)
+        remove_leftovers(output, all_checkpoints=resume is None)
     trainer = train_on(source, config, resume=resume)
     if trainer.is_world_process_zero():
         _report(trainer)
-    return Path(config.output_dir)
+    return output
 
 
 def train_on(source: Embeddings, config: TrainingConfig, *, resume: Path | None = None) -> BLIP3oTrainer:
@@ -98,9 +115,10 @@ def train_on(source: Embeddings, config: TrainingConfig, *, resume: Path | None 
 def build_trainer(
     source: Embeddings, config: TrainingConfig, *, split: Split | None = None, fitted: bool = False
 ) -> BLIP3oTrainer:
-    """Statistics, a freshly initialised model, and the trainer for them; `split` replaces the seeded one.
+    """A model, freshly initialised or as `config.init_from` says, its statistics, and the trainer for them.
 
-    With `fitted`, statistics and source are left to the checkpoint that holds them.
+    `split` replaces the seeded one. With `fitted`, all that is learned or fitted is left to the checkpoint
+    that holds it.
     """
     if config.wandb_project:
         require_wandb()
@@ -114,11 +132,12 @@ def build_trainer(
     _describe(config, model, source, len(split.train), len(split.eval), arguments)
     # Checksums would read every shard here; each is verified when training first reads it.
     unverified_copy = source.unverified() if isinstance(source, EmbeddingStore) else source
-    if not fitted:  # also without standardising: held-out figures are measured with them
+    keeps = fitted or (bool(config.init_from) and load_start(model, config))
+    if not keeps:  # also without standardising: held-out figures are measured with them
         fitted_on = choose_samples(split.train, max_samples=config.statistics_samples, seed=config.seed)
         _set_statistics(model, unverified_copy, fitted_on, arguments)
-    folds = None
-    if config.source != "noise" and not fitted:
+    folds = kept_folds(model, source, config) if keeps and not fitted else None
+    if config.source != "noise" and not keeps:
         folds = _set_source(model, unverified_copy, split.train, config, arguments)
     if config.memory == "low":
         return_freed_memory()
@@ -245,26 +264,18 @@ def _describe(
     )
 
 
-def _check_output(output: Path, resume: Path | None, overwrite: bool, dry_run: bool) -> None:
-    """A folder that can be written and holds no other run, before any work is done."""
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"{output}: expected a folder to write to, found a file")
+def _check_no_run(output: Path, resume: Path | None) -> None:
+    """Refuse (ValueError) a folder with a run, unless it is the one to continue."""
     holds_run = bool(checkpoints(output)) or (output / "model.safetensors").exists()
-    if holds_run and resume is None and not overwrite and not dry_run:
+    if holds_run and (resume is None or resume.resolve().parent != output.resolve()):
         raise ValueError(
             f"{output}: expected no run there, found one: give --resume_from_checkpoint auto to continue "
-            "it, --overwrite_output_dir to start over, or another --output_dir"
+            "it (and --extend_epochs N to train a finished one further), --overwrite_output_dir to start "
+            "over, or another --output_dir"
         )
-    existing = output
-    while not existing.exists():
-        existing = existing.parent
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(f"{output}: expected a folder that can be written, found it read-only")
-    if not dry_run:
-        output.mkdir(parents=True, exist_ok=True)
 
 
-def _required(value: str, flag: str) -> str:
+def required(value: str, flag: str) -> str:
     if not value:
         raise ValueError(f"{flag}: expected a path, found none")
     return value

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -19,6 +21,7 @@ from blip3o_dit.flow.path import FlowBatch, PathSample
 from blip3o_dit.metrics.fidelity import FidelitySums
 from blip3o_dit.model.layers import has_native_matmul
 from blip3o_dit.training.base_trainer import ExactResumeTrainer
+from blip3o_dit.training.extension import extended_schedule
 from blip3o_dit.training.stopping import outlive_stops
 from blip3o_dit.utils.stateless_random import stateless_permutation
 
@@ -145,6 +148,15 @@ class BLIP3oTrainer(ExactResumeTrainer):
                 sums.add(generated, model.l2_normalize_if_configured(clip))
         sums.state = self.processes.sum(sums.state)
         return sums.result()
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        """The Trainer's own choice, unless the run is extended (see `extension.py`)."""
+        if self.config.extended_at and self.lr_scheduler is None:
+            used = optimizer or self.optimizer
+            assert used is not None
+            self.lr_scheduler = extended_schedule(used, self.config)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices; no biases, gains of norms or gates of attention heads.

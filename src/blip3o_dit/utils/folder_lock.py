@@ -125,7 +125,8 @@ def _start_of(pid: Any) -> str | None:
     if not isinstance(pid, int) or pid < 1:
         return None
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]  # dead, though nobody has asked for its status
     except (OSError, IndexError):
         pass
     if Path("/proc/self/stat").exists():

@@ -1,0 +1,107 @@
+"""From the flags that were given to the settings of a run: a new one, a resumed one, one that is extended."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from blip3o_dit.training.checkpoint import ANOTHER_RUN, from_its_weights
+from blip3o_dit.training.config import (
+    DEBUG_DEFAULTS,
+    LOW_MEMORY_DEFAULTS,
+    PAPER_RECIPE,
+    TrainingConfig,
+    launcher_precision,
+)
+from blip3o_dit.training.extension import plan_extension
+from blip3o_dit.training.init_from import OF_THE_WEIGHTS, settings_of_model
+
+# Settings that a resumed run may change: they do not change what is learned from which data.
+RESUMABLE_CHANGES = {
+    "embeddings_path",
+    "output_dir",
+    "num_workers",
+    "verify",
+    "device",
+    "deterministic",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "eval_steps",
+    "eval_loss_samples",
+    "eval_samples",
+    "eval_inference_steps",
+    "eval_batch_size",
+    "gradient_checkpointing",
+    "selective_checkpointing",
+    "compile",
+    "wandb_project",
+    "wandb_run_name",
+    "best_metric",
+    "max_hours",
+    # together the samples of a step, which `check_checkpoint` compares
+    "batch_size",
+    "gradient_accumulation_steps",
+    "solver",
+    "num_inference_steps",
+}
+
+
+# The learning rate over the run. An extension has its own.
+SCHEDULE = {"num_epochs", "max_steps", "learning_rate", "warmup_steps", "lr_scheduler_type"}
+EXTENSION_CHANGES = {"learning_rate", "warmup_steps", "lr_scheduler_type", "extend_epochs", "extend_steps"}
+
+
+def resolve_config(
+    given: dict[str, Any], *, debug: bool, resume: Path | None, recipe: str = "default"
+) -> TrainingConfig:
+    """The configuration of a run from the flags that were given, over those of `--debug` and the recipe.
+
+    A run that starts from a model (`init_from`) takes from there what its weights were learned for. A resumed
+    run takes what was not given from its checkpoint, and refuses to change what was learned.
+
+    Raises:
+        ValueError: with each difference, and the flags that do what was meant.
+    """
+    given = launcher_precision() | given
+    recipe_settings = PAPER_RECIPE if recipe == "paper" else {}
+    if given.get("memory") == "low":
+        recipe_settings = recipe_settings | LOW_MEMORY_DEFAULTS
+    chosen = recipe_settings | given
+    if resume is not None:
+        return _resumed(chosen, resume)
+    start = settings_of_model(Path(given["init_from"]), chosen) if given.get("init_from") else {}
+    return TrainingConfig(**(recipe_settings | (DEBUG_DEFAULTS if debug else {}) | start | given))
+
+
+def _resumed(given: dict[str, Any], checkpoint: Path) -> TrainingConfig:
+    saved = asdict(TrainingConfig.from_folder(checkpoint))
+    may_change, extension = RESUMABLE_CHANGES, plan_extension(checkpoint, saved, given)
+    if extension:
+        may_change = may_change | EXTENSION_CHANGES
+    if saved["lr_scheduler_type"] == "constant_with_warmup":  # the others end where the run ends
+        may_change = may_change | {"num_epochs", "max_steps"}
+    changed = {
+        name: f"{name} was {saved[name]!r}, now {value!r}"
+        for name, value in given.items()
+        if name not in may_change and saved[name] != value
+    }
+    if changed:
+        raise ValueError(
+            f"{checkpoint}: cannot resume with other settings: {'; '.join(changed.values())}: "
+            + _way(set(changed), checkpoint)
+        )
+    return TrainingConfig(**(saved | given | extension))
+
+
+def _way(changed: set[str], checkpoint: Path) -> str:
+    """How to have a run with other values of these settings."""
+    if changed & {*OF_THE_WEIGHTS, "init_from", "init_statistics"}:
+        return ANOTHER_RUN
+    if changed <= SCHEDULE:
+        return (
+            "leave them out to continue; --extend_epochs N (or --extend_steps N) trains further with a "
+            "schedule of its own, for which --learning_rate, --warmup_steps and --lr_scheduler_type count"
+        )
+    return from_its_weights(checkpoint)
