@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import math
+from collections.abc import Hashable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -45,15 +47,28 @@ class Preprocessing:
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
 
+    @property
+    def geometry(self) -> Hashable:
+        """What decides `pixels`: equal for towers that can share them."""
+        return (self.size, self.resize, self.resample)
+
     def __call__(self, image: Image.Image) -> Tensor:
         """RGB image -> float32 [3, size, size]."""
+        return self.normalize(self.pixels(image))
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """RGB image -> uint8 [3, size, size], resized and cropped."""
         resampling = Image.Resampling(RESAMPLING[self.resample])
         if self.resize == "squash":
             image = image.resize((self.size, self.size), resampling)
         else:
             image = self._crop_center(self._shortest_to_size(image, resampling))
-        pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255.0
-        return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """uint8 [..., 3, size, size] -> float32."""
+        mean, std = (torch.tensor(v, device=pixels.device)[:, None, None] for v in (self.mean, self.std))
+        return (pixels.float() / 255.0 - mean) / std
 
     def _shortest_to_size(self, image: Image.Image, resampling: Image.Resampling) -> Image.Image:
         width, height = image.size
@@ -105,7 +120,15 @@ class VisionEncoder(nn.Module):
             "tokens": self.tokens,
             "meaningful": self.meaningful,
             "preprocessing": json.loads(json.dumps(asdict(self.preprocessing))),
+            "weights": self._weights_digest(),
         }
+
+    def _weights_digest(self) -> str:
+        digest = hashlib.sha256()
+        for name, tensor in self.state_dict().items():
+            some = tensor.detach().flatten()[:: max(1, tensor.numel() // 1000)].float().cpu().numpy()
+            digest.update(json.dumps([name, list(tensor.shape)]).encode() + some.tobytes())
+        return digest.hexdigest()
 
 
 class ClipEncoder(VisionEncoder):
