@@ -33,7 +33,7 @@ from blip3o_dit.extraction.identity import (
     noted_changes,
 )
 from blip3o_dit.extraction.image_files import ImageRef, list_images
-from blip3o_dit.extraction.reading import NOT_READ, Source
+from blip3o_dit.extraction.reading_errors import NOT_READ, Source
 from blip3o_dit.extraction.resume import (
     begin,
     find_extraction,

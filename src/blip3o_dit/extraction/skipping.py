@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from blip3o_dit.extraction.config import ExtractionConfig
-from blip3o_dit.extraction.reading import NOT_READ
+from blip3o_dit.extraction.reading_errors import NOT_READ
 from blip3o_dit.utils.json_files import printable
 
 # key, location, reason

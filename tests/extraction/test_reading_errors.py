@@ -16,10 +16,10 @@ import pytest
 
 from blip3o_dit.cli.main import main
 from blip3o_dit.extraction import extract as engine
-from blip3o_dit.extraction import reading
+from blip3o_dit.extraction import reading_errors
 from blip3o_dit.extraction.extract import extract
 from blip3o_dit.extraction.image_files import ImageRef, list_images
-from blip3o_dit.extraction.reading import Source
+from blip3o_dit.extraction.reading_errors import Source
 from blip3o_dit.extraction.resume import SKIPPED_FILE, read_entry
 from blip3o_dit.utils.errors import ReadError
 from tests.helpers.extraction import content, settings, write_images
@@ -29,7 +29,7 @@ read_file = ImageRef.read
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "RETRY_AFTER", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(reading_errors, "RETRY_AFTER", (0.0, 0.0, 0.0))
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_a_folder_that_is_away_for_a_moment_is_waited_for(
         if len(waited) == 2:
             away.rename(images)
 
-    monkeypatch.setattr(reading.time, "sleep", comes_back)
+    monkeypatch.setattr(reading_errors.time, "sleep", comes_back)
     extract(settings(images, tmp_path / "store"), progress=False)
     assert len(waited) == 2
     assert content(tmp_path / "store") == content(whole)
