@@ -121,7 +121,7 @@ TESTED_IN = {
     "training/run.py": "training/test_trainer.py",
     "training/stopping.py": "training/test_resume.py",
     "training/wandb_setup.py": "training/test_trainer.py",
-    "utils/atomic.py": "training/test_resume.py",
+    "utils/atomic.py": "data/test_store_folder.py",
     "utils/checksums.py": "training/test_damage.py",
     "utils/distributed.py": "training/test_processes.py",
     "utils/errors.py": "training/test_resume.py",

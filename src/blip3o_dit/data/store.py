@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from blip3o_dit.data.checks import Indices, Record, check_indices, check_pair, check_record, check_square
-from blip3o_dit.data.manifest import DTYPES, MANIFEST, check_shard_count, read_manifest, write_manifest
+from blip3o_dit.data.manifest import DTYPES, check_shard_count, read_manifest, write_manifest
+from blip3o_dit.data.store_folder import StoreFolder
 from blip3o_dit.data.verified import Identity, check_once, identity
+from blip3o_dit.utils.atomic import save_tensors, write_atomically
 from blip3o_dit.utils.checksums import sha256
 from blip3o_dit.utils.json_files import one_line
 from blip3o_dit.utils.validation import check_name
@@ -104,6 +105,7 @@ class EmbeddingStore:
         """See `Embeddings.records`."""
         if indices is None:
             return [record for shard in range(len(self.shard_starts) - 1) for record in self._table(shard)]
+        check_indices(self.path, indices, self.num_samples)
         wanted = np.asarray(indices, dtype=np.int64)
         shards, inside = self._locate(wanted)
         found: dict[int, Record] = {}
@@ -183,12 +185,13 @@ class EmbeddingStore:
 
 
 class StoreWriter:
-    """Write a store shard by shard; the manifest comes last, so a crash leaves no half store behind.
+    """Write a store shard by shard, beside what the folder holds; it takes its place when it is whole.
 
-    Use as a context manager: leaving it normally writes the manifest, leaving it by an exception does not.
+    Use as a context manager: leaving it normally makes the store, leaving it by an exception leaves what was
+    there before.
 
     Args:
-        path: folder to create; it must not hold a store already unless `overwrite`.
+        path: folder to create, or an empty one, or with `overwrite` a store's; see `StoreFolder`.
         num_tokens, condition_dim, target_dim: sizes of a sample.
         dtype: "float16", "bfloat16" or "float32" on disk.
         shard_size: samples per shard; None aims at 256 MiB.
@@ -222,14 +225,7 @@ class StoreWriter:
         for name, size in sizes.items():
             if size is not None and size < 1:
                 raise ValueError(f"{name}: expected at least 1, found {size}")
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"{self.path}: expected a folder to write to, found a file")
-        if (self.path / MANIFEST).exists() and not overwrite:
-            raise ValueError(f"{self.path}: expected no store there, found one (overwrite it?)")
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / MANIFEST).unlink(missing_ok=True)
-        for stale in (*self.path.glob("shard-*.safetensors"), *self.path.glob("shard-*.jsonl")):
-            stale.unlink()
+        self._folder = StoreFolder(self.path, overwrite=overwrite)
         self._sizes = (num_tokens, condition_dim, target_dim)
         self._dtype = dtype
         bytes_per_sample = num_tokens * (condition_dim + target_dim) * DTYPES[dtype].itemsize
@@ -267,15 +263,26 @@ class StoreWriter:
             self._write_shard()
         if not self._shards:
             raise ValueError(f"{self.path}: expected at least one sample, found none")
-        write_manifest(self.path, self._sizes, self._dtype, self._shards, self._about)
+        write_manifest(self._folder.aside, self._sizes, self._dtype, self._shards, self._about)
+        self._folder.publish()
         return EmbeddingStore(self.path)
+
+    def abandon(self) -> None:
+        """Remove what was written; what the folder held before stays."""
+        self._folder.abandon()
 
     def __enter__(self) -> StoreWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.close()
+        try:
+            if kind is None:
+                self.close()
+        except BaseException:
+            self.abandon()
+            raise
+        if kind is not None:
+            self.abandon()
 
     def _total(self) -> int:
         return self._written + len(self._pending_lines)
@@ -285,16 +292,22 @@ class StoreWriter:
         check_shard_count(self.path, self._written + len(self._pending_lines), self.shard_size)
         eva = torch.cat([pair[0] for pair in self._pending])
         clip = torch.cat([pair[1] for pair in self._pending])
-        self._shards.append(write_shard(self.path, len(self._shards), eva, clip, self._pending_lines))
+        self._shards.append(
+            write_shard(self._folder.aside, len(self._shards), eva, clip, self._pending_lines)
+        )
         self._written += len(self._pending_lines)
         self._pending, self._pending_lines = [], []
 
 
 def write_shard(folder: Path, number: int, eva: Tensor, clip: Tensor, lines: Sequence[str]) -> dict[str, Any]:
-    """Write one shard and its table; returns its manifest entry. Tensors in the dtype of the store."""
+    """Write one shard and its table; returns its manifest entry. Tensors in the dtype of the store.
+
+    Raises:
+        WriteError, OSError: when they cannot be written; nothing under their names is half written.
+    """
     file, table = folder / f"shard-{number:05d}.safetensors", folder / f"shard-{number:05d}.jsonl"
-    save_file({"eva": eva.contiguous(), "clip": clip.contiguous()}, file)
-    table.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    save_tensors({"eva": eva.contiguous(), "clip": clip.contiguous()}, file)
+    write_atomically(table, ("\n".join(lines) + "\n").encode())
     return {
         "file": file.name,
         "num_samples": len(lines),

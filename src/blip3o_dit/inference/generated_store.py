@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from blip3o_dit.data.checks import Record, check_pair
+from blip3o_dit.data.checks import Record, check_pair, check_square
 from blip3o_dit.data.embeddings import Embeddings, batches
-from blip3o_dit.data.manifest import DTYPES, write_manifest
-from blip3o_dit.data.store import StoreWriter, json_line, to_disk, write_shard
+from blip3o_dit.data.manifest import DTYPES, STORE_ASIDE, write_manifest
+from blip3o_dit.data.store import json_line, to_disk, write_shard
+from blip3o_dit.data.store_folder import StoreFolder
 
 DTYPE = "float32"
 # Size of a shard at most, give or take a batch; a process holds one shard at a time.
@@ -22,7 +23,7 @@ MAX_SHARD_BYTES = 2**28
 
 
 class GeneratedStore:
-    """Writes conditions and generated tokens shard by shard; the manifest comes last and makes it a store.
+    """Writes conditions and generated tokens shard by shard, aside, until the store is whole.
 
     Args:
         path: folder to create, which all processes see.
@@ -32,17 +33,16 @@ class GeneratedStore:
     def __init__(self, path: Path, sizes: tuple[int, int, int]) -> None:
         self.path = path
         self.sizes = sizes
+        self.folder: StoreFolder | None = None
 
     def claim(self) -> None:
         """Make the folder, without an interrupted generation's files; on one process, before others write.
 
         Raises:
-            ValueError: when there is a store already, or a file in place of the folder.
+            ValueError: when there is a store or anything else already, or a file in place of the folder.
         """
-        num_tokens, condition_dim, target_dim = self.sizes
-        StoreWriter(
-            self.path, num_tokens=num_tokens, condition_dim=condition_dim, target_dim=target_dim, dtype=DTYPE
-        )
+        check_square(self.path, self.sizes[0])
+        self.folder = StoreFolder(self.path)
 
     def shard_size(self, count: int, *, batch_size: int, processes: int) -> int:
         """Samples per shard: a multiple of `batch_size` that gives each process equally many shards.
@@ -71,12 +71,14 @@ class GeneratedStore:
         stored_eva, stored_clip = (
             to_disk(self.path, tokens, name, DTYPE) for tokens, name in ((eva, "eva"), (generated, "clip"))
         )
-        return write_shard(self.path, number, stored_eva, stored_clip, lines)
+        return write_shard(self.path / STORE_ASIDE, number, stored_eva, stored_clip, lines)
 
     def finish(self, entries: Sequence[Mapping[str, Any]], made_by: Mapping[str, Any]) -> None:
         """Write the manifest, from the entries of all shards in order and how the tokens were made."""
         about = {"encoders": {"clip": {"generated_by": made_by}}, "pooling": None, "normalization": "none"}
-        write_manifest(self.path, self.sizes, DTYPE, entries, about)
+        assert self.folder is not None  # this process claimed it
+        write_manifest(self.folder.aside, self.sizes, DTYPE, entries, about)
+        self.folder.publish()
 
 
 class Piece(NamedTuple):

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.cpu_kernels import use_cpu_kernels
+from blip3o_dit.utils.atomic import MODEL_ASIDE, finish_publishing
 from blip3o_dit.utils.checksums import is_sealed, verify
 from blip3o_dit.utils.json_files import printable
 from blip3o_dit.utils.logging import quiet_transformers
@@ -64,6 +65,7 @@ class StrictPreTrainedModel(PreTrainedModel):
         if not is_hub_id(pretrained_model_name_or_path):
             kwargs["local_files_only"] = True
             folder, config = Path(pretrained_model_name_or_path), kwargs.get("config")
+            finish_model(folder)
             if not isinstance(config, BLIP3oDiTConfig):
                 config = BLIP3oDiTConfig.from_pretrained(folder)
             cls.check_weights(weights_file(folder, kwargs.get("variant")), config)
@@ -97,6 +99,7 @@ class StrictPreTrainedModel(PreTrainedModel):
         Raises:
             FileNotFoundError, ValueError: as `from_pretrained`.
         """
+        finish_model(Path(folder))
         config, file = BLIP3oDiTConfig.from_pretrained(folder), weights_file(Path(folder), variant)
         cls.check_weights(file, config)
         with torch.device("meta"):
@@ -140,6 +143,7 @@ def pick_weights(path: Path, weights: str) -> str:
             altered since they were saved.
     """
     check_name("weights", weights, ("auto", "ema", "raw"))
+    finish_model(path)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path}: expected a model folder with config.json, found none")
     has_ema = (path / EMA_FILE).is_file()
@@ -149,6 +153,21 @@ def pick_weights(path: Path, weights: str) -> str:
     if is_sealed(path):
         verify(path, ["config.json", EMA_FILE if chosen == "ema" else WEIGHTS_FILE])
     return chosen
+
+
+def finish_model(folder: Path) -> None:
+    """Finish moving a new model's files into a folder, where a process was killed that did so.
+
+    Raises:
+        ValueError: when they cannot be moved, or files of two models may be mixed.
+    """
+    aside = folder / MODEL_ASIDE
+    finish_publishing(aside, folder)
+    if is_sealed(aside) and not is_sealed(folder):
+        raise ValueError(
+            f"{folder}: expected one model, found another half moved into it ({aside.name}): "
+            f"remove {aside.name}, and train again or restore the folder"
+        )
 
 
 def weights_file(folder: Path, variant: str | None) -> Path:
