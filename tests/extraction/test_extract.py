@@ -19,9 +19,10 @@ import torch
 from blip3o_dit.cli.main import main
 from blip3o_dit.data.embeddings import open_embeddings
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.extraction import extract as engine
+from blip3o_dit.extraction import extractor as engine
 from blip3o_dit.extraction.config import ExtractionConfig
-from blip3o_dit.extraction.extract import Extractor, extract
+from blip3o_dit.extraction.extract import extract
+from blip3o_dit.extraction.extractor import Extractor
 from blip3o_dit.extraction.image_decoding import decode_image
 from blip3o_dit.extraction.image_files import list_images
 from blip3o_dit.extraction.resume import SKIPPED_FILE, read_entry

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from blip3o_dit.extraction import extract as engine
+from blip3o_dit.extraction import extractor as engine
 from blip3o_dit.extraction.config import ExtractionConfig
 from blip3o_dit.extraction.extract import extract
 from blip3o_dit.extraction.vision_towers import tiny_encoder
@@ -61,7 +61,7 @@ def repaint(images: Path, size: int = 90) -> None:
 def test_other_pictures_with_the_same_names(state: str, images: Path, request: Any) -> None:
     config = request.getfixturevalue(state)
     repaint(images)
-    with pytest.raises(ValueError, match="another set of pictures with the same names: their sizes differ"):
+    with pytest.raises(ValueError, match="the same names: their sizes differ"):
         extract(config, progress=False)
 
 
@@ -92,7 +92,9 @@ def test_towers_with_other_weights(state: str, request: Any, monkeypatch: pytest
 def test_towers_are_loaded_after_all_else_was_looked_at(
     images: Path, finished: ExtractionConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "load_towers", lambda *_: pytest.fail("towers were loaded"))
+    monkeypatch.setattr(
+        "blip3o_dit.extraction.extract.load_towers", lambda *_: pytest.fail("towers were loaded")
+    )
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()
     refused = [

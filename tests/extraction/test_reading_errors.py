@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from blip3o_dit.cli.main import main
-from blip3o_dit.extraction import extract as engine
+from blip3o_dit.extraction import extractor as engine
 from blip3o_dit.extraction import reading_errors
 from blip3o_dit.extraction.extract import extract
 from blip3o_dit.extraction.image_files import ImageRef, list_images

@@ -41,4 +41,5 @@ def settings(images: Path, output: Path, **changes: Any) -> ExtractionConfig:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+    """The files of a folder by name; not what is in its folders."""
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()}

@@ -46,7 +46,7 @@ class StoreFolder:
         self._is_new = not path.exists()
         if not self._is_new:
             finish_publishing(self.aside, path, MANIFEST)
-            _check_claim(path, overwrite)
+            check_claim(path, overwrite)
             remove_unpublished(path)
         self.aside.mkdir(parents=True)
 
@@ -90,7 +90,7 @@ def stored_files(path: Path) -> set[str]:
     return names | {MANIFEST} | ({"skipped.jsonl"} if "skipped" in manifest else set())
 
 
-def _check_claim(path: Path, overwrite: bool) -> None:
+def check_claim(path: Path, overwrite: bool) -> None:
     names = {file.name for file in path.iterdir()} - IGNORED - {STORE_ASIDE}
     stored = stored_files(path)
     if not names:

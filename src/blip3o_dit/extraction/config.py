@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from blip3o_dit.data.manifest import DTYPES
@@ -81,8 +82,10 @@ class ExtractionConfig:
             raise ValueError("expected --append or --overwrite, found both")
 
     def max_skipped_of(self, count: int) -> float:
-        """How many of so many pictures may be skipped; 0 means none."""
-        return max(self.max_skipped * count, FEW_SKIPPED) if self.max_skipped else 0
+        """How many of so many pictures may be skipped."""
+        if self.max_skipped in (0, 1):  # none, or any number
+            return math.inf if self.max_skipped else 0
+        return max(self.max_skipped * count, FEW_SKIPPED)
 
 
 _MINIMUM = {"tokens": 1, "batch_size": 1, "shard_size": 1, "max_pixels": 1, "workers": 0, "seed": 0}

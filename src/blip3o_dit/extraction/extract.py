@@ -1,67 +1,55 @@
 """From images to an embedding store, resumable and divided among processes.
 
 The list of images is cut into units of `shard_size`; a unit becomes one shard, whichever process works on
-it and however often it is interrupted (`resume.py`).
+it and however often it is interrupted (`extractor.py`, `resume.py`).
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from tqdm.auto import tqdm
-
-from blip3o_dit.data.checks import check_pair
-from blip3o_dit.data.manifest import check_shard_count
-from blip3o_dit.data.store import EmbeddingStore, json_line, write_shard
+from blip3o_dit.data.manifest import STORE_ASIDE, check_shard_count
+from blip3o_dit.data.store import EmbeddingStore
+from blip3o_dit.extraction.beside import add_to_store, check_replaceable, replace_store, unknown_images
 from blip3o_dit.extraction.config import ExtractionConfig
-from blip3o_dit.extraction.decoding import Decoded, decoded_images, stack
+from blip3o_dit.extraction.extractor import Extractor
 from blip3o_dit.extraction.identity import (
     describe_extraction,
     describe_images,
     describe_towers,
+    differences,
     is_of_earlier_version,
     noted_changes,
 )
-from blip3o_dit.extraction.image_files import ImageRef, list_images
-from blip3o_dit.extraction.reading_errors import NOT_READ, Source
+from blip3o_dit.extraction.image_files import ImageList, ImageRef, list_images
+from blip3o_dit.extraction.reading_errors import NOT_READ
 from blip3o_dit.extraction.resume import (
     begin,
     find_extraction,
     finish_store,
-    forget_entry,
     forget_units_with,
     held_folder,
     is_finished,
-    read_entry,
+    other_files,
     read_skipped,
     remove_working_files,
-    write_entry,
 )
 from blip3o_dit.extraction.skipping import TOO_LARGE, SkipLimit, Skipped, kind_of
-from blip3o_dit.extraction.tokens import Towers, load_towers, storable, tower_tokens
+from blip3o_dit.extraction.tokens import Towers, load_towers
+from blip3o_dit.utils.atomic import ASIDE, remove_files_and_folders
 from blip3o_dit.utils.distributed import Processes, join_processes
 
+# Where the images to add to a store are extracted.
+MORE_ASIDE = f"more{ASIDE}"
+
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Unit:
-    """What a unit has collected so far: tokens by side, table lines, skipped images by index."""
-
-    eva: list[Tensor] = field(default_factory=list)
-    clip: list[Tensor] = field(default_factory=list)
-    lines: list[str] = field(default_factory=list)
-    skipped: dict[int, Skipped] = field(default_factory=dict)
 
 
 def extract(config: ExtractionConfig, *, progress: bool = True) -> EmbeddingStore | None:
@@ -77,61 +65,130 @@ def extract(config: ExtractionConfig, *, progress: bool = True) -> EmbeddingStor
     processes = join_processes(config.device)
     bars = progress and processes.is_main
     # One process lists: others might see other images, in copies of their own or a folder that is filled.
-    images = processes.broadcast(list_images(config.images, progress=bars) if processes.is_main else None)
-    if processes.is_main and images.ignored:
-        ignored = ", ".join(
-            f"{count} {suffix or 'without a suffix'}" for suffix, count in images.ignored.items()
-        )
-        logger.info("%s: files that are no pictures: %s", config.images, ignored)
+    images = processes.broadcast(_list(config, bars) if processes.is_main else None)
     pictures = describe_images(images, images.digest(), progress=bars) if processes.is_main else {}
-    job = Job(config, Path(config.output), images, pictures, images.skipped)
-    return job.run(processes, bars)
+    job = Job(config, Path(config.output), processes, bars, images, pictures, images.skipped)
+    if config.append and processes.broadcast(is_finished(job.output)):
+        job.append()
+    elif config.overwrite and processes.broadcast(bool(other_files(job.output))):
+        job.overwrite()
+    else:
+        job.run()
+    return EmbeddingStore(job.output) if processes.is_main else None
 
 
-@dataclass
+def _list(config: ExtractionConfig, bars: bool) -> ImageList:
+    images = list_images(config.images, progress=bars)
+    if images.ignored:
+        counts = [f"{count} {suffix or 'without a suffix'}" for suffix, count in images.ignored.items()]
+        logger.info("%s: files that are no pictures: %s", config.images, ", ".join(counts))
+    if images.skipped:  # an archive counts as one
+        files = len({ref.file for ref in images}) + len(images.skipped)
+        SkipLimit(config, files).add(images.skipped)
+    return images
+
+
+@dataclass(frozen=True)
 class Job:
     """An extraction into a folder, where it may have begun or ended before.
 
     Args:
         refs: the images. pictures: what tells them from others (on the first process).
         skipped: what was skipped when they were listed.
+        store: the one that the result is for, whose towers these must be.
+        disposable: whether another extraction that is found in the folder gives way to this one.
     """
 
     config: ExtractionConfig
     output: Path
+    processes: Processes
+    bars: bool
     refs: Sequence[ImageRef]
     pictures: dict[str, Any]
     skipped: list[Skipped]
+    store: EmbeddingStore | None = None
+    disposable: bool = False
 
-    def run(self, processes: Processes, bars: bool) -> EmbeddingStore | None:
-        """The finished store on the first process, None on the others."""
+    def run(self) -> None:
         check_shard_count(self.output, len(self.refs), self.config.shard_size)
         identity = describe_extraction(self.config, self.pictures)
-        if processes.is_main:
-            find_extraction(
-                self.output, identity
-            )  # refuses before the towers are loaded, which may take minutes
-        if not processes.broadcast(is_finished(self.output)):
-            with held_folder(self.output) if processes.is_main else nullcontext():
-                self._work(identity, processes, bars)
-        elif processes.is_main:
-            self._check_finished(identity, load_towers(self.config, processes.device))
-        return EmbeddingStore(self.output) if processes.is_main else None
+        main = self.processes.is_main
+        if main:  # refuses what it can before the towers are loaded, which may take minutes
+            self._find(identity)
+        if not self.processes.broadcast(is_finished(self.output)):
+            with self._held():
+                self._work(identity)
+        elif main:
+            self._check_finished(identity)
 
-    def _work(self, identity: dict[str, Any], processes: Processes, bars: bool) -> None:
-        towers = load_towers(self.config, processes.device)
+    def overwrite(self) -> None:
+        """Extract aside; what is there stays until that is whole. Interrupted, it continues too."""
+        with self._held():
+            if self.processes.is_main:
+                check_replaceable(self.output)
+            aside = replace(self, output=self.output / STORE_ASIDE, disposable=True)
+            aside.run()
+            if self.processes.is_main:
+                replace_store(aside.output, self.output)
+
+    def append(self) -> None:
+        """Extract aside the images whose keys the store lacks, and add them to it."""
+        with self._held():
+            store = EmbeddingStore(self.output)
+            _check_same_numbers(store, self.config)
+            unknown = unknown_images(store, self.refs, self.bars) if self.processes.is_main else None
+            refs = self.processes.broadcast(unknown)
+            if not refs:
+                return
+            content = self.pictures.get("content_sha256", "")
+            pictures = describe_images(refs, content) if self.processes.is_main else {}
+            aside = replace(
+                self,
+                output=self.output / MORE_ASIDE,
+                refs=refs,
+                pictures=pictures,
+                store=store,
+                disposable=True,
+            )
+            aside.run()
+            if self.processes.is_main:
+                add_to_store(aside.output, self.output, os.path.abspath(self.config.images))
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """The first process holds the folder for all of them."""
+        if not self.processes.is_main:
+            yield
+            return
+        with held_folder(self.output):
+            yield
+
+    def _find(self, identity: dict[str, Any]) -> dict[str, Any] | None:
+        try:
+            return find_extraction(self.output, identity)
+        except ValueError as error:
+            if not self.disposable:
+                raise
+            logger.info("%s: begun anew, not continued: %s", self.output, error)
+            remove_files_and_folders(self.output / name for name in other_files(self.output))
+            return None
+
+    def _work(self, identity: dict[str, Any]) -> None:
+        towers = load_towers(self.config, self.processes.device)
         identity |= describe_towers(towers)
-        if processes.is_main:
+        if self.processes.is_main:
             self._begin(identity)
-        processes.barrier()
-        extractor = Extractor(self.config, self.output, self.refs, towers, processes.device)
-        extractor.run(processes.rank, processes.count, progress=bars)
-        processes.barrier()
-        if processes.is_main:
+        self.processes.barrier()
+        extractor = Extractor(self.config, self.output, self.refs, towers, self.processes.device)
+        extractor.run(self.processes.rank, self.processes.count, progress=self.bars)
+        self.processes.barrier()
+        if self.processes.is_main:
             self._finish(identity, extractor)
 
     def _begin(self, identity: dict[str, Any]) -> None:
-        found = find_extraction(self.output, identity)
+        if self.store is not None:
+            _check_same_towers(self.store, identity)
+        found = self._find(identity)
         changes = noted_changes(found, identity) if found else []
         again = {NOT_READ} if self.config.retry_skipped else set()
         if "max_pixels" in changes:
@@ -149,19 +206,20 @@ class Job:
             sizes=extractor.sizes,
             dtype=self.config.store_dtype,
             about={
-                "encoders": identity["towers"],
+                "encoders": self.store.manifest.get("encoders", {}) if self.store else identity["towers"],
                 "pooling": _pooling(self.config.tokens, extractor.towers),
                 "normalization": "none",
                 "extraction": identity,
                 "pictures": os.path.abspath(self.config.images),
             },
             more_skipped=self.skipped,
-            limit=SkipLimit(self.config, len(self.refs)),
+            limit=SkipLimit(self.config, len(self.refs) + len(self.skipped)),
+            may_be_empty=self.store is not None,
         )
-        remove_working_files(self.output)
 
-    def _check_finished(self, identity: dict[str, Any], towers: Towers) -> None:
+    def _check_finished(self, identity: dict[str, Any]) -> None:
         """Raises ValueError when other towers made the store, or with --strict when it lacks pictures."""
+        towers = load_towers(self.config, self.processes.device)
         found = find_extraction(self.output, identity | describe_towers(towers))
         unknown = " (by an earlier version, which noted neither sizes of pictures nor weights)"
         logger.info(
@@ -174,123 +232,23 @@ class Job:
         remove_working_files(self.output)
 
 
-class Extractor:
-    """Extracts the units of one process."""
+def _check_same_numbers(store: EmbeddingStore, config: ExtractionConfig) -> None:
+    for name, there, here in (
+        ("tokens", store.num_tokens, config.tokens),
+        ("store_dtype", store.manifest["dtype"], config.store_dtype),
+        ("normalization", store.manifest.get("normalization") or "none", "none"),
+    ):
+        if there != here:
+            raise ValueError(f"{store.path}: {name}: expected {there} as in this store, found {here}")
 
-    def __init__(
-        self,
-        config: ExtractionConfig,
-        output: Path,
-        refs: Sequence[ImageRef],
-        towers: Towers,
-        device: torch.device,
-    ) -> None:
-        self.config = config
-        self.output = output
-        self.refs = refs
-        self.towers = towers
-        self.device = device
-        self.sizes = (config.tokens, towers["eva"].width, towers["clip"].width)
-        self.num_units = math.ceil(len(refs) / config.shard_size)
-        self.limit = SkipLimit(config, len(refs))
 
-    def run(self, rank: int, world_size: int, *, progress: bool) -> None:
-        """Write every unfinished unit whose number is `rank` modulo `world_size`."""
-        units = range(rank, self.num_units, world_size)
-        unfinished = self._unfinished(units, progress=progress)
-        indices = [index for unit in unfinished for index in self._indices(unit)]
-        total = sum(len(self._indices(unit)) for unit in units)
-        bar = tqdm(total=total, initial=total - len(indices), unit="picture", disable=not progress)
-        written = 0
-        with bar:
-            for number, decoded in itertools.groupby(self._decoded(indices), key=self._unit_of):
-                written += self._write_unit(number, self._encode(decoded, bar))
-                bar.set_postfix_str(f"{written / 2**20:.1f} MiB written")
-
-    def _unfinished(self, units: Sequence[int], *, progress: bool) -> list[int]:
-        """Those without an entry, or with other files than were written; what the others skipped counts."""
-        unfinished = []
-        for unit in tqdm(units, desc="what is there", unit="shard", delay=2, disable=not progress):
-            entry = read_entry(self.output, unit, verify=True)
-            if entry is None:
-                unfinished.append(unit)
-            else:
-                self.limit.add(entry["skipped"])
-        return unfinished
-
-    def _indices(self, unit: int) -> range:
-        start = unit * self.config.shard_size
-        return range(start, min(start + self.config.shard_size, len(self.refs)))
-
-    def _unit_of(self, decoded: Decoded) -> int:
-        return decoded.index // self.config.shard_size
-
-    def _decoded(self, indices: Sequence[int]) -> Iterator[Decoded]:
-        """The images in order, decoded ahead of the towers by worker processes."""
-        if not indices:
-            return iter(())
-        return decoded_images(
-            self.refs,
-            indices,
-            {side: tower.preprocessing for side, tower in self.towers.items()},
-            source=Source.of(self.refs),
-            max_pixels=self.config.max_pixels,
-            workers=self.config.workers,
-        )
-
-    def _encode(self, decoded: Iterable[Decoded], bar: tqdm) -> Unit:
-        unit = Unit()
-        batch: list[Decoded] = []
-        for image in decoded:
-            bar.update()
-            if image.reason is not None:
-                self._skip(unit, image.index, image.reason)
-                continue
-            batch.append(image)
-            if len(batch) == self.config.batch_size:
-                self._run_towers(batch, unit)
-                batch = []
-        if batch:
-            self._run_towers(batch, unit)
-        return unit
-
-    def _skip(self, unit: Unit, index: int, reason: str) -> None:
-        ref = self.refs[index]
-        unit.skipped[index] = {"key": ref.key, "location": ref.location, "reason": reason}
-        self.limit.add([unit.skipped[index]])
-
-    def _run_towers(self, batch: Sequence[Decoded], unit: Unit) -> None:
-        """Tokens of a batch of images, pooled, checked and in the dtype of the store."""
-        tokens = {
-            side: tower_tokens(tower, side, stack(batch, side), self.config, self.device)
-            for side, tower in self.towers.items()
-        }
-        stored, reasons = storable(self.output, tokens, self.config.store_dtype)
-        for row, reason in reasons.items():
-            self._skip(unit, batch[row].index, reason)
-        kept = [image.index for row, image in enumerate(batch) if row not in reasons]
-        records = [_record(self.refs[index]) for index in kept]
-        eva, clip = stored["eva"], stored["clip"]
-        check_pair(self.output, eva, clip, records, expected=self.sizes)
-        unit.eva.append(eva)
-        unit.clip.append(clip)
-        unit.lines += [json_line(self.output, i, r) for i, r in zip(kept, records, strict=True)]
-
-    def _write_unit(self, number: int, unit: Unit) -> int:
-        """The shard, then the entry that makes it count; returns the bytes written."""
-        forget_entry(self.output, number)
-        shard = None
-        if unit.lines:
-            shard = write_shard(self.output, number, torch.cat(unit.eva), torch.cat(unit.clip), unit.lines)
-        write_entry(self.output, number, shard, [unit.skipped[index] for index in sorted(unit.skipped)])
-        return shard["bytes"] if shard else 0
+def _check_same_towers(store: EmbeddingStore, identity: dict[str, Any]) -> None:
+    """Those of a store that says what they were."""
+    different = differences({"towers": store.manifest.get("encoders", {})}, {"towers": identity["towers"]})
+    if different:
+        raise ValueError(f"{store.path}: expected the towers of this store, found others: {different[0]}")
 
 
 def _pooling(tokens: int, towers: Towers) -> str:
     side = math.isqrt(tokens)
     return ", ".join(f"{name} {t.grid}x{t.grid} -> {side}x{side} mean" for name, t in towers.items())
-
-
-def _record(ref: ImageRef) -> dict[str, Any]:
-    known = {"caption": ref.caption, "label": ref.label}
-    return {"key": ref.key} | {name: value for name, value in known.items() if value is not None}

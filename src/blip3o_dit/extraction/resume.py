@@ -18,19 +18,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from blip3o_dit.data.manifest import MANIFEST, check_shard_entry, write_manifest
+from blip3o_dit.data.manifest import MANIFEST, STORE_ASIDE, check_shard_entry, write_manifest
 from blip3o_dit.data.store import EmbeddingStore
+from blip3o_dit.data.store_folder import IGNORED
 from blip3o_dit.extraction.identity import differences, is_of_earlier_version
 from blip3o_dit.extraction.skipping import NO_FIT, SkipLimit, Skipped, kind_of, summary
-from blip3o_dit.utils.atomic import ASIDE, remove_files_and_folders, write_atomically
+from blip3o_dit.utils.atomic import ASIDE, finish_publishing, remove_files_and_folders, write_atomically
 from blip3o_dit.utils.checksums import sha256
-from blip3o_dit.utils.folder_lock import LOCK_FILE, folder_lock
+from blip3o_dit.utils.folder_lock import folder_lock
 from blip3o_dit.utils.json_files import printable, read_json, short_repr, show_names
 
 SETTINGS_FILE = "extraction.json"
 SKIPPED_FILE = "skipped.jsonl"
-# What file systems, file managers and git leave in a folder that counts as empty.
-IGNORED = {".DS_Store", ".gitkeep", "Thumbs.db", "desktop.ini", "lost+found", LOCK_FILE}
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +44,9 @@ def find_extraction(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | No
     """
     if not output.is_dir() and (output.exists() or output.is_symlink()):
         raise ValueError(f"{output}: expected a folder to write to, found a file or a broken link")
-    finished, begun = output / MANIFEST, output / SETTINGS_FILE
-    if not finished.is_file() and not begun.is_file():
+    finish_publishing(output / STORE_ASIDE, output, MANIFEST)
+    finished = is_finished(output)
+    if not finished and not is_begun(output):
         others = other_files(output)
         if others:
             raise ValueError(
@@ -54,9 +54,9 @@ def find_extraction(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | No
                 f"{show_names(others)}"
             )
         return None
-    found = EmbeddingStore(output).manifest.get("extraction") if finished.is_file() else _read(begun)
+    found = EmbeddingStore(output).manifest.get("extraction") if finished else _read(output / SETTINGS_FILE)
     different = differences(found, wanted)
-    if not different and not finished.is_file() and is_of_earlier_version(found):
+    if not different and not finished and is_of_earlier_version(found):
         different = ["it was begun by an earlier version, which did not note sizes and weights"]
     if different:
         raise ValueError(
@@ -74,6 +74,10 @@ def other_files(output: Path) -> set[str]:
 
 def is_finished(output: Path) -> bool:
     return (output / MANIFEST).is_file()
+
+
+def is_begun(output: Path) -> bool:
+    return (output / SETTINGS_FILE).is_file()
 
 
 def begin(output: Path, identity: dict[str, Any]) -> None:
@@ -146,12 +150,14 @@ def finish_store(
     about: dict[str, Any],
     more_skipped: Sequence[Skipped],
     limit: SkipLimit,
+    may_be_empty: bool,
 ) -> None:
     """Write the list of skipped images, then the manifest, and sum up the skipped ones in one line.
 
     Args:
         about: how the tokens were made, for the manifest.
         more_skipped: what was skipped when images were listed. limit: how many may be skipped.
+        may_be_empty: write no manifest then.
 
     Raises:
         ValueError: when a unit is unfinished, or no image was readable.
@@ -163,14 +169,16 @@ def finish_store(
     skipped = [*more_skipped, *(image for entry in entries if entry for image in entry["skipped"])]
     shards = [entry["shard"] for entry in entries if entry and entry["shard"]]
     limit.add(skipped)
+    write_skipped(output, skipped)
+    if not shards and may_be_empty:
+        return
     if not shards:
         raise ValueError(
             f"{output}: expected at least one readable picture, found none of {len(skipped)}, "
             f"the first {printable(skipped[0]['location'])}: {skipped[0]['reason']}"
         )
-    lines = "".join(json.dumps(image) + "\n" for image in skipped)
-    write_atomically(output / SKIPPED_FILE, lines.encode())
     write_manifest(output, sizes, dtype, shards, about | {"skipped": len(skipped)})
+    remove_working_files(output)
     _log_skipped(skipped, output)
 
 
@@ -184,11 +192,23 @@ def read_skipped(output: Path) -> list[Skipped]:
     return skipped
 
 
+def write_skipped(output: Path, skipped: Sequence[Skipped]) -> None:
+    lines = "".join(json.dumps(image) + "\n" for image in skipped)
+    write_atomically(output / SKIPPED_FILE, lines.encode())
+
+
 def remove_working_files(output: Path) -> None:
     """Remove what only an unfinished extraction needs."""
-    remove_files_and_folders(
-        (*output.glob("shard-*.entry.json"), *output.glob(f"*{ASIDE}"), output / SETTINGS_FILE)
-    )
+    patterns = ("shard-*.entry.json", f"shard-*{ASIDE}", f"*.json{ASIDE}", f"*.jsonl{ASIDE}")
+    remove_files_and_folders(file for pattern in patterns for file in output.glob(pattern))
+    (output / SETTINGS_FILE).unlink(missing_ok=True)
+
+
+def unfinished_files(output: Path) -> set[str]:
+    """The files of an extraction that was begun, shards among them."""
+    if not is_begun(output):
+        return set()
+    return {SETTINGS_FILE, *(file.name for file in output.glob("shard-*") if file.is_file())}
 
 
 def _log_skipped(skipped: Sequence[Skipped], output: Path) -> None:
