@@ -32,7 +32,6 @@ from blip3o_dit.data.dataset import (
     BatchNoise,
     EmbeddingDataset,
     choose_samples,
-    identity_collate,
     split_samples,
     training_sampler,
 )
@@ -40,6 +39,7 @@ from blip3o_dit.data.embeddings import open_embeddings
 from blip3o_dit.data.manifest import write_manifest
 from blip3o_dit.data.statistics import streamed_statistics
 from blip3o_dit.data.store import EmbeddingStore, write_shard
+from blip3o_dit.data.worker_batches import whole_batch
 from blip3o_dit.training.config import SHUFFLES
 
 SIZES = TOKENS, CONDITION, TARGET = 64, 1280, 768
@@ -96,7 +96,7 @@ def loader_of(data: EmbeddingDataset, shuffle: str, workers: int) -> tuple[Any, 
         batch_size=BATCH,
         sampler=sampler,
         num_workers=workers,
-        collate_fn=identity_collate,
+        collate_fn=whole_batch,
         persistent_workers=workers > 0,
     )
     return sampler, loader

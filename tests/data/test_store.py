@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from blip3o_dit.data.dataset import EmbeddingDataset, identity_collate, split_samples
+from blip3o_dit.data.dataset import EmbeddingDataset, split_samples
 from blip3o_dit.data.embeddings import batches
 from blip3o_dit.data.manifest import DTYPES, MANIFEST
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
+from blip3o_dit.data.worker_batches import whole_batch
 from blip3o_dit.utils.atomic import dump_atomically, write_atomically
 
 SIZES = dict(num_tokens=4, condition_dim=6, target_dim=3)
@@ -472,7 +473,7 @@ def test_a_fresh_process_reads_the_store(tmp_path: Path) -> None:
         EmbeddingDataset(store, np.arange(7)),
         batch_size=7,
         num_workers=1,
-        collate_fn=identity_collate,
+        collate_fn=whole_batch,
         multiprocessing_context="spawn",
     )
     (batch,) = loader

@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader
 from blip3o_dit.data import dataset as dataset_module
 from blip3o_dit.data import store as store_module
 from blip3o_dit.data import verified
-from blip3o_dit.data.dataset import EmbeddingDataset, ShuffledSampler, identity_collate
+from blip3o_dit.data.dataset import EmbeddingDataset, ShuffledSampler
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
+from blip3o_dit.data.worker_batches import whole_batch
 
 SHARDS = 6
 
@@ -90,7 +91,7 @@ def test_each_shard_is_verified_once_whatever_the_workers(
         batch_size=3,
         sampler=passes,
         num_workers=workers,
-        collate_fn=identity_collate,
+        collate_fn=whole_batch,
         multiprocessing_context="fork" if workers else None,  # the count goes with it
     )
     for number in (0, 1):
