@@ -84,15 +84,20 @@ def test_public_names_resolve() -> None:
 
 # Modules without a test file of their name, and where they are tested.
 TESTED_IN = {
+    "cli/append.py": "data/test_combine.py",
     "cli/command.py": "cli/test_cli.py",
     "cli/convert.py": "cli/test_cli.py",
     "cli/distill.py": "training/test_distillation.py",
     "cli/generate.py": "inference/test_generated_store.py",
     "cli/inspect.py": "extraction/test_inspection.py",
     "cli/main.py": "cli/test_cli.py",
+    "cli/merge.py": "data/test_combine.py",
     "cli/train.py": "cli/test_cli.py",
+    "cli/verify.py": "data/test_combine.py",
     "data/checks.py": "data/test_store.py",
     "data/pickle_values.py": "data/test_safe_unpickler.py",
+    "data/sample_checksums.py": "data/test_store.py",
+    "data/shard_writer.py": "data/test_store.py",
     "evaluation/config.py": "evaluation/test_evaluate.py",
     "evaluation/description.py": "evaluation/test_evaluate.py",
     "evaluation/metric_tables.py": "evaluation/test_scores.py",

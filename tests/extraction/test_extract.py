@@ -20,6 +20,7 @@ from PIL import Image
 
 from blip3o_dit.cli.main import main
 from blip3o_dit.data.embeddings import open_embeddings
+from blip3o_dit.data.pooling import pool_tokens
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.extraction import extract as engine
 from blip3o_dit.extraction.config import ExtractionConfig
@@ -27,7 +28,7 @@ from blip3o_dit.extraction.extract import Extractor, extract, load_towers
 from blip3o_dit.extraction.image_decoding import decode_image
 from blip3o_dit.extraction.image_files import list_images
 from blip3o_dit.extraction.resume import SKIPPED_FILE, read_entry
-from blip3o_dit.extraction.vision_towers import pool_tokens, tiny_encoder
+from blip3o_dit.extraction.vision_towers import tiny_encoder
 
 ROOT = Path(__file__).parent.parent.parent
 COUNT, BROKEN = 22, {"b/07.png": b"", "b/13.png": b"not a picture"}

@@ -23,7 +23,9 @@ from tqdm.auto import tqdm
 
 from blip3o_dit.data.checks import check_pair
 from blip3o_dit.data.manifest import DTYPES, MANIFEST, check_shard_count
-from blip3o_dit.data.store import EmbeddingStore, json_line, to_disk, write_shard
+from blip3o_dit.data.pooling import pool_tokens
+from blip3o_dit.data.shard_writer import json_line, to_disk, write_shard
+from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.extraction.config import RESUMABLE_CHANGES, ExtractionConfig
 from blip3o_dit.extraction.image_decoding import UnreadableImageError, decode_image
 from blip3o_dit.extraction.image_files import ImageRef, list_images
@@ -38,7 +40,6 @@ from blip3o_dit.extraction.vision_towers import (
     Preprocessing,
     VisionEncoder,
     load_encoder,
-    pool_tokens,
     tiny_encoder,
 )
 from blip3o_dit.utils.distributed import join_processes
