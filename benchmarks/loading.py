@@ -37,8 +37,9 @@ from blip3o_dit.data.dataset import (
 )
 from blip3o_dit.data.embeddings import open_embeddings
 from blip3o_dit.data.manifest import write_manifest
+from blip3o_dit.data.shard_writer import write_shard
 from blip3o_dit.data.statistics import streamed_statistics
-from blip3o_dit.data.store import EmbeddingStore, write_shard
+from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.data.worker_batches import whole_batch
 from blip3o_dit.training.config import SHUFFLES
 

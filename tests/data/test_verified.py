@@ -20,6 +20,7 @@ from blip3o_dit.data import verified
 from blip3o_dit.data.dataset import EmbeddingDataset, ShuffledSampler
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
 from blip3o_dit.data.worker_batches import whole_batch
+from tests.helpers.stores import without_sample_checksums
 
 SHARDS = 6
 
@@ -43,7 +44,7 @@ def path(tmp_path: Path) -> Path:
     sizes = dict(num_tokens=4, condition_dim=6, target_dim=3)
     with StoreWriter(tmp_path / "store", **sizes, dtype="float32", shard_size=4) as writer:
         writer.append(eva, clip, [{"key": str(row)} for row in range(4 * SHARDS)])
-    return tmp_path / "store"
+    return without_sample_checksums(tmp_path / "store")
 
 
 @pytest.fixture

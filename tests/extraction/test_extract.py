@@ -18,6 +18,7 @@ import torch
 
 from blip3o_dit.cli.main import main
 from blip3o_dit.data.embeddings import open_embeddings
+from blip3o_dit.data.pooling import pool_tokens
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.extraction import extractor as engine
 from blip3o_dit.extraction.config import ExtractionConfig
@@ -27,7 +28,7 @@ from blip3o_dit.extraction.image_decoding import decode_image
 from blip3o_dit.extraction.image_files import list_images
 from blip3o_dit.extraction.resume import SKIPPED_FILE, read_entry
 from blip3o_dit.extraction.tokens import load_towers
-from blip3o_dit.extraction.vision_towers import pool_tokens, tiny_encoder
+from blip3o_dit.extraction.vision_towers import tiny_encoder
 from tests.helpers.extraction import BROKEN, COUNT, content, settings, write_images
 
 ROOT = Path(__file__).parent.parent.parent

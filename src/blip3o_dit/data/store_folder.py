@@ -2,14 +2,15 @@
 
     NAME/store.partial/    the new store while it is written; its files move into NAME when it is whole
 
-So the old store stays until the new one is whole, and NAME may be a mount point, a link or the current folder,
-which no rename could replace. A process killed while files move leaves a folder that the next one finishes.
+So the old store stays until the new one is whole, and NAME may be a mount point, a link or the current
+folder, which no rename could replace. A process killed while files move leaves what the next one finishes.
 """
 
 from __future__ import annotations
 
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from blip3o_dit.utils.atomic import (
     publish_files,
     remove_files_and_folders,
 )
-from blip3o_dit.utils.folder_lock import LOCK_FILE
+from blip3o_dit.utils.folder_lock import LOCK_FILE, folder_lock
 from blip3o_dit.utils.json_files import read_json, show_names
 
 # What file systems, file managers and git leave in a folder that counts as empty; nothing touches them.
@@ -41,8 +42,7 @@ class StoreFolder:
     def __init__(self, path: Path, *, overwrite: bool = False) -> None:
         self.path = path
         self.aside = path / STORE_ASIDE
-        if not path.is_dir() and (path.exists() or path.is_symlink()):
-            raise ValueError(f"{path}: expected a folder to write to, found a file or a broken link")
+        _check_is_folder(path)
         self._is_new = not path.exists()
         if not self._is_new:
             finish_publishing(self.aside, path, MANIFEST)
@@ -60,6 +60,35 @@ class StoreFolder:
         if self._is_new:
             with suppress(OSError):  # somebody put something there
                 self.path.rmdir()
+
+
+@contextmanager
+def writing_alone(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock of a folder to write to, which is made for that and goes again if it stays empty."""
+    _check_is_folder(path)
+    is_new = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        with folder_lock(path, what):
+            yield
+    finally:
+        if is_new:
+            with suppress(OSError):  # it has become a store's
+                path.rmdir()
+
+
+def claim_more(store: Path) -> Path:
+    """A new folder for shards that will be added to the store at `store`; see `publish_more`.
+
+    Raises:
+        ValueError: when files there could be taken for such shards.
+    """
+    remove_unpublished(store)
+    others = _shard_names({file.name for file in store.iterdir()}) - stored_files(store)
+    if others:
+        raise ValueError(f"{store}: expected no shards beside those of its store, found {show_names(others)}")
+    (store / STORE_ASIDE).mkdir()
+    return store / STORE_ASIDE
 
 
 def publish_more(path: Path) -> None:
@@ -86,8 +115,7 @@ def stored_files(path: Path) -> set[str]:
     shards = manifest.get("shards")
     entries = [shard for shard in shards if isinstance(shard, dict)] if isinstance(shards, list) else []
     names = {str(shard.get(name)) for shard in entries for name in ("file", "table")}
-    names = {name for name in names if _SHARD_NAME.fullmatch(name)}
-    return names | {MANIFEST} | ({"skipped.jsonl"} if "skipped" in manifest else set())
+    return _shard_names(names) | {MANIFEST} | ({"skipped.jsonl"} if "skipped" in manifest else set())
 
 
 def check_claim(path: Path, overwrite: bool) -> None:
@@ -106,10 +134,18 @@ def check_claim(path: Path, overwrite: bool) -> None:
         )
     if not overwrite:
         raise ValueError(f"{path}: expected no store there, found one (overwrite it?)")
-    others = {name for name in names if _SHARD_NAME.fullmatch(name)} - stored
-    others -= stored_files(path / STORE_ASIDE)
+    others = _shard_names(names) - stored - stored_files(path / STORE_ASIDE)
     if others:
         raise ValueError(f"{path}: expected no shards beside those of its store, found {show_names(others)}")
+
+
+def _check_is_folder(path: Path) -> None:
+    if not path.is_dir() and (path.exists() or path.is_symlink()):
+        raise ValueError(f"{path}: expected a folder to write to, found a file or a broken link")
+
+
+def _shard_names(names: set[str]) -> set[str]:
+    return {name for name in names if _SHARD_NAME.fullmatch(name)}
 
 
 def _own_manifest(path: Path) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from blip3o_dit.data.combine import append_store
 from blip3o_dit.data.manifest import MANIFEST
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.data.store_folder import check_claim, stored_files
@@ -55,8 +56,6 @@ def unknown_images(store: EmbeddingStore, refs: Sequence[ImageRef], bars: bool) 
 
 def add_to_store(aside: Path, output: Path, images: str) -> None:
     """Add what was extracted aside from `images`, and list what was skipped there."""
-    from blip3o_dit.data.combine import append_store
-
     before = {image["key"]: image for image in read_skipped(output)}
     skipped, added = before | {image["key"]: image for image in read_skipped(aside)}, 0
     if is_finished(aside):

@@ -17,6 +17,7 @@ from typing import Any
 
 from blip3o_dit.data.manifest import STORE_ASIDE, check_shard_count
 from blip3o_dit.data.store import EmbeddingStore
+from blip3o_dit.data.store_folder import writing_alone
 from blip3o_dit.extraction.beside import add_to_store, check_replaceable, replace_store, unknown_images
 from blip3o_dit.extraction.config import ExtractionConfig
 from blip3o_dit.extraction.extractor import Extractor
@@ -35,7 +36,6 @@ from blip3o_dit.extraction.resume import (
     find_extraction,
     finish_store,
     forget_units_with,
-    held_folder,
     is_finished,
     other_files,
     read_skipped,
@@ -160,7 +160,7 @@ class Job:
         if not self.processes.is_main:
             yield
             return
-        with held_folder(self.output):
+        with writing_alone(self.output, "extraction"):
             yield
 
     def _find(self, identity: dict[str, Any]) -> dict[str, Any] | None:

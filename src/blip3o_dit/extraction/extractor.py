@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from blip3o_dit.data.checks import check_pair
-from blip3o_dit.data.store import json_line, write_shard
+from blip3o_dit.data.shard_writer import json_line, write_shard
 from blip3o_dit.extraction.config import ExtractionConfig
 from blip3o_dit.extraction.decoding import Decoded, decoded_images, stack
 from blip3o_dit.extraction.image_files import ImageRef

@@ -13,8 +13,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from blip3o_dit.extraction.identity import differences, is_of_earlier_version
 from blip3o_dit.extraction.skipping import NO_FIT, SkipLimit, Skipped, kind_of, summary
 from blip3o_dit.utils.atomic import ASIDE, finish_publishing, remove_files_and_folders, write_atomically
 from blip3o_dit.utils.checksums import sha256
-from blip3o_dit.utils.folder_lock import folder_lock
 from blip3o_dit.utils.json_files import printable, read_json, short_repr, show_names
 
 SETTINGS_FILE = "extraction.json"
@@ -83,20 +81,6 @@ def is_begun(output: Path) -> bool:
 def begin(output: Path, identity: dict[str, Any]) -> None:
     """Make the folder, which is held, this extraction's."""
     write_atomically(output / SETTINGS_FILE, json.dumps(identity, indent=2).encode())
-
-
-@contextmanager
-def held_folder(output: Path) -> Iterator[None]:
-    """The folder, made if need be, for this run alone; one that was made and is still empty goes again."""
-    made = not output.exists()
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        with folder_lock(output, "extraction"):
-            yield
-    finally:
-        if made:
-            with suppress(OSError):
-                output.rmdir()
 
 
 def forget_entry(output: Path, unit: int) -> None:

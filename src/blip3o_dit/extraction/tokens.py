@@ -12,10 +12,11 @@ from torch import Tensor
 
 from blip3o_dit.data.checks import non_finite_samples
 from blip3o_dit.data.manifest import DTYPES
-from blip3o_dit.data.store import to_disk
+from blip3o_dit.data.pooling import pool_tokens
+from blip3o_dit.data.shard_writer import to_disk
 from blip3o_dit.extraction.config import ExtractionConfig
 from blip3o_dit.extraction.skipping import NO_FIT
-from blip3o_dit.extraction.vision_towers import VisionEncoder, load_encoder, pool_tokens, tiny_encoder
+from blip3o_dit.extraction.vision_towers import VisionEncoder, load_encoder, tiny_encoder
 from blip3o_dit.utils.json_files import one_line
 
 logger = logging.getLogger(__name__)

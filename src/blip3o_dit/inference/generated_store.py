@@ -14,7 +14,7 @@ from torch import Tensor
 from blip3o_dit.data.checks import Record, check_pair, check_square
 from blip3o_dit.data.embeddings import Embeddings, batches
 from blip3o_dit.data.manifest import DTYPES, STORE_ASIDE, write_manifest
-from blip3o_dit.data.store import json_line, to_disk, write_shard
+from blip3o_dit.data.shard_writer import json_line, to_disk, write_shard
 from blip3o_dit.data.store_folder import StoreFolder
 
 DTYPE = "float32"
