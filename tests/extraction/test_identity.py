@@ -17,6 +17,7 @@ from PIL import Image
 from blip3o_dit.extraction import extractor as engine
 from blip3o_dit.extraction.config import ExtractionConfig
 from blip3o_dit.extraction.extract import extract
+from blip3o_dit.extraction.identity import describe_extraction
 from blip3o_dit.extraction.vision_towers import tiny_encoder
 from blip3o_dit.utils.folder_lock import FolderInUseError, folder_lock
 from tests.helpers.extraction import content, settings, write_images
@@ -127,6 +128,12 @@ def test_what_may_not_change(begun: ExtractionConfig, changes: dict[str, Any]) -
     name = next(iter(changes))
     with pytest.raises(ValueError, match=rf"settings\.{name} is .*--overwrite"):
         extract(replace(begun, **changes), progress=False)
+
+
+def test_the_seed_matters_to_towers_from_scratch_only() -> None:
+    config = ExtractionConfig(images="a", output="b", seed=3)
+    assert "seed" not in describe_extraction(config, {})["settings"]
+    assert describe_extraction(replace(config, towers_from_scratch=True), {})["settings"]["seed"] == 3
 
 
 def test_pictures_above_another_limit_are_tried_again(images: Path, tmp_path: Path) -> None:

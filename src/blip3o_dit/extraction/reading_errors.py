@@ -74,7 +74,7 @@ class Source:
                 data = ref.read()
             except OSError as error:
                 found = error
-            except ValueError as error:
+            except (ValueError, MemoryError) as error:
                 raise UnreadableImageError(f"{NOT_READ}: {one_line(error)}") from error
             else:
                 self.last = ref.file
