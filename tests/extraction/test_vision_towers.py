@@ -6,10 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
@@ -96,36 +94,6 @@ def stretching_tower(folder: Path) -> Path:
     """A DINOv2 checkpoint, whose positions stretch to any image."""
     Dinov2Model(Dinov2Config(**SIZES)).save_pretrained(folder)
     return folder
-
-
-def test_preprocessing_resizes_crops_and_normalizes() -> None:
-    wide = np.zeros((10, 30, 3), dtype=np.uint8)
-    wide[:, 10:20] = 255  # the central square is white
-    prepare = Preprocessing(10, mean=(0.5, 0.5, 0.5), std=(0.25, 0.5, 1.0))
-    pixels = prepare(Image.fromarray(wide))
-    assert pixels.shape == (3, 10, 10)
-    for channel, expected in enumerate((2.0, 1.0, 0.5)):
-        torch.testing.assert_close(pixels[channel], torch.full((10, 10), expected))
-    squashed = Preprocessing(10, resize="squash", resample="nearest", mean=(0, 0, 0), std=(1, 1, 1))
-    assert squashed(Image.fromarray(wide)).mean() == pytest.approx(1 / 3, abs=0.07)
-
-
-@pytest.mark.parametrize("size", [(61, 90), (90, 61), (24, 24), (10, 30)])
-def test_preprocessing_equals_transformers_image_processors_bit_for_bit(size: tuple[int, int]) -> None:
-    from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
-
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
-    square = {"height": 24, "width": 24}
-    half = (0.5, 0.5, 0.5)
-    for ours, theirs in (
-        (Preprocessing(24), CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size=square)),
-        (
-            Preprocessing(24, resize="squash", resample="bilinear", mean=half, std=half),
-            SiglipImageProcessorPil(size=square, resample=2),
-        ),
-    ):
-        expected = torch.as_tensor(np.asarray(theirs(image)["pixel_values"][0]))
-        assert torch.equal(ours(image), expected)
 
 
 def test_preprocessing_is_read_from_the_checkpoint(clip_folder: Path, tmp_path: Path) -> None:

@@ -3,68 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from blip3o_dit.extraction.eva_clip import EvaClipConfig, EvaClipVision, load_eva_clip
+from blip3o_dit.extraction.preprocessing import CLIP_MEAN, CLIP_STD, RESAMPLING, Preprocessing
 from blip3o_dit.utils.json_files import one_line, read_json
 from blip3o_dit.utils.logging import quiet_transformers
 from blip3o_dit.utils.validation import check_name, is_hub_id
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# Pillow's numbers, which preprocessor_config.json holds
-RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 # Downloaded from the hub: never code
 HUB_FILES = ["*.json", "*.safetensors", "*.bin"]
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """From an image to a tower's input, bit for bit as transformers' CLIP and SigLIP image processors.
-
-    `resize` "shortest" scales the shorter side to `size` and crops the center, "squash" ignores the aspect
-    ratio. A checkpoint that scales to more than it crops (DINOv2: 256, then 224) is scaled to the crop.
-
-    Not `AutoImageProcessor`: it refuses a folder whose preprocessor_config.json names no processor, unless
-    it knows the config's model type, and `clip_vision_model` is not among those.
-    """
-
-    size: int
-    resize: str = "shortest"
-    resample: str = "bicubic"
-    mean: tuple[float, float, float] = CLIP_MEAN
-    std: tuple[float, float, float] = CLIP_STD
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        """RGB image -> float32 [3, size, size]."""
-        resampling = Image.Resampling(RESAMPLING[self.resample])
-        if self.resize == "squash":
-            image = image.resize((self.size, self.size), resampling)
-        else:
-            image = self._crop_center(self._shortest_to_size(image, resampling))
-        pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255.0
-        return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
-
-    def _shortest_to_size(self, image: Image.Image, resampling: Image.Resampling) -> Image.Image:
-        width, height = image.size
-        short, long = min(width, height), max(width, height)
-        scaled = int(self.size * long / short)  # truncated, as transformers' CLIP image processor does
-        size = (self.size, scaled) if width <= height else (scaled, self.size)
-        return image.resize(size, resampling)
-
-    def _crop_center(self, image: Image.Image) -> Image.Image:
-        left, top = (image.width - self.size) // 2, (image.height - self.size) // 2
-        return image.crop((left, top, left + self.size, top + self.size))
 
 
 class VisionEncoder(nn.Module):
@@ -104,7 +58,7 @@ class VisionEncoder(nn.Module):
             "grid": self.grid,
             "tokens": self.tokens,
             "meaningful": self.meaningful,
-            "preprocessing": json.loads(json.dumps(asdict(self.preprocessing))),
+            "preprocessing": self.preprocessing.describe(),
         }
 
 
