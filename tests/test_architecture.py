@@ -102,6 +102,7 @@ TESTED_IN = {
     "evaluation/report.py": "evaluation/test_evaluate.py",
     "evaluation/samplers.py": "evaluation/test_evaluate.py",
     "evaluation/summary.py": "evaluation/test_evaluate.py",
+    "extraction/encoders.py": "extraction/test_vision_towers.py",
     "extraction/config.py": "extraction/test_extract.py",
     "flow/config.py": "model/test_model_config.py",
     "flow/loss.py": "flow/test_path.py",

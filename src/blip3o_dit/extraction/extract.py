@@ -117,8 +117,14 @@ def load_towers(config: ExtractionConfig, device: torch.device) -> Towers:
         towers = {side: tiny_encoder(side, seed=config.seed) for side in ("eva", "clip")}
     else:
         towers = {
-            "eva": load_encoder(config.eva, dtype=dtype, revision=config.eva_revision),
-            "clip": load_encoder(config.clip, dtype=dtype, revision=config.clip_revision),
+            side: load_encoder(
+                getattr(config, side),
+                dtype=dtype,
+                revision=getattr(config, f"{side}_revision"),
+                preprocessing=getattr(config, f"{side}_preprocessing"),
+                size=getattr(config, f"{side}_size"),
+            )
+            for side in ("eva", "clip")
         }
     for tower in towers.values():
         pool_tokens(torch.empty(1, tower.grid**2, 1), config.tokens)  # refuses before any work is done

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Hashable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -76,6 +76,11 @@ class Preprocessing:
         )
         scale = torch.tensor(1 / self.rescale).to(pixels.device)
         return pixels.float().div_(scale).sub_(mean).div_(std)
+
+    def at(self, size: int) -> Preprocessing:
+        """For a tower that is given pictures of another size: the same part of each picture."""
+        to = self.resize_to and round(self.resize_to * size / self.size)
+        return replace(self, size=size, resize_to=to)
 
     def describe(self) -> dict[str, Any]:
         """What the manifest says of it; JSON values. Settings that most towers lack are left out."""
