@@ -20,6 +20,8 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # Pillow's numbers, which preprocessor_config.json holds
 RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
+# Pixels a side that a tower may ask for
+MAX_SIDE = 2**13
 # An image that would be scaled to more pixels than this, to keep a square of them, is cropped before
 MAX_SCALED_PIXELS = 2**24
 # Source pixels that a filter reads to each side of a point (Lanczos), in units of the scale

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from blip3o_dit.extraction.preprocessing import CLIP_MEAN, CLIP_STD, RESAMPLING, Preprocessing
+from blip3o_dit.extraction.preprocessing import CLIP_MEAN, CLIP_STD, MAX_SIDE, RESAMPLING, Preprocessing
 from blip3o_dit.extraction.weight_files import refuse_impostor
 from blip3o_dit.utils.json_files import read_json_object, short_repr
 from blip3o_dit.utils.validation import check_integer, error_context, is_number
@@ -179,8 +179,8 @@ def _side(value: Any, key: str) -> int:
             raise ValueError(f"{key}: expected a square's height and width, found {short_repr(value)}")
         value = value["height"]
     check_integer(key, value, 1)
-    if value > 2**13:
-        raise ValueError(f"{key}: expected at most {2**13} pixels, found {value}")
+    if value > MAX_SIDE:
+        raise ValueError(f"{key}: expected at most {MAX_SIDE} pixels, found {value}")
     return int(value)
 
 
