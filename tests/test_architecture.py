@@ -107,6 +107,7 @@ TESTED_IN = {
     "evaluation/report.py": "evaluation/test_evaluate.py",
     "evaluation/samplers.py": "evaluation/test_evaluate.py",
     "evaluation/summary.py": "evaluation/test_evaluate.py",
+    "extraction/encoders.py": "extraction/test_vision_towers.py",
     "extraction/config.py": "extraction/test_extract.py",
     "extraction/extractor.py": "extraction/test_extract.py",
     "extraction/skipping.py": "extraction/test_reading_errors.py",

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from blip3o_dit.data.store import EmbeddingStore
+from blip3o_dit.extraction.encoders import ClipEncoder, VisionEncoder
 from blip3o_dit.extraction.extract import extract
 from blip3o_dit.extraction.resume import SKIPPED_FILE
 from blip3o_dit.extraction.tokens import load_towers, storable, tower_tokens
-from blip3o_dit.extraction.vision_towers import ClipEncoder, VisionEncoder, tiny_encoder
+from blip3o_dit.extraction.vision_towers import tiny_encoder
 from tests.helpers.extraction import settings, write_images
 
 CPU = torch.device("cpu")

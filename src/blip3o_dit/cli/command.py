@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import logging
 import os
 import signal
@@ -66,7 +67,10 @@ def user_message(error: BaseException) -> str:
 
 
 def set_up_logging() -> None:
-    """Our messages at INFO on the first process, warnings only on the others."""
+    """Our messages at INFO on the first process, warnings only on the others; any text can be written."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     quiet_torchao()
     main_process = os.environ.get("RANK", "0") == "0"
     logger = logging.getLogger("blip3o_dit")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from blip3o_dit.utils.json_files import printable
 from blip3o_dit.utils.pca_colors import pca_colors
 
 # Okabe and Ito's palette, which color-blind readers can tell apart.
@@ -39,7 +41,7 @@ def curve_plot(curves: Mapping[str, Sequence[Mapping[str, Any]]], baseline: tupl
                 linestyle=("-", "--", ":", "-.")[style % 4],
                 marker="os^D"[style % 4],
                 markersize=4,
-                label=f"{name}, {solver}" if len(curves) > 1 else solver,
+                label=_plain(f"{name}, {solver}") if len(curves) > 1 else solver,
             )
     if baseline is not None:
         axes.axhline(baseline[1], color=FAINT, linewidth=1, linestyle=(0, (1, 2)), label=baseline[0])
@@ -62,7 +64,12 @@ def spread_plot(samplers: Sequence[Mapping[str, Any]]) -> str:
         error = [point["error"] for point in sampler["spread_error"]]
         high = max([high, *spread, *error])
         axes.plot(
-            spread, error, marker="o", markersize=4, color=COLORS[row % len(COLORS)], label=sampler["name"]
+            spread,
+            error,
+            marker="o",
+            markersize=4,
+            color=COLORS[row % len(COLORS)],
+            label=_plain(sampler["name"]),
         )
     axes.plot([0, 1.05 * high], [0, 1.05 * high], color=FAINT, linewidth=1, linestyle="--")
     axes.set_xlim(0, 1.05 * high)
@@ -85,7 +92,7 @@ def position_plot(samplers: Sequence[Mapping[str, Any]]) -> str:
             image = axes.imshow(values, cmap="cividis")
             axes.set_xticks([])
             axes.set_yticks([])
-            axes.set_title(f"{sampler['name']}: {label}" if len(samplers) > 1 else label, fontsize=10)
+            axes.set_title(_plain(f"{sampler['name']}: {label}") if len(samplers) > 1 else label, fontsize=10)
             figure.colorbar(image, ax=axes, shrink=0.85)
     return _image(figure, "Token cosine and R2 over the grid")
 
@@ -106,9 +113,9 @@ def sample_plot(rows: Mapping[str, np.ndarray], images: Sequence[Any] | None, ti
         place.set_yticks([])
         place.spines[:].set_visible(False)
     for column, title in enumerate(titles):
-        grid[0, column].set_title(title, fontsize=8)
+        grid[0, column].set_title(_plain(title), fontsize=8)
     for row, name in enumerate(names):
-        label = grid[row, 0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
+        label = grid[row, 0].set_ylabel(_plain(name), fontsize=9, rotation=0, ha="right", va="center")
         label.set_wrap(True)
         for column in range(count):
             if name in rows:
@@ -124,6 +131,11 @@ def _thumbnail(image: Any) -> np.ndarray:
     copy = image.copy()
     copy.thumbnail((112, 112))
     return np.asarray(copy.convert("RGB"))
+
+
+def _plain(text: str) -> str:
+    """Any text, such as a file's name, that matplotlib takes for no formula and every file can hold."""
+    return printable(text).replace("$", r"\$")
 
 
 def _figure(width: float, height: float, *, axes: bool = True) -> tuple[Any, Any]:
@@ -146,7 +158,8 @@ def _image(figure: Any, description: str) -> str:
     buffer = io.BytesIO()
     settings: Any = {"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "report"}
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # none of it
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of glyphs that its font lacks: the page's reader chooses the font
         figure.savefig(buffer, format="svg", metadata=metadata, transparent=True)
     content = base64.b64encode(buffer.getvalue()).decode()
     width = round(96 * figure.get_size_inches()[0])  # CSS pixels

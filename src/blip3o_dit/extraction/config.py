@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from blip3o_dit.data.manifest import DTYPES
 from blip3o_dit.extraction.image_decoding import MAX_PIXELS
 from blip3o_dit.utils.settings import setting
-from blip3o_dit.utils.validation import check_name, is_number
+from blip3o_dit.utils.validation import check_name, check_range, is_number
 
 DEFAULT_EVA = "BAAI/EVA-CLIP-8B"
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
@@ -36,6 +36,10 @@ class ExtractionConfig:
     clip: str = setting(DEFAULT_CLIP, "tower of the targets")
     eva_revision: str | None = setting(None, "revision on the hub")
     clip_revision: str | None = setting(None, "revision on the hub")
+    eva_preprocessing: str | None = setting(None, "preprocessor_config.json to use, not the tower's own")
+    clip_preprocessing: str | None = setting(None, "preprocessor_config.json to use, not the tower's own")
+    eva_size: int | None = setting(None, "pixels a side for the tower (default: its own)")
+    clip_size: int | None = setting(None, "pixels a side for the tower (default: its own)")
     towers_from_scratch: bool = setting(
         False,
         "tiny random towers, to try the pipeline: their tokens mean nothing",
@@ -74,6 +78,9 @@ class ExtractionConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise ValueError(f"{name}: expected an integer >= {low}, found {value!r}")
+        for name in ("eva_size", "clip_size"):
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name), 1, 4097)
         if self.max_pixels > MAX_PIXELS:
             raise ValueError(f"max_pixels: expected at most {MAX_PIXELS}, found {self.max_pixels}")
         if not is_number(self.max_skipped) or not 0 <= self.max_skipped <= 1:

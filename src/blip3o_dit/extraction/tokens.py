@@ -15,8 +15,9 @@ from blip3o_dit.data.manifest import DTYPES
 from blip3o_dit.data.pooling import pool_tokens
 from blip3o_dit.data.shard_writer import to_disk
 from blip3o_dit.extraction.config import ExtractionConfig
+from blip3o_dit.extraction.encoders import VisionEncoder
 from blip3o_dit.extraction.skipping import NO_FIT
-from blip3o_dit.extraction.vision_towers import VisionEncoder, load_encoder, tiny_encoder
+from blip3o_dit.extraction.vision_towers import load_encoder, tiny_encoder
 from blip3o_dit.utils.json_files import one_line
 
 logger = logging.getLogger(__name__)
@@ -32,11 +33,16 @@ def load_towers(config: ExtractionConfig, device: torch.device) -> Towers:
         logger.warning("towers from scratch: tiny and random, their tokens mean nothing")
         towers = {side: tiny_encoder(side, seed=config.seed) for side in ("eva", "clip")}
     else:
-        named = {"eva": (config.eva, config.eva_revision), "clip": (config.clip, config.clip_revision)}
         towers = {}
-        for side, (name, revision) in named.items():
-            with _one_line(f"{side} tower {name}", config.dtype):
-                towers[side] = load_encoder(name, dtype=dtype, revision=revision)
+        for side in ("eva", "clip"):
+            with _one_line(f"{side} tower {getattr(config, side)}", config.dtype):
+                towers[side] = load_encoder(
+                    getattr(config, side),
+                    dtype=dtype,
+                    revision=getattr(config, f"{side}_revision"),
+                    preprocessing=getattr(config, f"{side}_preprocessing"),
+                    size=getattr(config, f"{side}_size"),
+                )
     for side, tower in towers.items():
         pool_tokens(torch.empty(1, tower.grid**2, 1), config.tokens)  # refuses before any work is done
         with _one_line(f"{side} tower {tower.name}", config.dtype):
