@@ -24,7 +24,7 @@ from typing import Any
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.extraction import extract as engine
 from blip3o_dit.extraction.config import ExtractionConfig
-from blip3o_dit.extraction.extract import Extractor
+from blip3o_dit.extraction.extractor import Extractor
 from blip3o_dit.extraction.resume import SKIPPED_FILE
 from tests.helpers.mixed_images import write_mixed_images
 
@@ -64,8 +64,10 @@ def profile(images: Path, output: Path, broken: set[str]) -> Path:
                 return
             yield item
 
-    def with_timed_towers(self: Extractor, config: Any, refs: Any, towers: Any) -> None:
-        run_towers(self, config, refs, towers)
+    def with_timed_towers(
+        self: Extractor, config: Any, output: Path, refs: Any, towers: Any, device: Any
+    ) -> None:
+        run_towers(self, config, output, refs, towers, device)
         for tower in towers.values():
             forward = tower.forward
 

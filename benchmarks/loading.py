@@ -32,14 +32,15 @@ from blip3o_dit.data.dataset import (
     BatchNoise,
     EmbeddingDataset,
     choose_samples,
-    identity_collate,
     split_samples,
     training_sampler,
 )
 from blip3o_dit.data.embeddings import open_embeddings
 from blip3o_dit.data.manifest import write_manifest
+from blip3o_dit.data.shard_writer import write_shard
 from blip3o_dit.data.statistics import streamed_statistics
-from blip3o_dit.data.store import EmbeddingStore, write_shard
+from blip3o_dit.data.store import EmbeddingStore
+from blip3o_dit.data.worker_batches import whole_batch
 from blip3o_dit.training.config import SHUFFLES
 
 SIZES = TOKENS, CONDITION, TARGET = 64, 1280, 768
@@ -96,7 +97,7 @@ def loader_of(data: EmbeddingDataset, shuffle: str, workers: int) -> tuple[Any, 
         batch_size=BATCH,
         sampler=sampler,
         num_workers=workers,
-        collate_fn=identity_collate,
+        collate_fn=whole_batch,
         persistent_workers=workers > 0,
     )
     return sampler, loader

@@ -19,13 +19,13 @@ from blip3o_dit.data.dataset import (
     Split,
     WindowShuffledSampler,
     choose_samples,
-    identity_collate,
     split_samples,
     training_sampler,
 )
 from blip3o_dit.data.manifest import DTYPES
 from blip3o_dit.data.pickle_format import PickledEmbeddings, write_pickle
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
+from blip3o_dit.data.worker_batches import whole_batch
 from blip3o_dit.utils.stateless_random import stateless_normal
 
 SIZES = dict(num_tokens=4, condition_dim=6, target_dim=3)
@@ -297,7 +297,7 @@ def test_a_windowed_loader_brings_each_sample_of_the_split_once(store: Embedding
     split = split_samples(store, eval_split=0.3, seed=0)
     data = EmbeddingDataset(store, split.train)
     sampler = training_sampler(data, shuffle="window", window=window, seed=0)
-    brought = flat(list(DataLoader(data, batch_size=5, sampler=sampler, collate_fn=identity_collate)))
+    brought = flat(list(DataLoader(data, batch_size=5, sampler=sampler, collate_fn=whole_batch)))
     assert sorted(brought) == split.train.tolist() != brought
     assert isinstance(sampler, WindowShuffledSampler)
     if window == 1000:  # nothing cut: the shards of 7, as far as the split leaves them
@@ -391,7 +391,7 @@ def epochs(
         batch_size=batch_size,
         sampler=sampler,
         num_workers=workers,
-        collate_fn=identity_collate,
+        collate_fn=whole_batch,
         persistent_workers=workers > 0,
     )
     found = []
@@ -428,7 +428,7 @@ def test_the_order_does_not_depend_on_workers_or_batch_size(big: EmbeddingStore)
 
 
 def test_plain_positions_mean_epoch_zero(big: EmbeddingStore) -> None:
-    loader: DataLoader = DataLoader(EmbeddingDataset(big, INDICES), batch_size=4, collate_fn=identity_collate)
+    loader: DataLoader = DataLoader(EmbeddingDataset(big, INDICES), batch_size=4, collate_fn=whole_batch)
     batches = list(loader)
     assert flat(batches) == INDICES.tolist()
     assert {batch["epoch"] for batch in batches} == {0}
@@ -536,7 +536,7 @@ def test_batches_travel_in_the_dtype_of_the_store(
         batch_size=9,
         sampler=ShuffledSampler(9, seed=0),
         num_workers=workers,
-        collate_fn=identity_collate,
+        collate_fn=whole_batch,
     )
     (batch,) = loader
     assert {batch[name].dtype for name in ("eva", "clip")} == {kind}

@@ -16,11 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from blip3o_dit.data.dataset import EmbeddingDataset, identity_collate, split_samples
+from blip3o_dit.data import store as store_module
+from blip3o_dit.data.dataset import EmbeddingDataset, split_samples
 from blip3o_dit.data.embeddings import batches
 from blip3o_dit.data.manifest import DTYPES, MANIFEST
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
+from blip3o_dit.data.worker_batches import whole_batch
 from blip3o_dit.utils.atomic import dump_atomically, write_atomically
+from tests.helpers.stores import without_sample_checksums
 
 SIZES = dict(num_tokens=4, condition_dim=6, target_dim=3)
 
@@ -54,6 +57,7 @@ def edit_manifest(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 
 
 def flip_last_byte(file: Path) -> None:
+    """Of the file, which in a shard is one of its last sample's clip or eva."""
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
@@ -202,10 +206,9 @@ def interrupted(writer: StoreWriter) -> None:
 
 
 def test_an_exception_inside_the_context_leaves_no_store(tmp_path: Path) -> None:
-    interrupted(StoreWriter(tmp_path / "s", **SIZES, shard_size=3))
-    assert (tmp_path / "s" / "shard-00001.safetensors").exists()
-    assert not (tmp_path / "s" / MANIFEST).exists()
-    assert "expected manifest.json, found none" in refused(lambda: EmbeddingStore(tmp_path / "s"))
+    writer = StoreWriter(tmp_path / "s", **SIZES, shard_size=3)
+    interrupted(writer)
+    assert not (tmp_path / "s").exists()
 
 
 def test_no_manifest_exists_while_shards_are_written(tmp_path: Path) -> None:
@@ -215,10 +218,11 @@ def test_no_manifest_exists_while_shards_are_written(tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "s").glob("manifest*")] == [MANIFEST]
 
 
-def test_an_interrupted_overwrite_does_not_leave_the_old_manifest(tmp_path: Path) -> None:
+def test_an_interrupted_overwrite_leaves_the_old_store_as_it_was(tmp_path: Path) -> None:
     write(tmp_path / "s")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "s").iterdir()}
     interrupted(StoreWriter(tmp_path / "s", **SIZES, overwrite=True))
-    assert "unfinished" in refused(lambda: EmbeddingStore(tmp_path / "s"))
+    assert {file.name: file.read_bytes() for file in (tmp_path / "s").iterdir()} == before
 
 
 def test_an_unfinished_store_can_be_written_again(tmp_path: Path) -> None:
@@ -334,6 +338,29 @@ def test_what_overflows_fp16_fits_bfloat16(tmp_path: Path) -> None:
     assert EmbeddingStore(tmp_path / "s").fetch([1])[1][0, 1, 1] == -131072
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-9, 1e-6])
+def test_what_underflows_fp16_is_refused_like_what_overflows(tmp_path: Path, scale: float) -> None:
+    eva, clip, records = samples(4)
+    eva[2, 1] = torch.tensor([0.3, 0.1, -1.0, 0.7, 0.0, 0.2]) * scale
+    with StoreWriter(tmp_path / "s", **SIZES) as writer:
+        writer.append(*samples(1))
+        message = refused(lambda: writer.append(eva, clip, records))
+    assert "eva: 1 tokens are too small for float16, which would change them by more than 1%" in message
+    assert message.endswith("choose bfloat16 or float32, or scale them")
+    for dtype in ("bfloat16", "float32"):
+        with StoreWriter(tmp_path / dtype, **SIZES, dtype=dtype) as writer:
+            writer.append(eva, clip, records)
+
+
+def test_small_values_beside_larger_ones_and_zeros_are_stored(tmp_path: Path) -> None:
+    eva, clip, records = samples(2)
+    eva[0, 0] = torch.tensor([1e-12, 0.0, 1.0, -1e-8, 0.5, 0.0])
+    eva[1, 0] = 0.0
+    eva[1, 1] = 1e-4
+    with StoreWriter(tmp_path / "s", **SIZES) as writer:
+        writer.append(eva, clip, records)
+
+
 def test_a_record_that_json_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
     eva, clip, records = samples(2)
     records[1]["label"] = np.int64(3)
@@ -402,10 +429,83 @@ def test_one_altered_byte_is_refused_when_that_file_is_read(tmp_path: Path, kind
     store = EmbeddingStore(tmp_path / "s")
     read: Callable[[Any], object] = store.fetch if kind == "safetensors" else store.records
     read([0, 1, 2, 6])
-    altered = f"{tmp_path / 's'}/shard-00001.{kind}: its SHA-256 is not the manifest's: the file was altered"
+    digest = f"{tmp_path / 's'}/shard-00001.{kind}: its SHA-256 is not the manifest's: the file was altered"
+    sample = digest.replace("its SHA-256 is not the manifest's", "sample 5: its CRC-32 is not the stored one")
     for _ in range(2):
-        assert refused(lambda: read([0, 3])) == altered
-    assert refused(store.verify) == altered
+        assert refused(lambda: read([0, 5])) == (sample if kind == "safetensors" else digest)
+    assert refused(store.verify) == digest
+
+
+def test_a_flipped_bit_anywhere_in_a_shard_is_found_by_who_reads_it_all(tmp_path: Path) -> None:
+    write(tmp_path / "s", 3)
+    file = tmp_path / "s" / "shard-00000.safetensors"
+    whole, before = file.read_bytes(), EmbeddingStore(tmp_path / "s").fetch(range(3))
+    for place in range(len(whole)):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        store = EmbeddingStore(tmp_path / "s")
+        try:
+            found = store.fetch(range(3))
+        except ValueError:
+            continue
+        # a bit of the header that nobody reads
+        assert all(torch.equal(a, b) for a, b in zip(found, before, strict=True)), place
+
+
+def test_reading_reads_no_more_than_what_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = write(tmp_path / "s")
+    checked: list[int] = []
+    plain = store_module.sample_checksum
+    count = lambda eva, clip: checked.append(1) or plain(eva, clip)  # noqa: E731
+    monkeypatch.setattr(store_module, "sample_checksum", count)
+    monkeypatch.setattr(store_module, "check_once", None)  # a call would raise something else
+    for _ in range(3):
+        store.fetch([0, 4, 4])
+    assert len(checked) == 2
+    EmbeddingStore(tmp_path / "s", verify="never").fetch(range(7))
+    store.unverified().fetch(range(7))
+    assert len(checked) == 2
+
+
+def test_a_shard_that_changed_after_it_was_read_is_checked_again(tmp_path: Path) -> None:
+    store = write(tmp_path / "s")
+    store.fetch(range(7))
+    flip_last_byte(tmp_path / "s" / "shard-00001.safetensors")
+    store._maps.clear()
+    assert "sample 5: its CRC-32" in refused(lambda: store.fetch(range(7)))
+
+
+@pytest.mark.parametrize("kind", ["float", "short"])
+def test_checksums_of_another_kind_are_refused(tmp_path: Path, kind: str) -> None:
+    write(tmp_path / "s", 3)
+    file = tmp_path / "s" / "shard-00000.safetensors"
+    tensors = load_file(file)
+    sums = tensors["crc32"].double() if kind == "float" else tensors["crc32"][:2].clone()
+    save_file(tensors | {"crc32": sums}, file)
+    sign(tmp_path / "s")
+    assert "crc32: expected torch.int64 of shape [3]" in refused(
+        lambda: EmbeddingStore(tmp_path / "s").fetch([0])
+    )
+
+
+def test_stores_without_sample_checksums_are_read_as_before(tmp_path: Path) -> None:
+    write(tmp_path / "s")
+    store = EmbeddingStore(without_sample_checksums(tmp_path / "s"))
+    assert torch.equal(store.fetch(range(7))[0], samples(7)[0])
+    store.verify()
+    flip_last_byte(tmp_path / "s" / "shard-00001.safetensors")
+    assert "shard-00001.safetensors: its SHA-256" in refused(lambda: EmbeddingStore(store.path).fetch([3]))
+
+
+def test_all_damaged_files_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "s")
+    (tmp_path / "s" / "shard-00000.safetensors").unlink()
+    flip_last_byte(tmp_path / "s" / "shard-00001.safetensors")
+    flip_last_byte(tmp_path / "s" / "shard-00002.jsonl")
+    found = list(EmbeddingStore(tmp_path / "s", check_files=False).find_damage())
+    names = ["shard-00000.safetensors", "shard-00001.safetensors", "shard-00002.jsonl"]
+    assert [line.split(": ")[0] for line in found] == [str(tmp_path / "s" / name) for name in names]
 
 
 def test_a_glance_reads_what_is_there_and_leaves_the_checking_to_the_store(tmp_path: Path) -> None:
@@ -415,7 +515,7 @@ def test_a_glance_reads_what_is_there_and_leaves_the_checking_to_the_store(tmp_p
     flip_last_byte(tmp_path / "s" / "shard-00001.safetensors")
     store = EmbeddingStore(tmp_path / "s")
     store.unverified().fetch(range(7))
-    assert "shard-00001.safetensors: its SHA-256" in refused(lambda: store.fetch([3]))
+    assert "shard-00001.safetensors: sample 5: its CRC-32" in refused(lambda: store.fetch([5]))
 
 
 def test_verify_passes_a_sound_store_and_reads_again_what_was_read_before(tmp_path: Path) -> None:
@@ -432,7 +532,7 @@ def test_opening_reads_no_shard(tmp_path: Path) -> None:
         file.write_bytes(b"\xff" * file.stat().st_size)
     store = EmbeddingStore(tmp_path / "s")
     assert store.num_samples == 7
-    assert "altered" in refused(lambda: store.fetch([0]))
+    assert "not a readable shard" in refused(lambda: store.fetch([0]))
     assert "altered" in refused(lambda: store.records([0]))
 
 
@@ -472,7 +572,7 @@ def test_a_fresh_process_reads_the_store(tmp_path: Path) -> None:
         EmbeddingDataset(store, np.arange(7)),
         batch_size=7,
         num_workers=1,
-        collate_fn=identity_collate,
+        collate_fn=whole_batch,
         multiprocessing_context="spawn",
     )
     (batch,) = loader

@@ -17,8 +17,10 @@ from torch.utils.data import DataLoader
 from blip3o_dit.data import dataset as dataset_module
 from blip3o_dit.data import store as store_module
 from blip3o_dit.data import verified
-from blip3o_dit.data.dataset import EmbeddingDataset, ShuffledSampler, identity_collate
+from blip3o_dit.data.dataset import EmbeddingDataset, ShuffledSampler
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
+from blip3o_dit.data.worker_batches import whole_batch
+from tests.helpers.stores import without_sample_checksums
 
 SHARDS = 6
 
@@ -42,7 +44,7 @@ def path(tmp_path: Path) -> Path:
     sizes = dict(num_tokens=4, condition_dim=6, target_dim=3)
     with StoreWriter(tmp_path / "store", **sizes, dtype="float32", shard_size=4) as writer:
         writer.append(eva, clip, [{"key": str(row)} for row in range(4 * SHARDS)])
-    return tmp_path / "store"
+    return without_sample_checksums(tmp_path / "store")
 
 
 @pytest.fixture
@@ -90,7 +92,7 @@ def test_each_shard_is_verified_once_whatever_the_workers(
         batch_size=3,
         sampler=passes,
         num_workers=workers,
-        collate_fn=identity_collate,
+        collate_fn=whole_batch,
         multiprocessing_context="fork" if workers else None,  # the count goes with it
     )
     for number in (0, 1):

@@ -2,68 +2,47 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from blip3o_dit.cli.main import main
 from blip3o_dit.data.embeddings import open_embeddings
+from blip3o_dit.data.pooling import pool_tokens
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.extraction import extract as engine
+from blip3o_dit.extraction import extractor as engine
 from blip3o_dit.extraction.config import ExtractionConfig
-from blip3o_dit.extraction.extract import Extractor, extract, load_towers
+from blip3o_dit.extraction.extract import extract
+from blip3o_dit.extraction.extractor import Extractor
 from blip3o_dit.extraction.image_decoding import decode_image
 from blip3o_dit.extraction.image_files import list_images
 from blip3o_dit.extraction.resume import SKIPPED_FILE, read_entry
-from blip3o_dit.extraction.vision_towers import pool_tokens, tiny_encoder
+from blip3o_dit.extraction.tokens import load_towers
+from blip3o_dit.extraction.vision_towers import tiny_encoder
+from blip3o_dit.utils.distributed import Processes
+from tests.helpers.extraction import BROKEN, COUNT, content, settings, write_images
 
 ROOT = Path(__file__).parent.parent.parent
-COUNT, BROKEN = 22, {"b/07.png": b"", "b/13.png": b"not a picture"}
 TINY = ["--towers-from-scratch", "--batch_size", "4", "--shard_size", "6", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    generator = np.random.default_rng(0)
-    for index in range(COUNT):
-        path = folder / ("a" if index < 5 else "b") / f"{index:02d}.png"
-        path.parent.mkdir(exist_ok=True)
-        pixels = generator.integers(0, 256, (40, 50, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(path)
-    for name, data in BROKEN.items():
-        (folder / name).write_bytes(data)
-    (folder / "a" / "00.txt").write_text("the first picture")
-    return folder
-
-
-def settings(images: Path, output: Path, **changes: Any) -> ExtractionConfig:
-    config = ExtractionConfig(
-        images=str(images),
-        output=str(output),
-        towers_from_scratch=True,
-        batch_size=4,
-        shard_size=6,
-        workers=0,
-        device="cpu",
-    )
-    return replace(config, **changes)
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+    return write_images(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +140,65 @@ def test_two_processes_write_the_same_bytes(images: Path, whole: Path, tmp_path:
 def test_each_process_writes_its_own_units_only(images: Path, tmp_path: Path) -> None:
     config = settings(images, tmp_path)
     towers = load_towers(config, torch.device("cpu"))
-    Extractor(config, list_images(images), towers).run(1, 2, progress=False)
+    extractor = Extractor(config, tmp_path, list_images(images), towers, torch.device("cpu"))
+    extractor.run(1, 2, progress=False)
     assert [unit for unit in range(4) if read_entry(tmp_path, unit)] == [1, 3]
+
+
+class InThread(Processes):
+    """One of several processes, as a thread."""
+
+    meeting, box = threading.Barrier(2), {}  # type: ignore[var-annotated]
+
+    def broadcast(self, value: Any) -> Any:
+        if self.is_main:
+            self.box["value"] = pickle.dumps(value)
+        self.meeting.wait(60)
+        sent = pickle.loads(self.box["value"])
+        self.meeting.wait(60)
+        return sent
+
+    def barrier(self) -> None:
+        self.meeting.wait(60)
+
+
+def test_the_first_process_lists_for_all(
+    images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = threading.local()
+    module = "blip3o_dit.extraction.extract"
+    monkeypatch.setattr(f"{module}.join_processes", lambda _: InThread(rank.number, 2))
+
+    def listed(*arguments: Any, **options: Any) -> Any:
+        assert rank.number == 0
+        return list_images(*arguments, **options)
+
+    def process(number: int) -> None:
+        rank.number = number
+        extract(settings(images, tmp_path / "store"), progress=False)
+
+    monkeypatch.setattr(f"{module}.list_images", listed)
+    # Made once: threads share the generator that random weights come from.
+    towers = load_towers(settings(images, tmp_path), torch.device("cpu"))
+    monkeypatch.setattr(f"{module}.load_towers", lambda *_: copy.deepcopy(towers))
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(process, range(2)))
+    assert content(tmp_path / "store") == content(whole)
+
+
+def test_a_full_disk_has_its_status_and_the_run_continues(
+    images: Path, whole: Path, tmp_path: Path, capsys: Any
+) -> None:
+    words = ["extract", str(images), "--output", str(tmp_path / "store"), "--workers", "0", *TINY]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        assert main(words) == 74
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "shard-00000.safetensors: expected to write it whole" in capsys.readouterr().err
+    assert main(words) == 0
+    assert content(tmp_path / "store") == content(whole)
 
 
 def test_keeping_every_patch_token(images: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,13 @@ from PIL import Image
 
 from blip3o_dit.cli.main import main
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
-from blip3o_dit.extraction.inspection import format_inspection, inspect_embeddings, warnings_of
+from blip3o_dit.extraction.inspection import (
+    format_inspection,
+    inspect_embeddings,
+    tower_crop,
+    warnings_of,
+)
+from blip3o_dit.extraction.preprocessing import Preprocessing
 from blip3o_dit.utils.pca_colors import pca_colors
 
 
@@ -67,6 +75,62 @@ def test_pca_colors_tell_tokens_apart_as_the_data_does() -> None:
     assert colors.shape == (2, 2, 2, 3) and colors.min() >= 0 and colors.max() <= 1
     first = colors.sum(axis=-1)  # the first component is lightness
     assert abs(first[0, 0, 0] - first[1, 0, 0]) < 0.1 < 0.8 < abs(first[0, 0, 0] - first[0, 1, 1])
+
+
+NAMES = {
+    "formula": "$x_1^{2",
+    "dollars": "a$b$c_\\frac{",
+    "Latin-1": os.fsdecode(b"caf\xe9.png"),
+    "control": "a\x1b[2J\nb\x00",
+    "right to left": "\u202eتصویر",
+    "no glyph": "漢字\U0001f600\ue000",
+    "long": "x" * 10_000,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_and_any_caption_in_the_picture(
+    name: str, tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    text = NAMES[name]
+    with StoreWriter(
+        tmp_path / "store $x_1", num_tokens=4, condition_dim=3, target_dim=2, dtype="float32"
+    ) as writer:
+        records = [{"key": text, "caption": text}, {"key": "other"}, {"key": text}]
+        writer.append(torch.randn(3, 4, 3), torch.randn(3, 4, 2), records)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        words = ["inspect", str(tmp_path / "store $x_1"), "--picture", str(tmp_path / "p.png")]
+        assert main([*words, "--json", str(tmp_path / "found.json")]) == 0
+    assert Image.open(tmp_path / "p.png").size[0] > 500
+    printed = capsysbinary.readouterr().out
+    assert b"\x1b" not in printed and b"samples 3" in printed
+    assert json.loads((tmp_path / "found.json").read_text())["duplicate_examples"] == [text]
+
+
+def test_what_float16_would_do_to_the_values_is_shown(tmp_path: Path) -> None:
+    eva, clip = torch.randn(20, 4, 3), torch.randn(20, 4, 2)
+    eva[3, 2, 1] = -70_000.0
+    clip[..., 0] = 30 + clip[..., 0] * 0.5
+    found = inspect_embeddings(write(tmp_path / "s", eva, clip, [f"{i}.png" for i in range(20)]))
+    assert found.sides["eva"].largest == 70_000
+    assert found.sides["clip"].mean_to_deviation == pytest.approx(60, rel=0.3)
+    assert "largest value 7e+04 (float16 holds up to 65504)" in format_inspection(found)
+
+
+def test_the_picture_is_what_the_tower_saw() -> None:
+    wide = Image.new("RGB", (900, 300), "blue")
+    wide.paste("red", (300, 0, 600, 300))
+    for preprocessing, size, red in (
+        (Preprocessing(64).describe(), (224, 224), 1.0),
+        (Preprocessing(64, "squash").describe(), (224, 224), 1 / 3),
+        (None, (448, 149), 1 / 3),
+        ({"size": -1, "resize": "shortest"}, (448, 149), 1 / 3),
+        ({"size": 64, "resize": "shortest", "resize_to": 10**9}, (448, 149), 1 / 3),
+    ):
+        shown = tower_crop({"encoders": {"eva": {"preprocessing": preprocessing}}})(wide.copy())
+        assert shown.size == size
+        assert (np.asarray(shown)[..., 0] > 127).mean() == pytest.approx(red, abs=0.02)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,24 +6,42 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import (
+    BeitConfig,
+    BeitModel,
+    BertConfig,
+    BertModel,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    ConvNextConfig,
+    ConvNextModel,
+    Data2VecVisionConfig,
+    Data2VecVisionModel,
+    DeiTConfig,
+    DeiTModel,
     Dinov2Config,
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
     SiglipVisionConfig,
     SiglipVisionModel,
+    SwinConfig,
+    SwinModel,
     ViTConfig,
+    ViTForImageClassification,
+    ViTMAEConfig,
+    ViTMAEModel,
     ViTModel,
 )
 
-from blip3o_dit.extraction.vision_towers import Preprocessing, load_encoder, tiny_encoder
+from blip3o_dit.extraction.preprocessing import Preprocessing
+from blip3o_dit.extraction.vision_towers import VisionEncoder, load_encoder, tiny_encoder
 
 SIZES: dict[str, Any] = dict(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=24, patch_size=4
@@ -66,66 +84,148 @@ def test_clip_weights_that_do_not_fit_are_refused(clip_folder: Path, tmp_path: P
         load_encoder(str(tmp_path))
 
 
-def test_any_automodel_vision_tower(tmp_path: Path) -> None:
-    registers = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**SIZES, num_register_tokens=3))
-    siglip = SiglipVisionModel(SiglipVisionConfig(**SIZES, intermediate_size=64))
-    for name, model, prefix in (("dino", registers, 4), ("siglip", siglip, 0)):
-        model.eval().save_pretrained(tmp_path / name)
-        size = {"height": 24, "width": 24}
-        (tmp_path / name / "preprocessor_config.json").write_text(json.dumps({"size": size, "resample": 2}))
-        encoder = load_encoder(str(tmp_path / name)).eval()
-        assert encoder.preprocessing.size == 24 and encoder.preprocessing.resample == "bilinear"
-        pixels = torch.randn(2, 3, 24, 24)
+# A small model of every family: class, configuration, tokens before those of the patches
+FAMILIES: dict[str, tuple[Any, Any, int]] = {
+    "vit": (ViTModel, ViTConfig(**SIZES, intermediate_size=64), 1),
+    "deit": (DeiTModel, DeiTConfig(**SIZES, intermediate_size=64), 2),
+    "dinov2": (Dinov2Model, Dinov2Config(**SIZES), 1),
+    "dinov2 registers": (
+        Dinov2WithRegistersModel,
+        Dinov2WithRegistersConfig(**SIZES, num_register_tokens=3),
+        4,
+    ),
+    "dinov3": (
+        DINOv3ViTModel,
+        DINOv3ViTConfig(**SIZES, intermediate_size=64, num_register_tokens=4),
+        5,
+    ),
+    "siglip": (SiglipVisionModel, SiglipVisionConfig(**SIZES, intermediate_size=64), 0),
+    "beit": (BeitModel, BeitConfig(**SIZES, intermediate_size=64, use_relative_position_bias=True), 1),
+    "data2vec": (Data2VecVisionModel, Data2VecVisionConfig(**SIZES, intermediate_size=64), 1),
+}
+MERGING = dict(image_size=64, patch_size=4, depths=[1, 1], hidden_sizes=[16, 32], num_stages=2)
+
+
+def save(model: Any, folder: Path, **settings: Any) -> str:
+    """A checkpoint with weights that tell places apart, and a preprocessor_config.json."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.2 * torch.randn_like(parameter) + (parameter.ndim == 1))
+    model.eval().save_pretrained(folder)
+    size = settings.pop("size", 24)
+    values = {"image_processor_type": "ViTImageProcessor", "size": {"height": size, "width": size}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(values | settings))
+    return str(folder)
+
+
+def own_token_changes_most(encoder: VisionEncoder) -> bool:
+    """Whether changing one cell of a picture changes the token at its place more than any other."""
+    size = encoder.preprocessing.size
+    cell = size // encoder.grid
+    pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(1))
+    for row, column in ((0, 1), (1, 0), (encoder.grid - 1, 1)):
+        changed = pixels.clone()
+        changed[:, :, row * cell : (row + 1) * cell, column * cell : (column + 1) * cell] += 1
         with torch.no_grad():
-            expected = model(pixel_values=pixels).last_hidden_state[:, prefix:]
-            torch.testing.assert_close(encoder(pixels), expected)
-        assert encoder(pixels).shape == (2, 36, 32)
+            moved = (encoder(changed) - encoder(pixels)).norm(dim=-1)[0]
+        if moved.argmax() != row * encoder.grid + column:
+            return False
+    return True
 
 
-def test_grids_that_are_not_square_or_not_known_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_patch_tokens_of_every_family(family: str, tmp_path: Path) -> None:
+    kind, config, prefix = FAMILIES[family]
+    model = kind(config)
+    encoder = load_encoder(save(model, tmp_path)).eval()
+    assert (encoder.grid, encoder.width) == (6, 32)
+    pixels = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        expected = model(pixel_values=pixels).last_hidden_state
+        found = encoder(pixels)
+    assert expected.shape[1] == 36 + prefix
+    torch.testing.assert_close(found, expected[:, prefix:])
+    assert own_token_changes_most(encoder)
+
+
+@pytest.mark.parametrize("family", ["swin", "convnext"])
+def test_towers_that_merge_patches(family: str, tmp_path: Path) -> None:
+    model: Any = (
+        SwinModel(SwinConfig(image_size=64, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2]))
+        if family == "swin"
+        else ConvNextModel(ConvNextConfig(**MERGING))
+    )
+    encoder = load_encoder(save(model, tmp_path, size=64)).eval()
+    assert (encoder.grid, encoder.width) == (8, 32)
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(pixel_values=pixels).last_hidden_state
+        expected = expected.flatten(2).transpose(1, 2) if expected.ndim == 4 else expected
+        torch.testing.assert_close(encoder(pixels), expected)
+    assert family == "swin" or own_token_changes_most(encoder)  # Swin's attention reaches beyond a cell
+
+
+def test_a_masked_autoencoder_sees_the_whole_picture(tmp_path: Path) -> None:
+    model = ViTMAEModel(ViTMAEConfig(**SIZES, intermediate_size=64))
+    encoder = load_encoder(save(model, tmp_path)).eval()
+    pixels = torch.randn(2, 3, 24, 24)
+    model.config.mask_ratio = 0.0
+    with torch.no_grad():
+        order = torch.arange(36.0).expand(2, -1)
+        expected = model(pixel_values=pixels, noise=order).last_hidden_state
+        torch.testing.assert_close(encoder(pixels), expected[:, 1:])
+
+
+def test_a_classification_checkpoint_needs_no_pooler(tmp_path: Path) -> None:
+    model = ViTForImageClassification(ViTConfig(**SIZES, intermediate_size=64))
+    encoder = load_encoder(save(model, tmp_path)).eval()
+    pixels = torch.randn(1, 3, 24, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(pixels), model.vit(pixels).last_hidden_state[:, 1:])
+
+
+@pytest.mark.parametrize("family", ["vit", "deit", "dinov2", "dinov3", "siglip", "beit", "clip"])
+def test_another_size_where_the_model_takes_it(family: str, clip_folder: Path, tmp_path: Path) -> None:
+    if family == "clip":
+        folder = str(clip_folder)
+    else:
+        kind, config, _ = FAMILIES[family]
+        folder = save(kind(config), tmp_path)
+    encoder = load_encoder(folder, size=32).eval()
+    assert (encoder.preprocessing.size, encoder.grid) == (32, 8)
+    assert encoder(torch.randn(1, 3, 32, 32)).shape[:2] == (1, 64)
+    with pytest.raises(ValueError, match=r"25 pixels are not a multiple of the patch size 4"):
+        load_encoder(folder, size=25)
+
+
+def test_what_is_not_a_tower_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
     sizes = SIZES | {"image_size": [24, 48]}
-    ViTModel(ViTConfig(**sizes, intermediate_size=64)).save_pretrained(tmp_path / "wide")
+    wide = save(ViTModel(ViTConfig(**sizes, intermediate_size=64)), tmp_path / "wide")
     with pytest.raises(ValueError, match=r"expected a square image_size, found \[24, 48\]"):
-        load_encoder(str(tmp_path / "wide"))
-    encoder = load_encoder(str(stretching_tower(tmp_path / "dino"))).eval()
-    with pytest.raises(ValueError, match=r"expected 36 patch tokens \(6x6\) and at most 1 others, found"):
+        load_encoder(wide)
+    vit = save(ViTModel(ViTConfig(**SIZES, intermediate_size=64)), tmp_path / "vit", size=28)
+    with pytest.raises(ValueError, match="takes pictures of 28 pixels, found a 'vit' model that does not"):
+        load_encoder(vit)
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    bert = save(BertModel(BertConfig(**sizes, vocab_size=10)), tmp_path / "bert")
+    with pytest.raises(ValueError, match="expected a vision tower with square patches, found bert"):
+        load_encoder(bert)
+    naflex = Siglip2VisionModel(Siglip2VisionConfig(**sizes, num_patches=36, patch_size=4))
+    with pytest.raises(ValueError, match="expected a vision tower that takes pictures of 24 pixels"):
+        load_encoder(save(naflex, tmp_path / "naflex"))
+    with pytest.raises(ValueError, match=r"expected one of .*found 'Siglip2ImageProcessor'"):
+        load_encoder(save(naflex, tmp_path / "naflex", image_processor_type="Siglip2ImageProcessor"))
+    (tmp_path / "vit" / "config.json").write_text('{"model_type": "no such model"}')
+    with pytest.raises(ValueError, match=r"not a model that transformers loads: .*no such model"):
+        load_encoder(vit)
+
+
+def test_a_layout_that_changes_is_refused(tmp_path: Path) -> None:
+    kind, config, _ = FAMILIES["dinov2"]
+    encoder = load_encoder(save(kind(config), tmp_path)).eval()
+    with pytest.raises(ValueError, match=r"expected 37 tokens of 32, found shape \[1, 73, 32\]"):
         encoder(torch.randn(1, 3, 48, 24))
-
-
-def stretching_tower(folder: Path) -> Path:
-    """A DINOv2 checkpoint, whose positions stretch to any image."""
-    Dinov2Model(Dinov2Config(**SIZES)).save_pretrained(folder)
-    return folder
-
-
-def test_preprocessing_resizes_crops_and_normalizes() -> None:
-    wide = np.zeros((10, 30, 3), dtype=np.uint8)
-    wide[:, 10:20] = 255  # the central square is white
-    prepare = Preprocessing(10, mean=(0.5, 0.5, 0.5), std=(0.25, 0.5, 1.0))
-    pixels = prepare(Image.fromarray(wide))
-    assert pixels.shape == (3, 10, 10)
-    for channel, expected in enumerate((2.0, 1.0, 0.5)):
-        torch.testing.assert_close(pixels[channel], torch.full((10, 10), expected))
-    squashed = Preprocessing(10, resize="squash", resample="nearest", mean=(0, 0, 0), std=(1, 1, 1))
-    assert squashed(Image.fromarray(wide)).mean() == pytest.approx(1 / 3, abs=0.07)
-
-
-@pytest.mark.parametrize("size", [(61, 90), (90, 61), (24, 24), (10, 30)])
-def test_preprocessing_equals_transformers_image_processors_bit_for_bit(size: tuple[int, int]) -> None:
-    from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
-
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
-    square = {"height": 24, "width": 24}
-    half = (0.5, 0.5, 0.5)
-    for ours, theirs in (
-        (Preprocessing(24), CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size=square)),
-        (
-            Preprocessing(24, resize="squash", resample="bilinear", mean=half, std=half),
-            SiglipImageProcessorPil(size=square, resample=2),
-        ),
-    ):
-        expected = torch.as_tensor(np.asarray(theirs(image)["pixel_values"][0]))
-        assert torch.equal(ours(image), expected)
 
 
 def test_preprocessing_is_read_from_the_checkpoint(clip_folder: Path, tmp_path: Path) -> None:

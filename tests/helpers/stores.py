@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
+from blip3o_dit.data.manifest import MANIFEST
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
 
 
@@ -24,3 +28,15 @@ def write_linear_store(
     with writer:
         writer.append(eva, clip, records)
     return EmbeddingStore(path)
+
+
+def without_sample_checksums(path: Path) -> Path:
+    """The store at `path` as older versions wrote it."""
+    manifest = json.loads((path / MANIFEST).read_text())
+    for entry in manifest["shards"]:
+        file = path / entry["file"]
+        tensors = load_file(file)
+        save_file({name: tensors[name].clone() for name in ("eva", "clip")}, file)
+        entry |= {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    return path

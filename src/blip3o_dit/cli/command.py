@@ -12,14 +12,14 @@ import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-from blip3o_dit.utils.errors import StoppedEarly, WriteError
+from blip3o_dit.utils.errors import ReadError, StoppedEarly, WriteError
 from blip3o_dit.utils.json_files import escaped
 from blip3o_dit.utils.logging import quiet_torchao
 
 TRACEBACK_VARIABLE = "BLIP3O_DIT_TRACEBACK"
 
 # Exit statuses; the last two are those of sysexits.h for "input/output error" and "try again later".
-USER_ERROR, NOT_WRITTEN, STOPPED = 2, 74, 75
+USER_ERROR, INPUT_OUTPUT, STOPPED = 2, 74, 75
 INTERRUPTED = 128 + signal.SIGINT
 
 
@@ -36,9 +36,9 @@ def run_command(command: Callable[[], None]) -> int:
     """Run a command; returns the exit status.
 
     0: done. 2: a user's mistake, for which the library raises ValueError or OSError. 74: the disk is full or
-    cannot be written. 75: a training was stopped as asked, with a checkpoint to continue from. 130:
-    interrupted (control-C) where there is nothing to save. Each but the first comes with one line on standard
-    error; set BLIP3O_DIT_TRACEBACK=1 to see where it came from.
+    cannot be written, or what is read from fails. 75: a training was stopped as asked, with a checkpoint to
+    continue from. 130: interrupted (control-C) where there is nothing to save. Each but the first comes with
+    one line on standard error; set BLIP3O_DIT_TRACEBACK=1 to see where it came from.
     """
     try:
         command()
@@ -57,7 +57,7 @@ def exit_status(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return NOT_WRITTEN if full or isinstance(error, WriteError) else USER_ERROR
+    return INPUT_OUTPUT if full or isinstance(error, WriteError | ReadError) else USER_ERROR
 
 
 def user_message(error: BaseException) -> str:
@@ -68,7 +68,10 @@ def user_message(error: BaseException) -> str:
 
 
 def set_up_logging() -> None:
-    """Our messages at INFO on the first process, warnings only on the others."""
+    """Our messages at INFO on the first process, warnings only on the others; any text can be written."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     quiet_torchao()
     main_process = os.environ.get("RANK", "0") == "0"
     logger = logging.getLogger("blip3o_dit")

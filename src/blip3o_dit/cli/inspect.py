@@ -49,13 +49,14 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _draw(source: Any, target: Path, arguments: argparse.Namespace) -> None:
     from blip3o_dit.extraction.image_decoding import pictures_by_key
-    from blip3o_dit.extraction.inspection import draw_contact_sheet
+    from blip3o_dit.extraction.inspection import draw_contact_sheet, tower_crop
     from blip3o_dit.utils.stateless_random import stateless_choice
 
     count, seed = arguments.samples, arguments.seed
     chosen = stateless_choice(source.num_samples, count, seed=seed, stream="contact sheet").tolist()
     records = source.records(chosen)
     eva, clip = source.fetch(chosen)
-    titles = [f"{r['key'][-28:]}\n{(r.get('caption') or '')[:28]}" for r in records]
-    images = pictures_by_key(arguments.pictures)([record["key"] for record in records])
+    titles = [(record["key"][-28:], (record.get("caption") or "")[:28]) for record in records]
+    read = pictures_by_key(arguments.pictures, tower_crop(getattr(source, "manifest", {})))
+    images = read([record["key"] for record in records])
     draw_contact_sheet(target, eva=eva, clip=clip, images=images, titles=titles)

@@ -6,7 +6,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from blip3o_dit.cli import convert, distill, evaluate, extract, generate, inspect, train
+from blip3o_dit.cli import (
+    append,
+    convert,
+    distill,
+    evaluate,
+    extract,
+    generate,
+    inspect,
+    merge,
+    train,
+    verify,
+)
 from blip3o_dit.cli.command import run_command, set_up_logging
 
 COMMANDS = {
@@ -17,6 +28,9 @@ COMMANDS = {
     "generate": generate,
     "evaluate": evaluate,
     "convert": convert,
+    "merge": merge,
+    "append": append,
+    "verify": verify,
 }
 
 

@@ -255,11 +255,6 @@ def training_sampler(
     return WindowShuffledSampler(starts, window=window, seed=seed, global_batch=global_batch)
 
 
-def identity_collate(batch: dict[str, Any]) -> dict[str, Any]:
-    """Collate function for a dataset whose `__getitems__` returns the whole batch."""
-    return batch
-
-
 def test_blip3o_dataset(path: str | Path) -> dict[str, Any]:
     """Check a data set before training on it, and say what is in it.
 

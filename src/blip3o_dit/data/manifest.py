@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from blip3o_dit.data.checks import check_square
-from blip3o_dit.utils.atomic import write_atomically
+from blip3o_dit.utils.atomic import ASIDE, finish_publishing, write_atomically
 from blip3o_dit.utils.json_files import MAX_JSON_BYTES, read_json, short_repr
 
 MANIFEST = "manifest.json"
+# Where a store is written before its files move into the folder around it.
+STORE_ASIDE = f"store{ASIDE}"
 FORMAT = "blip3o-dit embedding store"
 FORMAT_VERSION = 1
 # A manifest of so many, at up to 350 bytes each, is read whole: `json_files.MAX_JSON_BYTES`.
@@ -64,7 +66,7 @@ def write_manifest(
     write_atomically(folder / MANIFEST, content)
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path, *, check_files: bool = True) -> dict[str, Any]:
     """The manifest of the store at `path`, checked, and that its shards are there in the right sizes.
 
     Raises:
@@ -73,14 +75,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: expected an embedding store folder, found none")
+    finish_publishing(path / STORE_ASIDE, path, MANIFEST)
     if not file.is_file():
         raise ValueError(
             f"{path}: expected {MANIFEST}, found none: not an embedding store, or an unfinished one"
         )
     manifest = read_json(file)
     _check_manifest(file, manifest)
-    for shard in manifest["shards"]:
-        _check_file(path / shard["file"], shard["bytes"])
+    for shard in manifest["shards"] if check_files else []:
+        check_shard_file(path, shard)
     return manifest
 
 
@@ -142,7 +145,9 @@ def _check_fields(file: Path, values: Any, kinds: Mapping[str, type]) -> None:
             )
 
 
-def _check_file(file: Path, size: int) -> None:
+def check_shard_file(folder: Path, shard: Mapping[str, Any]) -> None:
+    """Refuse (ValueError) a shard that is not there in the size that its manifest entry tells."""
+    file, size = folder / shard["file"], shard["bytes"]
     if not file.is_file():
         raise ValueError(f"{file}: expected a shard, found no file")
     found = file.stat().st_size

@@ -1,11 +1,11 @@
 """The embedding store: a folder of safetensors shards under one manifest, read through memory maps.
 
     manifest.json             written last, by rename: a folder without it is not a store
-    shard-00000.safetensors   eva [n, L, C_eva] and clip [n, N, C_clip]
+    shard-00000.safetensors   eva [n, L, C_eva], clip [n, N, C_clip] and crc32 [n]
     shard-00000.jsonl         one object per sample: "key", and "caption" or anything else known
 
-Memory does not grow with the data set. A shard's checksum is verified when it is first read on a machine,
-which reads the whole file: see `verified.py`.
+Memory does not grow with the data set. A sample's CRC-32 is checked when a process first reads the sample.
+Where an older store has none, the whole shard's SHA-256 is checked, once on a machine: see `verified.py`.
 """
 
 from __future__ import annotations
@@ -13,18 +13,27 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from blip3o_dit.data.checks import Indices, Record, check_indices, check_pair, check_record, check_square
-from blip3o_dit.data.manifest import DTYPES, MANIFEST, check_shard_count, read_manifest, write_manifest
+from blip3o_dit.data.checks import Indices, Record, check_indices, check_record, check_square
+from blip3o_dit.data.manifest import (
+    DTYPES,
+    check_shard_file,
+    read_manifest,
+    write_manifest,
+)
+from blip3o_dit.data.sample_checksums import DTYPE as CHECKSUM_DTYPE
+from blip3o_dit.data.sample_checksums import NAME as CHECKSUMS
+from blip3o_dit.data.sample_checksums import sample_checksum
+from blip3o_dit.data.shard_writer import ShardWriter
+from blip3o_dit.data.store_folder import StoreFolder
 from blip3o_dit.data.verified import Identity, check_once, identity
 from blip3o_dit.utils.checksums import sha256
 from blip3o_dit.utils.json_files import one_line
@@ -37,6 +46,14 @@ VERIFY_CHOICES = ("first", "never")
 UNMAP_AFTER = 2**26
 
 
+class Shard(NamedTuple):
+    """A mapped shard; `sums` [n] is None in older stores."""
+
+    eva: Tensor
+    clip: Tensor
+    sums: Tensor | None
+
+
 class EmbeddingStore:
     """An embedding store opened for reading.
 
@@ -44,18 +61,20 @@ class EmbeddingStore:
 
     Args:
         path: the store's folder.
-        verify: "first" checks a shard's SHA-256 when it is first read on this machine, and again when it
-            changed; "never" relies on sizes and shapes.
+        verify: "first" checks a sample's CRC-32 when this process first reads it, and again when the file
+            changed; of a shard without these its SHA-256, once on a machine. "never" relies on sizes and
+            shapes.
+        check_files: refuse a store whose shards are not all there in the right sizes.
 
     Raises:
         FileNotFoundError, ValueError: one line naming the file, what was expected and what was found.
     """
 
-    def __init__(self, path: str | Path, *, verify: str = "first") -> None:
+    def __init__(self, path: str | Path, *, verify: str = "first", check_files: bool = True) -> None:
         check_name("verify", verify, VERIFY_CHOICES)
         self.path = Path(path)
         self.verified_first = verify == "first"
-        self.manifest = read_manifest(self.path)
+        self.manifest = read_manifest(self.path, check_files=check_files)
         self.num_samples: int = self.manifest["num_samples"]
         self.num_tokens: int = self.manifest["num_tokens"]
         self.condition_dim: int = self.manifest["condition_dim"]
@@ -63,14 +82,15 @@ class EmbeddingStore:
         counts = [shard["num_samples"] for shard in self.manifest["shards"]]
         self.shard_starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self._verified: dict[int, Identity] = {}  # by this process, or the one that started it
-        self._maps: dict[int, tuple[Tensor, Tensor]] = {}
+        self._checked: dict[int, tuple[Identity, np.ndarray]] = {}  # samples whose CRC-32 was right
+        self._maps: dict[int, Shard] = {}
         self._bytes_read = 0
 
     def __len__(self) -> int:
         return self.num_samples
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_maps": {}}  # data-loader processes map for themselves
+        return self.__dict__ | {"_maps": {}, "_checked": {}}  # data-loader processes map for themselves
 
     def fingerprint(self) -> str:
         """What tells these embeddings from others: a hash of all the checksums in the manifest."""
@@ -94,9 +114,12 @@ class EmbeddingStore:
         # In the order of the files, and each sample straight from its map to its place: gathering a batch
         # and converting it would go over the same bytes three times.
         for row in np.argsort(wanted).tolist():
-            shard_eva, shard_clip = self._map(int(shards[row]))
-            eva[row] = shard_eva[inside[row]]
-            clip[row] = shard_clip[inside[row]]
+            shard, place = int(shards[row]), int(inside[row])
+            mapped = self._map(shard)
+            eva[row] = mapped.eva[place]
+            clip[row] = mapped.clip[place]
+            if self.verified_first and mapped.sums is not None:
+                self._check_sample(shard, place)
         self._release_pages(4 * (eva.numel() + clip.numel()))
         return eva, clip
 
@@ -104,6 +127,7 @@ class EmbeddingStore:
         """See `Embeddings.records`."""
         if indices is None:
             return [record for shard in range(len(self.shard_starts) - 1) for record in self._table(shard)]
+        check_indices(self.path, indices, self.num_samples)
         wanted = np.asarray(indices, dtype=np.int64)
         shards, inside = self._locate(wanted)
         found: dict[int, Record] = {}
@@ -131,7 +155,7 @@ class EmbeddingStore:
         For samples that are read again later from the store itself, which finds a damaged shard then.
         """
         other = copy.copy(self)
-        other._maps, other._verified, other.verified_first = {}, {}, False
+        other._maps, other._verified, other._checked, other.verified_first = {}, {}, {}, False
         return other
 
     def verify(self) -> None:
@@ -139,27 +163,66 @@ class EmbeddingStore:
 
         Raises ValueError naming the first damaged file.
         """
-        self._maps.clear()
-        for shard, entry in enumerate(self.manifest["shards"]):
-            before = _identity(self.path / entry["file"])
-            _check_digest(self.path / entry["file"], entry["sha256"])
-            self._verified[shard] = before
-            self._map(shard)
-            self._table(shard)
+        for damage in self.find_damage():
+            raise ValueError(damage)
 
-    def _map(self, shard: int) -> tuple[Tensor, Tensor]:
+    def find_damage(self) -> Iterator[str]:
+        """The same for all files: a line for each damaged one, in the order of the shards."""
+        for shard in range(len(self.manifest["shards"])):
+            for check in (self._verify_shard, self._table):
+                try:
+                    check(shard)
+                except ValueError as error:
+                    yield str(error)
+
+    def _verify_shard(self, shard: int) -> None:
+        entry = self.manifest["shards"][shard]
+        file = self.path / entry["file"]
+        self._maps.pop(shard, None)
+        check_shard_file(self.path, entry)
+        before = _identity(file)
+        _check_digest(file, entry["sha256"])
+        self._verified[shard] = before
+        mapped = self._map(shard)
+        if mapped.sums is not None:
+            self._checked[shard] = (before, np.zeros(entry["num_samples"], dtype=bool))
+            for place in range(entry["num_samples"]):
+                self._check_sample(shard, place)
+        self._maps.clear()  # its pages count as memory until then
+
+    def _check_sample(self, shard: int, place: int) -> None:
+        """Refuse (ValueError) a sample that is not what was written; looked at once."""
+        _, checked = self._checked[shard]
+        if checked[place]:
+            return
+        mapped, file = self._maps[shard], self.path / self.manifest["shards"][shard]["file"]
+        assert mapped.sums is not None
+        if sample_checksum(mapped.eva[place], mapped.clip[place]) != int(mapped.sums[place]):
+            raise ValueError(
+                f"{file}: sample {self.shard_starts[shard] + place}: its CRC-32 is not the stored one: "
+                "the file was altered"
+            )
+        checked[place] = True
+
+    def _map(self, shard: int) -> Shard:
         if shard not in self._maps:
             entry = self.manifest["shards"][shard]
             file = self.path / entry["file"]
-            if self.verified_first and self._verified.get(shard) != _identity(file):
+            now = _identity(file)
+            mapped = self._open_shard(file, entry["num_samples"])
+            if self.verified_first and mapped.sums is None and self._verified.get(shard) != now:
                 self._verified[shard] = check_once(file, shard, entry["sha256"])
-            self._maps[shard] = self._open_shard(file, entry["num_samples"])
+            if mapped.sums is not None and self._checked.get(shard, (None,))[0] != now:
+                self._checked[shard] = (now, np.zeros(entry["num_samples"], dtype=bool))
+            self._maps[shard] = mapped
         return self._maps[shard]
 
-    def _open_shard(self, file: Path, count: int) -> tuple[Tensor, Tensor]:
+    def _open_shard(self, file: Path, count: int) -> Shard:
         try:
             with safe_open(file, framework="pt") as tensors:
                 eva, clip = tensors.get_tensor("eva"), tensors.get_tensor("clip")
+                known = CHECKSUMS in tensors.keys()  # noqa: SIM118
+                sums = tensors.get_tensor(CHECKSUMS) if known else None
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: not a readable shard: {one_line(error)}") from error
         widths = {"eva": self.condition_dim, "clip": self.target_dim}
@@ -169,7 +232,12 @@ class EmbeddingStore:
                 raise ValueError(f"{file}: {name}: expected shape {expected}, found {list(tensor.shape)}")
             if tensor.dtype != DTYPES[self.manifest["dtype"]]:
                 raise ValueError(f"{file}: {name}: expected {self.manifest['dtype']}, found {tensor.dtype}")
-        return eva, clip
+        if sums is not None and (list(sums.shape) != [count] or sums.dtype != CHECKSUM_DTYPE):
+            raise ValueError(
+                f"{file}: {CHECKSUMS}: expected {CHECKSUM_DTYPE} of shape [{count}], "
+                f"found {sums.dtype} of shape {list(sums.shape)}"
+            )
+        return Shard(eva, clip, sums)
 
     def _table(self, shard: int) -> list[Record]:
         entry = self.manifest["shards"][shard]
@@ -183,12 +251,13 @@ class EmbeddingStore:
 
 
 class StoreWriter:
-    """Write a store shard by shard; the manifest comes last, so a crash leaves no half store behind.
+    """Write a store shard by shard, beside what the folder holds; it takes its place when it is whole.
 
-    Use as a context manager: leaving it normally writes the manifest, leaving it by an exception does not.
+    Use as a context manager: leaving it normally makes the store, leaving it by an exception leaves what was
+    there before.
 
     Args:
-        path: folder to create; it must not hold a store already unless `overwrite`.
+        path: folder to create, or an empty one, or with `overwrite` a store's; see `StoreFolder`.
         num_tokens, condition_dim, target_dim: sizes of a sample.
         dtype: "float16", "bfloat16" or "float32" on disk.
         shard_size: samples per shard; None aims at 256 MiB.
@@ -197,7 +266,7 @@ class StoreWriter:
 
     Raises:
         ValueError: for data that cannot be trained on (counts, ranks, a token count that is not a square,
-            NaN or infinity), naming the sample.
+            NaN or infinity, values that the dtype cannot hold), naming the sample.
     """
 
     def __init__(
@@ -222,110 +291,47 @@ class StoreWriter:
         for name, size in sizes.items():
             if size is not None and size < 1:
                 raise ValueError(f"{name}: expected at least 1, found {size}")
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"{self.path}: expected a folder to write to, found a file")
-        if (self.path / MANIFEST).exists() and not overwrite:
-            raise ValueError(f"{self.path}: expected no store there, found one (overwrite it?)")
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / MANIFEST).unlink(missing_ok=True)
-        for stale in (*self.path.glob("shard-*.safetensors"), *self.path.glob("shard-*.jsonl")):
-            stale.unlink()
-        self._sizes = (num_tokens, condition_dim, target_dim)
-        self._dtype = dtype
-        bytes_per_sample = num_tokens * (condition_dim + target_dim) * DTYPES[dtype].itemsize
-        self.shard_size = shard_size or max(1, 2**28 // bytes_per_sample)
-        self._about = {
-            "encoders": dict(encoders or {}),
-            "pooling": pooling,
-            "normalization": normalization,
-        }
-        self._shards: list[dict[str, Any]] = []
-        self._pending: list[tuple[Tensor, Tensor]] = []
-        self._pending_lines: list[str] = []
-        self._written = 0
+        self._folder = StoreFolder(self.path, overwrite=overwrite)
+        sizes_of_sample = (num_tokens, condition_dim, target_dim)
+        self._shards = ShardWriter(
+            self.path, self._folder.aside, sizes_of_sample, dtype=dtype, shard_size=shard_size
+        )
+        self._about = {"encoders": dict(encoders or {}), "pooling": pooling, "normalization": normalization}
+
+    @property
+    def shard_size(self) -> int:
+        return self._shards.shard_size
 
     def append(self, eva: Tensor, clip: Tensor, records: Sequence[Record]) -> None:
         """Add n samples: eva [n, L, C_eva], clip [n, N, C_clip], n records with a "key" each."""
-        check_pair(self.path, eva, clip, records, expected=self._sizes, offset=self._total())
-        lines = [json_line(self.path, self._total() + row, record) for row, record in enumerate(records)]
-        # Copies: the caller may reuse its buffers.
-        stored = [
-            to_disk(self.path, tokens, name, self._dtype) for name, tokens in (("eva", eva), ("clip", clip))
-        ]
-        start = 0
-        while start < len(lines):
-            piece = slice(start, start + self.shard_size - len(self._pending_lines))
-            self._pending.append((stored[0][piece], stored[1][piece]))
-            self._pending_lines.extend(lines[piece])
-            if len(self._pending_lines) == self.shard_size:
-                self._write_shard()
-            start = piece.stop
+        self._shards.append(eva, clip, records)
 
     def close(self) -> EmbeddingStore:
         """Write what is pending and the manifest; returns the store, opened."""
-        if self._pending_lines:
-            self._write_shard()
-        if not self._shards:
+        self._shards.flush()
+        if not self._shards.entries:
             raise ValueError(f"{self.path}: expected at least one sample, found none")
-        write_manifest(self.path, self._sizes, self._dtype, self._shards, self._about)
+        sizes, dtype = self._shards.sizes, self._shards.dtype
+        write_manifest(self._folder.aside, sizes, dtype, self._shards.entries, self._about)
+        self._folder.publish()
         return EmbeddingStore(self.path)
+
+    def abandon(self) -> None:
+        """Remove what was written; what the folder held before stays."""
+        self._folder.abandon()
 
     def __enter__(self) -> StoreWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.close()
-
-    def _total(self) -> int:
-        return self._written + len(self._pending_lines)
-
-    def _write_shard(self) -> None:
-        """Everything pending becomes one shard."""
-        check_shard_count(self.path, self._written + len(self._pending_lines), self.shard_size)
-        eva = torch.cat([pair[0] for pair in self._pending])
-        clip = torch.cat([pair[1] for pair in self._pending])
-        self._shards.append(write_shard(self.path, len(self._shards), eva, clip, self._pending_lines))
-        self._written += len(self._pending_lines)
-        self._pending, self._pending_lines = [], []
-
-
-def write_shard(folder: Path, number: int, eva: Tensor, clip: Tensor, lines: Sequence[str]) -> dict[str, Any]:
-    """Write one shard and its table; returns its manifest entry. Tensors in the dtype of the store."""
-    file, table = folder / f"shard-{number:05d}.safetensors", folder / f"shard-{number:05d}.jsonl"
-    save_file({"eva": eva.contiguous(), "clip": clip.contiguous()}, file)
-    table.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return {
-        "file": file.name,
-        "num_samples": len(lines),
-        "bytes": file.stat().st_size,
-        "sha256": sha256(file),
-        "table": table.name,
-        "table_sha256": sha256(table),
-    }
-
-
-def to_disk(where: Path, tokens: Tensor, name: str, dtype: str) -> Tensor:
-    """Tokens in the dtype of the store, on the CPU, as a copy.
-
-    Raises:
-        ValueError: when a value does not fit.
-    """
-    stored = tokens.detach().cpu().to(DTYPES[dtype], copy=True)
-    if not torch.isfinite(stored).all():
-        raise ValueError(
-            f"{where}: {name}: largest value {tokens.abs().max():.3g} does not fit {dtype}; "
-            "choose another dtype"
-        )
-    return stored
-
-
-def json_line(where: Path, index: int, record: Record) -> str:
-    """A record as a line of a shard's table. Raises ValueError, naming the sample, if JSON cannot hold it."""
-    try:
-        return json.dumps(record)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: sample {index}: expected a record that JSON can hold: {error}") from error
+        try:
+            if kind is None:
+                self.close()
+                return
+        except BaseException:
+            self.abandon()
+            raise
+        self.abandon()
 
 
 def _read_record(file: Path, sample: int, line: bytes) -> Record:

@@ -174,7 +174,8 @@ def _image(figure: Any, description: str) -> str:
     buffer = io.BytesIO()
     settings: Any = {"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "report"}
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # none of it
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of glyphs that its font lacks: the page's reader chooses the font
         figure.savefig(buffer, format="svg", metadata=metadata, transparent=True)
     content = base64.b64encode(buffer.getvalue()).decode()
     width = round(96 * figure.get_size_inches()[0])  # CSS pixels

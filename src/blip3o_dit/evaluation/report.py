@@ -128,7 +128,7 @@ def write_report(result: Mapping[str, Any], folder: Path, samples: ShownSamples 
         loader=PackageLoader("blip3o_dit.evaluation", "."), autoescape=True, trim_blocks=True, finalize=_shown
     )
     page = environment.get_template(f"{REPORT_FILE}.jinja").render(**_content(result, samples))
-    write_atomically(folder / REPORT_FILE, page.encode())
+    write_atomically(folder / REPORT_FILE, page.encode(errors="backslashreplace"))
 
 
 def _shown(value: Any) -> Any:
@@ -170,7 +170,7 @@ def write_card(result: Mapping[str, Any], folder: Path) -> bool:
         eval_results=found,
     )
     text = f"---\n{data.to_yaml()}\n---\n{CARD_MARK}\n\n{_card_text(result)}"
-    write_atomically(path, text.encode())
+    write_atomically(path, text.encode(errors="backslashreplace"))
     return True
 
 

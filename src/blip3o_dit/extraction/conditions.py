@@ -14,10 +14,11 @@ from torch import Tensor
 
 from blip3o_dit.data.checks import Record, non_finite_samples
 from blip3o_dit.data.manifest import DTYPES
+from blip3o_dit.data.pooling import pool_tokens
 from blip3o_dit.data.towers import TOWERS_FILE
 from blip3o_dit.extraction.image_decoding import decode_image
 from blip3o_dit.extraction.image_files import IMAGE_SUFFIXES, ImageRef, list_images
-from blip3o_dit.extraction.vision_towers import VisionEncoder, load_encoder, pool_tokens, tiny_encoder
+from blip3o_dit.extraction.vision_towers import VisionEncoder, load_encoder, tiny_encoder
 from blip3o_dit.utils.json_files import printable, short_repr
 
 # Of a tower's description, what does not say what tokens it makes, or may be spelled in several ways.

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from blip3o_dit.data.manifest import DTYPES
 from blip3o_dit.extraction.image_decoding import MAX_PIXELS
 from blip3o_dit.utils.settings import setting
-from blip3o_dit.utils.validation import check_name
+from blip3o_dit.utils.validation import check_name, check_range, is_number
 
 DEFAULT_EVA = "BAAI/EVA-CLIP-8B"
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
+# So many pictures may be skipped in any case: one of three is no sign of a source that fails.
+FEW_SKIPPED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +22,9 @@ class ExtractionConfig:
 
     `images`: a folder, list file, webdataset tars, parquet or Hugging Face dataset folder. `output`: the
     store's folder. The towers are named as `load_encoder` takes them.
+
+    A field that `decides` what is written cannot change between a run and its continuation (and the towers'
+    weights and the pictures' sizes cannot); one that is `noted` can.
 
     Raises:
         ValueError: names the field, what it expects and what it found.
@@ -30,20 +36,39 @@ class ExtractionConfig:
     clip: str = setting(DEFAULT_CLIP, "tower of the targets")
     eva_revision: str | None = setting(None, "revision on the hub")
     clip_revision: str | None = setting(None, "revision on the hub")
+    eva_preprocessing: str | None = setting(None, "preprocessor_config.json to use, not the tower's own")
+    clip_preprocessing: str | None = setting(None, "preprocessor_config.json to use, not the tower's own")
+    eva_size: int | None = setting(None, "pixels a side for the tower (default: its own)")
+    clip_size: int | None = setting(None, "pixels a side for the tower (default: its own)")
     towers_from_scratch: bool = setting(
         False,
         "tiny random towers, to try the pipeline: their tokens mean nothing",
         spelling="--towers-from-scratch",
+        decides=True,
     )
-    tokens: int = setting(64, "tokens per picture after pooling, a square; 256 keeps a 16x16 grid")
-    dtype: str = setting("float32", "precision of the towers", choices=("float32", "bfloat16", "float16"))
-    store_dtype: str = setting("float16", "precision on disk", choices=("float32", "bfloat16", "float16"))
-    batch_size: int = setting(32, "pictures per call of a tower")
-    shard_size: int = setting(1024, "pictures per shard")
+    tokens: int = setting(
+        64, "tokens per picture after pooling, a square; 256 keeps a 16x16 grid", decides=True
+    )
+    dtype: str = setting(
+        "float32", "precision of the towers", choices=("float32", "bfloat16", "float16"), decides=True
+    )
+    store_dtype: str = setting(
+        "float16", "precision on disk", choices=("float32", "bfloat16", "float16"), decides=True
+    )
+    batch_size: int = setting(32, "pictures per call of a tower", noted=True)
+    shard_size: int = setting(1024, "pictures per shard", decides=True)
     workers: int = setting(2, "decoding processes, per process")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
     strict: bool = setting(False, "an unreadable picture is an error, not a line in skipped.jsonl")
-    max_pixels: int = setting(MAX_PIXELS, "refuse larger pictures, before they are decoded")
+    max_skipped: float = setting(
+        0.05, f"stop when more than this share of the pictures (and more than {FEW_SKIPPED}) cannot be used"
+    )
+    retry_skipped: bool = setting(False, "continuing, try pictures again that could not be read")
+    max_pixels: int = setting(MAX_PIXELS, "refuse larger pictures, before they are decoded", noted=True)
+    append: bool = setting(False, "add the pictures whose keys are not in the finished store yet")
+    overwrite: bool = setting(
+        False, "replace the store or unfinished extraction that is there, when it is done"
+    )
     seed: int = setting(0, "seed of towers from scratch")
 
     def __post_init__(self) -> None:
@@ -53,11 +78,21 @@ class ExtractionConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise ValueError(f"{name}: expected an integer >= {low}, found {value!r}")
+        for name in ("eva_size", "clip_size"):
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name), 1, 4097)
         if self.max_pixels > MAX_PIXELS:
             raise ValueError(f"max_pixels: expected at most {MAX_PIXELS}, found {self.max_pixels}")
+        if not is_number(self.max_skipped) or not 0 <= self.max_skipped <= 1:
+            raise ValueError(f"max_skipped: expected a share from 0 to 1, found {self.max_skipped!r}")
+        if self.append and self.overwrite:
+            raise ValueError("expected --append or --overwrite, found both")
+
+    def max_skipped_of(self, count: int) -> float:
+        """How many of so many pictures may be skipped."""
+        if self.max_skipped in (0, 1):  # none, or any number
+            return math.inf if self.max_skipped else 0
+        return max(self.max_skipped * count, FEW_SKIPPED)
 
 
 _MINIMUM = {"tokens": 1, "batch_size": 1, "shard_size": 1, "max_pixels": 1, "workers": 0, "seed": 0}
-
-# What may differ between a run and its continuation: it does not change what is written.
-RESUMABLE_CHANGES = ("images", "output", "workers", "device")

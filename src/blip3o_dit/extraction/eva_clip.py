@@ -7,22 +7,25 @@ left alone. In the shape comments B is the batch, T = patches + 1, d the hidden 
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from blip3o_dit.utils.json_files import one_line, weight_files_of
-from blip3o_dit.utils.validation import damage_refused
+from blip3o_dit.utils.validation import check_name
 
 TEXT_TOWER = ("text_model.", "text_projection.", "logit_scale", "text.")
 _UNSUPPORTED = ("use_rope", "use_swiglu_mlp", "use_sub_ln", "q_bias", "k_bias", "v_bias")
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": _quick_gelu}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,7 @@ class EvaClipConfig:
     projection_dim: int = 1280
     layer_norm_eps: float = 1e-6
     post_layernorm: bool = False
+    hidden_act: str = "gelu"
 
     @property
     def grid(self) -> int:
@@ -62,6 +66,8 @@ class EvaClipConfig:
                 raise ValueError(f"{where}: vision_config.{name}: expected false, found {vision[name]!r}")
         if vision.get("use_rms_norm", True) is not True:
             raise ValueError(f"{where}: vision_config.use_rms_norm: expected true, found false")
+        if vision.get("hidden_act") is not None:
+            check_name(f"{where}: vision_config.hidden_act", vision["hidden_act"], tuple(ACTIVATIONS))
         values = {f.name: vision[f.name] for f in fields(cls) if vision.get(f.name) is not None}
         if "projection_dim" in config:
             values["projection_dim"] = config["projection_dim"]
@@ -158,23 +164,12 @@ class SelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: EvaClipConfig) -> None:
         super().__init__()
+        self.activation = ACTIVATIONS[config.hidden_act]
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-def load_eva_clip(folder: Path, config: Mapping[str, Any], dtype: torch.dtype) -> EvaClipVision:
-    """The tower of a downloaded checkpoint folder, its weights held once, in `dtype`.
-
-    Raises:
-        ValueError: for a missing, unexpected or misshapen tensor, or files that cannot be read.
-    """
-    with torch.device("meta"):
-        tower = EvaClipVision(EvaClipConfig.from_dict(str(folder / "config.json"), config))
-    assign_weights(tower, read_tensors(folder), where=str(folder), dtype=dtype)
-    return tower
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 def assign_weights(
@@ -198,36 +193,3 @@ def assign_weights(
         shown = "; ".join(problems[:3]) + ("; ..." if len(problems) > 3 else "")
         raise ValueError(f"{where}: {len(problems)} tensors do not fit the configuration: {shown}")
     module.load_state_dict(found, assign=True)
-
-
-def read_tensors(folder: Path) -> Iterable[tuple[str, Tensor]]:
-    """Tensors of a checkpoint folder, file by file: safetensors if there are any, else weights-only .bin."""
-    for file in _weight_files(folder):
-        if file.suffix == ".safetensors":
-            with damage_refused(file), safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                    yield name, tensors.get_tensor(name)
-        else:
-            yield from _read_bin(file)
-
-
-def _read_bin(file: Path) -> Iterable[tuple[str, Tensor]]:
-    try:
-        state_dict = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise ValueError(f"{file}: not readable weights: {one_line(error)}") from error
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{file}: refused: it holds more than weights") from error
-    yield from state_dict.items()
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    for pattern in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{pattern}.index.json"
-        if index.is_file():
-            return weight_files_of(index)
-        if (folder / pattern).is_file():
-            return [folder / pattern]
-    raise ValueError(
-        f"{folder}: expected model.safetensors or pytorch_model.bin (or their index.json), found neither"
-    )

@@ -1,74 +1,55 @@
 """From images to an embedding store, resumable and divided among processes.
 
 The list of images is cut into units of `shard_size`; a unit becomes one shard, whichever process works on
-it and however often it is interrupted (`resume.py`).
+it and however often it is interrupted (`extractor.py`, `resume.py`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
-
-from blip3o_dit.data.checks import check_pair
-from blip3o_dit.data.manifest import DTYPES, MANIFEST, check_shard_count
-from blip3o_dit.data.store import EmbeddingStore, json_line, to_disk, write_shard
-from blip3o_dit.extraction.config import RESUMABLE_CHANGES, ExtractionConfig
-from blip3o_dit.extraction.image_decoding import UnreadableImageError, decode_image
-from blip3o_dit.extraction.image_files import ImageRef, list_images
+from blip3o_dit.data.manifest import STORE_ASIDE, check_shard_count
+from blip3o_dit.data.store import EmbeddingStore
+from blip3o_dit.data.store_folder import writing_alone
+from blip3o_dit.extraction.beside import add_to_store, check_replaceable, replace_store, unknown_images
+from blip3o_dit.extraction.config import ExtractionConfig
+from blip3o_dit.extraction.extractor import Extractor
+from blip3o_dit.extraction.identity import (
+    describe_extraction,
+    describe_images,
+    describe_towers,
+    differences,
+    is_of_earlier_version,
+    noted_changes,
+)
+from blip3o_dit.extraction.image_files import ImageList, ImageRef, list_images
+from blip3o_dit.extraction.reading_errors import NOT_READ
 from blip3o_dit.extraction.resume import (
-    claim_folder,
+    begin,
+    find_extraction,
     finish_store,
-    read_entry,
+    forget_units_with,
+    is_finished,
+    other_files,
+    read_skipped,
     remove_working_files,
-    write_entry,
 )
-from blip3o_dit.extraction.vision_towers import (
-    Preprocessing,
-    VisionEncoder,
-    load_encoder,
-    pool_tokens,
-    tiny_encoder,
-)
-from blip3o_dit.utils.distributed import join_processes
+from blip3o_dit.extraction.skipping import TOO_LARGE, SkipLimit, Skipped, kind_of
+from blip3o_dit.extraction.tokens import Towers, load_towers
+from blip3o_dit.utils.atomic import ASIDE, remove_files_and_folders
+from blip3o_dit.utils.distributed import Processes, join_processes
 
-DECODE_BATCH = 16
+# Where the images to add to a store are extracted.
+MORE_ASIDE = f"more{ASIDE}"
 
 logger = logging.getLogger(__name__)
-
-# By side, "eva" and "clip"
-Towers = dict[str, VisionEncoder]
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """An image ready for both towers ([3, size, size] each), or the reason why it is not."""
-
-    index: int
-    eva: Tensor | None = None
-    clip: Tensor | None = None
-    reason: str | None = None
-
-
-@dataclass
-class Unit:
-    """What a unit has collected so far: tokens by side, table lines, skipped images."""
-
-    eva: list[Tensor] = field(default_factory=list)
-    clip: list[Tensor] = field(default_factory=list)
-    lines: list[str] = field(default_factory=list)
-    skipped: list[dict[str, str]] = field(default_factory=list)
 
 
 def extract(config: ExtractionConfig, *, progress: bool = True) -> EmbeddingStore | None:
@@ -79,182 +60,195 @@ def extract(config: ExtractionConfig, *, progress: bool = True) -> EmbeddingStor
     Raises:
         FileNotFoundError, ValueError, OSError: one line naming what was expected and what was found; also
             for a folder that holds an extraction with other settings.
+        ReadError: the images cannot be read now, or a decoding process was lost; what was done is kept.
     """
     processes = join_processes(config.device)
-    refs = list_images(config.images)
-    check_shard_count(Path(config.output), len(refs), config.shard_size)
-    towers = load_towers(config, processes.device)
-    settings = _settings(config, refs, towers)
-    output = Path(config.output)
-    if processes.is_main:
-        claim_folder(output, settings)
-    processes.barrier()
-    if not (output / MANIFEST).is_file():
-        extractor = Extractor(config, refs, towers)
-        extractor.run(processes.rank, processes.count, progress=progress and processes.is_main)
-        processes.barrier()
-        if processes.is_main:
-            finish_store(
-                output,
-                extractor.num_units,
-                sizes=(config.tokens, towers["eva"].width, towers["clip"].width),
-                dtype=config.store_dtype,
-                pooling=_pooling(config.tokens, towers),
-                settings=settings,
-                images=config.images,
-            )
-    if not processes.is_main:
-        return None
-    remove_working_files(output)
-    return EmbeddingStore(output)
-
-
-def load_towers(config: ExtractionConfig, device: torch.device) -> Towers:
-    """Both towers on the device. Raises ValueError for tokens that their grids do not pool into."""
-    dtype = DTYPES[config.dtype]
-    if config.towers_from_scratch:
-        logger.warning("towers from scratch: tiny and random, their tokens mean nothing")
-        towers = {side: tiny_encoder(side, seed=config.seed) for side in ("eva", "clip")}
+    bars = progress and processes.is_main
+    # One process lists: others might see other images, in copies of their own or a folder that is filled.
+    images = processes.broadcast(_list(config, bars) if processes.is_main else None)
+    pictures = describe_images(images, images.digest(), progress=bars) if processes.is_main else {}
+    job = Job(config, Path(config.output), processes, bars, images, pictures, images.skipped)
+    if config.append and processes.broadcast(is_finished(job.output)):
+        job.append()
+    elif config.overwrite and processes.broadcast(bool(other_files(job.output))):
+        job.overwrite()
     else:
-        towers = {
-            "eva": load_encoder(config.eva, dtype=dtype, revision=config.eva_revision),
-            "clip": load_encoder(config.clip, dtype=dtype, revision=config.clip_revision),
-        }
-    for tower in towers.values():
-        pool_tokens(torch.empty(1, tower.grid**2, 1), config.tokens)  # refuses before any work is done
-        tower.to(device, dtype).eval().requires_grad_(False)
-    return towers
+        job.run()
+    return EmbeddingStore(job.output) if processes.is_main else None
 
 
-class Extractor:
-    """Extracts the units of one process."""
-
-    def __init__(self, config: ExtractionConfig, refs: Sequence[ImageRef], towers: Towers) -> None:
-        self.config = config
-        self.refs = refs
-        self.towers = towers
-        self.output = Path(config.output)
-        self.num_units = math.ceil(len(refs) / config.shard_size)
-
-    def run(self, rank: int, world_size: int, *, progress: bool) -> None:
-        """Write every unfinished unit whose number is `rank` modulo `world_size`."""
-        units = range(rank, self.num_units, world_size)
-        unfinished = [unit for unit in units if read_entry(self.output, unit) is None]
-        indices = [index for unit in unfinished for index in self._indices(unit)]
-        total = sum(len(self._indices(unit)) for unit in units)
-        bar = tqdm(total=total, initial=total - len(indices), unit="picture", disable=not progress)
-        written = 0
-        with bar:
-            for number, decoded in itertools.groupby(self._decoded(indices), key=self._unit_of):
-                written += self._write_unit(number, self._encode(decoded, bar))
-                bar.set_postfix_str(f"{written / 2**20:.1f} MiB written")
-
-    def _indices(self, unit: int) -> range:
-        start = unit * self.config.shard_size
-        return range(start, min(start + self.config.shard_size, len(self.refs)))
-
-    def _unit_of(self, decoded: Decoded) -> int:
-        return decoded.index // self.config.shard_size
-
-    def _decoded(self, indices: Sequence[int]) -> Iterator[Decoded]:
-        """The images in order, decoded ahead of the towers by worker processes."""
-        preprocessing = {side: tower.preprocessing for side, tower in self.towers.items()}
-        loader: Iterable[list[Decoded]] = DataLoader(
-            DecodingDataset(self.refs, indices, preprocessing, self.config.max_pixels),
-            batch_size=DECODE_BATCH,
-            num_workers=self.config.workers,
-            collate_fn=list,
-        )
-        for batch in loader:
-            yield from batch
-
-    def _encode(self, decoded: Iterable[Decoded], bar: tqdm) -> Unit:
-        unit = Unit()
-        batch: list[Decoded] = []
-        for image in decoded:
-            bar.update()
-            if image.reason is not None:
-                unit.skipped.append(self._skip(image.index, image.reason))
-                continue
-            batch.append(image)
-            if len(batch) == self.config.batch_size:
-                self._run_towers(batch, unit)
-                batch = []
-        if batch:
-            self._run_towers(batch, unit)
-        return unit
-
-    def _skip(self, index: int, reason: str) -> dict[str, str]:
-        ref = self.refs[index]
-        if self.config.strict:
-            raise ValueError(f"{ref.location}: {reason} (--strict)")
-        return {"key": ref.key, "location": ref.location, "reason": reason}
-
-    @torch.inference_mode()
-    def _run_towers(self, batch: Sequence[Decoded], unit: Unit) -> None:
-        """Tokens of a batch of images, pooled, checked and in the dtype of the store."""
-        records = [_record(self.refs[image.index]) for image in batch]
-        tokens: dict[str, Tensor] = {}
-        for side, tower in self.towers.items():
-            weight = next(tower.parameters())
-            pixels = torch.stack([getattr(image, side) for image in batch])  # [B, 3, size, size]
-            grid = tower(pixels.to(weight.device, weight.dtype))  # [B, grid * grid, C]
-            tokens[side] = pool_tokens(grid.float(), self.config.tokens).cpu()  # [B, tokens, C]
-        check_pair(self.output, tokens["eva"], tokens["clip"], records, offset=batch[0].index)
-        for side, pieces in (("eva", unit.eva), ("clip", unit.clip)):
-            pieces.append(to_disk(self.output, tokens[side], side, self.config.store_dtype))
-        unit.lines += [json_line(self.output, p.index, r) for p, r in zip(batch, records, strict=True)]
-
-    def _write_unit(self, number: int, unit: Unit) -> int:
-        """The shard, then the entry that makes it count; returns the bytes written."""
-        shard = None
-        if unit.lines:
-            shard = write_shard(self.output, number, torch.cat(unit.eva), torch.cat(unit.clip), unit.lines)
-        write_entry(self.output, number, shard, unit.skipped)
-        return shard["bytes"] if shard else 0
+def _list(config: ExtractionConfig, bars: bool) -> ImageList:
+    images = list_images(config.images, progress=bars)
+    if images.ignored:
+        counts = [f"{count} {suffix or 'without a suffix'}" for suffix, count in images.ignored.items()]
+        logger.info("%s: files that are no pictures: %s", config.images, ", ".join(counts))
+    if images.skipped:  # an archive counts as one
+        files = len({ref.file for ref in images}) + len(images.skipped)
+        SkipLimit(config, files).add(images.skipped)
+    return images
 
 
-@dataclass(eq=False)
-class DecodingDataset(Dataset):
-    """Reads, decodes and preprocesses images; runs in the data loader's processes."""
+@dataclass(frozen=True)
+class Job:
+    """An extraction into a folder, where it may have begun or ended before.
 
+    Args:
+        refs: the images. pictures: what tells them from others (on the first process).
+        skipped: what was skipped when they were listed.
+        store: the one that the result is for, whose towers these must be.
+        disposable: whether another extraction that is found in the folder gives way to this one.
+    """
+
+    config: ExtractionConfig
+    output: Path
+    processes: Processes
+    bars: bool
     refs: Sequence[ImageRef]
-    indices: Sequence[int]
-    preprocessing: dict[str, Preprocessing]
-    max_pixels: int
+    pictures: dict[str, Any]
+    skipped: list[Skipped]
+    store: EmbeddingStore | None = None
+    disposable: bool = False
 
-    def __len__(self) -> int:
-        return len(self.indices)
+    def run(self) -> None:
+        check_shard_count(self.output, len(self.refs), self.config.shard_size)
+        identity = describe_extraction(self.config, self.pictures)
+        main = self.processes.is_main
+        if main:  # refuses what it can before the towers are loaded, which may take minutes
+            self._find(identity)
+        if not self.processes.broadcast(is_finished(self.output)):
+            with self._held():
+                self._work(identity)
+        elif main:
+            self._check_finished(identity)
 
-    def __getitem__(self, position: int) -> Decoded:
-        index = self.indices[position]
+    def overwrite(self) -> None:
+        """Extract aside; what is there stays until that is whole. Interrupted, it continues too."""
+        with self._held():
+            if self.processes.is_main:
+                check_replaceable(self.output)
+            aside = replace(self, output=self.output / STORE_ASIDE, disposable=True)
+            aside.run()
+            if self.processes.is_main:
+                replace_store(aside.output, self.output)
+
+    def append(self) -> None:
+        """Extract aside the images whose keys the store lacks, and add them to it."""
+        with self._held():
+            store = EmbeddingStore(self.output)
+            _check_same_numbers(store, self.config)
+            unknown = unknown_images(store, self.refs, self.bars) if self.processes.is_main else None
+            refs = self.processes.broadcast(unknown)
+            if not refs:
+                return
+            content = self.pictures.get("content_sha256", "")
+            pictures = describe_images(refs, content) if self.processes.is_main else {}
+            aside = replace(
+                self,
+                output=self.output / MORE_ASIDE,
+                refs=refs,
+                pictures=pictures,
+                store=store,
+                disposable=True,
+            )
+            aside.run()
+            if self.processes.is_main:
+                add_to_store(aside.output, self.output, os.path.abspath(self.config.images))
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """The first process holds the folder for all of them."""
+        if not self.processes.is_main:
+            yield
+            return
+        with writing_alone(self.output, "extraction"):
+            yield
+
+    def _find(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         try:
-            image = decode_image(self.refs[index].read(), max_pixels=self.max_pixels)
-        except UnreadableImageError as error:
-            return Decoded(index, reason=str(error))
-        except (OSError, ValueError) as error:
-            return Decoded(index, reason=f"cannot be read: {error}")
-        pixels = {side: prepare(image) for side, prepare in self.preprocessing.items()}
-        return Decoded(index, eva=pixels["eva"], clip=pixels["clip"])
+            return find_extraction(self.output, identity)
+        except ValueError as error:
+            if not self.disposable:
+                raise
+            logger.info("%s: begun anew, not continued: %s", self.output, error)
+            remove_files_and_folders(self.output / name for name in other_files(self.output))
+            return None
+
+    def _work(self, identity: dict[str, Any]) -> None:
+        towers = load_towers(self.config, self.processes.device)
+        identity |= describe_towers(towers)
+        if self.processes.is_main:
+            self._begin(identity)
+        self.processes.barrier()
+        extractor = Extractor(self.config, self.output, self.refs, towers, self.processes.device)
+        extractor.run(self.processes.rank, self.processes.count, progress=self.bars)
+        self.processes.barrier()
+        if self.processes.is_main:
+            self._finish(identity, extractor)
+
+    def _begin(self, identity: dict[str, Any]) -> None:
+        if self.store is not None:
+            _check_same_towers(self.store, identity)
+        found = self._find(identity)
+        changes = noted_changes(found, identity) if found else []
+        again = {NOT_READ} if self.config.retry_skipped else set()
+        if "max_pixels" in changes:
+            again.add(TOO_LARGE)
+        forget_units_with(self.output, again)
+        if "batch_size" in changes:
+            logger.warning("%s: begun with another batch_size: last bits may differ", self.output)
+        if found is None or changes:
+            begin(self.output, identity)
+
+    def _finish(self, identity: dict[str, Any], extractor: Extractor) -> None:
+        finish_store(
+            self.output,
+            extractor.num_units,
+            sizes=extractor.sizes,
+            dtype=self.config.store_dtype,
+            about={
+                "encoders": self.store.manifest.get("encoders", {}) if self.store else identity["towers"],
+                "pooling": _pooling(self.config.tokens, extractor.towers),
+                "normalization": "none",
+                "extraction": identity,
+                "pictures": os.path.abspath(self.config.images),
+            },
+            more_skipped=self.skipped,
+            limit=SkipLimit(self.config, len(self.refs) + len(self.skipped)),
+            may_be_empty=self.store is not None,
+        )
+
+    def _check_finished(self, identity: dict[str, Any]) -> None:
+        """Raises ValueError when other towers made the store, or with --strict when it lacks pictures."""
+        towers = load_towers(self.config, self.processes.device)
+        found = find_extraction(self.output, identity | describe_towers(towers))
+        unknown = " (by an earlier version, which noted neither sizes of pictures nor weights)"
+        logger.info(
+            "%s: this extraction is complete already%s", self.output, unknown * is_of_earlier_version(found)
+        )
+        skipped = read_skipped(self.output)
+        SkipLimit(replace(self.config, max_skipped=1.0), len(self.refs)).add(skipped)
+        if self.config.retry_skipped and any(kind_of(image) == NOT_READ for image in skipped):
+            logger.warning("%s: a finished store takes the pictures that it lacks with --append", self.output)
+        remove_working_files(self.output)
 
 
-def _settings(config: ExtractionConfig, refs: Sequence[ImageRef], towers: Towers) -> dict[str, Any]:
-    """Everything that decides the content of the store, as JSON values."""
-    digest = hashlib.sha256()
-    for ref in refs:
-        digest.update(json.dumps([ref.key, ref.caption, ref.label]).encode() + b"\n")
-    return {
-        "settings": {name: value for name, value in asdict(config).items() if name not in RESUMABLE_CHANGES},
-        "pictures": {"count": len(refs), "sha256": digest.hexdigest()},
-        "towers": {side: tower.describe() for side, tower in towers.items()},
-    }
+def _check_same_numbers(store: EmbeddingStore, config: ExtractionConfig) -> None:
+    for name, there, here in (
+        ("tokens", store.num_tokens, config.tokens),
+        ("store_dtype", store.manifest["dtype"], config.store_dtype),
+        ("normalization", store.manifest.get("normalization") or "none", "none"),
+    ):
+        if there != here:
+            raise ValueError(f"{store.path}: {name}: expected {there} as in this store, found {here}")
+
+
+def _check_same_towers(store: EmbeddingStore, identity: dict[str, Any]) -> None:
+    """Those of a store that says what they were."""
+    different = differences({"towers": store.manifest.get("encoders", {})}, {"towers": identity["towers"]})
+    if different:
+        raise ValueError(f"{store.path}: expected the towers of this store, found others: {different[0]}")
 
 
 def _pooling(tokens: int, towers: Towers) -> str:
     side = math.isqrt(tokens)
     return ", ".join(f"{name} {t.grid}x{t.grid} -> {side}x{side} mean" for name, t in towers.items())
-
-
-def _record(ref: ImageRef) -> dict[str, Any]:
-    known = {"caption": ref.caption, "label": ref.label}
-    return {"key": ref.key} | {name: value for name, value in known.items() if value is not None}

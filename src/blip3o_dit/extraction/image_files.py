@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import tarfile
@@ -59,9 +60,32 @@ class ImageRef:
         return data
 
 
+class ImageList(list[ImageRef]):
+    """The images of a source, and what was looked at and is none."""
+
+    def __init__(self, refs: Sequence[ImageRef], root: Path) -> None:
+        super().__init__(refs)
+        self.root = root
+        self.skipped: list[dict[str, str]] = []
+        self.ignored: dict[str, int] = {}
+
+    def digest(self) -> str:
+        """SHA-256 over keys, captions, labels and sizes."""
+        digest = hashlib.sha256()
+        for ref in self:
+            file = Path(ref.file)
+            size = ref.size if ref.size >= 0 else file.stat().st_size if file.is_file() else -1
+            digest.update(json.dumps([ref.key, ref.caption, ref.label, size]).encode() + b"\n")
+        return digest.hexdigest()
+
+
 def list_images(
-    path: str | Path, *, image_column: str | None = None, caption_column: str | None = None
-) -> list[ImageRef]:
+    path: str | Path,
+    *,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    progress: bool = False,
+) -> ImageList:
     """Every image at `path`, in an order that does not depend on the file system.
 
     * a folder: images below it by their suffix, captions from a .txt beside them; hidden files ignored.
@@ -94,7 +118,7 @@ def list_images(
     if not refs:
         raise ValueError(f"{path}: expected at least one picture, found none")
     _check_unique(path, refs)
-    return refs
+    return ImageList(refs, path)
 
 
 def _list_folder(path: Path, image_column: str | None, caption_column: str | None) -> list[ImageRef]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,24 @@ from torch import Tensor
 
 from blip3o_dit.data.embeddings import Embeddings, batches
 from blip3o_dit.data.statistics import ChannelAccumulator
+from blip3o_dit.extraction.image_decoding import thumbnail
+from blip3o_dit.extraction.preprocessing import MAX_SIDE, Preprocessing
 from blip3o_dit.utils.json_files import printable
 from blip3o_dit.utils.pca_colors import pca_colors
 
 # Outliers listed per kind
 SHOWN = 3
+# Pixels a side of the pictures beside the maps
+PICTURE_SIZE = 224
+FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True)
 class SideInspection:
-    """One side's tokens. Norms are L2 norms per token; outliers are (index, times the median)."""
+    """One side's tokens. Norms are L2 norms per token; outliers are (index, times the median).
+
+    `largest` is the largest absolute value, `mean_to_deviation` the largest |mean| / deviation of a channel.
+    """
 
     width: int
     norm_mean: float
@@ -34,6 +43,8 @@ class SideInspection:
     norm_max: float
     channel_mean_range: tuple[float, float]
     channel_std_range: tuple[float, float]
+    largest: float
+    mean_to_deviation: float
     outlier_channels: list[tuple[int, float]]
     outlier_positions: list[tuple[int, float]]
     non_finite_samples: int
@@ -63,6 +74,7 @@ class _SideAccumulator:
         self.norms = ChannelAccumulator(1)
         self.positions = torch.zeros(num_tokens, dtype=torch.float64)
         self.extremes = [float("inf"), 0.0]
+        self.largest = 0.0
         self.bad: list[int] = []
 
     def add(self, tokens: Tensor, indices: Sequence[int]) -> None:
@@ -72,6 +84,7 @@ class _SideAccumulator:
         if not len(tokens):
             return
         norms = tokens.norm(dim=-1)
+        self.largest = max(self.largest, float(tokens.abs().max()))
         self.channels.add(tokens)
         self.squares += tokens.square().sum(dim=(0, 1))
         self.norms.add(norms[..., None])
@@ -91,6 +104,10 @@ class _SideAccumulator:
             norm_max=self.extremes[1],
             channel_mean_range=(float(mean.min()), float(mean.max())),
             channel_std_range=(float(std.min()), float(std.max())),
+            largest=self.largest,
+            mean_to_deviation=float((mean.abs() / std.clamp_min(1e-30))[std > 0].max())
+            if std.max() > 0
+            else 0.0,
             outlier_channels=_outliers((self.squares / self.channels.count).sqrt()),
             outlier_positions=_outliers(self.positions),
             non_finite_samples=len(self.bad),
@@ -132,7 +149,7 @@ def inspect_embeddings(
 def format_inspection(inspection: Inspection) -> str:
     """The findings as text for a terminal, warnings last."""
     lines = [
-        inspection.path,
+        printable(inspection.path),
         f"  samples {inspection.num_samples}, tokens {inspection.num_tokens}, captions {inspection.captions}",
     ]
     for name in ("dtype", "pooling", "skipped"):
@@ -150,6 +167,10 @@ def format_inspection(inspection: Inspection) -> str:
         )
         lines.append("  channel means {:.3g} to {:.3g}".format(*side.channel_mean_range))
         lines.append("  channel deviations {:.3g} to {:.3g}".format(*side.channel_std_range))
+        lines.append(
+            f"  largest value {side.largest:.4g} (float16 holds up to {FLOAT16_MAX:.0f}), "
+            f"means up to {side.mean_to_deviation:.3g} deviations"
+        )
         lines.append("  strongest channels " + _format_outliers(side.outlier_channels))
         grid = math.isqrt(inspection.num_tokens)
         cells = [(f"row {i // grid} column {i % grid}", ratio) for i, ratio in side.outlier_positions]
@@ -180,13 +201,13 @@ def draw_contact_sheet(
     eva: Tensor,
     clip: Tensor,
     images: Sequence[Image.Image | None],
-    titles: Sequence[str],
+    titles: Sequence[Sequence[str]],
 ) -> None:
     """A PNG with one row per sample: the image, and PCA-to-RGB maps of its EVA and CLIP tokens.
 
     Args:
         eva, clip: [k, N, C]; the principal components and the color scale are those of all k samples.
-        images: None where the image is not known.
+        images: None where the image is not known. titles: lines of any text, by sample.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -210,10 +231,28 @@ def draw_contact_sheet(
             grid[row, 0].text(0.5, 0.5, "not known", ha="center", va="center", color="0.5")
         else:
             grid[row, 0].imshow(np.asarray(image))
-        grid[row, 0].set_ylabel(titles[row], fontsize=8)
+        title = "\n".join(printable(line) for line in titles[row])
+        grid[row, 0].set_ylabel(title, fontsize=8, parse_math=False)
         for column, colors in enumerate(maps, start=1):
             grid[row, column].imshow(colors[row], interpolation="nearest")
-    figure.savefig(path, dpi=110)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # glyphs that the font lacks are drawn as boxes
+        figure.savefig(path, dpi=110)
+
+
+def tower_crop(manifest: Mapping[str, Any]) -> Callable[[Image.Image], Image.Image]:
+    """What the store's EVA tower saw of an image, as its map shows it; all of it where that is not known."""
+    encoders = manifest.get("encoders")
+    tower = encoders.get("eva") if isinstance(encoders, dict) else None
+    said = tower.get("preprocessing") if isinstance(tower, dict) else None
+    if not isinstance(said, dict) or said.get("resize") not in ("shortest", "squash"):
+        return thumbnail
+    size: Any = said.get("size")
+    to = said.get("resize_to") or size
+    if not all(isinstance(number, int) and 1 <= number <= MAX_SIDE for number in (size, to)):
+        return thumbnail
+    prepare = Preprocessing(size, said["resize"], resize_to=to).at(PICTURE_SIZE)
+    return lambda image: Image.fromarray(prepare.pixels(image).permute(1, 2, 0).numpy())
 
 
 def _color_maps(tokens: Tensor) -> np.ndarray:

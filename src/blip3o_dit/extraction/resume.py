@@ -13,14 +13,18 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from blip3o_dit.data.manifest import MANIFEST, check_shard_entry, write_manifest
+from blip3o_dit.data.manifest import MANIFEST, STORE_ASIDE, check_shard_entry, write_manifest
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.utils.atomic import ASIDE, remove_files_and_folders, write_atomically
-from blip3o_dit.utils.json_files import read_json, short_repr
+from blip3o_dit.data.store_folder import IGNORED
+from blip3o_dit.extraction.identity import differences, is_of_earlier_version
+from blip3o_dit.extraction.skipping import NO_FIT, SkipLimit, Skipped, kind_of, summary
+from blip3o_dit.utils.atomic import ASIDE, finish_publishing, remove_files_and_folders, write_atomically
+from blip3o_dit.utils.checksums import sha256
+from blip3o_dit.utils.json_files import printable, read_json, short_repr, show_names
 
 SETTINGS_FILE = "extraction.json"
 SKIPPED_FILE = "skipped.jsonl"
@@ -28,40 +32,81 @@ SKIPPED_FILE = "skipped.jsonl"
 logger = logging.getLogger(__name__)
 
 
-def claim_folder(output: Path, settings: dict[str, Any]) -> None:
-    """Make the folder this extraction's, or see that it is already: begun or finished with these settings.
+def find_extraction(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """The identity of the extraction in the folder, finished or not; None for a folder that is free.
+
+    `wanted` is the identity of this one, or what is known of it.
 
     Raises:
-        ValueError: for a folder with other files, or an extraction with other settings, and shows which.
+        ValueError: for a folder with other files, or an extraction of other pictures or with other settings.
     """
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"{output}: expected a folder to write to, found a file")
-    finished, begun = output / MANIFEST, output / SETTINGS_FILE
-    if not finished.is_file() and not begun.is_file():
-        if output.is_dir() and any(file.suffix != ".partial" for file in output.iterdir()):
-            raise ValueError(f"{output}: expected an empty folder or a begun extraction, found other files")
-        output.mkdir(parents=True, exist_ok=True)
-        write_atomically(begun, json.dumps(settings, indent=2).encode())
-        return
-    found = EmbeddingStore(output).manifest.get("extraction") if finished.is_file() else _read(begun)
-    wanted = json.loads(json.dumps(settings))
-    if found != wanted:
+    if not output.is_dir() and (output.exists() or output.is_symlink()):
+        raise ValueError(f"{output}: expected a folder to write to, found a file or a broken link")
+    finish_publishing(output / STORE_ASIDE, output, MANIFEST)
+    finished = is_finished(output)
+    if not finished and not is_begun(output):
+        others = other_files(output)
+        if others:
+            raise ValueError(
+                f"{output}: expected an empty folder or a begun extraction, found other files "
+                f"{show_names(others)}"
+            )
+        return None
+    found = EmbeddingStore(output).manifest.get("extraction") if finished else _read(output / SETTINGS_FILE)
+    different = differences(found, wanted)
+    if not different and not finished and is_of_earlier_version(found):
+        different = ["it was begun by an earlier version, which did not note sizes and weights"]
+    if different:
         raise ValueError(
-            f"{output}: holds an extraction with other settings ({_difference(found, wanted)}): "
-            "repeat its command, or choose another folder"
+            f"{output}: holds an extraction with other settings ({'; '.join(different[:4])}): "
+            "repeat its command, choose another folder, or replace it (--overwrite)"
         )
-    if finished.is_file():
-        logger.info("%s: this extraction is complete already", output)
+    return found
 
 
-def write_entry(output: Path, unit: int, shard: dict[str, Any] | None, skipped: list[dict[str, str]]) -> None:
+def other_files(output: Path) -> set[str]:
+    """What is in the folder, but for what counts as nothing."""
+    names = {file.name for file in output.iterdir()} if output.is_dir() else set()
+    return {name for name in names if name not in IGNORED and not name.endswith(ASIDE)}
+
+
+def is_finished(output: Path) -> bool:
+    return (output / MANIFEST).is_file()
+
+
+def is_begun(output: Path) -> bool:
+    return (output / SETTINGS_FILE).is_file()
+
+
+def begin(output: Path, identity: dict[str, Any]) -> None:
+    """Make the folder, which is held, this extraction's."""
+    write_atomically(output / SETTINGS_FILE, json.dumps(identity, indent=2).encode())
+
+
+def forget_entry(output: Path, unit: int) -> None:
+    """Before a unit is done again: its files will not be those that the entry tells of."""
+    _entry_file(output, unit).unlink(missing_ok=True)
+
+
+def forget_units_with(output: Path, kinds: set[str]) -> None:
+    """Have units done again that skipped an image for a reason of one of these kinds."""
+    for file in output.glob("shard-*.entry.json") if kinds else ():
+        entry = _read(file)
+        skipped = entry.get("skipped") if isinstance(entry, dict) else None
+        if isinstance(skipped, list):
+            _check_skipped(file, skipped)
+            if any(kind_of(image) in kinds for image in skipped):
+                file.unlink()
+
+
+def write_entry(output: Path, unit: int, shard: dict[str, Any] | None, skipped: list[Skipped]) -> None:
     """Declare a unit finished. `shard` is its manifest entry, None when no image of it was readable."""
     content = json.dumps({"shard": shard, "skipped": skipped})
     write_atomically(_entry_file(output, unit), content.encode())
 
 
-def read_entry(output: Path, unit: int) -> dict[str, Any] | None:
-    """What a finished unit left, or None when it must be done (again)."""
+def read_entry(output: Path, unit: int, *, verify: bool = False) -> dict[str, Any] | None:
+    """What a finished unit left, or None when it must be done (again); `verify` reads all of it."""
     file = _entry_file(output, unit)
     entry = _read(file)
     if not isinstance(entry, dict) or not {"shard", "skipped"} <= entry.keys():
@@ -73,6 +118,10 @@ def read_entry(output: Path, unit: int) -> dict[str, Any] | None:
     check_shard_entry(file, shard)
     file, table = output / shard["file"], output / shard["table"]
     whole = file.is_file() and table.is_file() and file.stat().st_size == shard["bytes"]
+    if whole and verify:
+        whole = sha256(file) == shard["sha256"] and sha256(table) == shard["table_sha256"]
+        if not whole:
+            logger.warning("%s: not what was written there; unit %d is done again", file, unit)
     return entry if whole else None
 
 
@@ -82,13 +131,17 @@ def finish_store(
     *,
     sizes: tuple[int, int, int],
     dtype: str,
-    pooling: str,
-    settings: Mapping[str, Any],
-    images: str,
+    about: dict[str, Any],
+    more_skipped: Sequence[Skipped],
+    limit: SkipLimit,
+    may_be_empty: bool,
 ) -> None:
     """Write the list of skipped images, then the manifest, and sum up the skipped ones in one line.
 
-    `images` is where the images were read from, for commands that show some of them.
+    Args:
+        about: how the tokens were made, for the manifest.
+        more_skipped: what was skipped when images were listed. limit: how many may be skipped.
+        may_be_empty: write no manifest then.
 
     Raises:
         ValueError: when a unit is unfinished, or no image was readable.
@@ -97,60 +150,58 @@ def finish_store(
     missing = [unit for unit, entry in enumerate(entries) if entry is None]
     if missing:
         raise ValueError(f"{output}: expected {num_units} finished units, found {missing[:5]} unfinished")
-    skipped = [image for entry in entries if entry for image in entry["skipped"]]
+    skipped = [*more_skipped, *(image for entry in entries if entry for image in entry["skipped"])]
     shards = [entry["shard"] for entry in entries if entry and entry["shard"]]
+    limit.add(skipped)
+    write_skipped(output, skipped)
+    if not shards and may_be_empty:
+        return
     if not shards:
         raise ValueError(
             f"{output}: expected at least one readable picture, found none of {len(skipped)}, "
-            f"the first {skipped[0]['location']}: {skipped[0]['reason']}"
+            f"the first {printable(skipped[0]['location'])}: {skipped[0]['reason']}"
         )
+    write_manifest(output, sizes, dtype, shards, about | {"skipped": len(skipped)})
+    remove_working_files(output)
+    _log_skipped(skipped, output)
+
+
+def read_skipped(output: Path) -> list[Skipped]:
+    """The skipped images of a finished store."""
+    file = output / SKIPPED_FILE
+    if not file.is_file():
+        return []
+    skipped = [json.loads(line) for line in file.read_bytes().splitlines()]
+    _check_skipped(file, skipped)
+    return skipped
+
+
+def write_skipped(output: Path, skipped: Sequence[Skipped]) -> None:
     lines = "".join(json.dumps(image) + "\n" for image in skipped)
     write_atomically(output / SKIPPED_FILE, lines.encode())
-    about = {
-        "encoders": settings["towers"],
-        "pooling": pooling,
-        "normalization": "none",
-        "skipped": len(skipped),
-        "extraction": settings,
-        "pictures": images,
-    }
-    write_manifest(output, sizes, dtype, shards, about)
-    _log_skipped(skipped, output)
 
 
 def remove_working_files(output: Path) -> None:
     """Remove what only an unfinished extraction needs."""
-    remove_files_and_folders(
-        (*output.glob("shard-*.entry.json"), *output.glob(f"*{ASIDE}"), output / SETTINGS_FILE)
-    )
+    patterns = ("shard-*.entry.json", f"shard-*{ASIDE}", f"*.json{ASIDE}", f"*.jsonl{ASIDE}")
+    remove_files_and_folders(file for pattern in patterns for file in output.glob(pattern))
+    (output / SETTINGS_FILE).unlink(missing_ok=True)
 
 
-def _log_skipped(skipped: Sequence[Mapping[str, str]], output: Path) -> None:
+def unfinished_files(output: Path) -> set[str]:
+    """The files of an extraction that was begun, shards among them."""
+    if not is_begun(output):
+        return set()
+    return {SETTINGS_FILE, *(file.name for file in output.glob("shard-*") if file.is_file())}
+
+
+def _log_skipped(skipped: Sequence[Skipped], output: Path) -> None:
     if not skipped:
         return
-    kinds = Counter(image["reason"].split(":")[0] for image in skipped)
-    common = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
-    logger.warning("%d pictures skipped (%s): see %s", len(skipped), common, output / SKIPPED_FILE)
-
-
-def _difference(found: Any, wanted: dict[str, Any]) -> str:
-    if not isinstance(found, dict):
-        return "it was not written by this command"
-    there, here = _flat(found), _flat(wanted)
-    names = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
-    return "; ".join(
-        f"{name} is {short_repr(there.get(name))} there, {short_repr(here.get(name))} here"
-        for name in names[:4]
-    )
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
-        return {prefix.rstrip("."): values}
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.")
-    return flat
+    kinds = Counter(map(kind_of, skipped))
+    logger.warning("%d pictures skipped (%s): see %s", len(skipped), summary(kinds), output / SKIPPED_FILE)
+    if NO_FIT in kinds:
+        logger.warning("%s: --store_dtype float32 holds larger and smaller tokens", output)
 
 
 def _entry_file(output: Path, unit: int) -> Path:

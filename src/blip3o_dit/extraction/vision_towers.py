@@ -1,232 +1,108 @@
-"""Vision towers behind one interface: pixels in, a grid of patch tokens out, which is pooled."""
+"""Vision towers by name: loaded from a folder, the hub or a library, and checked; and pooling of tokens."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
+import inspect
+import logging
 import math
-from dataclasses import asdict, dataclass
+import pickle
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import AutoModel, CLIPVisionConfig, CLIPVisionModelWithProjection, ViTModel
 
-from blip3o_dit.extraction.eva_clip import EvaClipConfig, EvaClipVision, load_eva_clip
-from blip3o_dit.utils.json_files import one_line, read_json
+from blip3o_dit.extraction.encoders import (
+    AutoModelEncoder,
+    ClipEncoder,
+    EvaClipEncoder,
+    TimmEncoder,
+    TokenLayout,
+    VisionEncoder,
+)
+from blip3o_dit.extraction.eva_clip import EvaClipConfig, EvaClipVision, assign_weights
+from blip3o_dit.extraction.preprocessing import Preprocessing
+from blip3o_dit.extraction.processor_config import read_preprocessing
+from blip3o_dit.extraction.weight_files import (
+    count_parameters,
+    other_layout,
+    parameters_digest,
+    read_tensors,
+    refuse_impostor,
+    weight_files,
+    weights_digest,
+)
+from blip3o_dit.utils.json_files import one_line, read_json_object, short_repr
 from blip3o_dit.utils.logging import quiet_transformers
-from blip3o_dit.utils.validation import check_name, is_hub_id
+from blip3o_dit.utils.validation import check_name, check_size, is_hub_id
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# Pillow's numbers, which preprocessor_config.json holds
-RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
-# Downloaded from the hub: never code
-HUB_FILES = ["*.json", "*.safetensors", "*.bin"]
+# Bytes of a tower from which on it is said what it takes
+LARGE = 4e9
+# What transformers raises on folders that it cannot make a model of
+_NOT_LOADED = (
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+)
 
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """From an image to a tower's input, bit for bit as transformers' CLIP and SigLIP image processors.
-
-    `resize` "shortest" scales the shorter side to `size` and crops the center, "squash" ignores the aspect
-    ratio. A checkpoint that scales to more than it crops (DINOv2: 256, then 224) is scaled to the crop.
-
-    Not `AutoImageProcessor`: it refuses a folder whose preprocessor_config.json names no processor, unless
-    it knows the config's model type, and `clip_vision_model` is not among those.
-    """
-
-    size: int
-    resize: str = "shortest"
-    resample: str = "bicubic"
-    mean: tuple[float, float, float] = CLIP_MEAN
-    std: tuple[float, float, float] = CLIP_STD
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        """RGB image -> float32 [3, size, size]."""
-        resampling = Image.Resampling(RESAMPLING[self.resample])
-        if self.resize == "squash":
-            image = image.resize((self.size, self.size), resampling)
-        else:
-            image = self._crop_center(self._shortest_to_size(image, resampling))
-        pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255.0
-        return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
-
-    def _shortest_to_size(self, image: Image.Image, resampling: Image.Resampling) -> Image.Image:
-        width, height = image.size
-        short, long = min(width, height), max(width, height)
-        scaled = int(self.size * long / short)  # truncated, as transformers' CLIP image processor does
-        size = (self.size, scaled) if width <= height else (scaled, self.size)
-        return image.resize(size, resampling)
-
-    def _crop_center(self, image: Image.Image) -> Image.Image:
-        left, top = (image.width - self.size) // 2, (image.height - self.size) // 2
-        return image.crop((left, top, left + self.size, top + self.size))
-
-
-class VisionEncoder(nn.Module):
-    """A tower. `forward` takes [B, 3, size, size] and gives [B, grid * grid, width], row-major, no CLS.
-
-    Args:
-        tokens: what kind of tokens these are, for the manifest: layer, norm, projection.
-        meaningful: False for random weights.
-    """
-
-    def __init__(
-        self,
-        *,
-        name: str,
-        revision: str | None,
-        preprocessing: Preprocessing,
-        grid: int,
-        width: int,
-        tokens: str,
-        meaningful: bool = True,
-    ) -> None:
-        super().__init__()
-        self.name = name
-        self.revision = revision
-        self.preprocessing = preprocessing
-        self.grid = grid
-        self.width = width
-        self.tokens = tokens
-        self.meaningful = meaningful
-
-    def describe(self) -> dict[str, Any]:
-        """What the manifest says of the tower; JSON values."""
-        return {
-            "name": self.name,
-            "revision": self.revision,
-            "width": self.width,
-            "grid": self.grid,
-            "tokens": self.tokens,
-            "meaningful": self.meaningful,
-            "preprocessing": json.loads(json.dumps(asdict(self.preprocessing))),
-        }
-
-
-class ClipEncoder(VisionEncoder):
-    """CLIP: patch tokens -> post layer norm -> visual projection."""
-
-    def __init__(self, model: CLIPVisionModelWithProjection, **about: Any) -> None:
-        vision: Any = model.config  # its sizes are declared as int or pair; CLIP's are int
-        super().__init__(
-            grid=vision.image_size // vision.patch_size,
-            width=vision.projection_dim,
-            tokens="last layer, post layer norm, visual projection",
-            **about,
-        )
-        self.model = model
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        vision = self.model.vision_model
-        hidden = vision(pixel_values=pixels).last_hidden_state  # [B, T, d], without the final norm
-        return self.model.visual_projection(vision.post_layernorm(hidden[:, 1:]))
-
-
-class EvaClipEncoder(VisionEncoder):
-    """EVA-CLIP: patch tokens -> final norm -> visual projection, on our own module."""
-
-    def __init__(self, model: EvaClipVision, **about: Any) -> None:
-        super().__init__(
-            grid=model.config.grid,
-            width=model.config.projection_dim,
-            tokens="last layer, final norm, visual projection",
-            **about,
-        )
-        self.model = model
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.model(pixels)
-
-
-class AutoModelEncoder(VisionEncoder):
-    """Any vision model of transformers' AutoModel: its last hidden patch tokens."""
-
-    def __init__(
-        self, model: nn.Module, *, patch_size: int, hidden_size: int, registers: int, **about: Any
-    ) -> None:
-        grid = about["preprocessing"].size // patch_size
-        super().__init__(grid=grid, width=hidden_size, tokens="last hidden state", **about)
-        self.model = model
-        self.max_prefix_tokens = 1 + registers
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        hidden = self.model(pixel_values=pixels).last_hidden_state  # [B, prefix + grid * grid, d]
-        prefix = hidden.shape[1] - self.grid**2  # CLS and registers come first
-        if hidden.ndim != 3 or not 0 <= prefix <= self.max_prefix_tokens:
-            raise ValueError(
-                f"{self.name}: expected {self.grid**2} patch tokens ({self.grid}x{self.grid}) and at most "
-                f"{self.max_prefix_tokens} others, found shape {list(hidden.shape)}"
-            )
-        return hidden[:, prefix:]
-
-
-class TimmEncoder(VisionEncoder):
-    """A timm model's unpooled features. Not run in this project's tests: timm needs torchvision."""
-
-    def __init__(self, model: Any, **about: Any) -> None:
-        grid = about["preprocessing"].size // model.patch_embed.patch_size[0]
-        super().__init__(grid=grid, width=model.num_features, tokens="timm forward_features", **about)
-        self.model = model
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.model.forward_features(pixels)[:, self.model.num_prefix_tokens :]
+logger = logging.getLogger(__name__)
 
 
 def load_encoder(
-    spec: str, *, dtype: torch.dtype = torch.float32, revision: str | None = None
+    spec: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    preprocessing: str | Path | None = None,
+    size: int | None = None,
 ) -> VisionEncoder:
-    """A tower by folder or hub id (CLIP, EVA-CLIP, any AutoModel vision tower), timm: or open_clip: name.
+    """A tower by folder or hub id (CLIP, EVA-CLIP, AutoModel vision towers), timm: or open_clip: name.
 
     A folder is read without touching the network, and no code in it is run.
+
+    Args:
+        preprocessing: a preprocessor_config.json to use instead of the tower's own.
+        size: pixels a side, where the model takes others than it was trained on.
 
     Raises:
         ValueError, OSError: one line: nothing there, an architecture that is not supported, weights that
             do not fit, a missing extra.
     """
     if spec.startswith(("timm:", "open_clip:")):
+        if preprocessing or size:
+            raise ValueError(
+                f"{spec}: expected the settings that come with it, found a file or size of yours"
+            )
         return _load_timm(spec).to(dtype)
-    folder = Path(spec)
-    if not folder.is_dir():
-        folder = _download(spec, revision)
-    config = _read_json(folder / "config.json")
-    architectures = " ".join(config.get("architectures") or [])
-    about: dict[str, Any] = {"name": spec, "revision": revision, "meaningful": True}
-    if "EvaCLIP" in architectures:
-        model = load_eva_clip(folder, config, dtype)
-        about["preprocessing"] = _read_preprocessing(folder, model.config.image_size)
-        return EvaClipEncoder(model, **about)
-    if config.get("model_type") in ("clip", "clip_vision_model"):
-        clip = _from_pretrained(CLIPVisionModelWithProjection, folder, dtype)
-        about["preprocessing"] = _read_preprocessing(folder, clip.config.image_size)
-        return ClipEncoder(clip, **about)
-    return _load_auto(folder, dtype, about)
-
-
-def pool_tokens(tokens: Tensor, num_tokens: int) -> Tensor:
-    """Mean over square windows: [B, G * G, C] -> [B, num_tokens, C], both grids row-major.
-
-    16x16 patches become 8x8 tokens by 2x2 means, as in BLIP3-o (arXiv 2505.09568).
-
-    Raises:
-        ValueError: for token counts that are no squares, or a grid that does not pool evenly; says both.
-    """
-    grid, side = math.isqrt(tokens.shape[1]), math.isqrt(num_tokens)
-    if grid * grid != tokens.shape[1]:
-        raise ValueError(f"patch tokens: expected a square number (an n x n grid), found {tokens.shape[1]}")
-    if side < 1 or side * side != num_tokens:
-        raise ValueError(f"tokens: expected a square number, found {num_tokens}")
-    if side > grid or grid % side:
-        raise ValueError(
-            f"tokens: a grid of {grid}x{grid} patches does not pool evenly into {side}x{side} = {num_tokens}"
-        )
-    window = grid // side
-    cells = tokens.unflatten(1, (side, window, side, window))  # [B, side, window, side, window, C]
-    return cells.mean(dim=(2, 4)).flatten(1, 2)
+    folder, commit = _find_folder(spec, revision)
+    config = _read_config(folder)
+    model_type = str(config.get("model_type"))
+    is_eva = "EvaCLIP" in " ".join(map(str, config.get("architectures") or []))
+    checkpoint = Checkpoint(folder, config, weight_files(folder), dtype)
+    prepare = read_preprocessing(
+        folder, "clip" if is_eva else model_type, checkpoint.image_size, given=preprocessing
+    )
+    about: dict[str, Any] = {"name": spec, "revision": revision, "commit": commit}
+    about |= {
+        "weights": weights_digest(checkpoint.files),
+        "preprocessing": prepare.at(size) if size else prepare,
+    }
+    if is_eva:
+        return _load_eva(checkpoint, about)
+    if model_type in ("clip", "clip_vision_model"):
+        return _load_clip(checkpoint, about, resized=size is not None)
+    return _load_auto(checkpoint, about, resized=size is not None)
 
 
 def tiny_encoder(side: str, *, seed: int = 0) -> VisionEncoder:
@@ -241,6 +117,7 @@ def tiny_encoder(side: str, *, seed: int = 0) -> VisionEncoder:
         "revision": None,
         "preprocessing": Preprocessing(64),
         "meaningful": False,
+        "weights": f"seed {seed}",
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2 * seed + (side == "clip"))
@@ -256,39 +133,117 @@ _TINY_EVA = EvaClipConfig(
 _TINY_CLIP = dict(hidden_size=48, num_hidden_layers=1, intermediate_size=96, projection_dim=48, **_TINY)
 
 
-def _load_auto(folder: Path, dtype: torch.dtype, about: dict[str, Any]) -> AutoModelEncoder:
-    with quiet_transformers():
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    model = _from_pretrained(AutoModel, folder, dtype)
-    vision = getattr(config, "vision_config", config)
-    tower = getattr(model, "vision_model", model)
-    image_size, patch_size = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
-    if not isinstance(patch_size, int):
-        raise ValueError(f"{folder}: expected a vision tower with square patches, found {config.model_type}")
-    sides = set(image_size) if isinstance(image_size, list | tuple) else {image_size or 224}
-    if len(sides) != 1:
-        raise ValueError(f"{folder}: expected a square image_size, found {list(image_size or [])}")
-    preprocessing = _read_preprocessing(folder, sides.pop())
-    if preprocessing.size % patch_size:
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder, and how it is to be loaded."""
+
+    folder: Path
+    config: dict[str, Any]
+    files: list[Path]
+    dtype: torch.dtype
+
+    @property
+    def image_size(self) -> int | None:
+        """Pixels a side that the tower was trained on. Raises ValueError for pictures that are not square."""
+        vision = self.config.get("vision_config")
+        size = (vision if isinstance(vision, dict) else self.config).get("image_size")
+        sides = set(size) if isinstance(size, list) else {size}
+        if len(sides) != 1:
+            raise ValueError(f"{self.folder}: expected a square image_size, found {short_repr(size)}")
+        side = sides.pop()
+        if side is not None:
+            check_size(f"{self.folder}: image_size", side)
+        return side
+
+
+def _load_eva(checkpoint: Checkpoint, about: dict[str, Any]) -> EvaClipEncoder:
+    folder = checkpoint.folder
+    with torch.device("meta"):
+        model = EvaClipVision(EvaClipConfig.from_dict(str(folder / "config.json"), checkpoint.config))
+    _check_size(folder, about["preprocessing"].size, model.config.image_size, model.config.patch_size)
+    _say_size(about["name"], sum(p.numel() for p in model.parameters()), checkpoint.dtype)
+    assign_weights(model, read_tensors(folder), where=str(folder), dtype=checkpoint.dtype)
+    return EvaClipEncoder(model, **about)
+
+
+def _load_clip(checkpoint: Checkpoint, about: dict[str, Any], *, resized: bool) -> ClipEncoder:
+    model = _from_pretrained(CLIPVisionModelWithProjection, checkpoint, about["name"])
+    vision: Any = model.config
+    size = about["preprocessing"].size
+    _check_size(checkpoint.folder, size, size if resized else vision.image_size, vision.patch_size)
+    return ClipEncoder(model, **about)
+
+
+def _check_size(folder: Path, size: int, expected: int, patch_size: int) -> None:
+    if size != expected:
         raise ValueError(
-            f"{folder}: {preprocessing.size} pixels are not a multiple of the patch size {patch_size}"
+            f"{folder}: expected pictures of {expected} pixels a side, its positions, found {size}"
         )
-    about |= {"preprocessing": preprocessing, "registers": getattr(vision, "num_register_tokens", 0) or 0}
-    return AutoModelEncoder(tower, patch_size=patch_size, hidden_size=vision.hidden_size, **about)
+    if size % patch_size:
+        raise ValueError(f"{folder}: {size} pixels are not a multiple of the patch size {patch_size}")
 
 
-def _from_pretrained(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """Tensors of other towers may be left over; this tower's own must all be there and fit (ValueError)."""
-    with quiet_transformers():
-        model, info = kind.from_pretrained(
-            folder,
-            dtype=dtype,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            local_files_only=True,
-        )
-    missing = sorted(info.get("missing_keys") or ())
+def _load_auto(checkpoint: Checkpoint, about: dict[str, Any], *, resized: bool) -> AutoModelEncoder:
+    folder, size = checkpoint.folder, about["preprocessing"].size
+    is_mae = checkpoint.config.get("model_type") == "vit_mae"
+    model = _from_pretrained(ViTModel if is_mae else AutoModel, checkpoint, about["name"])
+    vision = getattr(model.config, "vision_config", model.config)
+    tower = getattr(model, "vision_model", model).eval()
+    patch_size = getattr(vision, "patch_size", None)
+    if not isinstance(patch_size, int):
+        raise ValueError(f"{folder}: expected a vision tower with square patches, found {vision.model_type}")
+    _check_size(folder, size, size, patch_size)
+    options: dict[str, Any] = {}
+    if resized and "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters:
+        options["interpolate_pos_encoding"] = True
+    registers = getattr(vision, "num_register_tokens", None) or 0
+    layout = TokenLayout.of(
+        _try_out(tower, size, checkpoint, options),
+        str(folder),
+        grid=size // patch_size,
+        max_prefix=1 + registers + (vision.model_type == "deit"),
+        hierarchical=hasattr(vision, "depths"),
+    )
+    return AutoModelEncoder(tower, layout, options, **about)
+
+
+@torch.no_grad()  # models keep tensors of a first call, which inference mode would mark for good
+def _try_out(tower: nn.Module, size: int, checkpoint: Checkpoint, options: dict[str, Any]) -> Tensor:
+    """The last hidden state of one grey picture: what a model does not take shows before any is read."""
+    pixels = torch.zeros(1, 3, size, size, dtype=checkpoint.dtype)
+    try:
+        hidden = tower(pixel_values=pixels, **options).last_hidden_state
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        kind = checkpoint.config.get("model_type")
+        raise ValueError(
+            f"{checkpoint.folder}: expected a vision tower that takes pictures of {size} pixels, found a "
+            f"{short_repr(kind)} model that does not: {one_line(error)}"
+        ) from error
+    if not isinstance(hidden, Tensor):
+        raise ValueError(f"{checkpoint.folder}: expected a last hidden state, found none")
+    return hidden
+
+
+def _from_pretrained(kind: Any, checkpoint: Checkpoint, name: str) -> Any:
+    """Tensors of other towers may be left over; this tower's own must all be there and fit (ValueError).
+
+    Not the pooler's: it comes after the tokens, and classification checkpoints have none.
+    """
+    folder = checkpoint.folder
+    _say_size(name, count_parameters(checkpoint.files), checkpoint.dtype)
+    try:
+        with quiet_transformers():
+            model, info = kind.from_pretrained(
+                folder,
+                dtype=checkpoint.dtype,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                local_files_only=True,
+            )
+    except _NOT_LOADED as error:
+        raise ValueError(f"{folder}: not a model that transformers loads: {one_line(error)}") from error
+    missing = sorted(key for key in info.get("missing_keys") or () if not key.startswith("pooler."))
     mismatched = sorted(str(key[0]) for key in info.get("mismatched_keys") or ())
     if missing or mismatched:
         raise ValueError(
@@ -298,36 +253,29 @@ def _from_pretrained(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def _read_preprocessing(folder: Path, image_size: int) -> Preprocessing:
-    """From preprocessor_config.json, read as plain JSON; CLIP's where the file is missing."""
-    file = folder / "preprocessor_config.json"
-    if not file.is_file():
-        return Preprocessing(image_size)
-    values = _read_json(file)
-    names = {number: name for name, number in RESAMPLING.items()}
-    size = values.get("crop_size") if values.get("do_center_crop") else values.get("size")
-    if isinstance(size, dict):
-        size = size.get("height") or size.get("shortest_edge")
-    resize = values.get("size")
-    shortest = bool(values.get("do_center_crop")) or (isinstance(resize, dict) and "shortest_edge" in resize)
-    return Preprocessing(
-        size=size if isinstance(size, int) else image_size,
-        resize="shortest" if shortest else "squash",
-        resample=names.get(values.get("resample", 3), "bicubic"),
-        mean=cast("tuple[float, float, float]", tuple(values.get("image_mean") or CLIP_MEAN)),
-        std=cast("tuple[float, float, float]", tuple(values.get("image_std") or CLIP_STD)),
-    )
-
-
-def _download(spec: str, revision: str | None) -> Path:
-    """A hub repository's configuration and weights; a path that does not exist is said to be one."""
+def _find_folder(spec: str, revision: str | None) -> tuple[Path, str | None]:
+    """The folder of a tower, and the commit it is at on the hub (None for a folder of the user's)."""
+    path = Path(spec)
+    if path.is_dir():
+        return path, None
+    if path.is_file():
+        found = other_layout(path.parent, [path.name])
+        raise FileNotFoundError(f"{spec}: expected a folder with config.json, or a hub id, found {found}")
     if spec.count("/") != 1 or not is_hub_id(spec):
         raise FileNotFoundError(f"{spec}: expected a model folder or a hub id (owner/name), found neither")
+    folder = _download(spec, revision, "*.safetensors")
+    if not list(folder.glob("model*.safetensors")):
+        folder = _download(spec, folder.name, "*.bin")
+    return folder, folder.name
+
+
+def _download(spec: str, revision: str | None, weights: str) -> Path:
+    """A hub repository's configuration and weights of one format; never code."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(spec, revision=revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(spec, revision=revision, allow_patterns=["*.json", weights]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = one_line(error, max_length=160)
         raise FileNotFoundError(f"{spec}: no such folder, and the hub did not give it: {reason}") from error
@@ -354,13 +302,23 @@ def _load_timm(spec: str) -> TimmEncoder:
     preprocessing = Preprocessing(data["input_size"][-1], mean=tuple(data["mean"]), std=tuple(data["std"]))
     if math.isqrt(model.patch_embed.num_patches) ** 2 != model.patch_embed.num_patches:
         raise ValueError(f"{spec}: expected a square grid, found {model.patch_embed.num_patches} patches")
-    return TimmEncoder(model, name=spec, revision=None, preprocessing=preprocessing)
+    about: dict[str, Any] = {"weights": parameters_digest(model), "preprocessing": preprocessing}
+    return TimmEncoder(model, name=spec, revision=None, **about)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{file.parent}: expected {file.name}, found none")
-    values = read_json(file)
-    if not isinstance(values, dict):
-        raise ValueError(f"{file}: expected a JSON object, found {type(values).__name__}")
-    return values
+        raise FileNotFoundError(f"{folder}: expected config.json, found {other_layout(folder) or 'none'}")
+    refuse_impostor(file)
+    return read_json_object(file)
+
+
+def _say_size(name: str, parameters: int, dtype: torch.dtype) -> None:
+    """What a large tower takes of memory, before it does."""
+    size = parameters * dtype.itemsize
+    if size < LARGE:
+        return
+    kind = str(dtype).removeprefix("torch.")
+    less = f" (--dtype bfloat16: {2 * parameters / 1e9:.0f} GB)" if dtype.itemsize > 2 else ""
+    logger.info("%s: %.1f B parameters in %s: %.0f GB%s", name, parameters / 1e9, kind, size / 1e9, less)

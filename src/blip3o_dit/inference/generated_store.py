@@ -12,27 +12,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from blip3o_dit.data.checks import Record, check_pair
+from blip3o_dit.data.checks import Record, check_pair, check_square
 from blip3o_dit.data.embeddings import Embeddings, batches
-from blip3o_dit.data.manifest import DTYPES, write_manifest
-from blip3o_dit.data.store import json_line, to_disk, write_shard
-from blip3o_dit.inference.output import check_output
-from blip3o_dit.utils.atomic import ASIDE, publish, remove_files_and_folders
-from blip3o_dit.utils.folder_lock import LOCK_FILE, folder_lock
-from blip3o_dit.utils.json_files import show_names
+from blip3o_dit.data.manifest import DTYPES, STORE_ASIDE, write_manifest
+from blip3o_dit.data.shard_writer import json_line, to_disk, write_shard
+from blip3o_dit.data.store_folder import StoreFolder, writing_alone
 
 DTYPE = "float32"
 # Size of a shard at most, give or take a batch; a process holds one shard at a time.
 MAX_SHARD_BYTES = 2**28
-# How the names begin of all that lies in an unfinished store.
-_OURS = ("shard-", "manifest.json", LOCK_FILE)
 
 
 class GeneratedStore:
-    """Writes conditions and generated tokens shard by shard; the manifest comes last and makes it a store.
-
-    All of it is written into NAME.partial, which takes the name when it is whole: until then nothing that
-    has the name is touched.
+    """Writes conditions and generated tokens shard by shard, aside, until the store is whole.
 
     Args:
         path: the folder that becomes the store; all processes see it.
@@ -44,40 +36,28 @@ class GeneratedStore:
         self, path: Path, sizes: tuple[int, int, int], *, encoder: Mapping[str, Any] | None = None
     ) -> None:
         self.path = path
-        self.aside = path.with_name(path.name + ASIDE)
+        self.aside = path / STORE_ASIDE
         self.sizes = sizes
         self.encoder = encoder
 
     @contextmanager
     def claimed(self, *, overwrite: bool = False) -> Iterator[None]:
-        """Hold the name while the block writes; on one process, before others write.
+        """Hold the folder while the block writes; on one process, before others write.
 
-        When the block ends well the store takes its name, else what it wrote is removed.
+        When the block ends well the store takes its place, else what was there before stays.
 
         Raises:
-            ValueError: see `check_output`; also when another process generates the same store.
+            ValueError: see `StoreFolder`; also when another process writes to the same folder.
         """
-        check_output(self.path, overwrite=overwrite)
-        self._make_folder()
-        with folder_lock(self.aside, "a generation"):
-            remove_files_and_folders(file for file in self.aside.iterdir() if file.name != LOCK_FILE)
+        check_square(self.path, self.sizes[0])
+        with writing_alone(self.path, "generation"):
+            folder = StoreFolder(self.path, overwrite=overwrite)
             try:
                 yield
             except BaseException:
-                remove_files_and_folders([self.aside])
+                folder.abandon()
                 raise
-        publish(self.aside, self.path)
-
-    def _make_folder(self) -> None:
-        """NAME.partial, with nothing in it but what a generation that was killed has left."""
-        if self.aside.exists() and not self.aside.is_dir():
-            raise ValueError(f"{self.aside}: expected a folder of an unfinished generation, found a file")
-        self.aside.mkdir(parents=True, exist_ok=True)
-        foreign = [file.name for file in self.aside.iterdir() if not file.name.startswith(_OURS)]
-        if foreign:
-            raise ValueError(
-                f"{self.aside}: expected a folder of an unfinished generation, found {show_names(foreign)}"
-            )
+            folder.publish()
 
     def shard_size(self, count: int, *, batch_size: int, processes: int) -> int:
         """Samples per shard: a multiple of `batch_size` that gives each process equally many shards.

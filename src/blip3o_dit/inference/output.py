@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from blip3o_dit.data.manifest import FORMAT, MANIFEST
+from blip3o_dit.data.store_folder import check_claim
 from blip3o_dit.utils.atomic import atomic_file, dump_atomically
-from blip3o_dit.utils.json_files import read_json
 
 PICKLE_SUFFIXES, NPZ_SUFFIX = (".pkl", ".pickle"), ".npz"
 
@@ -88,25 +87,7 @@ def _check_folder(path: Path, overwrite: bool) -> None:
     """A store may take the place of an empty folder, or of a store when that is asked for."""
     if path.is_file():
         raise ValueError(f"{path}: expected a folder to write to, found a file")
-    if path.name in ("", ".."):
-        raise ValueError(f"{path}: expected the name of a new folder, found none")
     if os.fsencode(path).decode(errors="replace") != str(path):
         raise ValueError(f"{path}: expected a name in UTF-8, which all tools can read shards from")
-    if path.is_mount():
-        raise ValueError(
-            f"{path}: expected a folder that can be replaced, found a file system: name one in it"
-        )
-    if not path.is_dir() or not any(path.iterdir()):
-        return
-    if not _is_store(path):
-        raise ValueError(f"{path}: expected a new or empty folder, found other files")
-    if not overwrite:
-        raise ValueError(f"{path}: expected no store there, found one (--overwrite replaces it)")
-
-
-def _is_store(path: Path) -> bool:
-    try:
-        manifest = read_json(path / MANIFEST)
-    except (OSError, ValueError):
-        return False
-    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+    if path.is_dir():
+        check_claim(path, overwrite)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.cpu_kernels import use_cpu_kernels
+from blip3o_dit.utils.atomic import MODEL_ASIDE, finish_publishing
 from blip3o_dit.utils.checksums import is_sealed, verify
 from blip3o_dit.utils.json_files import printable, show_names, weight_files_of
 from blip3o_dit.utils.logging import quiet_transformers
@@ -64,6 +65,7 @@ class StrictPreTrainedModel(PreTrainedModel):
         if not is_hub_id(pretrained_model_name_or_path):
             kwargs["local_files_only"] = True
             folder, config = Path(pretrained_model_name_or_path), kwargs.get("config")
+            finish_model(folder)
             if not isinstance(config, BLIP3oDiTConfig):
                 config = BLIP3oDiTConfig.from_pretrained(folder)
             cls.check_weights(weights_files(folder, kwargs.get("variant")), config)
@@ -97,6 +99,7 @@ class StrictPreTrainedModel(PreTrainedModel):
         Raises:
             FileNotFoundError, ValueError: as `from_pretrained`.
         """
+        finish_model(Path(folder))
         config, files = BLIP3oDiTConfig.from_pretrained(folder), weights_files(Path(folder), variant)
         cls.check_weights(files, config)
         file_of = {name: file for file in files for name in _shapes(file)}
@@ -149,6 +152,7 @@ def pick_weights(path: Path, weights: str) -> str:
             altered since they were saved.
     """
     check_name("weights", weights, ("auto", "ema", "raw"))
+    finish_model(path)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path}: expected a model folder with config.json, found none")
     has_ema = all(file.is_file() for file in weights_files(path, EMA_VARIANT))
@@ -170,6 +174,21 @@ def weights_files(folder: Path, variant: str | None) -> list[Path]:
     file = folder / (f"model.{variant}.safetensors" if variant else WEIGHTS_FILE)
     index = folder / f"{WEIGHTS_FILE}.index{f'.{variant}' if variant else ''}.json"
     return weight_files_of(index) if index.is_file() and not file.is_file() else [file]
+
+
+def finish_model(folder: Path) -> None:
+    """Finish moving a new model's files into a folder, where a process was killed that did so.
+
+    Raises:
+        ValueError: when they cannot be moved, or files of two models may be mixed.
+    """
+    aside = folder / MODEL_ASIDE
+    finish_publishing(aside, folder)
+    if is_sealed(aside) and not is_sealed(folder):
+        raise ValueError(
+            f"{folder}: expected one model, found another half moved into it ({aside.name}): "
+            f"remove {aside.name}, and train again or restore the folder"
+        )
 
 
 def compare_shapes(expected: Mapping[str, list[int]], found: Mapping[str, list[int]]) -> dict[str, list[str]]:

@@ -24,10 +24,10 @@ from blip3o_dit.data.dataset import (
     BatchNoise,
     EmbeddingDataset,
     ShuffledSampler,
-    identity_collate,
     training_sampler,
 )
 from blip3o_dit.data.towers import write_towers
+from blip3o_dit.data.worker_batches import whole_batch
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.loading import EMA_FILE
 from blip3o_dit.training.anomalies import (
@@ -108,7 +108,7 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
             args=args,
             train_dataset=_with_noise(train_dataset, config.seed, "training"),
             eval_dataset=eval_dataset and _with_noise(eval_dataset, config.seed, "evaluation"),
-            data_collator=identity_collate,  # type: ignore[arg-type]
+            data_collator=whole_batch,  # type: ignore[arg-type]
             callbacks=list(callbacks),
         )
         self.config = config

@@ -23,6 +23,7 @@ from blip3o_dit.flow.config import (
 )
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.ridge import neighbour_components
+from blip3o_dit.utils.atomic import MODEL_ASIDE, finish_publishing
 from blip3o_dit.utils.checksums import is_sealed, verify
 from blip3o_dit.utils.json_files import read_json_object, short_repr
 from blip3o_dit.utils.settings import check_settings, setting
@@ -250,6 +251,7 @@ class TrainingConfig:
             ValueError: when the file is missing, is not JSON, has unknown fields or bad values.
         """
         file = Path(folder) / TRAINING_CONFIG_FILE
+        finish_publishing(file.parent / MODEL_ASIDE, file.parent)
         if not file.is_file():
             raise ValueError(f"{folder}: expected {TRAINING_CONFIG_FILE}, found none")
         if is_sealed(Path(folder)):

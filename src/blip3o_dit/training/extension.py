@@ -32,7 +32,8 @@ def plan_extension(checkpoint: Path, saved: dict[str, Any], given: dict[str, Any
     Raises:
         ValueError: both lengths are given, or the checkpoint does not say where it is.
     """
-    epochs, steps = given.get("extend_epochs"), given.get("extend_steps")
+    epochs: Any = given.get("extend_epochs")
+    steps: Any = given.get("extend_steps")
     if epochs is None and steps is None:
         return {}
     if epochs is not None and steps is not None:
@@ -41,7 +42,7 @@ def plan_extension(checkpoint: Path, saved: dict[str, Any], given: dict[str, Any
     step, steps_per_epoch = _position(checkpoint / TRAINER_STATE_FILE)
     if step < saved["extended_to"] and all(saved[name] == value for name, value in wanted.items()):
         return {}
-    more: int = steps or max(1, math.ceil(round(epochs * steps_per_epoch, 6)))
+    more: int = steps if epochs is None else max(1, math.ceil(round(epochs * steps_per_epoch, 6)))
     return wanted | {
         "extended_at": step,
         "extended_to": step + more,

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from blip3o_dit.data.embeddings import Embeddings, check_sizes
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import CONFIG_FILE, BLIP3oDiTConfig
-from blip3o_dit.model.loading import EMA_FILE, EMA_VARIANT, pick_weights, weights_file
+from blip3o_dit.model.loading import EMA_VARIANT, pick_weights, weights_files
 from blip3o_dit.training.checkpoint import PROGRESS_FILE, LoopState, RunIdentity
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.fit_source import FOLDS_FILE, SourceFolds, load_folds
@@ -98,25 +98,30 @@ def check_start(config: TrainingConfig, model: BLIP3oDiTConfig, source: Embeddin
     ]
     if different:
         raise ValueError(f"{folder}: its weights do not fit this run: " + "; ".join(different))
-    file = weights_file(folder, EMA_VARIANT if pick_weights(folder, "auto") == "ema" else None)
-    BLIP3oDiTModel.check_weights(file, model)
-    return replace(config, init_checksum=sha256(file))
+    pick_weights(folder, "auto")  # refuses weights that were altered
+    files = _weights(folder)
+    BLIP3oDiTModel.check_weights(files, model)
+    return replace(config, init_checksum=" ".join(sha256(file) for file in files))
 
 
 def load_start(model: BLIP3oDiTModel, config: TrainingConfig) -> bool:
     """Fill a new model with the weights to start from; whether it keeps their statistics and source."""
-    file = _weights(Path(config.init_from))
-    BLIP3oDiTModel.check_weights(file, model.config)
+    files = _weights(Path(config.init_from))
+    BLIP3oDiTModel.check_weights(files, model.config)
+    weights = model.state_dict()
     with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            with safe_open(file, framework="pt") as tensors:  # mapped, which counts as memory, for this long
-                tensor.copy_(tensors.get_tensor(name))
+        for file in files:
+            with safe_open(file, framework="pt") as tensors:
+                names = list(tensors.keys())
+            for name in names:
+                with safe_open(file, framework="pt") as tensors:  # what is mapped counts as memory
+                    weights[name].copy_(tensors.get_tensor(name))
     # Statistics of a model that does not standardise are for measuring only; from elsewhere it has none.
     keeps = config.init_statistics == "model" and (model.config.standardize or model.has_statistics)
     logger.info(
         "starting from %s of %s, with its sizes, path and normalisation; statistics and source: %s; "
         "optimizer, schedule and averages begin anew",
-        "the averaged weights" if file.name == EMA_FILE else "the weights",
+        "the averaged weights" if _has_averages(Path(config.init_from)) else "the weights",
         config.init_from,
         "of the model" if keeps else "fitted on the data",
     )
@@ -145,9 +150,12 @@ def refuse_overwritten_start(config: TrainingConfig) -> None:
         )
 
 
-def _weights(folder: Path) -> Path:
-    averaged = folder / EMA_FILE
-    return averaged if averaged.is_file() else weights_file(folder, None)
+def _weights(folder: Path) -> list[Path]:
+    return weights_files(folder, EMA_VARIANT if _has_averages(folder) else None)
+
+
+def _has_averages(folder: Path) -> bool:
+    return all(file.is_file() for file in weights_files(folder, EMA_VARIANT))
 
 
 def _trained_config(folder: Path) -> BLIP3oDiTConfig:

@@ -14,8 +14,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
-from blip3o_dit.data.dataset import EmbeddingDataset, identity_collate
+from blip3o_dit.data.dataset import EmbeddingDataset
 from blip3o_dit.data.embeddings import batches
+from blip3o_dit.data.worker_batches import whole_batch
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
 from blip3o_dit.flow.path import FlowBatch, PathSample
 from blip3o_dit.metrics.fidelity import FidelitySums
@@ -112,7 +113,7 @@ class BLIP3oTrainer(ExactResumeTrainer):
             dataset,
             batch_sampler=own_pieces,
             num_workers=self.config.num_workers,
-            collate_fn=identity_collate,  # type: ignore[arg-type]
+            collate_fn=whole_batch,  # type: ignore[arg-type]
             worker_init_fn=outlive_stops,
         )
         self.callback_handler.eval_dataloader = loader

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from safetensors import SafetensorError
 
 from blip3o_dit.utils.checksums import CHECKSUMS_FILE, flush, seal, sealed_names
 from blip3o_dit.utils.errors import WriteError
-from blip3o_dit.utils.json_files import one_line
+from blip3o_dit.utils.json_files import one_line, read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # What is added to the name of a file or folder that is being written, and of a folder that is being replaced.
 ASIDE, REPLACED = ".partial", ".replaced"
+# The folder of files that are being moved into the one around it, and in it the names that go for them.
+MODEL_ASIDE, REPLACES_FILE = f"model{ASIDE}", "replaces.json"
 
 
 @contextmanager
@@ -29,19 +35,22 @@ def written_aside(final: Path, *, files_only: bool = False, replaces: Iterable[s
     Raises:
         WriteError: when the disk is full or the folder cannot be written.
     """
-    aside = final / f"model{ASIDE}" if files_only else final.with_name(final.name + ASIDE)
+    aside = final / MODEL_ASIDE if files_only else final.with_name(final.name + ASIDE)
     try:
         with _write_errors(final):
-            shutil.rmtree(aside, ignore_errors=True)
+            if files_only:
+                finish_publishing(aside, final)
+            remove_files_and_folders([aside])
             aside.mkdir(parents=True)
             yield aside
+            _open_to_others(aside)
             seal(aside)
             if files_only:
-                publish_files(aside, final, replaces)
+                publish_files(aside, final, {*sealed_names(final), *replaces})
             else:
                 publish(aside, final)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        abandon_files(aside, final, CHECKSUMS_FILE)
         raise
 
 
@@ -64,26 +73,64 @@ def restore_replaced(final: Path) -> None:
             os.rename(old, final)
 
 
-def publish_files(aside: Path, folder: Path, replaces: Iterable[str] = ()) -> None:
-    """Move the files of a sealed folder into another one, each by one rename, the checksums last.
+def publish_files(
+    aside: Path, folder: Path, replaces: Iterable[str] = (), last: str = CHECKSUMS_FILE
+) -> None:
+    """Move the files of a whole folder into the one around it, each by one rename, the file `last` last.
 
-    What `folder` held before goes: the files under its checksums, and those named by `replaces`. Others stay.
-    While files move, the checksums are away: `folder` does not pass for whole.
+    What `folder` held under the names in `replaces` goes; other files stay. While files move, `last` is away:
+    `folder` does not pass for whole. If this is killed, `finish_publishing` goes on with it.
     """
-    names = [file.name for file in aside.iterdir() if file.name != CHECKSUMS_FILE]
-    for name in {*sealed_names(folder), *replaces} - set(names):
-        (folder / name).unlink(missing_ok=True)
-    (folder / CHECKSUMS_FILE).unlink(missing_ok=True)
-    for name in (*names, CHECKSUMS_FILE):
-        os.replace(aside / name, folder / name)
+    stale = sorted(set(replaces) - {file.name for file in aside.iterdir()})
+    write_atomically(aside / REPLACES_FILE, json.dumps(stale).encode())
+    (folder / last).unlink(missing_ok=True)
+    finish_publishing(aside, folder, last)
+
+
+def finish_publishing(aside: Path, folder: Path, last: str = CHECKSUMS_FILE) -> None:
+    """Move what `publish_files` began to move; nothing when it did not begin, or has ended.
+
+    Raises:
+        ValueError: when the files cannot be moved.
+    """
+    if not _is_publishing(aside, folder, last):
+        return
+    try:
+        for name in read_json(aside / REPLACES_FILE):
+            if Path(name).name == name:
+                (folder / name).unlink(missing_ok=True)
+        move_files(aside, folder, last)
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: its files were being replaced when a process was killed, and they cannot be moved "
+            f"here ({one_line(error)}): open it where it can be written to"
+        ) from error
+
+
+def abandon_files(aside: Path, folder: Path, last: str) -> None:
+    """Remove what was written aside, unless it is whole and its files are being moved already."""
+    if not _is_publishing(aside, folder, last):
+        remove_files_and_folders([aside])
+
+
+def _is_publishing(aside: Path, folder: Path, last: str) -> bool:
+    return (aside / REPLACES_FILE).is_file() and not (folder / last).exists()
+
+
+def move_files(aside: Path, folder: Path, last: str) -> None:
+    """Move the files of `aside` into `folder`, `last` last, and remove `aside`; several processes may."""
+    names = [file.name for file in aside.iterdir() if file.name not in (last, REPLACES_FILE)]
+    for name in (*sorted(names), last):
+        with suppress(FileNotFoundError):  # another process was quicker
+            os.replace(aside / name, folder / name)
     flush(folder)
-    aside.rmdir()
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def remove_files_and_folders(paths: Iterable[Path]) -> None:
     """Remove those that are there, folders with all that is in them."""
     for path in paths:
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
@@ -101,6 +148,42 @@ def _write_errors(target: Path) -> Iterator[None]:
         raise WriteError(
             f"{target}: expected to write it whole, found: {found}; what was there before is untouched"
         ) from error
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """A safetensors file that is whole or not there, with the permissions that other files get.
+
+    safetensors itself writes through a private file of a random name, which a killed process leaves behind.
+
+    Raises:
+        WriteError: when the disk is full or the folder cannot be written.
+    """
+    from safetensors.torch import save_file  # imports torch, which takes seconds
+
+    aside = path.with_name(path.name + ASIDE)
+    try:
+        with _write_errors(path):
+            remove_files_and_folders([aside])
+            aside.mkdir()
+            save_file(dict(tensors), aside / path.name, metadata=dict(metadata) if metadata else None)
+            _open_to_others(aside)
+            flush(aside / path.name)
+            os.replace(aside / path.name, path)
+            aside.rmdir()
+            flush(path.parent)
+    except BaseException:
+        remove_files_and_folders([aside])
+        raise
+
+
+def _open_to_others(folder: Path) -> None:
+    """Give the files below a folder that was made here the permissions of files that Python makes."""
+    permissions = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(permissions)
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
@@ -121,9 +204,14 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     if path.exists() and not path.is_file():  # a rename would put a file in the place of /dev/null
         raise ValueError(f"{path}: expected a file to write, found a folder or a device")
     aside = path.with_name(path.name + ASIDE)
-    aside.unlink(missing_ok=True)
-    with open(aside, "xb") as file:  # a link that somebody left there would lead out of the folder
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    remove_files_and_folders([aside])
+    try:
+        with open(aside, "xb") as file:  # a link that somebody left there would lead out of the folder
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    flush(path.parent)

@@ -10,5 +10,9 @@ class WriteError(OSError):
     """Something could not be written whole; what was there before is untouched."""
 
 
+class ReadError(OSError):
+    """What is read from fails, now; what was done is kept, and the same command continues."""
+
+
 class StoppedEarly(Exception):
     """A run was stopped as asked and can be continued; the message says why and from where."""

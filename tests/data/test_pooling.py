@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from blip3o_dit.extraction.vision_towers import pool_tokens
+from blip3o_dit.data.pooling import pool_tokens
 
 
 @pytest.mark.parametrize(("grid", "side"), [(16, 8), (6, 3), (6, 2), (4, 4), (5, 1)])

@@ -1,0 +1,140 @@
+"""Images read, decoded and cropped by worker processes, ahead of the towers.
+
+What a worker hands over is one array of bytes per batch and per distinct resize and crop, through a pipe.
+Tensors would go through shared memory, of which containers have 64 MB, with a file descriptor each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from blip3o_dit.extraction.image_decoding import UnreadableImageError, decode_image
+from blip3o_dit.extraction.image_files import ImageRef
+from blip3o_dit.extraction.preprocessing import Preprocessing
+from blip3o_dit.extraction.reading_errors import Source
+from blip3o_dit.utils.errors import ReadError
+from blip3o_dit.utils.json_files import one_line
+
+DECODE_BATCH = 16
+# Seconds for a batch, far above what decoding and reading again take: a worker that is lost is an error.
+TIMEOUT = 600
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An image ready for the towers, or the reason why it is not.
+
+    `pixels`: by side, uint8 [3, size, size]; sides with the same resize and crop share them.
+    """
+
+    index: int
+    pixels: Mapping[str, np.ndarray] = field(default_factory=dict)
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class DecodedBatch:
+    """What a worker hands over.
+
+    `outcomes`: by image, in order, its index and the reason why it is not among the `arrays`, of which there
+    is one per distinct resize and crop, uint8 [B, 3, size, size]. `failure`: why the source ended there.
+    """
+
+    outcomes: list[tuple[int, str | None]]
+    arrays: list[np.ndarray]
+    failure: str | None = None
+
+
+@dataclass(eq=False)
+class DecodingDataset(Dataset):
+    """Reads, decodes and crops images; runs in the data loader's processes."""
+
+    refs: Sequence[ImageRef]
+    indices: Sequence[int]
+    preprocessing: Sequence[Preprocessing]
+    source: Source
+    max_pixels: int
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitems__(self, positions: Sequence[int]) -> DecodedBatch:
+        outcomes: list[tuple[int, str | None]] = []
+        rows: list[list[np.ndarray]] = []
+        failure = None
+        for index in (self.indices[position] for position in positions):
+            try:
+                rows.append(self._pixels(index))
+                outcomes.append((index, None))
+            except UnreadableImageError as error:
+                outcomes.append((index, str(error)))
+            except ReadError as error:
+                failure = str(error)
+                break
+        return DecodedBatch(outcomes, [np.stack(column) for column in zip(*rows, strict=True)], failure)
+
+    def _pixels(self, index: int) -> list[np.ndarray]:
+        image = decode_image(self.source.read(self.refs[index]), max_pixels=self.max_pixels)
+        return [preprocessing.pixels(image).numpy() for preprocessing in self.preprocessing]
+
+
+def decoded_images(
+    refs: Sequence[ImageRef],
+    indices: Sequence[int],
+    preprocessing: Mapping[str, Preprocessing],
+    *,
+    source: Source,
+    max_pixels: int,
+    workers: int,
+) -> Iterator[Decoded]:
+    """The images `indices` of the list, in this order; `preprocessing` by side.
+
+    Raises:
+        ReadError: the source fails, or a worker is lost.
+    """
+    distinct = {each.geometry: each for each in preprocessing.values()}
+    place = {side: list(distinct).index(each.geometry) for side, each in preprocessing.items()}
+    loader: DataLoader = DataLoader(
+        DecodingDataset(refs, indices, list(distinct.values()), source, max_pixels),
+        batch_size=DECODE_BATCH,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        timeout=TIMEOUT if workers else 0,
+    )
+    for batch in _with_one_line(loader, workers):
+        rows = zip(*batch.arrays, strict=True)
+        for index, reason in batch.outcomes:
+            row = next(rows) if reason is None else ()
+            yield Decoded(index, {side: row[number] for side, number in place.items()} if row else {}, reason)
+        if batch.failure is not None:
+            raise ReadError(f"{batch.failure}: what was done is kept, continue with the same command")
+
+
+def stack(images: Sequence[Decoded], side: str) -> Tensor:
+    """uint8 [B, 3, size, size]."""
+    return torch.from_numpy(np.stack([image.pixels[side] for image in images]))
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _with_one_line(loader: DataLoader, workers: int) -> Iterator[DecodedBatch]:
+    """The loader's batches; what it and the system say of workers that fail, in one line."""
+    try:
+        yield from loader
+    except (RuntimeError, OSError) as error:
+        if not workers:
+            raise
+        raise ReadError(
+            f"--workers {workers}: a decoding process was lost ({one_line(error)}): memory, file descriptors "
+            "or /dev/shm may be short; what was done is kept, continue with the same command, perhaps with "
+            "fewer --workers (0: none)"
+        ) from error

@@ -1,0 +1,151 @@
+"""The units of an extraction that one process works on: decoded, through the towers, checked, written."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from blip3o_dit.data.checks import check_pair
+from blip3o_dit.data.shard_writer import json_line, write_shard
+from blip3o_dit.extraction.config import ExtractionConfig
+from blip3o_dit.extraction.decoding import Decoded, decoded_images, stack
+from blip3o_dit.extraction.image_files import ImageRef
+from blip3o_dit.extraction.reading_errors import Source
+from blip3o_dit.extraction.resume import forget_entry, read_entry, write_entry
+from blip3o_dit.extraction.skipping import SkipLimit, Skipped
+from blip3o_dit.extraction.tokens import Towers, storable, tower_tokens
+
+
+@dataclass
+class Unit:
+    """What a unit has collected so far: tokens by side, table lines, skipped images by index."""
+
+    eva: list[Tensor] = field(default_factory=list)
+    clip: list[Tensor] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    skipped: dict[int, Skipped] = field(default_factory=dict)
+
+
+class Extractor:
+    """Extracts the units of one process."""
+
+    def __init__(
+        self,
+        config: ExtractionConfig,
+        output: Path,
+        refs: Sequence[ImageRef],
+        towers: Towers,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.output = output
+        self.refs = refs
+        self.towers = towers
+        self.device = device
+        self.sizes = (config.tokens, towers["eva"].width, towers["clip"].width)
+        self.num_units = math.ceil(len(refs) / config.shard_size)
+        self.limit = SkipLimit(config, len(refs))
+
+    def run(self, rank: int, world_size: int, *, progress: bool) -> None:
+        """Write every unfinished unit whose number is `rank` modulo `world_size`."""
+        units = range(rank, self.num_units, world_size)
+        unfinished = self._unfinished(units, progress=progress)
+        indices = [index for unit in unfinished for index in self._indices(unit)]
+        total = sum(len(self._indices(unit)) for unit in units)
+        bar = tqdm(total=total, initial=total - len(indices), unit="picture", disable=not progress)
+        written = 0
+        with bar:
+            for number, decoded in itertools.groupby(self._decoded(indices), key=self._unit_of):
+                written += self._write_unit(number, self._encode(decoded, bar))
+                bar.set_postfix_str(f"{written / 2**20:.1f} MiB written")
+
+    def _unfinished(self, units: Sequence[int], *, progress: bool) -> list[int]:
+        """Those without an entry, or with other files than were written; what the others skipped counts."""
+        unfinished = []
+        for unit in tqdm(units, desc="what is there", unit="shard", delay=2, disable=not progress):
+            entry = read_entry(self.output, unit, verify=True)
+            if entry is None:
+                unfinished.append(unit)
+            else:
+                self.limit.add(entry["skipped"])
+        return unfinished
+
+    def _indices(self, unit: int) -> range:
+        start = unit * self.config.shard_size
+        return range(start, min(start + self.config.shard_size, len(self.refs)))
+
+    def _unit_of(self, decoded: Decoded) -> int:
+        return decoded.index // self.config.shard_size
+
+    def _decoded(self, indices: Sequence[int]) -> Iterator[Decoded]:
+        """The images in order, decoded ahead of the towers by worker processes."""
+        if not indices:
+            return iter(())
+        return decoded_images(
+            self.refs,
+            indices,
+            {side: tower.preprocessing for side, tower in self.towers.items()},
+            source=Source.of(self.refs),
+            max_pixels=self.config.max_pixels,
+            workers=self.config.workers,
+        )
+
+    def _encode(self, decoded: Iterable[Decoded], bar: tqdm) -> Unit:
+        unit = Unit()
+        batch: list[Decoded] = []
+        for image in decoded:
+            bar.update()
+            if image.reason is not None:
+                self._skip(unit, image.index, image.reason)
+                continue
+            batch.append(image)
+            if len(batch) == self.config.batch_size:
+                self._run_towers(batch, unit)
+                batch = []
+        if batch:
+            self._run_towers(batch, unit)
+        return unit
+
+    def _skip(self, unit: Unit, index: int, reason: str) -> None:
+        ref = self.refs[index]
+        unit.skipped[index] = {"key": ref.key, "location": ref.location, "reason": reason}
+        self.limit.add([unit.skipped[index]])
+
+    def _run_towers(self, batch: Sequence[Decoded], unit: Unit) -> None:
+        """Tokens of a batch of images, pooled, checked and in the dtype of the store."""
+        tokens = {
+            side: tower_tokens(tower, side, stack(batch, side), self.config, self.device)
+            for side, tower in self.towers.items()
+        }
+        stored, reasons = storable(self.output, tokens, self.config.store_dtype)
+        for row, reason in reasons.items():
+            self._skip(unit, batch[row].index, reason)
+        kept = [image.index for row, image in enumerate(batch) if row not in reasons]
+        records = [_record(self.refs[index]) for index in kept]
+        eva, clip = stored["eva"], stored["clip"]
+        check_pair(self.output, eva, clip, records, expected=self.sizes)
+        unit.eva.append(eva)
+        unit.clip.append(clip)
+        unit.lines += [json_line(self.output, i, r) for i, r in zip(kept, records, strict=True)]
+
+    def _write_unit(self, number: int, unit: Unit) -> int:
+        """The shard, then the entry that makes it count; returns the bytes written."""
+        forget_entry(self.output, number)
+        shard = None
+        if unit.lines:
+            shard = write_shard(self.output, number, torch.cat(unit.eva), torch.cat(unit.clip), unit.lines)
+        write_entry(self.output, number, shard, [unit.skipped[index] for index in sorted(unit.skipped)])
+        return shard["bytes"] if shard else 0
+
+
+def _record(ref: ImageRef) -> dict[str, Any]:
+    known = {"caption": ref.caption, "label": ref.label}
+    return {"key": ref.key} | {name: value for name, value in known.items() if value is not None}

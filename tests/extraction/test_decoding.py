@@ -1,0 +1,72 @@
+"""What decoding processes hand over, and what that takes."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import resource
+from collections.abc import Iterator
+from dataclasses import replace
+from multiprocessing import process
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from blip3o_dit.extraction.decoding import Decoded, DecodingDataset, decoded_images, stack
+from blip3o_dit.extraction.image_decoding import MAX_PIXELS, decode_image
+from blip3o_dit.extraction.image_files import list_images
+from blip3o_dit.extraction.preprocessing import Preprocessing
+from blip3o_dit.extraction.reading_errors import Source
+from tests.helpers.extraction import BROKEN, COUNT, write_images
+
+CLIP = Preprocessing(64)
+OTHER_MEAN, SMALLER = replace(CLIP, mean=(0.1, 0.2, 0.3)), Preprocessing(48)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("pictures"))
+
+
+def decoded(images: Path, *preprocessing: Preprocessing, workers: int = 0) -> Iterator[Decoded]:
+    refs = list_images(images)
+    sides = dict(zip(("eva", "clip"), preprocessing, strict=False))
+    source = Source.of(refs)
+    return decoded_images(
+        refs, range(len(refs)), sides, source=source, max_pixels=MAX_PIXELS, workers=workers
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_come_in_order_as_the_towers_take_them(images: Path, workers: int) -> None:
+    refs, found = list_images(images), list(decoded(images, CLIP, SMALLER, workers=workers))
+    assert [image.index for image in found] == list(range(COUNT))
+    assert {refs[image.index].key for image in found if image.reason} == set(BROKEN)
+    whole = [image for image in found if not image.reason]
+    for side, preprocessing in (("eva", CLIP), ("clip", SMALLER)):
+        expected = [preprocessing(decode_image(refs[image.index].read())) for image in whole]
+        assert torch.equal(preprocessing.normalize(stack(whole, side)), torch.stack(expected))
+
+
+def test_sides_with_the_same_resize_and_crop_share_bytes(images: Path) -> None:
+    shared, apart = next(decoded(images, CLIP, OTHER_MEAN)), next(decoded(images, CLIP, SMALLER))
+    assert np.shares_memory(shared.pixels["eva"], shared.pixels["clip"])
+    assert [apart.pixels[side].shape for side in ("eva", "clip")] == [(3, 64, 64), (3, 48, 48)]
+    refs = list_images(images)
+    dataset = DecodingDataset(refs, range(len(refs)), [CLIP], Source.of(refs), MAX_PIXELS)
+    assert len(pickle.dumps(dataset.__getitems__(range(5)))) < 1.1 * 5 * 3 * 64 * 64
+
+
+def test_batches_take_neither_descriptors_nor_sockets(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of other processes hold two each, which come through a socket in the temporary folder."""
+    monkeypatch.setitem(process.current_process()._config, "tempdir", "/tmp/" + 100 * "x")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = max(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 25, limits[1]))
+    try:
+        found = list(decoded(images, CLIP, SMALLER, workers=1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(found) == COUNT
