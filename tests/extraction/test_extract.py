@@ -25,8 +25,8 @@ from blip3o_dit.extraction import extract as engine
 from blip3o_dit.extraction.config import ExtractionConfig
 from blip3o_dit.extraction.extract import Extractor, extract, load_towers
 from blip3o_dit.extraction.image_decoding import decode_image
-from blip3o_dit.extraction.image_files import list_images
 from blip3o_dit.extraction.resume import SKIPPED_FILE, read_entry
+from blip3o_dit.extraction.sources.listing import list_images
 from blip3o_dit.extraction.vision_towers import pool_tokens, tiny_encoder
 
 ROOT = Path(__file__).parent.parent.parent

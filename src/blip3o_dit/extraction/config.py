@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from blip3o_dit.data.manifest import DTYPES
 from blip3o_dit.extraction.image_decoding import MAX_PIXELS
+from blip3o_dit.extraction.sources.image_list import ListingOptions
 from blip3o_dit.utils.settings import setting
 from blip3o_dit.utils.validation import check_name
 
@@ -17,8 +18,8 @@ DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 class ExtractionConfig:
     """What to extract, from what, into what: the flags of `blip3o-dit extract`, explained by their help.
 
-    `images`: a folder, list file, webdataset tars, parquet or Hugging Face dataset folder. `output`: the
-    store's folder. The towers are named as `load_encoder` takes them.
+    `images`: any source of docs/inputs.md. `output`: the store's folder. The towers are named as
+    `load_encoder` takes them.
 
     Raises:
         ValueError: names the field, what it expects and what it found.
@@ -43,6 +44,17 @@ class ExtractionConfig:
     workers: int = setting(2, "decoding processes, per process")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
     strict: bool = setting(False, "an unreadable picture is an error, not a line in skipped.jsonl")
+    image_column: str | None = setting(
+        None, "column of a list or table with the pictures, not its usual name"
+    )
+    caption_column: str | None = setting(None, "column with the captions, not its usual name")
+    image_field: str | None = setting(
+        None, "which member of a webdataset sample is its picture: jpg, or 'seg.png;depth.png'"
+    )
+    csv_separator: str | None = setting(
+        None, "of list files with a header: tab, comma, semicolon or a character; else by the header"
+    )
+    skip_links: bool = setting(False, "do not enter linked folders")
     max_pixels: int = setting(MAX_PIXELS, "refuse larger pictures, before they are decoded")
     seed: int = setting(0, "seed of towers from scratch")
 
@@ -53,8 +65,16 @@ class ExtractionConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise ValueError(f"{name}: expected an integer >= {low}, found {value!r}")
+        _ = self.listing  # which checks its own
         if self.max_pixels > MAX_PIXELS:
             raise ValueError(f"max_pixels: expected at most {MAX_PIXELS}, found {self.max_pixels}")
+
+    @property
+    def listing(self) -> ListingOptions:
+        """Those of the settings that say how pictures are listed."""
+        return ListingOptions(
+            **{option.name: getattr(self, option.name) for option in fields(ListingOptions)}
+        )
 
 
 _MINIMUM = {"tokens": 1, "batch_size": 1, "shard_size": 1, "max_pixels": 1, "workers": 0, "seed": 0}

@@ -26,7 +26,6 @@ from blip3o_dit.data.manifest import DTYPES, MANIFEST, check_shard_count
 from blip3o_dit.data.store import EmbeddingStore, json_line, to_disk, write_shard
 from blip3o_dit.extraction.config import RESUMABLE_CHANGES, ExtractionConfig
 from blip3o_dit.extraction.image_decoding import UnreadableImageError, decode_image
-from blip3o_dit.extraction.image_files import ImageRef, list_images
 from blip3o_dit.extraction.resume import (
     claim_folder,
     finish_store,
@@ -34,6 +33,8 @@ from blip3o_dit.extraction.resume import (
     remove_working_files,
     write_entry,
 )
+from blip3o_dit.extraction.sources.image_ref import ImageRef
+from blip3o_dit.extraction.sources.listing import list_images
 from blip3o_dit.extraction.vision_towers import (
     Preprocessing,
     VisionEncoder,
@@ -81,7 +82,7 @@ def extract(config: ExtractionConfig, *, progress: bool = True) -> EmbeddingStor
             for a folder that holds an extraction with other settings.
     """
     processes = join_processes(config.device)
-    refs = list_images(config.images)
+    refs = list_images(config.images, config.listing)
     check_shard_count(Path(config.output), len(refs), config.shard_size)
     towers = load_towers(config, processes.device)
     settings = _settings(config, refs, towers)

@@ -1,1 +1,1 @@
-"""Where images come from, by the conventions of those who made them: one module per maker behind `list_images`."""
+"""Where images come from, by their makers' conventions: one module per maker behind `list_images`."""

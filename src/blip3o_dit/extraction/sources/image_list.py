@@ -11,6 +11,9 @@ from typing import overload
 
 from blip3o_dit.extraction.sources.image_ref import ImageRef
 
+# Separators that are easier to name than to type.
+SEPARATOR_NAMES = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "space": " "}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ListingOptions:
@@ -30,6 +33,13 @@ class ListingOptions:
     csv_separator: str | None = None
     skip_links: bool = False
     strict: bool = False
+
+    def __post_init__(self) -> None:
+        separator = SEPARATOR_NAMES.get(self.csv_separator or "", self.csv_separator)
+        if separator is not None and (len(separator) != 1 or separator in '\r\n"'):
+            expected = f"one character or {', '.join(SEPARATOR_NAMES)}"
+            raise ValueError(f"csv_separator: expected {expected}, found {self.csv_separator!r}")
+        object.__setattr__(self, "csv_separator", separator)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ _ONE_FILE = frozenset(
 class ImageRef:
     """Small and picklable: what is the same for many images is one object that they share.
 
-    `key` is unique in its list and valid Unicode. `folder` and `name` together are the file, as the disk names
-    it. `offset` and `size` say which bytes of a tar it is (offset -1: the whole file), `row` and `column` which
-    cell of a table. `size` is that of the image, or of the table's file, when it was listed.
+    `key` is unique in its list and valid Unicode. `folder` and `name` together are the file, as the disk
+    names it. `offset` and `size` say which bytes of a tar it is (offset -1: the whole file), `row` and
+    `column` which cell of a table. `size` is the image's, or its table's file's, when it was listed.
     """
 
     key: str
@@ -46,7 +46,7 @@ class ImageRef:
         return f"{self.file}:{part}" if part else self.file
 
     def read(self) -> bytes:
-        """The image's bytes. Raises OSError when reading fails, ValueError for what the file holds instead."""
+        """The image's bytes. Raises OSError when reading fails, ValueError for content that is no image."""
         if self.row >= 0:
             return read_cell(self.file, self.row, self.column)
         if self.offset < 0:

@@ -14,6 +14,8 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import IO, Any
 
+from blip3o_dit.utils.json_files import one_line
+
 # Largest image file that is read: an uncompressed one of as many pixels as are accepted has 0.7 GB.
 MAX_IMAGE_BYTES = 2**30
 
@@ -22,12 +24,7 @@ CELL_BATCH = 16
 # What a damaged compressed stream raises, beside an OSError without number.
 STREAM_ERRORS = (EOFError, zlib.error, lzma.LZMAError)
 
-_OPENERS: dict[str, Callable[[str], IO[bytes]]] = {
-    ".gz": gzip.open,  # type: ignore[dict-item]
-    ".tgz": gzip.open,  # type: ignore[dict-item]
-    ".bz2": bz2.open,  # type: ignore[dict-item]
-    ".xz": lzma.open,  # type: ignore[dict-item]
-}
+_OPENERS: dict[str, Any] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
 def stream_opener(name: str) -> Callable[[str], IO[bytes]] | None:
@@ -81,7 +78,7 @@ def _stream(file: str, process: int) -> IO[bytes]:
 
 def content_error(error: OSError) -> Exception:
     """gzip and pyarrow call damage an OSError too, but one without the system's number."""
-    return ValueError(str(error)) if error.errno is None else error
+    return ValueError(one_line(error)) if error.errno is None else error
 
 
 # Tables
@@ -95,8 +92,8 @@ def read_cell(file: str, row: int, column: str) -> bytes:
             cell = arrow_table(file, os.getpid()).column(column)[row].as_py()
         else:
             cell = _parquet_cursor(file, column, os.getpid()).cell(row)
-    except arrow.ArrowException as error:
-        raise ValueError(f"row {row}: {error}") from error
+    except (arrow.ArrowException, LookupError) as error:  # a lookup: the file is another one by now
+        raise ValueError(f"row {row}: {one_line(error)}") from error
     except OSError as error:
         raise content_error(error) from error
     if isinstance(cell, dict):
@@ -124,6 +121,8 @@ class _ParquetCursor:
         self._rows: Any = ()
 
     def cell(self, row: int) -> Any:
+        if row >= self._starts[-1]:
+            raise ValueError(f"row {row}: expected fewer, found {self._starts[-1]} in the file")
         group = bisect_right(self._starts, row) - 1
         if group != self._group or row < self._first:
             self._batches = self._parquet.iter_batches(
