@@ -40,7 +40,7 @@ class Collector:
         self._started = time.monotonic()
 
     def path(self, name: str) -> str:
-        return os.path.join(self.folder, name)
+        return os.path.join(self.folder, name) if name else self.folder
 
     def skip(self, name: str, reason: str, *, key: str | None = None, location: str | None = None) -> None:
         """Something that should have been an image, or held some. `name` is below the root."""

@@ -90,13 +90,14 @@ def refuse_splits(found: Collector, names: Sequence[str]) -> None:
             counts[split] += 1
             examples.setdefault(split, example)
     if len(counts) > 1:
-        kinds = ", ".join(f"{count} of {split}" for split, count in counts.items())
-        places = " or ".join(f"'{found.path(example)}'" for example in examples.values())
+        kinds = ", ".join(f"{count} of {split}" for split, count in sorted(counts.items()))
+        places = " or ".join(f"'{found.path(examples[split])}'" for split in sorted(examples))
         raise ValueError(f"{found.root}: expected files of one split, found {kinds}: name one, as {places}")
 
 
 def refuse_dict(found: Collector, folder: str, splits: Sequence[str]) -> None:
     """The same for a saved DatasetDict, whose splits may have any name."""
+    splits = sorted(splits)
     if len(splits) > 1:
         example = found.path(posixpath.join(folder, splits[0]))
         raise ValueError(
