@@ -76,16 +76,28 @@ def test_what_is_no_picture_is_counted(source: str) -> None:
 
 
 def test_splits_are_not_merged() -> None:
-    with pytest.raises(ValueError, match=r"hf_dict: expected one split, found the splits held out, train: name"):
+    with pytest.raises(
+        ValueError, match=r"hf_dict: expected one split, found the splits held out, train: name"
+    ):
         list_images(SOURCES / "hf_dict")
-    with pytest.raises(ValueError, match=r"found 1 of test, 1 of train: .*data/test\*\.parquet' or '.*data/train"):
+    with pytest.raises(
+        ValueError, match=r"found 1 of test, 1 of train: .*data/test\*\.parquet' or '.*data/train"
+    ):
         list_images(SOURCES / "hf_hub")
 
 
 def test_open_clip_tables() -> None:
-    captions = ["a red square", "a green\nsquare", "ein grüner Würfel", "blue, with a comma", 'so-called "white"']
+    captions = [
+        "a red square",
+        "a green\nsquare",
+        "ein grüner Würfel",
+        "blue, with a comma",
+        'so-called "white"',
+    ]
     images = list_images(SOURCES / "open_clip" / "train.csv")
-    assert [(image.key, image.caption) for image in images] == [(f"{i}.png", c) for i, c in enumerate(captions)]
+    assert [(image.key, image.caption) for image in images] == [
+        (f"{i}.png", c) for i, c in enumerate(captions)
+    ]
     assert images[3].read() == (SOURCES / "open_clip" / "3.png").read_bytes()
     with pytest.raises(ValueError, match="expected a header that names the picture's column"):
         list_images(SOURCES / "open_clip" / "other.csv")
@@ -105,6 +117,7 @@ def test_a_moved_source_has_the_same_digest_and_another_content_has_not(tmp_path
         shutil.copytree(there, here)
         assert list_images(here).digest() == list_images(there).digest()
     (tmp_path / "img2dataset_files" / "00000" / "000000.jpg").write_bytes(b"another picture")
-    assert list_images(here.parent / "img2dataset_files").digest() != list_images(
-        SOURCES / "img2dataset_files"
-    ).digest()
+    assert (
+        list_images(here.parent / "img2dataset_files").digest()
+        != list_images(SOURCES / "img2dataset_files").digest()
+    )

@@ -53,9 +53,8 @@ class Collector:
         """Skip a file for the error of reading it. Raises what is no fault of this file."""
         if isinstance(error, OSError) and not is_fault_of_file(error, self.root):
             raise error
-        self.skip(
-            name, f"cannot be read: {error.strerror}" if isinstance(error, OSError) else one_line(error)
-        )
+        number = error.errno if isinstance(error, OSError) else None
+        self.skip(name, f"cannot be read: {os.strerror(number)}" if number else one_line(error))
 
     def add_file(
         self, name: str, status: os.stat_result, *, key: str, caption: str | None, label: str | None

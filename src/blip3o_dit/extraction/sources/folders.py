@@ -6,6 +6,7 @@ import os
 import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from blip3o_dit.extraction.sources import huggingface, img2dataset
 from blip3o_dit.extraction.sources.collector import Collector
@@ -45,7 +46,8 @@ def list_folder(found: Collector) -> None:
         raise ValueError(f"{found.root}: expected one kind of source, found {counts}: name one of them")
     if tree.tfrecords:
         img2dataset.refuse_tfrecords(str(found.root), len(tree.tfrecords))
-    huggingface.refuse_splits(found, [*tree.tars, *tree.tables])
+    saved = chain.from_iterable(tree.saved.values())
+    huggingface.refuse_splits(found, [*tree.tars, *tree.tables, *saved])
     for name in tree.tars:
         list_tar(found, name)
     for name in tree.tables:
@@ -129,7 +131,10 @@ class _Tree:
         captions = self._note_others(folder, contents)
         if not folder:
             self._label_depth = _label_depth(contents)
-        self._links += [posixpath.join(folder, link) for link in contents.links]
+        if self.found.options.skip_links:
+            self.found.ignored["linked folders"] += len(contents.links)
+        else:
+            self._links += [posixpath.join(folder, link) for link in contents.links]
         label, used = self._label(folder), set()
         for item in sorted([*contents.images, *(name + "/" for name in contents.folders)], key=os.fsencode):
             name = posixpath.join(folder, item)

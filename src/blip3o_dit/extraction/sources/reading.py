@@ -19,7 +19,8 @@ from blip3o_dit.utils.json_files import one_line
 # Largest image file that is read: an uncompressed one of as many pixels as are accepted has 0.7 GB.
 MAX_IMAGE_BYTES = 2**30
 
-CELL_BATCH = 16
+# Rows of a parquet column in memory at a time.
+ROWS_AT_ONCE = 16
 
 # What a damaged compressed stream raises, beside an OSError without number.
 STREAM_ERRORS = (EOFError, zlib.error, lzma.LZMAError)
@@ -53,7 +54,7 @@ def read_file(file: str, offset: int = -1, size: int = -1) -> bytes:
 def read_stream(file: str, offset: int, size: int) -> bytes:
     """A part of a compressed archive. Images are read in order, so each is a little further in the stream."""
     check_size(size)
-    stream = _stream(file, os.getpid())
+    stream = _stream(file, *_state(file))
     try:
         stream.seek(offset)
         return _whole(stream.read(size), size)
@@ -69,8 +70,14 @@ def _whole(data: bytes, size: int) -> bytes:
     return data
 
 
-@lru_cache(maxsize=1)  # by process: a position in a file that a fork shares would be everyone's
-def _stream(file: str, process: int) -> IO[bytes]:
+def _state(file: str) -> tuple[int, ...]:
+    """What must be the same for what is open to be used again: this process, and this content of the file."""
+    status = os.stat(file)
+    return os.getpid(), status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=1)
+def _stream(file: str, *state: int) -> IO[bytes]:
     opener = stream_opener(file)
     assert opener is not None
     return opener(file)
@@ -89,9 +96,9 @@ def read_cell(file: str, row: int, column: str) -> bytes:
     arrow = pyarrow()
     try:
         if file.lower().endswith(".arrow"):
-            cell = arrow_table(file, os.getpid()).column(column)[row].as_py()
+            cell = _mapped_table(file, *_state(file)).column(column)[row].as_py()
         else:
-            cell = _parquet_cursor(file, column, os.getpid()).cell(row)
+            cell = _parquet_cursor(column, file, *_state(file)).cell(row)
     except (arrow.ArrowException, LookupError) as error:  # a lookup: the file is another one by now
         raise ValueError(f"row {row}: {one_line(error)}") from error
     except OSError as error:
@@ -126,22 +133,30 @@ class _ParquetCursor:
         group = bisect_right(self._starts, row) - 1
         if group != self._group or row < self._first:
             self._batches = self._parquet.iter_batches(
-                CELL_BATCH, row_groups=[group], columns=[self._column], use_threads=False
+                ROWS_AT_ONCE, row_groups=[group], columns=[self._column], use_threads=False
             )
             self._group, self._first, self._rows = group, self._starts[group], ()
         while row >= self._first + len(self._rows):
             self._first += len(self._rows)
-            self._rows = next(self._batches).column(0)
+            batch = next(self._batches, None)
+            if batch is None:  # as after an error
+                self._group, self._rows = -1, ()
+                raise ValueError(f"row {row}: expected it in row group {group}, found its end")
+            self._rows = batch.column(0)
         return self._rows[row - self._first].as_py()
 
 
 @lru_cache(maxsize=1)
-def _parquet_cursor(file: str, column: str, process: int) -> _ParquetCursor:
+def _parquet_cursor(column: str, file: str, *state: int) -> _ParquetCursor:
     return _ParquetCursor(file, column)
 
 
 @lru_cache(maxsize=4)
-def arrow_table(file: str, process: int) -> Any:
+def _mapped_table(file: str, *state: int) -> Any:
+    return arrow_table(file)
+
+
+def arrow_table(file: str) -> Any:
     """A memory-mapped Arrow stream or file, as Hugging Face datasets writes them."""
     arrow = pyarrow()
     source = arrow.memory_map(file)

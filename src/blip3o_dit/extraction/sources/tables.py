@@ -75,7 +75,7 @@ def open_table(file: str) -> Table:
                 schema,
                 lambda c: parquet.read([c]).column(0).to_pylist(),
             )
-        table = arrow_table(file, os.getpid())
+        table = arrow_table(file)
         return Table(table.schema.names, table.num_rows, table.schema, lambda c: table.column(c).to_pylist())
     except arrow.ArrowException as error:
         raise ValueError(f"not a readable table: {one_line(error)}") from error
