@@ -70,4 +70,6 @@ def suffix_of(name: str) -> str:
 def kind_of(name: str) -> str:
     """How a file that is no picture is counted: by suffix; a hidden one without by its name."""
     suffix = suffix_of(name) or (name if name.startswith(".") else "")
-    return suffix if re.fullmatch(r"\.\w*[a-zA-Z_]\w{0,15}", suffix, re.ASCII) else "without a usual suffix"
+    return (
+        suffix if re.fullmatch(r"\.(?=\w*[a-zA-Z_])\w{1,16}", suffix, re.ASCII) else "without a usual suffix"
+    )
