@@ -16,9 +16,9 @@ import torch
 
 from blip3o_dit.extraction.decoding import Decoded, DecodingDataset, decoded_images, stack
 from blip3o_dit.extraction.image_decoding import MAX_PIXELS, decode_image
-from blip3o_dit.extraction.image_files import list_images
 from blip3o_dit.extraction.preprocessing import Preprocessing
 from blip3o_dit.extraction.reading_errors import Source
+from blip3o_dit.extraction.sources.listing import list_images
 from tests.helpers.extraction import BROKEN, COUNT, write_images
 
 CLIP = Preprocessing(64)

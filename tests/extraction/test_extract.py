@@ -29,8 +29,8 @@ from blip3o_dit.extraction.config import ExtractionConfig
 from blip3o_dit.extraction.extract import extract
 from blip3o_dit.extraction.extractor import Extractor
 from blip3o_dit.extraction.image_decoding import decode_image
-from blip3o_dit.extraction.image_files import list_images
 from blip3o_dit.extraction.resume import SKIPPED_FILE, read_entry
+from blip3o_dit.extraction.sources.listing import list_images
 from blip3o_dit.extraction.tokens import load_towers
 from blip3o_dit.extraction.vision_towers import tiny_encoder
 from blip3o_dit.utils.distributed import Processes

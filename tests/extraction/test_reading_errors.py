@@ -18,9 +18,10 @@ from blip3o_dit.cli.main import main
 from blip3o_dit.extraction import extractor as engine
 from blip3o_dit.extraction import reading_errors
 from blip3o_dit.extraction.extract import extract
-from blip3o_dit.extraction.image_files import ImageRef, list_images
 from blip3o_dit.extraction.reading_errors import Source
 from blip3o_dit.extraction.resume import SKIPPED_FILE, read_entry
+from blip3o_dit.extraction.sources.image_ref import ImageRef
+from blip3o_dit.extraction.sources.listing import list_images
 from blip3o_dit.utils.errors import ReadError
 from tests.helpers.extraction import content, settings, write_images
 
@@ -175,10 +176,23 @@ def test_a_missing_archive_is_no_missing_image(images: Path, tmp_path: Path) -> 
         source.read(refs[1])
 
 
-def test_a_list_of_files_that_are_not_there(tmp_path: Path) -> None:
-    (tmp_path / "list.txt").write_text("a.png\nb.png\n")
-    with pytest.raises(FileNotFoundError, match=r"a\.png: expected a file that can be opened"):
-        extract(settings(tmp_path / "list.txt", tmp_path / "store"), progress=False)
+def test_a_source_that_is_away_when_the_run_begins(tmp_path: Path) -> None:
+    refs = list_images(write_images(tmp_path / "pictures", count=3, broken={}))
+    (tmp_path / "pictures").rename(tmp_path / "away")
+    with pytest.raises(FileNotFoundError, match=r"a/00\.png: expected a file that can be opened"):
+        Source.of(refs)
+
+
+def test_images_that_were_skipped_when_they_were_listed_are_in_the_list(tmp_path: Path) -> None:
+    write_images(tmp_path / "pictures", count=6, broken={})
+    listed = tmp_path / "pictures" / "list.txt"
+    names = [f"a/{index:02d}.png" for index in range(5)]
+    listed.write_text("\n".join([*names, "a/missing.png"]) + "\n")
+    extract(settings(listed, tmp_path / "store"), progress=False)
+    assert list(skipped(tmp_path / "store")) == ["a/missing.png"]
+    listed.write_text("\n".join([*names, *(f"{index}.png" for index in range(6))]) + "\n")
+    with pytest.raises(ValueError, match=r"found 6 .*--max_skipped 1"):
+        extract(settings(listed, tmp_path / "other"), progress=False)
 
 
 def test_too_many_skipped_images_stop_the_run_until_they_are_accepted(

@@ -25,8 +25,8 @@ from blip3o_dit.data.manifest import MANIFEST
 from blip3o_dit.data.pickle_format import convert_pickle
 from blip3o_dit.data.store import StoreWriter
 from blip3o_dit.extraction.image_decoding import UnreadableImageError, decode_image
-from blip3o_dit.extraction.image_files import list_images
 from blip3o_dit.extraction.inspection import format_inspection, inspect_embeddings
+from blip3o_dit.extraction.sources.listing import list_images
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig

@@ -14,7 +14,6 @@ from blip3o_dit.data.combine import append_store
 from blip3o_dit.data.manifest import MANIFEST
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.data.store_folder import check_claim, stored_files
-from blip3o_dit.extraction.image_files import ImageRef
 from blip3o_dit.extraction.resume import (
     is_begun,
     is_finished,
@@ -22,6 +21,7 @@ from blip3o_dit.extraction.resume import (
     unfinished_files,
     write_skipped,
 )
+from blip3o_dit.extraction.sources.image_ref import ImageRef
 from blip3o_dit.utils.atomic import publish_files, remove_files_and_folders, write_atomically
 from blip3o_dit.utils.json_files import read_json
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from blip3o_dit.data.manifest import DTYPES
 from blip3o_dit.extraction.image_decoding import MAX_PIXELS
+from blip3o_dit.extraction.sources.image_list import ListingOptions
 from blip3o_dit.utils.settings import setting
 from blip3o_dit.utils.validation import check_name, check_range, is_number
 
@@ -20,8 +21,8 @@ FEW_SKIPPED = 5
 class ExtractionConfig:
     """What to extract, from what, into what: the flags of `blip3o-dit extract`, explained by their help.
 
-    `images`: a folder, list file, webdataset tars, parquet or Hugging Face dataset folder. `output`: the
-    store's folder. The towers are named as `load_encoder` takes them.
+    `images`: any source of docs/inputs.md. `output`: the store's folder. The towers are named as
+    `load_encoder` takes them.
 
     A field that `decides` what is written cannot change between a run and its continuation (and the towers'
     weights and the pictures' sizes cannot); one that is `noted` can.
@@ -69,6 +70,17 @@ class ExtractionConfig:
     overwrite: bool = setting(
         False, "replace the store or unfinished extraction that is there, when it is done"
     )
+    image_column: str | None = setting(
+        None, "column of a list or table with the pictures, not its usual name", decides=True
+    )
+    caption_column: str | None = setting(None, "column with the captions, not its usual name")
+    image_field: str | None = setting(
+        None, "which member of a webdataset sample is its picture: jpg, or 'seg.png;depth.png'", decides=True
+    )
+    csv_separator: str | None = setting(
+        None, "of list files with a header: tab, comma, semicolon or a character; else by the header"
+    )
+    skip_links: bool = setting(False, "do not enter linked folders")
     seed: int = setting(0, "seed of towers from scratch")
 
     def __post_init__(self) -> None:
@@ -81,6 +93,7 @@ class ExtractionConfig:
         for name in ("eva_size", "clip_size"):
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name), 1, 4097)
+        _ = self.listing  # which checks its own
         if self.max_pixels > MAX_PIXELS:
             raise ValueError(f"max_pixels: expected at most {MAX_PIXELS}, found {self.max_pixels}")
         if not is_number(self.max_skipped) or not 0 <= self.max_skipped <= 1:
@@ -93,6 +106,13 @@ class ExtractionConfig:
         if self.max_skipped in (0, 1):  # none, or any number
             return math.inf if self.max_skipped else 0
         return max(self.max_skipped * count, FEW_SKIPPED)
+
+    @property
+    def listing(self) -> ListingOptions:
+        """Those of the settings that say how pictures are listed."""
+        return ListingOptions(
+            **{option.name: getattr(self, option.name) for option in fields(ListingOptions)}
+        )
 
 
 _MINIMUM = {"tokens": 1, "batch_size": 1, "shard_size": 1, "max_pixels": 1, "workers": 0, "seed": 0}

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from blip3o_dit.extraction.image_decoding import UnreadableImageError, decode_image
-from blip3o_dit.extraction.image_files import ImageRef
 from blip3o_dit.extraction.preprocessing import Preprocessing
 from blip3o_dit.extraction.reading_errors import Source
+from blip3o_dit.extraction.sources.image_ref import ImageRef
 from blip3o_dit.utils.errors import ReadError
 from blip3o_dit.utils.json_files import one_line
 

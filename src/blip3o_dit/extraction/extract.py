@@ -29,7 +29,6 @@ from blip3o_dit.extraction.identity import (
     is_of_earlier_version,
     noted_changes,
 )
-from blip3o_dit.extraction.image_files import ImageList, ImageRef, list_images
 from blip3o_dit.extraction.reading_errors import NOT_READ
 from blip3o_dit.extraction.resume import (
     begin,
@@ -42,6 +41,9 @@ from blip3o_dit.extraction.resume import (
     remove_working_files,
 )
 from blip3o_dit.extraction.skipping import TOO_LARGE, SkipLimit, Skipped, kind_of
+from blip3o_dit.extraction.sources.image_list import ImageList
+from blip3o_dit.extraction.sources.image_ref import ImageRef
+from blip3o_dit.extraction.sources.listing import list_images
 from blip3o_dit.extraction.tokens import Towers, load_towers
 from blip3o_dit.utils.atomic import ASIDE, remove_files_and_folders
 from blip3o_dit.utils.distributed import Processes, join_processes
@@ -78,10 +80,7 @@ def extract(config: ExtractionConfig, *, progress: bool = True) -> EmbeddingStor
 
 
 def _list(config: ExtractionConfig, bars: bool) -> ImageList:
-    images = list_images(config.images, progress=bars)
-    if images.ignored:
-        counts = [f"{count} {suffix or 'without a suffix'}" for suffix, count in images.ignored.items()]
-        logger.info("%s: files that are no pictures: %s", config.images, ", ".join(counts))
+    images = list_images(config.images, config.listing, progress=bars)
     if images.skipped:  # an archive counts as one
         files = len({ref.file for ref in images}) + len(images.skipped)
         SkipLimit(config, files).add(images.skipped)

@@ -17,10 +17,10 @@ from blip3o_dit.data.checks import check_pair
 from blip3o_dit.data.shard_writer import json_line, write_shard
 from blip3o_dit.extraction.config import ExtractionConfig
 from blip3o_dit.extraction.decoding import Decoded, decoded_images, stack
-from blip3o_dit.extraction.image_files import ImageRef
 from blip3o_dit.extraction.reading_errors import Source
 from blip3o_dit.extraction.resume import forget_entry, read_entry, write_entry
 from blip3o_dit.extraction.skipping import SkipLimit, Skipped
+from blip3o_dit.extraction.sources.image_ref import ImageRef
 from blip3o_dit.extraction.tokens import Towers, storable, tower_tokens
 
 

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from blip3o_dit import __version__
 from blip3o_dit.extraction.config import ExtractionConfig
 from blip3o_dit.extraction.encoders import VisionEncoder
-from blip3o_dit.extraction.image_files import ImageRef
+from blip3o_dit.extraction.sources.image_ref import ImageRef
 from blip3o_dit.utils.json_files import short_repr
 
 # Where the weights are known, the tower is: wherever it was loaded from.

@@ -11,7 +11,8 @@ from io import BytesIO
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from blip3o_dit.extraction.image_files import list_images
+from blip3o_dit.extraction.sources.formats import register_plugins
+from blip3o_dit.extraction.sources.listing import list_images
 from blip3o_dit.utils.json_files import one_line
 
 MAX_PIXELS = 178_956_970  # Pillow refuses more than this by itself
@@ -69,6 +70,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     if not data:
         raise UnreadableImageError("empty file")
+    register_plugins()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's bomb and EXIF warnings; the size is checked here

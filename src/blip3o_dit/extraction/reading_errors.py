@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from blip3o_dit.extraction.image_decoding import UnreadableImageError
-from blip3o_dit.extraction.image_files import ImageRef
+from blip3o_dit.extraction.sources.image_ref import ImageRef
 from blip3o_dit.utils.errors import ReadError
 from blip3o_dit.utils.json_files import one_line, printable
 

@@ -13,7 +13,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from blip3o_dit.extraction.image_files import list_images
+from blip3o_dit.extraction.sources.image_list import ListingOptions
+from blip3o_dit.extraction.sources.listing import list_images
 
 
 def write(folder: Path, files: dict[str, bytes | str]) -> Path:
@@ -34,7 +35,7 @@ def tar(path: Path, members: dict[str, bytes]) -> Path:
 
 
 def listed(path: Path, **columns: Any) -> list[tuple[str, str | None, bytes]]:
-    return [(ref.key, ref.caption, ref.read()) for ref in list_images(path, **columns)]
+    return [(ref.key, ref.caption, ref.read()) for ref in list_images(path, ListingOptions(**columns))]
 
 
 def test_a_folder_tree(tmp_path: Path) -> None:
@@ -79,8 +80,8 @@ def test_a_reference_is_small_and_travels(tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[dict[str, bytes | str], str, str]] = {
     "nothing": ({}, "gone", "found nothing there"),
     "empty folder": ({"notes.md": "x"}, ".", "expected at least one picture, found none"),
-    "mixed": ({"a.png": "x", "b.parquet": "x"}, ".", "one kind of source, found 1 parquet files, 1 pictures"),
-    "compressed tar": ({"a.tar.gz": "x"}, "a.tar.gz", "found a compressed one"),
+    "mixed": ({"a.png": "x", "b.parquet": "x"}, ".", "one kind of source, found 1 tables, 1 pictures"),
+    "compressed tar": ({"a.tar.gz": "x"}, "a.tar.gz", "not a whole tar: Not a gzipped file"),
     "damaged tar": (
         {"a.tar": "not a tar, but long enough to be read as a header" * 20},
         "a.tar",
@@ -88,15 +89,15 @@ REFUSED: dict[str, tuple[dict[str, bytes | str], str, str]] = {
     ),
     "unknown": ({"a.zip": "x"}, "a.zip", r"found \.zip"),
     "csv header": ({"a.csv": "foo,bar\n1,2\n"}, "a.csv", "line 1: expected a header"),
-    "json line": ({"a.jsonl": '{"path": "x.png"}\n{\n'}, "a.jsonl", "line 2: not readable JSON"),
+    "json line": ({"a.jsonl": '{"path": "x.png"}\n{\n'}, "a.jsonl", "not readable JSON: line 2"),
     "json kind": ({"a.jsonl": "[1]\n"}, "a.jsonl", "line 1: expected an object, found list"),
-    "no path": ({"a.jsonl": '{"caption": "x"}\n'}, "a.jsonl", "line 1: expected a path"),
+    "no path": ({"a.jsonl": '{"caption": "x"}\n'}, "a.jsonl", "no path: line 1"),
     "same key": (
         {"a.jsonl": '{"path": "x.png", "key": "k"}\n{"path": "y.png", "key": "k"}\n'},
         "a.jsonl",
         "line 2: key 'k' is on line 1 already",
     ),
-    "not text": ({"a.txt": b"\xff\xfe\x00\x80"}, "a.txt", "expected UTF-8"),
+    "not text": ({"a.txt": b"\xff\xfe\x00\x80"}, "a.txt", "found none; \u8000: No such file"),
 }
 
 
@@ -141,7 +142,7 @@ def test_parquet(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(seven_rows(), tmp_path / "part.parquet", row_group_size=3)
     assert listed(tmp_path) == [(f"part/{i}", f"t{i}", f"picture {i}".encode()) for i in range(7)]
     with pytest.raises(ValueError, match=r"expected an image column \(photo\)"):
-        list_images(tmp_path, image_column="photo")
+        list_images(tmp_path, ListingOptions(image_column="photo"))
 
 
 def test_without_pyarrow_parquet_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,1 @@
+"""Where images come from, by their makers' conventions: one module per maker behind `list_images`."""

@@ -1,0 +1,75 @@
+"""What listing a source gives: the images, what was skipped and why, what was no image."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import overload
+
+from blip3o_dit.extraction.sources.image_ref import ImageRef
+
+# Separators that are easier to name than to type.
+SEPARATOR_NAMES = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "space": " "}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListingOptions:
+    """What a source's own conventions leave open. None: by its usual names.
+
+    Args:
+        image_column, caption_column: of list files, metadata and tables.
+        image_field: of webdataset samples, "jpg" or "seg.png"; several in order, separated by ";".
+        csv_separator: of list files with a header; None takes the one that its header is written with.
+        skip_links: do not enter linked folders.
+        strict: whatever would be skipped is an error.
+    """
+
+    image_column: str | None = None
+    caption_column: str | None = None
+    image_field: str | None = None
+    csv_separator: str | None = None
+    skip_links: bool = False
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        separator = SEPARATOR_NAMES.get(self.csv_separator or "", self.csv_separator)
+        if separator is not None and (len(separator) != 1 or separator in '\r\n"'):
+            expected = f"one character or {', '.join(SEPARATOR_NAMES)}"
+            raise ValueError(f"csv_separator: expected {expected}, found {self.csv_separator!r}")
+        object.__setattr__(self, "csv_separator", separator)
+
+
+@dataclass(frozen=True)
+class ImageList(Sequence[ImageRef]):
+    """Images in an order that does not depend on the file system; their keys are unique.
+
+    `skipped`: key, location and reason of what should have been images: damaged shards, missing files.
+    `ignored`: how many files were no images, by suffix. `root`: while it is there, a file that cannot be read
+    is that file's fault.
+    """
+
+    refs: list[ImageRef]
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    ignored: dict[str, int] = field(default_factory=dict)
+    root: Path = Path()
+
+    def __len__(self) -> int:
+        return len(self.refs)
+
+    @overload
+    def __getitem__(self, index: int) -> ImageRef: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[ImageRef]: ...
+    def __getitem__(self, index: int | slice) -> ImageRef | list[ImageRef]:
+        return self.refs[index]
+
+    def digest(self) -> str:
+        """SHA-256 of every key, caption, label and stored size: not of paths, so that a folder may move."""
+        digest = hashlib.sha256()
+        for ref in self.refs:
+            values = [ref.key, ref.caption, ref.label, ref.size, ref.row]
+            digest.update(json.dumps(values).encode() + b"\n")
+        return digest.hexdigest()

@@ -1,0 +1,61 @@
+"""One image that is listed but not read yet."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from blip3o_dit.extraction.sources.reading import read_cell, read_file, read_stream, stream_opener
+
+# Of one file only, as long as the folder that it is in can still be reached.
+_ONE_FILE = frozenset(
+    [errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """Small and picklable: what is the same for many images is one object that they share.
+
+    `key` is unique in its list and valid Unicode. `folder` and `name` together are the file, as the disk
+    names it. `offset` and `size` say which bytes of a tar it is (offset -1: the whole file), `row` and
+    `column` which cell of a table. `size` is the image's, or its table's file's, when it was listed.
+    """
+
+    key: str
+    caption: str | None
+    label: str | None
+    folder: str
+    name: str
+    size: int
+    member: str = ""
+    offset: int = -1
+    row: int = -1
+    column: str = ""
+
+    @property
+    def file(self) -> str:
+        return os.path.join(self.folder, self.name)
+
+    @property
+    def location(self) -> str:
+        """For people."""
+        part = f"row {self.row}" if self.row >= 0 else self.member
+        return f"{self.file}:{part}" if part else self.file
+
+    def read(self) -> bytes:
+        """The image's bytes. Raises OSError when reading fails, ValueError for content that is no image."""
+        if self.row >= 0:
+            return read_cell(self.file, self.row, self.column)
+        if self.offset < 0:
+            return read_file(self.file)
+        if stream_opener(self.name) is not None:
+            return read_stream(self.file, self.offset, self.size)
+        return read_file(self.file, self.offset, self.size)
+
+
+def is_fault_of_file(error: OSError, root: Path) -> bool:
+    """Whether a reading error is about this one file, and not about the disk below `root` or the machine."""
+    return error.errno in _ONE_FILE and root.exists()

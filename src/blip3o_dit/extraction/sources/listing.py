@@ -1,0 +1,91 @@
+"""`list_images`: what is at a place, by its layout. docs/inputs.md has the table."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from blip3o_dit.extraction.sources import patterns
+from blip3o_dit.extraction.sources.collector import Collector
+from blip3o_dit.extraction.sources.folders import list_folder
+from blip3o_dit.extraction.sources.formats import image_suffixes, kind_of, suffix_of
+from blip3o_dit.extraction.sources.image_list import ImageList, ListingOptions
+from blip3o_dit.extraction.sources.lists import LIST_SUFFIXES, is_url, list_file
+from blip3o_dit.extraction.sources.tables import is_table, list_table
+from blip3o_dit.extraction.sources.text import valid_text
+from blip3o_dit.extraction.sources.webdataset import UNREAD_TARS, is_tar, list_tar
+
+
+def list_images(
+    where: str | Path, options: ListingOptions | None = None, *, progress: bool = False
+) -> ImageList:
+    """Every image at `where`: a folder, a list file, a tar, a table, a picture, or a pattern of such files.
+
+    Args:
+        progress: show a bar when listing takes more than two seconds.
+
+    Raises:
+        FileNotFoundError, ValueError: one line naming what was expected and what was found.
+        OSError: when the disk cannot be read.
+    """
+    where, options = os.fspath(where), options or ListingOptions()
+    if is_url(where):
+        raise ValueError(f"{where}: expected a path, found an address: download first, as with img2dataset")
+    path = Path(where)
+    if path.is_dir():
+        found = Collector(path, options, progress=progress)
+        list_folder(found)
+    elif path.exists():
+        found = Collector(path.parent, options, progress=progress)
+        _list_file(found, path)
+    else:
+        expanded = patterns.expand(where)
+        if expanded is None:
+            raise FileNotFoundError(f"{where}: expected pictures, found nothing there")
+        root, names = expanded
+        found = Collector(Path(root), options, progress=progress)
+        for name in names:
+            _list_one_of_many(found, name)
+    return found.finish(where)
+
+
+def _list_file(found: Collector, path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a folder or a file, found neither")
+    name = path.name
+    if path.suffix.lower() in LIST_SUFFIXES:
+        list_file(found, name)
+    elif name.lower().endswith(UNREAD_TARS):
+        raise ValueError(f"{path}: expected a .tar, .tar.gz, .tar.bz2 or .tar.xz, found another compression")
+    elif not _list_source(found, name):
+        raise ValueError(
+            f"{path}: expected a folder, a list ({', '.join(LIST_SUFFIXES)}), .tar, .parquet, .arrow or a "
+            f"picture, found {path.suffix or 'no suffix'}"
+        )
+
+
+def _list_source(found: Collector, name: str) -> bool:
+    """Add a tar, table or picture; False for another file."""
+    if is_tar(name):
+        list_tar(found, name)
+    elif is_table(name):
+        list_table(found, name)
+    elif suffix_of(name) in image_suffixes():
+        status = os.stat(found.path(name))
+        found.add_file(name, status, key=valid_text(name), caption=None, label=None)
+    else:
+        return False
+    return True
+
+
+def _list_one_of_many(found: Collector, name: str) -> None:
+    try:
+        status = os.stat(found.path(name))
+    except OSError as error:
+        found.unreadable(name, error)
+        return
+    if not stat.S_ISREG(status.st_mode):
+        found.skip(name, "expected a file, found a folder or something else")
+    elif not _list_source(found, name):
+        found.ignored[kind_of(name)] += 1
