@@ -46,7 +46,7 @@ class Collector:
         """Something that should have been an image, or held some. `name` is below the root."""
         location = valid_text(location or self.path(name))
         if self.options.strict:
-            raise ValueError(f"{printable(location)}: {reason} (--strict)")
+            raise ValueError(f"{printable(location)}: {printable(reason)} (--strict)")
         self.skipped.append({"key": valid_text(key or name), "location": location, "reason": reason})
 
     def unreadable(self, name: str, error: Exception) -> None:
@@ -90,7 +90,7 @@ class Collector:
         return ImageList(self.refs, self.skipped, dict(self.ignored), root)
 
     def _why(self) -> str:
-        parts = [f"{printable(entry['key'])}: {entry['reason']}" for entry in self.skipped[:3]]
+        parts = [f"{printable(entry['key'])}: {printable(entry['reason'])}" for entry in self.skipped[:3]]
         if len(self.skipped) > 3:
             parts.append(f"... {len(self.skipped) - 3} more")
         if self.ignored:
