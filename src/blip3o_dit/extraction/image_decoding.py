@@ -109,7 +109,7 @@ def pictures_by_key(where: str | None) -> Callable[[list[str]], list[Image.Image
     def read(key: str) -> Image.Image | None:
         try:
             return decode_image(refs[key].read()) if key in refs else None
-        except (UnreadableImageError, OSError):
+        except (OSError, ValueError):
             return None
 
     return lambda keys: [read(key) for key in keys]

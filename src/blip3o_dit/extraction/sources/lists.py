@@ -87,7 +87,7 @@ def add_named_file(
     """A picture that a list or table names, relative to `folder` below the root; skipped if not there."""
     if not isinstance(path, str) or not path or is_url(path):
         reason = _url_reason(path) if isinstance(path, str) and path else "expected a path, found none"
-        found.skip(key, reason, location=str(path))
+        found.skip(str(path), reason, key=key, location=valid_text(str(path)))
         return
     name = os.path.join(folder, path)
     try:
