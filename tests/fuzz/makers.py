@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.fuzz import checkpoints, command_lines, formats
+from tests.fuzz import checkpoints, command_lines, formats, sources
 
 MAKERS: dict[str, Callable[[Path, int], formats.Make]] = {
     "pickle": formats.pickle_maker,
@@ -17,5 +17,6 @@ MAKERS: dict[str, Callable[[Path, int], formats.Make]] = {
     "model": formats.model_maker,
     "checkpoint": checkpoints.checkpoint_maker,
     "pictures": formats.pictures_maker,
+    "source": sources.source_maker,
     "cli": command_lines.command_line_maker,
 }

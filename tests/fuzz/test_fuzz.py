@@ -27,6 +27,7 @@ COUNTS = {
     "training_config": 1500,
     "checkpoint": 400,
     "pictures": 500,
+    "source": 1000,
     "model": 300,
     "cli": 300,
 }

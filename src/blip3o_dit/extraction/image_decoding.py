@@ -203,7 +203,7 @@ def pictures_by_key(
     def read(key: str) -> Image.Image | None:
         try:
             return prepare(decode_image(refs[key].read())) if key in refs else None
-        except (UnreadableImageError, OSError):
+        except (OSError, ValueError):
             return None
 
     return lambda keys: [read(key) for key in keys]

@@ -82,6 +82,11 @@ def test_rows_that_name_nothing_are_skipped(pictures: Path) -> None:
         "y": "not a regular file",
     }
     assert found["l.csv:3"].startswith("no path: line 3")
+    write(pictures, {"nul.jsonl": '{"path": "x.png"}\n{"path": "a\\u0000"}\n{"path": "~b\\u0000"}\n'})
+    assert reasons(pictures / "nul.jsonl") == {
+        "a\\x00": "embedded null byte",
+        "~b\\x00": "embedded null byte",
+    }
     with pytest.raises(ValueError, match=r"gone\.png: No such file or directory \(--strict\)"):
         list_images(pictures / "l.csv", ListingOptions(strict=True))
 

@@ -77,7 +77,7 @@ def test_what_is_no_picture_is_counted(source: str) -> None:
 
 def test_splits_are_not_merged() -> None:
     with pytest.raises(
-        ValueError, match=r"hf_dict: expected one split, found the splits held out, train: name"
+        ValueError, match=r"hf_dict: expected one split, found the splits \['held out', 'train'\]: name"
     ):
         list_images(SOURCES / "hf_dict")
     with pytest.raises(

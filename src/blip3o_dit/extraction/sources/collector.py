@@ -43,11 +43,14 @@ class Collector:
         return os.path.join(self.folder, name) if name else self.folder
 
     def skip(self, name: str, reason: str, *, key: str | None = None, location: str | None = None) -> None:
-        """Something that should have been an image, or held some. `name` is below the root."""
-        location = valid_text(location or self.path(name))
+        """Something that should have been an image, or held some. `name` is below the root.
+
+        `key` and `location` are valid text already; without them they are made from the name.
+        """
+        location = location or valid_text(self.path(name))
         if self.options.strict:
-            raise ValueError(f"{printable(location)}: {reason} (--strict)")
-        self.skipped.append({"key": valid_text(key or name), "location": location, "reason": reason})
+            raise ValueError(f"{printable(location)}: {printable(reason)} (--strict)")
+        self.skipped.append({"key": key or valid_text(name), "location": location, "reason": reason})
 
     def unreadable(self, name: str, error: Exception) -> None:
         """Skip a file for the error of reading it. Raises what is no fault of this file."""
@@ -90,7 +93,7 @@ class Collector:
         return ImageList(self.refs, self.skipped, dict(self.ignored), root)
 
     def _why(self) -> str:
-        parts = [f"{printable(entry['key'])}: {entry['reason']}" for entry in self.skipped[:3]]
+        parts = [f"{printable(entry['key'])}: {printable(entry['reason'])}" for entry in self.skipped[:3]]
         if len(self.skipped) > 3:
             parts.append(f"... {len(self.skipped) - 3} more")
         if self.ignored:

@@ -201,7 +201,8 @@ class _Tree:
             elif is_table(name) and not self._is_about_others(name, contents):
                 self.tables.append(path)
             elif suffix in CAPTION_SUFFIXES:
-                captions[name[: -len(suffix)] + suffix] = name
+                if captions.setdefault(name[: -len(suffix)] + suffix, name) != name:
+                    self.found.ignored[suffix] += 1  # a.TXT and a.txt
             else:
                 self.found.ignored[kind_of(name)] += 1
         return captions

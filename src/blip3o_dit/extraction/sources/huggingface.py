@@ -12,10 +12,10 @@ from itertools import accumulate, chain, pairwise
 from typing import Any
 
 from blip3o_dit.extraction.sources.collector import Collector
-from blip3o_dit.extraction.sources.lists import rows_of
+from blip3o_dit.extraction.sources.lists import NoHeaderError, rows_of
 from blip3o_dit.extraction.sources.tables import list_table, open_table
 from blip3o_dit.extraction.sources.text import CAPTION_NAMES, LABEL_NAMES, first_value, text_or_none
-from blip3o_dit.utils.json_files import read_json_object, short_repr
+from blip3o_dit.utils.json_files import printable, read_json_object, short_repr, show_names
 
 STATE, SPLITS, INFO = "state.json", "dataset_dict.json", "dataset_info.json"
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -91,7 +91,7 @@ def refuse_splits(found: Collector, names: Sequence[str]) -> None:
             examples.setdefault(split, example)
     if len(counts) > 1:
         kinds = ", ".join(f"{count} of {split}" for split, count in sorted(counts.items()))
-        places = " or ".join(f"'{found.path(examples[split])}'" for split in sorted(examples))
+        places = " or ".join(f"'{printable(found.path(examples[split]))}'" for split in sorted(examples))
         raise ValueError(f"{found.root}: expected files of one split, found {kinds}: name one, as {places}")
 
 
@@ -99,9 +99,9 @@ def refuse_dict(found: Collector, folder: str, splits: Sequence[str]) -> None:
     """The same for a saved DatasetDict, whose splits may have any name."""
     splits = sorted(splits)
     if len(splits) > 1:
-        example = found.path(posixpath.join(folder, splits[0]))
+        example = printable(found.path(posixpath.join(folder, splits[0])))
         raise ValueError(
-            f"{found.path(folder)}: expected one split, found the splits {', '.join(splits)}: "
+            f"{printable(found.path(folder))}: expected one split, found the splits {show_names(splits)}: "
             f"name one, as '{example}'"
         )
 
@@ -144,8 +144,11 @@ class Metadata:
                 name = posixpath.join(folder, base)
                 try:
                     self._read_file(found, name)
+                except NoHeaderError:
+                    continue  # another table of that name
                 except (OSError, ValueError) as error:
                     found.unreadable(name, error)
+                    self.files.append(name)
 
     def _read_file(self, found: Collector, name: str) -> None:
         captions = (found.options.caption_column,) if found.options.caption_column else CAPTION_NAMES

@@ -39,6 +39,10 @@ _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 Row = tuple[int, dict[str, Any]]
 
 
+class NoHeaderError(ValueError):
+    """A table without a column that names pictures."""
+
+
 def list_file(found: Collector, name: str) -> None:
     """Add what a list file names, relative to its own folder. Raises ValueError for what is no list."""
     file, options = found.path(name), found.options
@@ -83,11 +87,12 @@ def add_named_file(
     """A picture that a list or table names, relative to `folder` below the root; skipped if not there."""
     if not isinstance(path, str) or not path or is_url(path):
         reason = _url_reason(path) if isinstance(path, str) and path else "expected a path, found none"
-        found.skip(key, reason, location=str(path))
+        found.skip(str(path), reason, key=key, location=valid_text(str(path)))
         return
-    name = os.path.join(folder, os.path.expanduser(path))
-    name = next((other for other in _spellings(name) if os.path.exists(found.path(other))), name)
+    name = os.path.join(folder, path)
     try:
+        name = os.path.join(folder, os.path.expanduser(path))
+        name = next((other for other in _spellings(name) if os.path.exists(found.path(other))), name)
         status = os.stat(found.path(name))
     except OSError as error:
         if not is_fault_of_file(error, found.root):
@@ -132,7 +137,7 @@ def _text_rows(found: Collector, name: str, suffix: str, names_image: Callable[[
     if separator is not None:
         yield from _csv_rows(found, name, lines, separator)
     elif suffix == ".csv" or found.options.image_column:
-        raise ValueError(
+        raise NoHeaderError(
             f"{found.path(name)}: line {number}: expected a header that names the picture's column "
             f"(one of {found.options.image_column or PATH_NAMES}), found {short_repr(header.strip())}"
         )

@@ -225,7 +225,7 @@ def _add_sample(found: Collector, name: str, key: str, sample: _Sample, wanted: 
     if not sample.images:
         found.ignored.update(map(_kind_of_field, sample.others))
         return
-    key = f"{stem_of_tar(name)}/{key}"
+    key = valid_text(f"{stem_of_tar(name)}/{key}")
     part = _choice(sample.images, wanted)
     images = sample.images[part] if part else [image for images in sample.images.values() for image in images]
     if part is None:
@@ -239,12 +239,12 @@ def _add_sample(found: Collector, name: str, key: str, sample: _Sample, wanted: 
         found.ignored.update(others)
         reason = images[0].fault if len(images) == 1 else f"{len(images)} members with the field {part}"
     if reason is not None:
-        found.skip(name, reason, key=key, location=f"{found.path(name)}:{images[0].name}")
+        found.skip(name, reason, key=key, location=f"{valid_text(found.path(name))}:{images[0].name}")
         return
     image = images[0]
     found.refs.append(
         ImageRef(
-            key=valid_text(key),
+            key=key,
             caption=sample.caption,
             label=sample.label,
             folder=found.folder,
