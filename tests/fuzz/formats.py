@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from blip3o_dit.data.convert import convert_pickle
 from blip3o_dit.data.dataset import split_samples
 from blip3o_dit.data.embeddings import open_embeddings
 from blip3o_dit.data.manifest import MANIFEST
-from blip3o_dit.data.pickle_format import convert_pickle
 from blip3o_dit.data.store import StoreWriter
 from blip3o_dit.extraction.image_decoding import UnreadableImageError, decode_image
 from blip3o_dit.extraction.image_files import list_images

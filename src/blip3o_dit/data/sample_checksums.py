@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,5 +19,5 @@ def sample_checksum(eva: Tensor, clip: Tensor) -> int:
     return zlib.crc32(_bytes_of(clip), zlib.crc32(_bytes_of(eva)))
 
 
-def _bytes_of(tokens: Tensor) -> np.ndarray:
-    return tokens.contiguous().view(torch.uint8).numpy()
+def _bytes_of(tokens: Tensor) -> memoryview:
+    return memoryview(tokens.contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -188,18 +188,18 @@ def _open_to_others(folder: Path) -> None:
 
 def write_atomically(path: str | Path, content: bytes) -> None:
     """All of the content or the previous file, never a part: write aside, flush, rename."""
-    with _atomic_file(Path(path)) as file:
+    with atomic_file(Path(path)) as file:
         file.write(content)
 
 
 def dump_atomically(path: str | Path, content: object) -> None:
     """The same with a pickle of the content."""
-    with _atomic_file(Path(path)) as file:
+    with atomic_file(Path(path)) as file:
         pickle.dump(content, file, protocol=4)
 
 
 @contextmanager
-def _atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
     if path.exists() and not path.is_file():  # a rename would put a file in the place of /dev/null
         raise ValueError(f"{path}: expected a file to write, found a folder or a device")
     aside = path.with_name(path.name + ASIDE)
