@@ -101,6 +101,7 @@ TESTED_IN = {
     "data/pickle_values.py": "data/test_safe_unpickler.py",
     "data/sample_checksums.py": "data/test_store.py",
     "data/shard_writer.py": "data/test_store.py",
+    "data/table_files.py": "data/test_array_files.py",
     "evaluation/config.py": "evaluation/test_evaluate.py",
     "evaluation/description.py": "evaluation/test_evaluate.py",
     "evaluation/metric_tables.py": "evaluation/test_scores.py",

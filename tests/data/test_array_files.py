@@ -137,9 +137,7 @@ def test_another_layout_is_named_with_what_makes_it_right(tmp_path: Path, name: 
 def test_flat_lists_need_their_number_of_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     eva, clip = arrays()
     path = forms.as_parquet("flat")(tmp_path / "flat.parquet", eva, clip)
-    assert "flat lists of 24 numbers: `blip3o-dit convert --tokens N`" in refused(
-        lambda: open_embeddings(path)
-    )
+    assert "flat lists of 24 numbers: `blip3o-dit convert" in refused(lambda: open_embeddings(path))
     assert main(["convert", str(path), str(tmp_path / "s"), "--tokens", "4", "--dtype", "float32"]) == 0
     assert np.array_equal(EmbeddingStore(tmp_path / "s").fetch(range(COUNT))[0].numpy(), eva)
     assert main(["convert", str(path), str(tmp_path / "t"), "--tokens", "9"]) == 2
@@ -232,7 +230,7 @@ def test_other_formats_are_named_by_their_content(tmp_path: Path, name: str, ren
         ({"zarr.json": "{}"}, "found a zarr group"),
         ({"data.mdb": ""}, "found an LMDB database"),
         ({"dataset_dict.json": '{"splits": ["train", "test"]}'}, "name one of ['test', 'train']"),
-        ({"state.json": '{"_data_files": [{"filename": "../x"}]}'}, "expected names of data files"),
+        ({"state.json": '{"_data_files": [{"filename": "../x"}]}'}, "expected the names of data files"),
         ({"state.json": '{"_data_files": [{"filename": "x"}], "_indices_files": [1]}'}, "flatten_indices"),
         ({"state.json": '{"_data_files": [{"filename": "x"}]}'}, "x: not a readable table"),
         ({"readme.txt": ""}, "expected manifest.json, found none"),
@@ -319,10 +317,10 @@ def test_a_column_with_holes_or_uneven_lists_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "e.parquet"
     token = [[1.0, 2.0]] * 4
     for eva, message in (
-        ([token, None], "eva: expected tokens of every sample, found 1 missing"),
+        ([token, None], "eva: expected tokens for every sample, found 1 missing"),
         ([token, token[:2]], "eva: expected lists of one length, found [2, 4]"),
         ([token, [[1.0], [1.0], [1.0], [1.0]]], "eva: expected lists of one length, found [1, 2]"),
-        ([token, [[1.0, None]] * 4], "eva: expected tokens of every sample"),
+        ([token, [[1.0, None]] * 4], "eva: expected tokens for every sample"),
         (["a", "b"], "eva: expected lists of floats, found 'string'"),
     ):
         pq.write_table(pa.table({"eva": eva, "clip": [token, token]}), path)

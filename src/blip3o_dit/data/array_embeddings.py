@@ -155,7 +155,8 @@ class ArrayEmbeddings:
         """The same in the dtypes of the file; float64 as float32."""
         check_indices(self.path, indices, self.num_samples)
         wanted = np.asarray(indices, dtype=np.int64)
-        eva, clip = (self._arrange(_narrow(tokens)) for tokens in self._raw.read(wanted))
+        rows = wanted if len(wanted) else np.zeros(1, dtype=np.int64)  # none have a shape as well
+        eva, clip = (self._arrange(_narrow(tokens))[: len(wanted)] for tokens in self._raw.read(rows))
         if not self._raw.in_memory and len(wanted):
             self._check(eva, clip, wanted)
         return eva, clip

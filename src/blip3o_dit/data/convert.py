@@ -73,7 +73,7 @@ def convert_files(
 
 def _open_all(paths: Sequence[Path], arrangement: Arrangement) -> list[Embeddings]:
     if len(paths) == 2 and all(path.suffix == ".npy" for path in paths):
-        return [open_pair(*paths, arrangement)]
+        return [open_pair(paths[0], paths[1], arrangement)]
     sources = [open_embeddings(path, arrangement=arrangement) for path in paths]
     sizes = [_sizes(source, arrangement) for source in sources]
     for source, found in zip(sources, sizes, strict=True):

@@ -124,7 +124,7 @@ def _table_of(source: Embeddings, rows: range, schema: Any) -> Any:
 def _label_type(source: Embeddings) -> Any:
     """int64 or text if all known labels are; None otherwise, and when there are none."""
     kinds = {type(record["label"]) for record in _records(source) if record.get("label") is not None}
-    return {(int,): pyarrow().int64(), (str,): pyarrow().string()}.get(tuple(kinds))
+    return {int: pyarrow().int64(), str: pyarrow().string()}.get(kinds.pop()) if len(kinds) == 1 else None
 
 
 def _utf8(text: str | None) -> str | None:

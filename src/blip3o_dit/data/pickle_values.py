@@ -119,7 +119,9 @@ class ArrayValue(Value):
 
 _NDARRAY = Name(np.ndarray)
 # A pickle of a memory map carries its numbers, as that of an array does; it names no file.
-_MEMMAPS = {(module, "memmap"): _NDARRAY for module in ("numpy", *(f"{core}.memmap" for core in NUMPY_CORES))}
+_MEMMAPS: dict[tuple[str, str], StandIn] = {
+    (module, "memmap"): _NDARRAY for module in ("numpy", *(f"{core}.memmap" for core in NUMPY_CORES))
+}
 TORCH_DTYPES = {
     torch.bool: "Bool",
     torch.uint8: "Byte",

@@ -50,8 +50,8 @@ def open_saved_dataset(path: Path, arrangement: Arrangement) -> ArrayEmbeddings:
     """A folder of `Dataset.save_to_disk`: the files that its state names, and no others that lie there."""
     state = read_json(path / "state.json")
     listed = state.get("_data_files") if isinstance(state, dict) else None
-    names = [entry.get("filename") for entry in listed or [] if isinstance(entry, dict)]
-    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+    names = [str(entry.get("filename")) for entry in listed or [] if isinstance(entry, dict)]
+    if not names or not all(Path(name).name == name for name in names):
         raise ValueError(
             f"{path / 'state.json'}: expected the names of data files, found {short_repr(listed)}"
         )
