@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -54,6 +55,8 @@ _OTHERS = (
 
 # What zipfile raises on bytes that it cannot read.
 _ZIP_ERRORS = (zipfile.BadZipFile, ValueError, OSError, RuntimeError, struct.error)
+# What NumPy raises on a header that it cannot read.
+_HEADER_ERRORS = (ValueError, EOFError, SyntaxError, tokenize.TokenError, OverflowError, MemoryError)
 _FOLDERS = {
     ".zarray": "a zarr array",
     ".zgroup": "a zarr group",
@@ -143,7 +146,7 @@ def _load_npy(path: Path) -> np.ndarray:
     """The array, mapped."""
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError, SyntaxError, OverflowError, MemoryError) as error:
+    except (OSError, *_HEADER_ERRORS) as error:
         raise ValueError(f"{path}: not a readable array: {_plain(error)}") from error
     if not isinstance(found, np.ndarray):
         raise ValueError(f"{path}: expected one array, found a zip archive of several")
@@ -170,7 +173,7 @@ def _open_npz(path: Path, arrangement: Arrangement) -> ArrayEmbeddings:
             for member in archive.infolist():
                 name = member.filename.removesuffix(".npy")
                 content[name] = _read_member(archive, member) if name in KNOWN_NAMES else None
-    except (*_ZIP_ERRORS, EOFError, SyntaxError, OverflowError, MemoryError, zlib.error) as error:
+    except (*_ZIP_ERRORS, *_HEADER_ERRORS, zlib.error) as error:
         raise ValueError(f"{path}: not a readable .npz file: {_plain(error)}") from error
     return ArrayEmbeddings(raw_from_content(path, [path], content, in_memory=True), arrangement)
 

@@ -29,7 +29,7 @@ from blip3o_dit.data.array_embeddings import (
     find_name,
     read_records,
 )
-from blip3o_dit.utils.json_files import one_line, parse_json, read_json, short_repr
+from blip3o_dit.utils.json_files import is_plain_name, one_line, parse_json, read_json, short_repr
 
 RECORD = "record"  # a whole record as JSON, beside the columns that say parts of it
 
@@ -50,8 +50,9 @@ def open_saved_dataset(path: Path, arrangement: Arrangement) -> ArrayEmbeddings:
     """A folder of `Dataset.save_to_disk`: the files that its state names, and no others that lie there."""
     state = read_json(path / "state.json")
     listed = state.get("_data_files") if isinstance(state, dict) else None
-    names = [str(entry.get("filename")) for entry in listed or [] if isinstance(entry, dict)]
-    if not names or not all(Path(name).name == name for name in names):
+    entries = listed if isinstance(listed, list) else []
+    names = [str(entry.get("filename")) for entry in entries if isinstance(entry, dict)]
+    if not names or not all(is_plain_name(name) for name in names):
         raise ValueError(
             f"{path / 'state.json'}: expected the names of data files, found {short_repr(listed)}"
         )
@@ -141,7 +142,8 @@ class TableReader:
         for piece in self.pieces if names else []:
             table = piece(list(names))
             for name in names:
-                values[name] += table.column(name).to_pylist()
+                with _readable(self.path):
+                    values[name] += table.column(name).to_pylist()
         return values
 
     def _piece(self, number: int) -> list[Tensor]:
@@ -242,7 +244,7 @@ def _readable(file: Path) -> Iterator[None]:
     arrow = pyarrow()
     try:
         yield
-    except (arrow.ArrowException, OSError, KeyError) as error:
+    except (arrow.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not a readable table: {one_line(error)}") from error
 
 
@@ -252,6 +254,9 @@ def pyarrow() -> Any:
         import pyarrow.compute
         import pyarrow.ipc
         import pyarrow.parquet
-    except ImportError as error:
-        raise ValueError("reading tables of embeddings: expected pyarrow (pip install pyarrow)") from error
+    except ImportError:
+        raise ValueError(
+            "parquet and Hugging Face datasets: expected the package pyarrow, found none: "
+            "pip install 'blip3o-dit[parquet]'"
+        ) from None
     return pyarrow
