@@ -21,7 +21,7 @@ _HOMES = {
     "EmbeddingStore": "blip3o_dit.data.store",
     "StoreWriter": "blip3o_dit.data.store",
     "open_embeddings": "blip3o_dit.data.embeddings",
-    "convert_pickle": "blip3o_dit.data.pickle_format",
+    "convert_pickle": "blip3o_dit.data.convert",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from blip3o_dit.data.convert import convert_pickle
 from blip3o_dit.data.embeddings import TransformedEmbeddings, batches, check_sizes, open_embeddings
-from blip3o_dit.data.pickle_format import PickledEmbeddings, convert_pickle
+from blip3o_dit.data.pickle_format import PickledEmbeddings
 from blip3o_dit.data.store import EmbeddingStore
 from tests.data.test_pickle_format import documented, dump, refused
 

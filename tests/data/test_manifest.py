@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from blip3o_dit.data import manifest as manifest_module
-from blip3o_dit.data.manifest import MANIFEST
-from blip3o_dit.data.pickle_format import convert_pickle, write_pickle
+from blip3o_dit.data.convert import convert_pickle
+from blip3o_dit.data.manifest import MANIFEST, STORE_ASIDE
+from blip3o_dit.data.pickle_format import write_pickle
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.utils.json_files import MAX_JSON_BYTES
 from tests.data.test_store import edit_manifest, refused, write
@@ -139,7 +140,7 @@ def test_a_store_of_more_shards_than_a_manifest_lists_is_refused_while_it_is_wri
     expected = "shard_size: expected at least 4 for 10 samples (a store has at most 3 shards), found 3"
     assert expected in refused(lambda: write(tmp_path / "s", 10))
     assert not (tmp_path / "s" / MANIFEST).exists()
-    assert len(list((tmp_path / "s").glob("shard-*.safetensors"))) == 3
+    assert len(list((tmp_path / "s" / STORE_ASIDE).glob("shard-*.safetensors"))) == 3
     write_pickle(write(tmp_path / "whole", 10, shard_size=None), tmp_path / "e.pkl")
     write(tmp_path / "kept", 2)
     convert = lambda: convert_pickle(tmp_path / "e.pkl", tmp_path / "kept", shard_size=3, overwrite=True)  # noqa: E731

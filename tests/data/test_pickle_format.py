@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from blip3o_dit.data.convert import convert_pickle
 from blip3o_dit.data.embeddings import open_embeddings
 from blip3o_dit.data.manifest import DTYPES
-from blip3o_dit.data.pickle_format import CLIP_KEY, EVA_KEY, PickledEmbeddings, convert_pickle
+from blip3o_dit.data.pickle_format import CLIP_KEY, EVA_KEY, PickledEmbeddings
 from blip3o_dit.data.safe_unpickler import UnsafePickleError
 from blip3o_dit.data.store import StoreWriter
 

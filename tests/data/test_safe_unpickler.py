@@ -388,7 +388,7 @@ def test_a_hostile_torch_file_is_refused_and_does_nothing(tmp_path, make, around
         "builtins.getattr", "builtins.__import__", "builtins.open", "builtins.bytearray",
         "subprocess.Popen", "importlib.import_module", "functools.partial", "operator.attrgetter",
         "types.FunctionType", "pickle.loads", "copyreg._reconstructor", "codecs.encode",
-        "_codecs.decode", "numpy.load", "numpy.fromfile", "numpy.memmap", "numpy.ndarray.tofile",
+        "_codecs.decode", "numpy.load", "numpy.fromfile", "numpy.savez", "numpy.ndarray.tofile",
         "numpy._core.multiarray.frombuffer", "numpy._core.multiarray.ndarray", "torch.load",
         "torch.serialization.load", "torch.hub.load", "torch.Tensor",
         "torch.storage.UntypedStorage", "torch._utils._rebuild_tensor", "torch.FloatStorage",

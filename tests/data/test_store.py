@@ -288,13 +288,19 @@ REFUSED = {
     "fewer records": ((E, C, R[:2]), "expected equal counts, found 4 eva, 4 clip, 2 records"),
     "rank of eva": (
         (E.flatten(1), C, R),
-        "eva: expected rank 3 [samples, tokens, width], found shape [4, 24]",
+        "eva: expected rank 3 [samples, tokens, width], found shape [4, 24] "
+        "(one vector a sample? as [:, None] it is one token)",
     ),
     "rank of clip": (
         (E, C[None], R),
-        "clip: expected rank 3 [samples, tokens, width], found shape [1, 4, 4, 3]",
+        "clip: expected rank 3 [samples, tokens, width], found shape [1, 4, 4, 3] "
+        "(a grid, channels last? it takes .reshape(n, -1, C))",
     ),
-    "tokens": ((E, C[:, :1], R), "expected as many eva as clip tokens, found 4 and 1"),
+    "tokens": (
+        (E, C[:, :1], R),
+        "expected as many eva as clip tokens, found 4 and 1 "
+        "(`blip3o-dit convert --pool 1` makes it 1 on both sides)",
+    ),
     "not square": (
         (E[:, :3], C[:, :3], R),
         "expected a square number of tokens (an n x n grid), found 3",

@@ -15,8 +15,8 @@ import torch
 
 from blip3o_dit.cli.command import NOT_WRITTEN, exit_status
 from blip3o_dit.data import store_folder
+from blip3o_dit.data.convert import convert_pickle
 from blip3o_dit.data.manifest import MANIFEST, STORE_ASIDE
-from blip3o_dit.data.pickle_format import convert_pickle
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
 from blip3o_dit.model.loading import finish_model
 from blip3o_dit.utils import atomic

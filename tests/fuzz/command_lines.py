@@ -34,6 +34,10 @@ ALWAYS = {"extract": ("--towers-from-scratch", "--workers=0"), "train": ("--num_
 # How often each command is taken: the slow ones less.
 WEIGHTS = {
     "convert": 30,
+    "merge": 10,
+    "append": 10,
+    "verify": 10,
+    "export-embeddings": 10,
     "inspect": 25,
     "generate": 25,
     "train": 4,
@@ -148,6 +152,10 @@ class _Places:
         few = ["--curve_calls", "--bootstrap=2", "--draws=2", "--draw_samples=2", "--shown=0"]
         return {
             "convert": [str(self.pickle), out],
+            "merge": [data, data, out],
+            "append": [data, data],
+            "verify": [data],
+            "export-embeddings": [data, f"{out}.npz"],
             "inspect": [data, "--no-picture"],
             "generate": [model, data, out, "--num_inference_steps=1"],
             "train": ["--embeddings_path", data, "--output_dir", out, *small, "--dry_run"],
@@ -187,7 +195,7 @@ def _spoiled(
         elif kind < 0.5:
             words.insert(rng.randrange(len(words) + 1), rng.choice((*WORDS, *words)))
         else:
-            words += _flag(rng.choice(flags), paths, rng)
+            words += _flag(rng.choice(flags), paths, rng) if flags else [rng.choice(WORDS)]
         if not any(not word.startswith("-") for word in words):
             break
     return words

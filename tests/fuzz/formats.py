@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from blip3o_dit.data.convert import convert_pickle
 from blip3o_dit.data.dataset import split_samples
 from blip3o_dit.data.embeddings import open_embeddings
 from blip3o_dit.data.manifest import MANIFEST
-from blip3o_dit.data.pickle_format import convert_pickle
 from blip3o_dit.data.store import StoreWriter
 from blip3o_dit.extraction.image_decoding import UnreadableImageError, decode_image
 from blip3o_dit.extraction.inspection import format_inspection, inspect_embeddings
@@ -37,6 +37,7 @@ from tests.conftest import randomize, tiny_config
 from tests.data.test_safe_unpickler import HOSTILE
 from tests.fuzz.judge import Trial
 from tests.fuzz.mutators import HOSTILE_NAMES, mutate_bytes, mutate_json, mutate_safetensors
+from tests.helpers.stores import without_sample_checksums
 
 Make = Callable[[int], Trial]
 TOKENS, CONDITION, TARGET = 4, 6, 3
@@ -258,14 +259,15 @@ def _sign(store: Path) -> None:
 
 
 def shard_maker(folder: Path, seed: int) -> Make:
-    store = write_store(folder / "store")
+    """Half of them without checksums of samples, which would refuse most other numbers."""
+    store, older = write_store(folder / "store"), without_sample_checksums(write_store(folder / "older"))
     shard, manifest = store / "shard-00000.safetensors", store / MANIFEST
-    original, whole = shard.read_bytes(), manifest.read_bytes()
-    others = (original, (store / "shard-00001.safetensors").read_bytes())
+    others = tuple(path.read_bytes() for path in (shard, older / shard.name, *store.glob("shard-*1.s*")))
+    whole = manifest.read_bytes()
 
     def make(number: int) -> Trial:
         rng = Random(f"{seed}/shard/{number}")
-        shard.write_bytes(mutate_safetensors(original, rng, others=others))
+        shard.write_bytes(mutate_safetensors(others[rng.randrange(2)], rng, others=others))
         manifest.write_bytes(whole)
         if rng.random() < 0.9:
             _sign(store)

@@ -117,7 +117,7 @@ class _Watch:
                 self._check(f"open for writing ({mode!r})", path)
         elif event in self.WRITING:
             for path in arguments[:2] if event in ("os.rename", "os.link") else arguments[:1]:
-                self._check(event, path)
+                self._check(event, _from_root(path, arguments[-1]))
 
     def _check(self, what: str, path: Any) -> None:
         real = os.path.realpath(os.fsdecode(path))
@@ -125,6 +125,13 @@ class _Watch:
         there = what == "os.mkdir" and os.path.isdir(real)  # `exist_ok` asks for what is there
         if not there and not any(real == place or real.startswith(place + os.sep) for place in allowed):
             self.seen.append(f"{what}: {real}")
+
+
+def _from_root(path: Any, folder: Any) -> Any:
+    """A path that is relative to an open folder, as `shutil.rmtree` gives it, from the root."""
+    if isinstance(folder, int) and folder > 2 and not os.path.isabs(os.fsdecode(path)):
+        return os.path.join(os.readlink(f"/proc/self/fd/{folder}"), os.fsdecode(path))
+    return path
 
 
 def judge(trial: Trial, watch: _Watch | None = None) -> tuple[bool, str, str]:

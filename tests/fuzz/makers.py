@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.fuzz import checkpoints, command_lines, formats, sources
+from tests.fuzz import array_formats, checkpoints, command_lines, formats, sources
 
 MAKERS: dict[str, Callable[[Path, int], formats.Make]] = {
     "pickle": formats.pickle_maker,
     "manifest": formats.manifest_maker,
     "shard": formats.shard_maker,
     "table": formats.table_maker,
+    "arrays": array_formats.arrays_maker,
     "config": formats.config_maker,
     "training_config": formats.training_config_maker,
     "model": formats.model_maker,

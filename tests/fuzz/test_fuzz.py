@@ -23,6 +23,7 @@ COUNTS = {
     "manifest": 1900,
     "shard": 900,
     "table": 1100,
+    "arrays": 600,
     "config": 1500,
     "training_config": 1500,
     "checkpoint": 400,

@@ -36,19 +36,9 @@ def check_pair(
         offset: index of the first of these samples, for the message.
     """
     for name, tokens in (("eva", eva), ("clip", clip)):
-        if tokens.ndim != 3 or tokens.shape[2] < 1:
-            raise ValueError(
-                f"{where}: {name}: expected rank 3 [samples, tokens, width], found shape {list(tokens.shape)}"
-            )
-    if not len(eva) == len(clip) == len(records):
-        raise ValueError(
-            f"{where}: expected equal counts, found {len(eva)} eva, {len(clip)} clip, {len(records)} records"
-        )
-    if eva.shape[1] != clip.shape[1]:
-        raise ValueError(
-            f"{where}: expected as many eva as clip tokens, found {eva.shape[1]} and {clip.shape[1]}"
-        )
-    check_square(where, clip.shape[1])
+        check_rank(where, name, tokens.shape)
+    check_counts(where, len(eva), len(clip), len(records))
+    check_token_counts(where, eva.shape, clip.shape)
     if expected is not None:
         found = (clip.shape[1], eva.shape[2], clip.shape[2])
         if found != expected:
@@ -81,9 +71,54 @@ def check_record(where: Path, sample: int, record: Any) -> None:
         raise ValueError(f"{where}: sample {sample}: expected text as caption, found {short_repr(caption)}")
 
 
-def check_square(where: Path, num_tokens: int) -> None:
-    if num_tokens < 1 or math.isqrt(num_tokens) ** 2 != num_tokens:
-        raise ValueError(f"{where}: expected a square number of tokens (an n x n grid), found {num_tokens}")
+def check_counts(where: Path, eva: int, clip: int, records: int) -> None:
+    if not eva == clip == records:
+        raise ValueError(f"{where}: expected equal counts, found {eva} eva, {clip} clip, {records} records")
+
+
+def check_rank(where: Path, name: str, shape: Sequence[int]) -> None:
+    """Refuse (ValueError) what is not [samples, tokens, width], and say what other layouts become it."""
+    if len(shape) == 3 and shape[2] >= 1:
+        return
+    hint = ""
+    if len(shape) == 2:
+        hint = " (one vector a sample? as [:, None] it is one token)"
+    elif len(shape) == 4 and shape[2] == shape[3]:
+        hint = " (a grid, channels first? it takes .reshape(n, C, -1).swapaxes(1, 2))"
+    elif len(shape) == 4 and shape[1] == shape[2]:
+        hint = " (a grid, channels last? it takes .reshape(n, -1, C))"
+    raise ValueError(
+        f"{where}: {name}: expected rank 3 [samples, tokens, width], found shape {list(shape)}{hint}"
+    )
+
+
+def check_token_counts(where: Path, eva: Sequence[int], clip: Sequence[int]) -> None:
+    """Refuse (ValueError) shapes [n, L, C_eva] and [n, N, C] unless L is N, a square."""
+    hint = ""
+    for _, tokens, width in (eva, clip):
+        if not is_square(tokens) and is_square(tokens - 1):
+            hint = f" ({tokens - 1} and a class token? `blip3o-dit convert --drop_class_token` drops it)"
+        elif not is_square(tokens) and is_square(width):
+            hint = f" (of width {width}: transposed? it takes .swapaxes(1, 2))"
+        if hint:
+            break
+    if eva[1] != clip[1]:
+        if is_square(eva[1]) and is_square(clip[1]):
+            least = min(eva[1], clip[1])
+            hint = f" (`blip3o-dit convert --pool {least}` makes it {least} on both sides)"
+        raise ValueError(f"{where}: expected as many eva as clip tokens, found {eva[1]} and {clip[1]}{hint}")
+    check_square(where, clip[1], hint)
+
+
+def is_square(number: int) -> bool:
+    return number >= 1 and math.isqrt(number) ** 2 == number
+
+
+def check_square(where: Path, num_tokens: int, hint: str = "") -> None:
+    if not is_square(num_tokens):
+        raise ValueError(
+            f"{where}: expected a square number of tokens (an n x n grid), found {num_tokens}{hint}"
+        )
 
 
 def check_indices(where: Path, indices: Indices, num_samples: int) -> None:

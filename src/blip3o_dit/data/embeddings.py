@@ -9,7 +9,9 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from blip3o_dit.data.array_embeddings import AS_IT_IS, Arrangement
 from blip3o_dit.data.checks import AnyIndices, Indices, Record
+from blip3o_dit.data.manifest import MANIFEST
 from blip3o_dit.data.store import EmbeddingStore
 
 
@@ -43,18 +45,24 @@ def batches(indices: AnyIndices, batch_size: int) -> Iterator[AnyIndices]:
         yield indices[start : start + batch_size]  # type: ignore[misc]
 
 
-def open_embeddings(path: str | Path, *, verify: str = "first") -> Embeddings:
-    """A store folder or a documented pickle file, checked; `verify` as for `EmbeddingStore`.
+def open_embeddings(
+    path: str | Path, *, verify: str = "first", arrangement: Arrangement = AS_IT_IS
+) -> Embeddings:
+    """A store, a documented pickle, or another file or folder of embeddings (`array_files.py`), checked.
+
+    Args:
+        verify: as for `EmbeddingStore`. arrangement: what is done to the tokens of files; not to a store's.
 
     Raises:
         FileNotFoundError, ValueError: one line naming the file, what was expected and what was found.
     """
-    from blip3o_dit.data.pickle_format import PickledEmbeddings  # which is built on this module
+    from blip3o_dit.data.array_files import open_file, open_folder  # which are built on this module
 
     path = Path(path)
-    if path.is_dir():
-        return EmbeddingStore(path, verify=verify)
-    return PickledEmbeddings(path)
+    if not path.is_dir():
+        return open_file(path, arrangement)
+    found = None if (path / MANIFEST).is_file() else open_folder(path, arrangement)
+    return EmbeddingStore(path, verify=verify) if found is None else found
 
 
 class TransformedEmbeddings:

@@ -11,7 +11,7 @@ import torch
 
 from blip3o_dit.data.checks import check_square
 from blip3o_dit.utils.atomic import ASIDE, finish_publishing, write_atomically
-from blip3o_dit.utils.json_files import MAX_JSON_BYTES, read_json, short_repr
+from blip3o_dit.utils.json_files import MAX_JSON_BYTES, is_plain_name, read_json, short_repr
 
 MANIFEST = "manifest.json"
 # Where a store is written before its files move into the folder around it.
@@ -122,7 +122,7 @@ def check_shard_entry(file: Path, shard: Any) -> None:
     """Refuse (ValueError) what `write_shard` did not return; `file` is where it was read from."""
     _check_fields(file, shard, _SHARD_FIELDS)
     for name in (shard["file"], shard["table"]):
-        if Path(name).name != name or not name.isprintable() or len(name) > 100:
+        if not is_plain_name(name):
             raise ValueError(f"{file}: expected a plain file name, found {short_repr(name)}")
 
 

@@ -118,6 +118,10 @@ class ArrayValue(Value):
 
 
 _NDARRAY = Name(np.ndarray)
+# A pickle of a memory map carries its numbers, as that of an array does; it names no file.
+_MEMMAPS: dict[tuple[str, str], StandIn] = {
+    (module, "memmap"): _NDARRAY for module in ("numpy", *(f"{core}.memmap" for core in NUMPY_CORES))
+}
 TORCH_DTYPES = {
     torch.bool: "Bool",
     torch.uint8: "Byte",
@@ -276,7 +280,12 @@ def _names() -> dict[tuple[str, str], StandIn]:
     for builtins in BUILTINS:
         calls[builtins, "bytes"] = lambda: b""
     dtypes = {("torch", str(dtype).removeprefix("torch.")): Value(dtype) for dtype in TORCH_DTYPES}
-    return {name: Function(call) for name, call in calls.items()} | dtypes | {("numpy", "ndarray"): _NDARRAY}
+    return (
+        {name: Function(call) for name, call in calls.items()}
+        | dtypes
+        | _MEMMAPS
+        | {("numpy", "ndarray"): _NDARRAY}
+    )
 
 
 # What a file may name of NumPy and torch; the names that cost memory or time are `safe_unpickler`'s.

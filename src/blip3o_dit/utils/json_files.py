@@ -96,9 +96,14 @@ def weight_files_of(index: Path) -> list[Path]:
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{index}: expected a weight_map of file names, found {short_repr(names)}")
     for name in names.values():
-        if Path(name).name != name or not name.isprintable() or len(name) > 100:
+        if not is_plain_name(name):
             raise ValueError(f"{index}: expected plain file names, found {short_repr(name)}")
     return [index.parent / name for name in sorted(set(names.values()))]
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name out of a file is one of a file beside it, and fit for a message."""
+    return Path(name).name == name and name.isprintable() and len(name) <= 100
 
 
 def one_line(error: BaseException, *, max_length: int = 200) -> str:

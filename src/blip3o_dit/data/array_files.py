@@ -1,0 +1,259 @@
+"""Embeddings in .npz, .npy and safetensors files, and what other files are that hold none."""
+
+from __future__ import annotations
+
+import math
+import struct
+import tokenize
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from blip3o_dit.data.array_embeddings import (
+    AS_IT_IS,
+    CAPTION_NAMES,
+    CLIP_NAMES,
+    EVA_NAMES,
+    HAS_CAPTION,
+    KEY_NAMES,
+    LABEL_NAMES,
+    RECORDS,
+    Arrangement,
+    ArrayEmbeddings,
+    raw_from_content,
+)
+from blip3o_dit.data.pickle_format import PickledEmbeddings
+from blip3o_dit.utils.json_files import one_line, parse_json, read_json, short_repr, show_names
+
+ZIP, NPY, PARQUET, ARROW = b"PK\x03\x04", b"\x93NUMPY", b"PAR1", b"ARROW1"
+KNOWN_NAMES = (*EVA_NAMES, *CLIP_NAMES, *KEY_NAMES, *CAPTION_NAMES, *LABEL_NAMES, HAS_CAPTION, RECORDS)
+
+# A compressed array may be so many times its size in the file, and this much in any case.
+MOST_INFLATED, INFLATED_FREE = 20, 2**26
+
+READ = "a store, .pkl, .pt, .npz, .npy, .safetensors, parquet, or a saved Hugging Face dataset"
+# Formats by the first bytes: a text that is no pickle's, and what to say.
+_OTHERS = (
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+    (b"\x1f\x8b", "a gzip file: unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "a zstd file: unpack it first"),
+    (b"\xfd7zXZ\x00", "an xz file: unpack it first"),
+    (b"BZh", "a bzip2 file: unpack it first"),
+    (b"7z\xbc\xaf", "a 7z file: unpack it first"),
+    (b"Rar!", "a RAR file: unpack it first"),
+    (b"SQLite format 3", "an SQLite file"),
+    (b"MATLAB 5.0", "a MATLAB file"),
+    (b"version https://git-lfs", "a Git LFS pointer instead of the file: run `git lfs pull`"),
+    (ARROW, "an Arrow or Feather file: write it as parquet"),
+    (b"\x89PNG", "a picture: `blip3o-dit extract` makes embeddings of pictures"),
+    (b"\xff\xd8\xff", "a picture: `blip3o-dit extract` makes embeddings of pictures"),
+)
+
+# What zipfile raises on bytes that it cannot read.
+_ZIP_ERRORS = (zipfile.BadZipFile, ValueError, OSError, RuntimeError, struct.error)
+# What NumPy raises on a header that it cannot read.
+_HEADER_ERRORS = (ValueError, EOFError, SyntaxError, tokenize.TokenError, OverflowError, MemoryError)
+_FOLDERS = {
+    ".zarray": "a zarr array",
+    ".zgroup": "a zarr group",
+    "zarr.json": "a zarr group",
+    "data.mdb": "an LMDB database",
+    "checkpoint.index": "a TensorFlow checkpoint",
+}
+
+
+def open_file(path: Path, arrangement: Arrangement = AS_IT_IS) -> ArrayEmbeddings:
+    """A file of embeddings, whose content says which format it has.
+
+    Raises:
+        FileNotFoundError, ValueError: one line naming the file, what was expected and what was found.
+    """
+    if not path.is_file():
+        return PickledEmbeddings(path, arrangement)  # which says what is there
+    with open(path, "rb") as file:
+        start = file.read(4096)
+    if start.startswith(ZIP):
+        if any(name.endswith(".npy") for name in _zip_names(path)):
+            return _open_npz(path, arrangement)
+    elif start.startswith(PARQUET):
+        from blip3o_dit.data.table_files import open_parquet  # needs pyarrow
+
+        return open_parquet(path, [path], arrangement)
+    elif start.startswith(NPY):
+        raise ValueError(
+            f"{path}: expected two arrays, found one: give the folder that has eva.npy and clip.npy, or "
+            "both files to `blip3o-dit convert`"
+        )
+    elif _is_safetensors(path, start):
+        return _open_safetensors(path, arrangement)
+    elif not start.startswith(b"\x80"):
+        refuse_other_formats(path, start)
+    return PickledEmbeddings(path, arrangement)
+
+
+def open_folder(path: Path, arrangement: Arrangement = AS_IT_IS) -> ArrayEmbeddings | None:
+    """A folder of .npy or parquet files, or a saved dataset; None for any other.
+
+    Raises:
+        ValueError: for one that is recognised and cannot be read.
+    """
+    names = {file.name for file in path.iterdir()}
+    for name, what in _FOLDERS.items():
+        if name in names:
+            raise ValueError(f"{path}: expected {READ}, found {what}")
+    if "dataset_dict.json" in names:
+        splits = read_json(path / "dataset_dict.json")
+        shown = show_names(splits.get("splits", []) if isinstance(splits, dict) else [])
+        raise ValueError(f"{path}: expected one split of a saved dataset, found several: name one of {shown}")
+    if "state.json" in names:
+        from blip3o_dit.data.table_files import open_saved_dataset
+
+        return open_saved_dataset(path, arrangement)
+    arrays = {Path(name).stem for name in names if name.endswith(".npy")}
+    if arrays & {*EVA_NAMES, *CLIP_NAMES}:
+        return _open_npy_folder(path, arrays & set(KNOWN_NAMES), arrangement)
+    parquet = sorted(name for name in names if name.endswith(".parquet"))
+    if parquet:
+        from blip3o_dit.data.table_files import open_parquet
+
+        return open_parquet(path, [path / name for name in parquet], arrangement)
+    return None
+
+
+def open_pair(first: Path, second: Path, arrangement: Arrangement = AS_IT_IS) -> ArrayEmbeddings:
+    """Two .npy files, of which one has "eva" in its name, or the first is eva's."""
+    named = ["eva" in path.stem.lower() for path in (first, second)]
+    eva, clip = (second, first) if named == [False, True] else (first, second)
+    content = {EVA_NAMES[0]: _load_npy(eva), CLIP_NAMES[0]: _load_npy(clip)}
+    return ArrayEmbeddings(raw_from_content(eva, [eva, clip], content, in_memory=False), arrangement)
+
+
+def _open_npy_folder(path: Path, names: set[str], arrangement: Arrangement) -> ArrayEmbeddings:
+    content = {name: _load_npy(path / f"{name}.npy") for name in names}
+    files = [path / f"{name}.npy" for name in sorted(names)]
+    for name in (*KEY_NAMES, *CAPTION_NAMES, *LABEL_NAMES):
+        if (path / f"{name}.json").is_file():
+            content[name] = read_json(path / f"{name}.json")
+            files.append(path / f"{name}.json")
+    return ArrayEmbeddings(raw_from_content(path, files, content, in_memory=False), arrangement)
+
+
+def _load_npy(path: Path) -> np.ndarray:
+    """The array, mapped."""
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, *_HEADER_ERRORS) as error:
+        raise ValueError(f"{path}: not a readable array: {_plain(error)}") from error
+    if not isinstance(found, np.ndarray):
+        raise ValueError(f"{path}: expected one array, found a zip archive of several")
+    return found
+
+
+def _plain(error: BaseException) -> str:
+    said = one_line(error)
+    return "expected numbers or text, found Python objects" if "bject" in said else said
+
+
+def _zip_names(path: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except _ZIP_ERRORS as error:
+        raise ValueError(f"{path}: not a readable zip file: {one_line(error)}") from error
+
+
+def _open_npz(path: Path, arrangement: Arrangement) -> ArrayEmbeddings:
+    content: dict[str, Any] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                name = member.filename.removesuffix(".npy")
+                content[name] = _read_member(archive, member) if name in KNOWN_NAMES else None
+    except (*_ZIP_ERRORS, *_HEADER_ERRORS, zlib.error) as error:
+        raise ValueError(f"{path}: not a readable .npz file: {_plain(error)}") from error
+    return ArrayEmbeddings(raw_from_content(path, [path], content, in_memory=True), arrangement)
+
+
+def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    """An array of a zip file; what it takes is known before any of it is made."""
+    if member.file_size > MOST_INFLATED * member.compress_size + INFLATED_FREE:
+        raise ValueError(
+            f"{short_repr(member.filename)}: expected at most {MOST_INFLATED} times the compressed size, "
+            f"found {member.file_size} bytes in {member.compress_size}"
+        )
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0
+        if version != (1, 0):
+            read_header = np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read_header(file)
+        if dtype.hasobject:
+            raise ValueError(f"{short_repr(member.filename)}: found Python objects")
+        expected = math.prod(shape) * dtype.itemsize
+        if not 0 <= expected == member.file_size - file.tell():
+            raise ValueError(
+                f"{short_repr(member.filename)}: expected {expected} bytes for {list(shape)} of {dtype}, "
+                f"found {member.file_size - file.tell()}"
+            )
+        data = file.read(expected)
+    if len(data) != expected:
+        raise ValueError(f"{short_repr(member.filename)}: expected {expected} bytes, found {len(data)}")
+    if not dtype.itemsize:
+        raise ValueError(f"{short_repr(member.filename)}: expected numbers or text, found items of no size")
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+
+
+def _is_safetensors(path: Path, start: bytes) -> bool:
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size
+
+
+def _open_safetensors(path: Path, arrangement: Arrangement) -> ArrayEmbeddings:
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            names = list(tensors.keys())
+            content = {name: tensors.get_tensor(name) if name in KNOWN_NAMES else None for name in names}
+            about = tensors.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file: {one_line(error)}") from error
+    for name in (*KEY_NAMES, *CAPTION_NAMES, *LABEL_NAMES):
+        if name in about and name not in content:
+            content[name] = parse_json(f"{path}: {name}", about[name].encode(errors="surrogatepass"))
+    return ArrayEmbeddings(raw_from_content(path, [path], content, in_memory=False), arrangement)
+
+
+def refuse_other_formats(path: Path, start: bytes) -> None:
+    """Refuse (ValueError) a file that is recognised as something that is not read here."""
+    if not start:
+        raise ValueError(f"{path}: expected {READ}, found an empty file")
+    what = next((what for magic, what in _OTHERS if start.startswith(magic)), None)
+    if start[257:262] == b"ustar":
+        what = "a tar archive: unpack it first (`blip3o-dit extract` takes tars of pictures)"
+    elif start[16:20] == b"\xde\xc0\xef\xbe":
+        what = "an LMDB database"
+    elif start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        what = "a web page, such as the one that asks for a login: download the file itself"
+    elif what is None and _is_tfrecord(path, start):
+        what = "a TFRecord file"
+    elif what is None:
+        what = _kind_of_text(start)
+    if what is not None:
+        raise ValueError(f"{path}: expected {READ}, found {what}")
+
+
+def _is_tfrecord(path: Path, start: bytes) -> bool:
+    """Records of a length (8 bytes), its checksum (4), the content, and its checksum (4)."""
+    length, size = int.from_bytes(start[:8], "little"), path.stat().st_size
+    return 0 < length < 2**40 and 16 + length <= size and ".tfrecord" in path.name
+
+
+def _kind_of_text(start: bytes) -> str | None:
+    line = start.split(b"\n")[0].rstrip(b"\r")
+    if not line.isascii() or not line.decode("ascii").replace("\t", " ").isprintable():
+        return None
+    if line.startswith((b"{", b"[")):
+        return "JSON"
+    return "a text table such as CSV" if b"," in line or b"\t" in line else None
