@@ -241,7 +241,7 @@ def draw_contact_sheet(
 
 
 def tower_crop(manifest: Mapping[str, Any]) -> Callable[[Image.Image], Image.Image]:
-    """What the store's EVA tower saw of an image, as its map shows it; the whole image where that is not known."""
+    """What the store's EVA tower saw of an image, as its map shows it; all of it where that is not known."""
     encoders = manifest.get("encoders")
     tower = encoders.get("eva") if isinstance(encoders, dict) else None
     said = tower.get("preprocessing") if isinstance(tower, dict) else None
