@@ -96,7 +96,6 @@ TESTED_IN = {
     "evaluation/config.py": "evaluation/test_evaluate.py",
     "evaluation/description.py": "evaluation/test_evaluate.py",
     "evaluation/metric_tables.py": "evaluation/test_scores.py",
-    "evaluation/plots.py": "evaluation/test_evaluate.py",
     "evaluation/predictions.py": "evaluation/test_scores.py",
     "evaluation/reference.py": "evaluation/test_scores.py",
     "evaluation/report.py": "evaluation/test_evaluate.py",
