@@ -105,7 +105,6 @@ TESTED_IN = {
     "data/table_files.py": "data/test_array_files.py",
     "evaluation/config.py": "evaluation/test_evaluate.py",
     "evaluation/metric_tables.py": "evaluation/test_scores.py",
-    "evaluation/plots.py": "evaluation/test_evaluate.py",
     "evaluation/predictions.py": "evaluation/test_scores.py",
     "evaluation/reference.py": "evaluation/test_scores.py",
     "evaluation/report.py": "evaluation/test_evaluate.py",

@@ -231,6 +231,32 @@ def test_variants_that_are_not_implemented_are_named(tower: EvaClipVision, tmp_p
         load_encoder(str(folder))
 
 
+def with_vision_config(folder: Path, **values: Any) -> str:
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"] |= values
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_the_activation_is_the_checkpoints(tower: EvaClipVision, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, published(tower), "safetensors")
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(load_encoder(with_vision_config(folder, hidden_act="gelu"))(pixels), tower(pixels))
+        quick = load_encoder(with_vision_config(folder, hidden_act="quick_gelu"))(pixels)
+        for layer in tower.vision_model.encoder.layers:
+            layer.mlp.activation = lambda x: x * torch.sigmoid(1.702 * x)
+        torch.testing.assert_close(quick, tower(pixels))
+    with pytest.raises(ValueError, match=r"hidden_act: expected one of .*found 'relu'"):
+        load_encoder(with_vision_config(folder, hidden_act="relu"))
+
+
+def test_its_positions_are_for_one_size(tower: EvaClipVision, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, published(tower), "safetensors")
+    with pytest.raises(ValueError, match=r"expected pictures of 16 pixels a side.*found 32"):
+        load_encoder(str(folder), size=32)
+
+
 def test_a_bin_file_that_is_a_program_is_refused(tower: EvaClipVision, tmp_path: Path) -> None:
     class Program:
         def __reduce__(self) -> tuple[Any, ...]:
