@@ -23,6 +23,7 @@ from PIL import Image
 
 from blip3o_dit.cli.arguments import use_tf32
 from blip3o_dit.cli.main import main
+from blip3o_dit.data import store as store_module
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
 from blip3o_dit.evaluation import evaluate, metric_tables
 from blip3o_dit.evaluation.evaluate import evaluate_models
@@ -376,6 +377,27 @@ def test_the_number_of_samples_has_a_default(folder: Path, monkeypatch: pytest.M
         assert main([*words, *more]) == 0
     assert [config.num_samples for config in asked] == [20_000, None, 7]
     assert {config.gallery_samples for config in asked} == {5000}
+
+
+def test_embeddings_are_opened_once_and_pictures_looked_for_at_the_end(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A pickle of gigabytes takes minutes to open; pictures that nobody asked for are no reason to stop."""
+    shutil.copytree(folder / "store", tmp_path / "store")
+    manifest = tmp_path / "store" / "manifest.json"
+    about = {"pictures": "images", "extraction": {"pictures": {"count": 1, "sha256": "x"}}}
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | about))
+    opened: list[Path] = []
+    read = store_module.read_manifest
+    monkeypatch.setattr(store_module, "read_manifest", lambda path: opened.append(path) or read(path))
+    words = ["evaluate", str(folder / "a"), str(tmp_path / "store"), "--compare", str(folder / "b")]
+    less = ["--curve_calls", "--draws", "2", "--draw_samples", "4", "--bootstrap", "2", "--shown", "1"]
+    output = ["--output_dir", str(tmp_path / "out"), "--num_inference_steps", "1", "--device", "cpu"]
+    assert main([*words, *less, *output]) == 0
+    assert len(opened) == 1
+    (line,) = [r.getMessage() for r in caplog.records if "pictures" in r.getMessage()]
+    assert "images: the store does not say which they were" in line
+    assert main([*words, *less, *output, "--pictures", str(tmp_path / "none")]) == 2
 
 
 def test_bfloat16_gives_nearly_the_figures_of_float32(

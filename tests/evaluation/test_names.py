@@ -51,7 +51,7 @@ NAMES = [
     " ",
 ]
 # What a folder can be called; safetensors opens no file below one that is not UTF-8, as the second is.
-FOLDER = "m$x$_\x1b[31m<script>|50%"
+FOLDER = "m$x$_\x1b[31m<script>|50%é"
 LATIN_1 = FOLDER + b"\xe9".decode(errors="surrogateescape")
 FAST = ["--num_inference_steps", "1", "--device", "cpu"]
 QUICK = ["--curve_calls", "1", "--bootstrap", "4", "--draws", "2", "--draw_samples", "8"]
@@ -88,9 +88,12 @@ def page(root: Path) -> Path:
     out = root / f"out{LATIN_1}"
     words = ["evaluate", str(root / FOLDER), str(root / f"store{FOLDER}"), "--output_dir", str(out)]
     more = ["--compare", str(root / FOLDER / "checkpoint-2"), "--shown", "2"]
+    errors = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, ascii_output(patch) as written:
+        patch.setattr(sys, "stderr", errors)  # where progress bars are drawn, too
         assert main([*words, *more, *FAST, *QUICK]) == 0
     assert_printable(written.getvalue().decode("ascii"))
+    assert_printable(errors.getvalue().replace("\r", ""))
     return out
 
 
@@ -192,8 +195,9 @@ def test_plots_show_every_name() -> None:
     ]
     for plot in drawn:
         assert_sound_page(plot)
-    legend = "".join(image for plot in drawn[:3] for image in images_of(plot))
-    assert "$x$ and $\\frac{1}{0}$" in legend and "_hidden" in legend and "\u732b" in legend
+    svgs = [ElementTree.fromstring(image) for plot in drawn[:3] for image in images_of(plot)]
+    shown = [element.text for svg in svgs for element in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"$x$ and $\\frac{1}{0}$", "$", " _hidden", "\u732b \U0001f600, euler"} <= {*shown}
 
 
 @pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))

@@ -25,6 +25,7 @@ from blip3o_dit.inference.output import check_writable
 from blip3o_dit.inference.pipeline import BLIP3oInference, target_statistics
 from blip3o_dit.training.config import TRAINING_CONFIG_FILE, TrainingConfig
 from blip3o_dit.utils.distributed import SINGLE_PROCESS, Processes, join_processes
+from blip3o_dit.utils.json_files import escaped
 from blip3o_dit.utils.stateless_random import stateless_choice
 
 FORMAT = "blip3o-dit evaluation"
@@ -382,4 +383,4 @@ def _unique(paths: Sequence[Path]) -> list[str]:
 
 
 def _progress_bars(shown: bool) -> Progress:
-    return lambda items, name: tqdm(items, desc=name, unit="", leave=False, disable=not shown)
+    return lambda items, name: tqdm(items, desc=escaped(name), unit="", leave=False, disable=not shown)
