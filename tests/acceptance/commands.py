@@ -27,7 +27,7 @@ from tests.helpers.curves import curves_drawn
 ROOT = Path(__file__).parents[2]
 SAMPLES, HELD_OUT = 24, 2  # of the data set that the fixtures write
 SMALL = shlex.split("--model_dim 32 --num_layers 1 --num_heads 2")
-# The default source is fitted once, in the quick start: at full width it takes seconds, and some in each step.
+# The default source is used once, in the quick start: at full width it takes seconds.
 SMALL_AND_QUICK = [*SMALL, *shlex.split("--source noise")]
 RUN_FILES = (
     "model.safetensors",
