@@ -14,6 +14,7 @@ import torch
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.layers import BFLOAT16_VARIABLE
+from tests.helpers import curves  # noqa: F401 - from here on none are drawn
 
 torch.set_num_threads(1)
 
@@ -39,10 +40,31 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     return argname if isinstance(val, bytes) else None
 
 
+# The files that take the longest, by their seconds alone.
+LONGEST = (
+    "test_known_answer",
+    "test_processes",
+    "test_readme",
+    "test_precision",
+    "test_training_commands",
+    "test_resume",
+    "test_quick_start",
+    "test_distributed_commands",
+    "test_memory",
+    "test_distillation",
+    "test_extract",
+    "test_fuzz",
+    "test_speed_and_memory",
+    "test_evaluate",
+    "test_trainer",
+    "test_benchmarks",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: `make test` gives whole files to two processes."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """The longest files first: `make test` gives whole files to two processes, which then end together."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(autouse=True)

@@ -22,12 +22,13 @@ from matplotlib.image import imread
 from safetensors.torch import load_file
 
 from blip3o_dit.cli.train import main
+from tests.helpers.curves import curves_drawn
 
 ROOT = Path(__file__).parents[2]
 SAMPLES, HELD_OUT = 24, 2  # of the data set that the fixtures write
 SMALL = shlex.split("--model_dim 32 --num_layers 1 --num_heads 2")
-# The default source is fitted once, in the quick start: at full width it takes seconds.
-SMALL_AND_QUICK = [*SMALL, *shlex.split("--source ridge")]
+# The default source is used once, in the quick start: at full width it takes seconds.
+SMALL_AND_QUICK = [*SMALL, *shlex.split("--source noise")]
 RUN_FILES = (
     "model.safetensors",
     "config.json",
@@ -75,7 +76,8 @@ def run_here(block: str, folder: Path, *more: str) -> int:
     """The training script of a block in this process, which has loaded torch already."""
     program, script, *arguments = words(block, folder)
     assert (program, script) == ("python", "train_blip3o_dit.py")
-    return main([*arguments, *more])
+    with curves_drawn():
+        return main([*arguments, *more])
 
 
 def log_of(output: Path) -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ from blip3o_dit.training.run import build_trainer, train
 from blip3o_dit.training.wandb_setup import prepare_wandb
 from blip3o_dit.utils.checksums import seal
 from blip3o_dit.utils.distributed import join_processes
+from tests.helpers.curves import curves_drawn
 from tests.helpers.stores import write_linear_store
 from tests.helpers.training import config_for, make_trainer, same
 
@@ -44,7 +45,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
 @pytest.fixture(scope="module")
 def finished(store: EmbeddingStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One whole run of two passes, with a checkpoint at the boundary between them."""
-    return train(config_for(store, tmp_path_factory.mktemp("run") / "whole"))
+    with curves_drawn():
+        return train(config_for(store, tmp_path_factory.mktemp("run") / "whole"))
 
 
 def tensors(file: Path) -> dict[str, torch.Tensor]:
