@@ -183,6 +183,15 @@ def test_a_source_that_is_away_when_the_run_begins(tmp_path: Path) -> None:
         Source.of(refs)
 
 
+def test_a_disk_that_fails_while_it_is_listed(images: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    def failing(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("blip3o_dit.extraction.extract.list_images", failing)
+    with pytest.raises(ReadError, match=r"pictures: cannot be read: EIO.*same command"):
+        extract(settings(images, tmp_path / "store"), progress=False)
+
+
 def test_images_that_were_skipped_when_they_were_listed_are_in_the_list(tmp_path: Path) -> None:
     write_images(tmp_path / "pictures", count=6, broken={})
     listed = tmp_path / "pictures" / "list.txt"

@@ -29,7 +29,7 @@ from blip3o_dit.extraction.identity import (
     is_of_earlier_version,
     noted_changes,
 )
-from blip3o_dit.extraction.reading_errors import NOT_READ
+from blip3o_dit.extraction.reading_errors import NOT_READ, listing
 from blip3o_dit.extraction.resume import (
     begin,
     find_extraction,
@@ -80,7 +80,8 @@ def extract(config: ExtractionConfig, *, progress: bool = True) -> EmbeddingStor
 
 
 def _list(config: ExtractionConfig, bars: bool) -> ImageList:
-    images = list_images(config.images, config.listing, progress=bars)
+    with listing(config.images):
+        images = list_images(config.images, config.listing, progress=bars)
     if images.skipped:  # an archive counts as one
         files = len({ref.file for ref in images}) + len(images.skipped)
         SkipLimit(config, files).add(images.skipped)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from blip3o_dit.extraction.image_decoding import UnreadableImageError
@@ -96,6 +97,17 @@ class Source:
         if ref.member or ref.row >= 0:
             needed.append(ref.file)  # an archive is no image that is missing by itself
         return all(map(_opens, needed)) and any(map(_opens, self.witnesses))
+
+
+@contextmanager
+def listing(where: str) -> Iterator[None]:
+    """A disk that fails while images are listed stops the run as well; a place that is not there does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.errno in _OF_ONE_FILE:
+            raise
+        raise ReadError(f"{where}: {_reason(error)}: continue with the same command") from error
 
 
 def _opens(file: str) -> bool:
