@@ -251,6 +251,13 @@ def test_the_activation_is_the_checkpoints(tower: EvaClipVision, tmp_path: Path)
         load_encoder(with_vision_config(folder, hidden_act="relu"))
 
 
+@pytest.mark.parametrize("value", [0, -4, "16", 2.5, True, [16]])
+def test_sizes_are_sizes(value: Any, tower: EvaClipVision, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, published(tower), "safetensors")
+    with pytest.raises(ValueError, match="patch_size: expected a positive integer, found"):
+        load_encoder(with_vision_config(folder, patch_size=value))
+
+
 def test_its_positions_are_for_one_size(tower: EvaClipVision, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, published(tower), "safetensors")
     with pytest.raises(ValueError, match=r"expected pictures of 16 pixels a side.*found 32"):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip3o_dit.utils.validation import check_name
+from blip3o_dit.utils.validation import check_name, check_size
 
 TEXT_TOWER = ("text_model.", "text_projection.", "logit_scale", "text.")
 _UNSUPPORTED = ("use_rope", "use_swiglu_mlp", "use_sub_ln", "q_bias", "k_bias", "v_bias")
@@ -71,6 +71,9 @@ class EvaClipConfig:
         values = {f.name: vision[f.name] for f in fields(cls) if vision.get(f.name) is not None}
         if "projection_dim" in config:
             values["projection_dim"] = config["projection_dim"]
+        for name in values:
+            if type(getattr(cls, name)) is int:
+                check_size(f"{where}: {name}", values[name])
         return cls(**values)
 
 

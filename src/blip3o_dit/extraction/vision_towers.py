@@ -44,6 +44,7 @@ from blip3o_dit.utils.validation import check_name, check_size, is_hub_id
 LARGE = 4e9
 # What transformers raises on folders that it cannot make a model of
 _NOT_LOADED = (
+    ArithmeticError,
     AttributeError,
     EOFError,
     ImportError,
@@ -192,6 +193,7 @@ def _load_auto(checkpoint: Checkpoint, about: dict[str, Any], *, resized: bool) 
     patch_size = getattr(vision, "patch_size", None)
     if not isinstance(patch_size, int):
         raise ValueError(f"{folder}: expected a vision tower with square patches, found {vision.model_type}")
+    check_size(f"{folder}: patch_size", patch_size)
     _check_size(folder, size, size, patch_size)
     options: dict[str, Any] = {}
     if resized and "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters:
