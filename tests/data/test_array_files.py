@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from blip3o_dit.cli.main import main
+from blip3o_dit.data import array_files, table_files
 from blip3o_dit.data.array_embeddings import Arrangement
 from blip3o_dit.data.convert import convert_files
 from blip3o_dit.data.embeddings import open_embeddings
@@ -271,7 +272,9 @@ def test_lists_of_arrays_of_several_shapes_are_refused(tmp_path: Path) -> None:
     assert "eva: expected arrays of one kind and shape, found shapes ['[1, 6]', '[4, 6]']" in message
 
 
-def test_an_npz_that_says_more_than_it_holds_is_refused(tmp_path: Path) -> None:
+def test_an_npz_that_says_more_than_it_holds_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before anything of the size that it tells is made."""
     header = io.BytesIO()
     about = {"descr": "<f4", "fortran_order": False, "shape": (10**7, 256, 1280)}
@@ -281,8 +284,9 @@ def test_an_npz_that_says_more_than_it_holds_is_refused(tmp_path: Path) -> None:
         archive.writestr("clip.npy", header.getvalue())
     assert "expected 13107200000000 bytes for" in refused(lambda: open_embeddings(tmp_path / "e.npz"))
     with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("eva.npy", header.getvalue() + bytes(2**27))
-    assert "expected at most 20 times the compressed size" in refused(
+        archive.writestr("eva.npy", header.getvalue() + bytes(2**18))
+    monkeypatch.setattr(array_files, "INFLATED_FREE", 2**17)
+    assert "expected at most 8 times the compressed size" in refused(
         lambda: open_embeddings(tmp_path / "bomb.npz")
     )
 
@@ -334,3 +338,17 @@ def test_json_beside_npy_files_is_part_of_the_fingerprint(tmp_path: Path) -> Non
     (path / "captions.json").write_text(json.dumps(["other"] * COUNT))
     after: Any = open_embeddings(path)
     assert after.fingerprint() != prints
+
+
+def test_a_table_of_more_than_its_file_holds_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    flat = pa.array(np.zeros(2**18, np.float32))
+    eva = pa.FixedSizeListArray.from_arrays(pa.FixedSizeListArray.from_arrays(flat, 2**8), 4)
+    pq.write_table(pa.table({"eva": eva, "clip": eva}), tmp_path / "e.parquet")
+    assert open_embeddings(tmp_path / "e.parquet").num_samples == 2**8
+    monkeypatch.setattr(table_files, "INFLATED_FREE", 2**18)
+    assert "row group 0: expected at most 8 times" in refused(lambda: open_embeddings(tmp_path / "e.parquet"))

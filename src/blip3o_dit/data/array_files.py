@@ -33,7 +33,7 @@ ZIP, NPY, PARQUET, ARROW = b"PK\x03\x04", b"\x93NUMPY", b"PAR1", b"ARROW1"
 KNOWN_NAMES = (*EVA_NAMES, *CLIP_NAMES, *KEY_NAMES, *CAPTION_NAMES, *LABEL_NAMES, HAS_CAPTION, RECORDS)
 
 # A compressed array may be so many times its size in the file, and this much in any case.
-MOST_INFLATED, INFLATED_FREE = 20, 2**26
+MOST_INFLATED, INFLATED_FREE = 8, 2**26
 
 READ = "a store, .pkl, .pt, .npz, .npy, .safetensors, parquet, or a saved Hugging Face dataset"
 # Formats by the first bytes: a text that is no pickle's, and what to say.

@@ -31,6 +31,7 @@ from blip3o_dit.data.array_embeddings import (
 )
 from blip3o_dit.utils.json_files import is_plain_name, one_line, parse_json, read_json, short_repr
 
+MOST_INFLATED, INFLATED_FREE, VALUE_BYTES = 8, 2**26, 4
 RECORD = "record"  # a whole record as JSON, beside the columns that say parts of it
 
 
@@ -41,9 +42,22 @@ def open_parquet(path: Path, files: Sequence[Path], arrangement: Arrangement) ->
     for file in files:
         with _readable(file):
             metadata = arrow.parquet.read_metadata(file)
+            _refuse_inflated(file, metadata)
             groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         pieces += [(partial(_row_group, file, group), count) for group, count in enumerate(groups) if count]
     return _open(path, files, pieces, arrangement)
+
+
+def _refuse_inflated(file: Path, metadata: Any) -> None:
+    """Refuse (ValueError) row groups of far more values than the file has bytes for: equal ones take none."""
+    for group in range(metadata.num_row_groups):
+        about = metadata.row_group(group)
+        values = sum(about.column(number).num_values for number in range(about.num_columns))
+        if VALUE_BYTES * values > MOST_INFLATED * file.stat().st_size + INFLATED_FREE:
+            raise ValueError(
+                f"{file}: row group {group}: expected at most {MOST_INFLATED} times the size of the file, "
+                f"found {values} values in a file of {file.stat().st_size} bytes"
+            )
 
 
 def open_saved_dataset(path: Path, arrangement: Arrangement) -> ArrayEmbeddings:

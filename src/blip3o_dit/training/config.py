@@ -183,7 +183,7 @@ class TrainingConfig:
     shuffle_window: int = setting(4096, "samples that --shuffle window mixes at a time", check=_at_least_1)
     verify: str = setting(
         "first",
-        "checksums of a store's shards: taken when this machine first reads a shard, or never",
+        "checksums of a store: checked when a sample is first read, or never",
         choices=VERIFY_CHOICES,
     )
     num_workers: int = setting(0, "data-loader processes", check=_at_least_0)
