@@ -32,7 +32,8 @@ def plan_extension(checkpoint: Path, saved: dict[str, Any], given: dict[str, Any
     Raises:
         ValueError: both lengths are given, or the checkpoint does not say where it is.
     """
-    epochs, steps = given.get("extend_epochs"), given.get("extend_steps")
+    epochs: Any = given.get("extend_epochs")
+    steps: Any = given.get("extend_steps")
     if epochs is None and steps is None:
         return {}
     if epochs is not None and steps is not None:
