@@ -16,7 +16,7 @@ from blip3o_dit.cli.main import main
 from blip3o_dit.cli.train import add_arguments
 from blip3o_dit.cli.train import main as train_main
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.training.config import DEBUG_DEFAULTS, TrainingConfig
+from blip3o_dit.training.config import DEBUG_DEFAULTS, NOTED, TrainingConfig
 from blip3o_dit.training.resolve import resolve_config
 from tests.helpers.stores import write_linear_store
 
@@ -41,7 +41,10 @@ def test_each_flag_reaches_its_field() -> None:
     add_arguments(parser)
     words: list[str] = []
     expected = {}
+    needs_a_model = {"init_from", "init_statistics", "extend_epochs", "extend_steps"}  # test_resolve.py
     for option in fields(TrainingConfig):
+        if option.name in needs_a_model or option.name in NOTED:
+            continue
         if isinstance(option.default, bool):
             value = not option.default and option.name not in ("fp16", "selective_checkpointing")
             words.append(f"--{option.name}" if value else f"--no-{option.name}")

@@ -73,7 +73,8 @@ def _output_dir(arguments: argparse.Namespace) -> Path:
         verify_checkpoint(Path(resume))
         output = TrainingConfig.from_folder(resume).output_dir
     if not output:
-        raise ValueError("--output_dir: expected a path, found none")
+        missing = "output_dir" if getattr(arguments, "embeddings_path", None) else "embeddings_path"
+        raise ValueError(f"--{missing}: expected a path, found none")
     return Path(output)
 
 
