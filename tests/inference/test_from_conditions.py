@@ -173,6 +173,12 @@ def altered(root: Path, folder: Path, change: Any) -> Path:
             [],
             "with preprocessing.resample 'lanczos', found random eva tower, seed 3 with 'bicubic'",
         ),
+        (
+            lambda r: r["encoders"]["eva"]["preprocessing"].update(resize_to=256),
+            [],
+            "with preprocessing.resize_to 256, found random eva tower, seed 3 with None",
+        ),
+        (lambda r: r["encoders"]["eva"].update(commit=5), [], "commit: expected text, found 5"),
         (lambda r: r["encoders"]["eva"].update(name="towers/eva"), [], "name where it is now with --eva"),
         (lambda r: r["encoders"]["eva"].update(name="timm:x"), [], "only loaded when you name it: --eva"),
         (lambda r: r["encoders"]["eva"].update(name=5), [], "expected the towers of a store, found"),

@@ -70,6 +70,7 @@ def read_towers(folder: Path) -> dict[str, Any] | None:
         raise ValueError(
             f"{file}: dtype: expected one of {tuple(DTYPES)}, found {short_repr(record.get('dtype'))}"
         )
-    if not isinstance(eva.get("revision"), str | None):
-        raise ValueError(f"{file}: revision: expected text, found {short_repr(eva['revision'])}")
+    for name in ("revision", "commit"):
+        if not isinstance(eva.get(name), str | None):
+            raise ValueError(f"{file}: {name}: expected text, found {short_repr(eva[name])}")
     return record

@@ -22,7 +22,7 @@ from blip3o_dit.extraction.vision_towers import VisionEncoder, load_encoder, tin
 from blip3o_dit.utils.json_files import printable, short_repr
 
 # Of a tower's description, what does not say what tokens it makes, or may be spelled in several ways.
-_NOT_COMPARED = ("name", "revision", "meaningful", "version")
+_NOT_COMPARED = {"name", "revision", "commit", "meaningful"}
 _FROM_SCRATCH = re.compile(r"random eva tower, seed (\d{1,9})")
 
 logger = logging.getLogger(__name__)
@@ -144,9 +144,7 @@ def open_tower(
             "name it: --eva"
         )
     wanted = known["name"] if name is None else name
-    tower = _load(
-        wanted, revision or (known.get("revision") if name is None else None), dtype, recorded, model
-    )
+    tower = _load(wanted, revision or (_revision(known) if name is None else None), dtype, recorded, model)
     tokens, width, _ = sizes
     if tower.width != width:
         raise ValueError(
@@ -156,6 +154,11 @@ def open_tower(
     _check_description(tower.describe(), known, model)
     _check_pooling(recorded or {}, tower, tokens, model)
     return tower.to(device).eval().requires_grad_(False)
+
+
+def _revision(known: Mapping[str, Any]) -> str | None:
+    """The recorded one, exactly if that is known: a branch of the hub moves on."""
+    return known.get("commit") or known.get("revision")
 
 
 def _load(
@@ -176,13 +179,20 @@ def _load(
 
 
 def _check_description(found: Mapping[str, Any], known: Mapping[str, Any], model: Path) -> None:
-    """Refuse another tower than the recorded one, by all that both descriptions tell."""
+    """Refuse another tower than the recorded one, by all that both descriptions tell.
+
+    Of the preprocessing also by what only one tells: settings that few towers have are left out elsewhere.
+    """
     there, here = _flat(known), _flat(found)
-    for name in sorted(there.keys() & here.keys()):
-        if name.split(".")[0] not in _NOT_COMPARED and there[name] != here[name]:
+    names = there.keys() & here.keys()
+    if isinstance(known.get("preprocessing"), dict):
+        names |= {name for name in there.keys() | here.keys() if name.startswith("preprocessing.")}
+    for name in sorted(names - _NOT_COMPARED):
+        if there.get(name) != here.get(name):
             raise ValueError(
                 f"{model}: expected the tower that made its training data, with {name} "
-                f"{short_repr(there[name])}, found {printable(found['name'])} with {short_repr(here[name])}"
+                f"{short_repr(there.get(name))}, found {printable(found['name'])} with "
+                f"{short_repr(here.get(name))}"
             )
 
 
