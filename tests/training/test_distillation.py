@@ -131,7 +131,8 @@ def test_a_student_is_evaluated_by_its_own_steps(tmp_path: Path) -> None:
     words = [str(model), str(store.path), "--steps", "1", "--train_steps", "2", "--device", "cpu"]
     assert main(["distill", *words]) == 0
     student = tmp_path / "teacher-1-steps"
-    assert main(["evaluate", str(model), str(store.path), "--compare", str(student), "--device", "cpu"]) == 0
+    quick = ["--device", "cpu", "--curve_calls", "2", "--bootstrap", "20"]
+    assert main(["evaluate", str(model), str(store.path), "--compare", str(student), *quick]) == 0
     found = json.loads((model / "metrics.json").read_text())
     points = found["curve"]["teacher-1-steps"]
     assert [(point["solver"], point["network_calls"]) for point in points] == [("euler", 1)]
