@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -13,15 +11,9 @@ import pytest
 from PIL import Image
 
 from blip3o_dit.extraction import shown_images
-from blip3o_dit.extraction.image_files import ImageRef, list_images
 from blip3o_dit.extraction.shown_images import images_of_store
-
-
-class Listed(list[ImageRef]):
-    def digest(self) -> str:
-        return hashlib.sha256(
-            json.dumps([[ref.key, Path(ref.file).stat().st_size] for ref in self]).encode()
-        ).hexdigest()
+from blip3o_dit.extraction.sources.image_list import ImageList
+from blip3o_dit.extraction.sources.listing import list_images
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +21,9 @@ def listing(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Where images were listed."""
     asked: list[str] = []
 
-    def listed(where: str) -> Listed:
+    def listed(where: str) -> ImageList:
         asked.append(str(where))
-        return Listed(list_images(where))
+        return list_images(where)
 
     monkeypatch.setattr(shown_images, "list_images", listed)
     return asked
@@ -47,7 +39,7 @@ def images(tmp_path: Path) -> Path:
 
 
 def manifest_of(images: Path, **changes: Any) -> dict[str, Any]:
-    found = Listed(list_images(images))
+    found = list_images(images)
     recorded = {"count": len(found), "sha256": found.digest()}
     return {"pictures": str(images), "extraction": {"pictures": recorded}} | changes
 
@@ -109,8 +101,3 @@ def test_nothing_is_listed_where_nothing_is_shown_or_known(images: Path, listing
     assert images_of_store({})(["0.png"]) == [None]
     assert images_of_store({"pictures": 5})(["0.png"]) == [None]
     assert not listing
-
-
-def test_a_listing_without_a_digest_is_not_believed(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shown_images, "list_images", lambda where: list(list_images(where)))
-    assert images_of_store(manifest_of(images))(["0.png"]) == [None]

@@ -21,7 +21,6 @@ DESCRIPTION = "Generate CLIP tokens for the samples of an embedding store or pic
 
 # Flags that choose among samples, which pictures are not yet.
 CHOICES_OF_SAMPLES = ("split", "num_samples")
-_ARCHIVE_SUFFIXES = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".parquet", ".arrow")
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +122,8 @@ def _generate_for_embeddings(arguments: argparse.Namespace, given: dict[str, Any
 
 def _generate_for_pictures(arguments: argparse.Namespace, given: dict[str, Any]) -> None:
     from blip3o_dit.data.towers import read_towers
-    from blip3o_dit.extraction.conditions import ImageConditions, open_images, open_tower
+    from blip3o_dit.extraction.conditions import ImageConditions, open_tower
+    from blip3o_dit.extraction.sources.listing import list_images
     from blip3o_dit.inference.from_conditions import generate_for_conditions
     from blip3o_dit.utils.distributed import check_alone
 
@@ -131,7 +131,7 @@ def _generate_for_pictures(arguments: argparse.Namespace, given: dict[str, Any])
         if name in given:
             raise ValueError(f"--{name}: expected none with pictures: all of them are read")
     check_alone("generate from pictures (not from a store, see extract)")
-    images = open_images(str(arguments.embeddings))
+    images = list_images(arguments.embeddings, progress=True)
     inference = _load(arguments)
     _check_room(arguments.output, len(images), inference, given, true_tokens=False)
     sizes = inference.model.config.data_sizes
@@ -145,7 +145,7 @@ def _generate_for_pictures(arguments: argparse.Namespace, given: dict[str, Any])
         dtype=flags.get("eva_dtype"),
         device=inference.device,
     )
-    conditions = ImageConditions(images, tower, num_tokens=sizes[0])
+    conditions = ImageConditions(images, tower, num_tokens=sizes[0], skipped=list(images.skipped))
     about = {"pictures": str(arguments.embeddings), "tower": tower.name}
     results = generate_for_conditions(inference, conditions, arguments.output, about=about, **given)
     skipped = _list_skipped(arguments.output, conditions.skipped)
@@ -158,13 +158,16 @@ def _generate_for_pictures(arguments: argparse.Namespace, given: dict[str, Any])
 
 
 def _are_pictures(path: Path) -> bool:
-    """Whether `data` is read with a tower: a folder that is no store, or a name that only pictures have."""
+    """Whether `data` is read with a tower: what is no store and no file or table of embeddings."""
     from blip3o_dit.data.manifest import MANIFEST
-    from blip3o_dit.extraction.image_files import IMAGE_SUFFIXES, LIST_SUFFIXES
+    from blip3o_dit.data.table_files import holds_tokens
+    from blip3o_dit.extraction.sources.listing import names_pictures
 
     if path.is_dir():
-        return not (path / MANIFEST).exists() and not any(path.glob("shard-*.safetensors"))
-    return path.suffix.lower() in (*IMAGE_SUFFIXES, *LIST_SUFFIXES, *_ARCHIVE_SUFFIXES)
+        names = {file.name for file in path.iterdir()}
+        embeddings = MANIFEST in names or any(name.endswith((".npy", ".safetensors")) for name in names)
+        return not embeddings and not holds_tokens(path)
+    return names_pictures(path) and not holds_tokens(path)
 
 
 def _list_skipped(output: Path, skipped: list[dict[str, str]]) -> Path:

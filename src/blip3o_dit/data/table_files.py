@@ -82,6 +82,18 @@ def open_saved_dataset(path: Path, arrangement: Arrangement) -> ArrayEmbeddings:
     return _open(path, files, pieces, arrangement)
 
 
+def holds_tokens(path: Path) -> bool:
+    """Whether a table, or the first of a folder's, has columns of tokens; False for what is no such table."""
+    tables = [path] if path.is_file() else sorted(path.glob("*.parquet")) or sorted(path.glob("*.arrow"))
+    if not tables or tables[0].suffix not in (".parquet", ".arrow"):
+        return False
+    file = tables[0]
+    with _readable(file):
+        is_parquet = file.suffix == ".parquet"
+        schema = pyarrow().parquet.read_schema(file) if is_parquet else _batches(file)[0].schema
+    return not {*EVA_NAMES, *CLIP_NAMES}.isdisjoint(schema.names)
+
+
 def _open(
     path: Path, files: Sequence[Path], pieces: Sequence[tuple[Any, int]], arrangement: Arrangement
 ) -> ArrayEmbeddings:

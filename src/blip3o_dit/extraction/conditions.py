@@ -16,8 +16,9 @@ from blip3o_dit.data.checks import Record, non_finite_samples
 from blip3o_dit.data.manifest import DTYPES
 from blip3o_dit.data.pooling import pool_tokens
 from blip3o_dit.data.towers import TOWERS_FILE
-from blip3o_dit.extraction.image_decoding import decode_image
-from blip3o_dit.extraction.image_files import IMAGE_SUFFIXES, ImageRef, list_images
+from blip3o_dit.extraction.image_decoding import UnreadableImageError, decode_image
+from blip3o_dit.extraction.reading_errors import Source
+from blip3o_dit.extraction.sources.image_ref import ImageRef
 from blip3o_dit.extraction.vision_towers import VisionEncoder, load_encoder, tiny_encoder
 from blip3o_dit.utils.json_files import printable, short_repr
 
@@ -54,11 +55,12 @@ class ImageConditions:
 
         Raises:
             ValueError: when none of the images can be read.
-            OSError: when the place that an image is in cannot be read.
+            ReadError: when the disk that the images are on cannot be read.
         """
+        source = Source.of(self.images)
         done, pixels, images = 0, [], []
         for number, image in enumerate(self.images, start=1):
-            prepared = self._prepared(image)
+            prepared = self._prepared(source, image)
             if prepared is not None:
                 pixels.append(prepared)
                 images.append(image)
@@ -74,18 +76,13 @@ class ImageConditions:
                 f"the first {first['location']}: {first['reason']}"
             )
 
-    def _prepared(self, image: ImageRef) -> Tensor | None:
+    def _prepared(self, source: Source, image: ImageRef) -> Tensor | None:
         """An image as the tower takes it, [3, size, size]; None, and noted, where it cannot be read."""
         try:
-            return self.tower.preprocessing(decode_image(image.read()))
-        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-            if not Path(image.file).parent.is_dir():  # not this image is missing, but the place it is in
-                raise
-            reason = f"cannot be read: {error.strerror}"
-        except ValueError as error:
-            reason = str(error)
-        self._skip(image, reason)
-        return None
+            return self.tower.preprocessing(decode_image(source.read(image)))
+        except UnreadableImageError as error:
+            self._skip(image, str(error))
+            return None
 
     @torch.no_grad()
     def _encode(self, pixels: list[Tensor], images: list[ImageRef]) -> tuple[Tensor, list[Record]]:
@@ -101,14 +98,6 @@ class ImageConditions:
 
     def _skip(self, image: ImageRef, reason: str) -> None:
         self.skipped.append({"key": image.key, "location": image.location, "reason": reason})
-
-
-def open_images(where: str) -> Sequence[ImageRef]:
-    """The images that `list_images` finds, or one image by its file. Raises as `list_images`."""
-    path = Path(where)
-    if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES:
-        return [ImageRef(key=path.name, caption=None, file=str(path))]
-    return list_images(where)
 
 
 def open_tower(

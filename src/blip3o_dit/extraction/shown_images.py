@@ -10,7 +10,8 @@ from typing import Any
 from PIL import Image
 
 from blip3o_dit.extraction.image_decoding import decode_image
-from blip3o_dit.extraction.image_files import ImageRef, list_images
+from blip3o_dit.extraction.sources.image_ref import ImageRef
+from blip3o_dit.extraction.sources.listing import list_images
 from blip3o_dit.utils.json_files import one_line, printable
 
 # Without being asked, a command lists no more images than this to show a few.
@@ -50,8 +51,7 @@ def _unchanged(manifest: Mapping[str, Any], where: str) -> Sequence[ImageRef]:
     if count > MAX_LISTED:
         raise ValueError(f"{printable(where)}: there are {count}, and listing them takes long")
     images = list_images(where)
-    digest = getattr(images, "digest", None)
-    if not callable(digest) or digest() != recorded.get("sha256"):
+    if images.digest() != recorded.get("sha256"):
         raise ValueError(f"{printable(where)}: not the pictures that the store was made from")
     return images
 

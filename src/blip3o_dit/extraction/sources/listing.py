@@ -50,6 +50,14 @@ def list_images(
     return found.finish(where)
 
 
+def names_pictures(path: Path) -> bool:
+    """Whether `list_images` would look for pictures in this file, or in the files of this pattern."""
+    name = path.name
+    known = is_tar(name) or name.lower().endswith(UNREAD_TARS) or is_table(name)
+    known = known or path.suffix.lower() in LIST_SUFFIXES or suffix_of(name) in image_suffixes()
+    return known if path.exists() else known or patterns.expand(os.fspath(path)) is not None
+
+
 def _list_file(found: Collector, path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"{path}: expected a folder or a file, found neither")
