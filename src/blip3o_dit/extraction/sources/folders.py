@@ -187,7 +187,7 @@ class _Tree:
         saved = bool(arrows) and bool({huggingface.STATE, huggingface.INFO} & others)
         if saved:
             self.saved[folder] = [posixpath.join(folder, name) for name in arrows]
-        captions = {}
+        captions: dict[str, str] = {}
         for name in sorted(others, key=os.fsencode):
             path, suffix = posixpath.join(folder, name), suffix_of(name)
             if path in self._metadata.files or (saved and suffix == ".arrow"):
