@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "pictures",
         nargs="?",
         default="images",
-        help="folder, list file, webdataset tar(s), parquet or Hugging Face dataset folder (default: images)",
+        help="folder, list, tars, tables or a pattern of them: docs/inputs.md (default: images)",
     )
     parser.add_argument("--output", type=Path, help=f"default: {DEFAULT_STORE}, or {DEFAULT_PICKLE}")
     parser.add_argument(
