@@ -24,8 +24,8 @@ POINTS = (1, 5, 10, 20, 40, 80, 120, 160)
 
 STARTS = {
     "from scratch": None,
-    "--init_from": "model",
-    "--init_from --init_statistics data": "data",
+    "--init_from": "data",
+    "--init_from --init_statistics model": "model",
 }
 
 

@@ -68,7 +68,7 @@ def started(model: Path, store: EmbeddingStore, output: Path, **given: Any) -> B
     return build_trainer(open_embeddings(store.path), resolved(model, store, output, **given))
 
 
-def test_before_its_first_step_a_run_generates_what_the_model_does(
+def test_with_the_models_statistics_a_run_begins_where_the_model_ended(
     model: Path, new: EmbeddingStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     eva = new.fetch(range(6))[0]
@@ -76,7 +76,7 @@ def test_before_its_first_step_a_run_generates_what_the_model_does(
     raw = BLIP3oInference(model, device="cpu", weights="raw").generate(eva, seed=3)
     assert not torch.equal(expected, raw)
     with caplog.at_level(logging.INFO, logger="blip3o_dit"):
-        trainer = started(model, new, tmp_path / "out")
+        trainer = started(model, new, tmp_path / "out", init_statistics="model")
     assert f"starting from the averaged weights of {model}" in caplog.text
     assert "statistics and source: of the model" in caplog.text
     run = trainer.unwrapped_model.eval()
@@ -88,13 +88,13 @@ def test_before_its_first_step_a_run_generates_what_the_model_does(
     assert trainer.config.model_dim == 16 and trainer.source_folds is None
 
 
-def test_the_datas_statistics_and_source_are_taken_when_asked_for(
+def test_statistics_and_source_are_of_the_data_by_default(
     model: Path, new: EmbeddingStore, tmp_path: Path
 ) -> None:
-    trainer = started(model, new, tmp_path / "out", init_statistics="data")
+    trainer = started(model, new, tmp_path / "out")
     fresh = build_trainer(
         new,
-        replace(trainer.config, init_from="", init_statistics="model", output_dir=str(tmp_path / "fresh")),
+        replace(trainer.config, init_from="", output_dir=str(tmp_path / "fresh")),
     )
     ours, theirs = (dict(t.unwrapped_model.named_buffers(recurse=False)) for t in (trainer, fresh))
     assert same(ours, theirs) and "source_weight" in ours
@@ -127,8 +127,9 @@ def test_a_checkpoint_on_the_same_data_brings_its_folds(
 ) -> None:
     """The model's own source has seen these samples; on other data it has seen none."""
     checkpoint = model / "checkpoint-4"
-    assert started(checkpoint, old, tmp_path / "a").source_folds is not None
-    assert started(checkpoint, new, tmp_path / "b").source_folds is None
+    kept = {"init_statistics": "model"}
+    assert started(checkpoint, old, tmp_path / "a", **kept).source_folds is not None
+    assert started(checkpoint, new, tmp_path / "b", **kept).source_folds is None
 
 
 def test_a_folder_as_on_the_hub_is_enough(model: Path, new: EmbeddingStore, tmp_path: Path) -> None:
@@ -137,7 +138,7 @@ def test_a_folder_as_on_the_hub_is_enough(model: Path, new: EmbeddingStore, tmp_
     for name in ("config.json", "model.safetensors"):
         shutil.copy(model / name, hub)
     eva = new.fetch(range(3))[0]
-    run = started(hub, new, tmp_path / "out").unwrapped_model.eval()
+    run = started(hub, new, tmp_path / "out", init_statistics="model").unwrapped_model.eval()
     assert torch.equal(run.generate(eva), BLIP3oInference(hub, device="cpu").generate(eva))
 
 

@@ -28,7 +28,7 @@ from blip3o_dit.training.config import TrainingConfig
         ({"statistics_samples": 0}, "statistics_samples: expected an integer >= 1, found 0"),
         ({"prediction_type": "x0"}, "prediction_type: expected one of .*found 'x0'"),
         ({"sigma_min": 2.0}, "sigma_min.*found 2.0"),
-        ({"init_statistics": "data"}, r"init_statistics: expected a model to start from \(init_from\)"),
+        ({"init_statistics": "model"}, r"init_statistics: expected a model to start from \(init_from\)"),
     ],
 )
 def test_bad_training_values(values: dict[str, Any], message: str) -> None:

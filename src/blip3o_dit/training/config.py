@@ -84,9 +84,10 @@ class TrainingConfig:
         "model folder or checkpoint whose weights the run starts from; they bring sizes, path and source",
     )
     init_statistics: str = setting(
-        "model",
-        "whose statistics and source such a run has: the model's, or fitted on the data",
-        choices=("model", "data"),
+        "data",
+        "whose statistics and source such a run has: fitted on the data, or the model's, which makes it begin "
+        "exactly where the model ended",
+        choices=("data", "model"),
     )
     init_checksum: str = setting("", "SHA-256 of the weights that the run started from")
 
@@ -231,7 +232,7 @@ class TrainingConfig:
             )
         if self.best_metric != "loss" and not self.eval_samples:
             raise ValueError(f"best_metric: {self.best_metric} expects eval_samples above 0, found 0")
-        if self.init_statistics != "model" and not self.init_from:
+        if self.init_statistics == "model" and not self.init_from:
             raise ValueError("init_statistics: expected a model to start from (init_from), found none")
         if (self.extend_epochs or self.extend_steps) and not self.extended_at:
             raise ValueError(

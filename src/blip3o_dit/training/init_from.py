@@ -1,9 +1,9 @@
 """A run that starts from the weights of a trained model: `--init_from`.
 
 Taken from the model: its weights (averaged ones, where there are any), sizes, path, prediction type, source
-and normalisation, and unless `init_statistics` is "data" the statistics and the fitted source, so that before
-its first step the run generates what the model does. New: optimizer, schedule, counters, and averages, which
-begin with those weights.
+and normalisation. Statistics and the fitted source are the data's, or with `init_statistics` "model" the
+model's, and before its first step the run then generates what the model does. New: optimizer, schedule,
+counters, and averages, which begin with those weights.
 """
 
 from __future__ import annotations
