@@ -85,8 +85,8 @@ class TrainingConfig:
     )
     init_statistics: str = setting(
         "data",
-        "whose statistics and source such a run has: fitted on the data, or the model's, which makes it begin "
-        "exactly where the model ended",
+        "whose statistics and source such a run has: fitted on the data, or the model's, to begin "
+        "exactly where it ended",
         choices=("data", "model"),
     )
     init_checksum: str = setting("", "SHA-256 of the weights that the run started from")
