@@ -14,7 +14,7 @@ from PIL import Image
 
 from blip3o_dit.evaluation.plots import curve_plot, sample_plot
 
-NAMES = ["$x_1^{2", "a$b$c_\\frac{", os.fsdecode(b"caf\xe9"), "a\x1b[2J\x00", "\u202eתصویر", "漢\U0001f600"]
+NAMES = ["$x_1^{2", "$\\frac{$", os.fsdecode(b"caf\xe9"), "a\x1b[2J\x00", "\u202eתصویر", "漢\U0001f600"]
 
 
 def texts(element: str) -> str:
@@ -32,6 +32,6 @@ def test_any_name_is_drawn_as_it_is(name: str) -> None:
         tokens = {name: np.random.default_rng(0).normal(size=(2, 4, 3)).astype(np.float32)}
         tokens["true"] = tokens[name]
         drawn = texts(sample_plot(tokens, [Image.new("RGB", (9, 9)), None], [name, "other"]))
-        if name.startswith("$"):
+        if "$" in name:
             assert name in drawn
         curve_plot({name: [point, point], "b": [point]}, None)

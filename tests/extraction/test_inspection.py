@@ -79,7 +79,7 @@ def test_pca_colors_tell_tokens_apart_as_the_data_does() -> None:
 
 NAMES = {
     "formula": "$x_1^{2",
-    "dollars": "a$b$c_\\frac{",
+    "dollars": "$\\frac{$",
     "Latin-1": os.fsdecode(b"caf\xe9.png"),
     "control": "a\x1b[2J\nb\x00",
     "right to left": "\u202eتصویر",
