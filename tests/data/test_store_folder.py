@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from blip3o_dit.cli.command import NOT_WRITTEN, exit_status
+from blip3o_dit.cli.command import INPUT_OUTPUT, exit_status
 from blip3o_dit.data import store_folder
 from blip3o_dit.data.convert import convert_pickle
 from blip3o_dit.data.manifest import MANIFEST, STORE_ASIDE
@@ -116,7 +116,7 @@ def test_a_full_disk_has_its_exit_status_and_leaves_nothing(
                 patch.setattr(target, full)
                 with pytest.raises(OSError, match="No space left") as caught:
                     fill(tmp_path / name, overwrite=name == "old")
-            assert exit_status(caught.value) == NOT_WRITTEN
+            assert exit_status(caught.value) == INPUT_OUTPUT
             assert contents(tmp_path) == before
     assert not (tmp_path / "new").exists()
 

@@ -13,8 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from blip3o_dit.extraction.config import ExtractionConfig
 from blip3o_dit.extraction.decoding import Decoded, DecodingDataset, decoded_images, stack
+from blip3o_dit.extraction.extract import extract
 from blip3o_dit.extraction.image_decoding import MAX_PIXELS, decode_image
 from blip3o_dit.extraction.preprocessing import Preprocessing
 from blip3o_dit.extraction.reading_errors import Source
@@ -70,3 +73,23 @@ def test_batches_take_neither_descriptors_nor_sockets(images: Path, monkeypatch:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert len(found) == COUNT
+
+
+def test_a_run_says_which_grey_values_it_scaled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "images").mkdir()
+    write_images(tmp_path / "images")
+    deep = np.linspace(0, 4095, 64 * 64).astype(np.uint16).reshape(64, 64)
+    for name in ("deep-0.png", "deep-1.png"):
+        Image.fromarray(deep).save(tmp_path / "images" / name)
+    config = ExtractionConfig(
+        images=str(tmp_path / "images"),
+        output=str(tmp_path / "store"),
+        towers_from_scratch=True,
+        tokens=16,
+        workers=0,
+        device="cpu",
+        max_skipped=1.0,
+    )
+    extract(config, progress=False)
+    (line,) = [record.getMessage() for record in caplog.records if "more than 8 bits" in record.getMessage()]
+    assert line.startswith("2 pictures of more than 8 bits") and "deep-0.png: integers up to 4095" in line

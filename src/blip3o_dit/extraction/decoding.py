@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from blip3o_dit.extraction.image_decoding import UnreadableImageError, decode_image
+from blip3o_dit.extraction.image_decoding import SCALED, UnreadableImageError, decode_image
 from blip3o_dit.extraction.preprocessing import Preprocessing
 from blip3o_dit.extraction.reading_errors import Source
 from blip3o_dit.extraction.sources.image_ref import ImageRef
@@ -31,23 +31,26 @@ TIMEOUT = 600
 class Decoded:
     """An image ready for the towers, or the reason why it is not.
 
-    `pixels`: by side, uint8 [3, size, size]; sides with the same resize and crop share them.
+    `pixels`: by side, uint8 [3, size, size]; sides with the same resize and crop share them. `scaled`: how
+    grey values of more than 8 bits were scaled.
     """
 
     index: int
     pixels: Mapping[str, np.ndarray] = field(default_factory=dict)
     reason: str | None = None
+    scaled: str | None = None
 
 
 @dataclass(frozen=True)
 class DecodedBatch:
     """What a worker hands over.
 
-    `outcomes`: by image, in order, its index and the reason why it is not among the `arrays`, of which there
-    is one per distinct resize and crop, uint8 [B, 3, size, size]. `failure`: why the source ended there.
+    `outcomes`: by image, in order, its index, the reason why it is not among the `arrays`, and how its values
+    were scaled. Of the arrays there is one per distinct resize and crop, uint8 [B, 3, size, size].
+    `failure`: why the source ended there.
     """
 
-    outcomes: list[tuple[int, str | None]]
+    outcomes: list[tuple[int, str | None, str | None]]
     arrays: list[np.ndarray]
     failure: str | None = None
 
@@ -66,23 +69,20 @@ class DecodingDataset(Dataset):
         return len(self.indices)
 
     def __getitems__(self, positions: Sequence[int]) -> DecodedBatch:
-        outcomes: list[tuple[int, str | None]] = []
+        outcomes: list[tuple[int, str | None, str | None]] = []
         rows: list[list[np.ndarray]] = []
         failure = None
         for index in (self.indices[position] for position in positions):
             try:
-                rows.append(self._pixels(index))
-                outcomes.append((index, None))
+                image = decode_image(self.source.read(self.refs[index]), max_pixels=self.max_pixels)
+                rows.append([each.pixels(image).numpy() for each in self.preprocessing])
+                outcomes.append((index, None, image.info.get(SCALED)))
             except UnreadableImageError as error:
-                outcomes.append((index, str(error)))
+                outcomes.append((index, str(error), None))
             except ReadError as error:
                 failure = str(error)
                 break
         return DecodedBatch(outcomes, [np.stack(column) for column in zip(*rows, strict=True)], failure)
-
-    def _pixels(self, index: int) -> list[np.ndarray]:
-        image = decode_image(self.source.read(self.refs[index]), max_pixels=self.max_pixels)
-        return [preprocessing.pixels(image).numpy() for preprocessing in self.preprocessing]
 
 
 def decoded_images(
@@ -110,9 +110,10 @@ def decoded_images(
     )
     for batch in _with_one_line(loader, workers):
         rows = zip(*batch.arrays, strict=True)
-        for index, reason in batch.outcomes:
+        for index, reason, scaled in batch.outcomes:
             row = next(rows) if reason is None else ()
-            yield Decoded(index, {side: row[number] for side, number in place.items()} if row else {}, reason)
+            pixels = {side: row[number] for side, number in place.items()} if row else {}
+            yield Decoded(index, pixels, reason, scaled)
         if batch.failure is not None:
             raise ReadError(f"{batch.failure}: what was done is kept, continue with the same command")
 

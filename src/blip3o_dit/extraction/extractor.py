@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,9 @@ from blip3o_dit.extraction.resume import forget_entry, read_entry, write_entry
 from blip3o_dit.extraction.skipping import SkipLimit, Skipped
 from blip3o_dit.extraction.sources.image_ref import ImageRef
 from blip3o_dit.extraction.tokens import Towers, storable, tower_tokens
+from blip3o_dit.utils.json_files import escaped
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -53,6 +57,7 @@ class Extractor:
         self.sizes = (config.tokens, towers["eva"].width, towers["clip"].width)
         self.num_units = math.ceil(len(refs) / config.shard_size)
         self.limit = SkipLimit(config, len(refs))
+        self.scaled: list[str] = []  # images of more than 8 bits, and how their values were scaled
 
     def run(self, rank: int, world_size: int, *, progress: bool) -> None:
         """Write every unfinished unit whose number is `rank` modulo `world_size`."""
@@ -66,6 +71,12 @@ class Extractor:
             for number, decoded in itertools.groupby(self._decoded(indices), key=self._unit_of):
                 written += self._write_unit(number, self._encode(decoded, bar))
                 bar.set_postfix_str(f"{written / 2**20:.1f} MiB written")
+        if self.scaled:
+            logger.warning(
+                "%d pictures of more than 8 bits were scaled by what they hold, the first %s",
+                len(self.scaled),
+                escaped(self.scaled[0]),
+            )
 
     def _unfinished(self, units: Sequence[int], *, progress: bool) -> list[int]:
         """Those without an entry, or with other files than were written; what the others skipped counts."""
@@ -106,6 +117,8 @@ class Extractor:
             if image.reason is not None:
                 self._skip(unit, image.index, image.reason)
                 continue
+            if image.scaled is not None:
+                self.scaled.append(f"{self.refs[image.index].location}: {image.scaled}")
             batch.append(image)
             if len(batch) == self.config.batch_size:
                 self._run_towers(batch, unit)
