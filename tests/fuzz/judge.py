@@ -279,7 +279,7 @@ def _quieten() -> None:
     warnings.simplefilter("ignore")
     logging.getLogger(
         "blip3o_dit"
-    ).handlers.clear()  # those of earlier tests write to streams that are closed
+    ).handlers.clear()  # earlier tests closed their streams
     faulthandler.disable()
     ctypes.CDLL(None).mallopt(-8, 1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
