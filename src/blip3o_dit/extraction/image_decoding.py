@@ -11,7 +11,7 @@ from io import BytesIO
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from blip3o_dit.extraction.sources.formats import register_plugins
+from blip3o_dit.extraction.sources.formats import picture_formats
 from blip3o_dit.extraction.sources.listing import list_images
 from blip3o_dit.utils.json_files import one_line
 
@@ -70,11 +70,10 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     if not data:
         raise UnreadableImageError("empty file")
-    register_plugins()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's bomb and EXIF warnings; the size is checked here
-            with Image.open(BytesIO(data)) as image:
+            with Image.open(BytesIO(data), formats=picture_formats()) as image:
                 _check_size(image, max_pixels)
                 if image.format == "JPEG2000" and image.width * image.height > MAX_JPEG2000_PIXELS:
                     image.reduce = 1  # type: ignore[assignment, method-assign]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +11,14 @@ from types import ModuleType
 import pytest
 from PIL import Image, PngImagePlugin
 
-from blip3o_dit.extraction.image_decoding import decode_image
+from blip3o_dit.extraction.image_decoding import UnreadableImageError, decode_image
 from blip3o_dit.extraction.sources import formats
 from tests.helpers.sources import keys, reasons, tar, write
 
 
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
-    caches = (formats.register_plugins, formats._opened, formats.image_suffixes)
+    caches = (formats.picture_formats, formats._opened, formats.image_suffixes)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -62,10 +63,20 @@ def test_an_extra_that_is_installed_is_used(tmp_path: Path, monkeypatch: pytest.
     Image.new("RGB", (2, 2), "red").save(tmp_path / "a.png")
     (tmp_path / "a.png").rename(tmp_path / "a.heic")
     assert keys(tmp_path) == ["a.heic"]
-    formats.register_plugins.cache_clear()
+    formats.picture_formats.cache_clear()
     calls.clear()
     decode_image((tmp_path / "a.heic").read_bytes())  # as in a process that decodes and has not listed
     assert calls == ["register"]
+
+
+def test_no_document_is_opened_under_a_pictures_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow would hand PostScript to Ghostscript, a program that runs what the file says."""
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    started: list[object] = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *words, **_: started.append(words))
+    with pytest.raises(UnreadableImageError, match="of an unknown format"):
+        decode_image(eps)
+    assert not started
 
 
 @pytest.mark.parametrize(

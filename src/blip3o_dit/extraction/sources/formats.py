@@ -27,8 +27,7 @@ _NEEDS = {
 }
 
 
-@lru_cache(maxsize=1)
-def register_plugins() -> None:
+def _register_plugins() -> None:
     """Make the optional decoders that are installed known to Pillow, in this process."""
     for module, function in _PLUGINS:
         try:
@@ -40,12 +39,18 @@ def register_plugins() -> None:
 
 
 @lru_cache(maxsize=1)
+def picture_formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are opened here, whatever suffix a file has."""
+    _register_plugins()
+    Image.init()
+    return tuple(name for name in Image.OPEN if name not in _NO_PICTURES)
+
+
+@lru_cache(maxsize=1)
 def _opened() -> frozenset[str]:
     """Suffixes of what Pillow opens here."""
-    register_plugins()
-    formats = Image.registered_extensions().items()
-    opens = Image.OPEN.keys() - _NO_PICTURES | {"MPO"}  # which JPEG's reader opens
-    return frozenset(suffix for suffix, name in formats if name in opens)
+    opens = {*picture_formats(), "MPO"}  # which JPEG's reader opens
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in opens)
 
 
 @lru_cache(maxsize=1)
