@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from blip3o_dit.extraction import extractor as engine
 from blip3o_dit.extraction.config import ExtractionConfig
@@ -106,6 +108,33 @@ def test_towers_are_loaded_after_all_else_was_looked_at(
     for config, message in refused:
         with pytest.raises(ValueError, match=message):
             extract(config, progress=False)
+
+
+def test_a_finished_one_is_known_by_the_towers_files(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Loading a large tower takes minutes; that its files are the same is seen without."""
+    tower = tmp_path / "tower"
+    vision = dict(num_attention_heads=2, image_size=16, patch_size=4, hidden_size=8, intermediate_size=16)
+    model = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(**vision, num_hidden_layers=1, projection_dim=8)  # type: ignore[arg-type]
+    )
+    model.save_pretrained(tower)
+    both = dict(towers_from_scratch=False, eva=str(tower), clip=str(tower), tokens=16)
+    config = replace(settings(images, tmp_path / "store"), **both)
+    extract(config, progress=False)
+    caplog.set_level(logging.INFO, "blip3o_dit")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "blip3o_dit.extraction.extract.load_towers", lambda *_: pytest.fail("towers were loaded")
+        )
+        extract(config, progress=False)
+    assert "complete already" in caplog.text
+    with torch.no_grad():
+        model.visual_projection.weight.mul_(2)
+    model.save_pretrained(tower)
+    with pytest.raises(ValueError, match=r"towers\.(eva|clip)\.weights is .* there, .* here"):
+        extract(config, progress=False)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 
 from blip3o_dit.extraction import shown_images
+from blip3o_dit.extraction.config import ExtractionConfig
+from blip3o_dit.extraction.extract import extract
 from blip3o_dit.extraction.shown_images import images_of_store
-from blip3o_dit.extraction.sources.image_list import ImageList
+from blip3o_dit.extraction.sources.image_list import ImageList, ListingOptions
 from blip3o_dit.extraction.sources.listing import list_images
 
 
@@ -21,9 +23,9 @@ def listing(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Where images were listed."""
     asked: list[str] = []
 
-    def listed(where: str) -> ImageList:
+    def listed(where: str, options: ListingOptions) -> ImageList:
         asked.append(str(where))
-        return list_images(where)
+        return list_images(where, options)
 
     monkeypatch.setattr(shown_images, "list_images", listed)
     return asked
@@ -40,7 +42,7 @@ def images(tmp_path: Path) -> Path:
 
 def manifest_of(images: Path, **changes: Any) -> dict[str, Any]:
     found = list_images(images)
-    recorded = {"count": len(found), "sha256": found.digest()}
+    recorded = {"count": len(found), "content_sha256": found.digest()}
     return {"pictures": str(images), "extraction": {"pictures": recorded}} | changes
 
 
@@ -66,13 +68,19 @@ def test_those_of_the_store_are_shown(
         (lambda folder, found: found.update(extraction=None), "does not say which they were"),
         (lambda folder, found: found.update(extraction={"pictures": 5}), "does not say which they were"),
         (lambda folder, found: found.update(extraction={"pictures": {"count": "x"}}), "does not say which"),
-        (lambda folder, found: found["extraction"]["pictures"].update(sha256=None), "not the pictures"),
+        (
+            lambda folder, found: found["extraction"]["pictures"].update(content_sha256=None),
+            "not the pictures",
+        ),
         (
             lambda folder, found: found["extraction"]["pictures"].update(count=10**7),
             "listing them takes long",
         ),
         (lambda folder, found: found.update(pictures=str(folder / "cut.tar")), "cut.tar: not a whole tar"),
-        (lambda folder, found: found.update(pictures="/a\x1b[31m\n"), r"/a\x1b[31m : expected pictures"),
+        (
+            lambda folder, found: found.update(pictures="/a\x1b[31m\n"),
+            r"/a\x1b[31m : expected at least one picture",
+        ),
     ],
 )
 def test_others_are_not_and_the_log_says_why(
@@ -101,3 +109,15 @@ def test_nothing_is_listed_where_nothing_is_shown_or_known(images: Path, listing
     assert images_of_store({})(["0.png"]) == [None]
     assert images_of_store({"pictures": 5})(["0.png"]) == [None]
     assert not listing
+
+
+def test_the_images_of_an_extraction_are_shown(images: Path, tmp_path: Path) -> None:
+    config = ExtractionConfig(
+        images=str(images), output=str(tmp_path / "store"), towers_from_scratch=True, tokens=16, workers=0
+    )
+    store = extract(config, progress=False)
+    assert store is not None
+    show = images_of_store(store.manifest)
+    assert all(show(["0.png", "3.png"]))
+    Image.new("RGB", (50, 50)).save(images / "3.png")
+    assert images_of_store(store.manifest)(["0.png", "3.png"]) == [None, None]

@@ -45,6 +45,7 @@ from blip3o_dit.extraction.sources.image_list import ImageList
 from blip3o_dit.extraction.sources.image_ref import ImageRef
 from blip3o_dit.extraction.sources.listing import list_images
 from blip3o_dit.extraction.tokens import Towers, load_towers
+from blip3o_dit.extraction.vision_towers import digest_of_weights
 from blip3o_dit.utils.atomic import ASIDE, remove_files_and_folders
 from blip3o_dit.utils.distributed import Processes, join_processes
 
@@ -219,8 +220,10 @@ class Job:
 
     def _check_finished(self, identity: dict[str, Any]) -> None:
         """Raises ValueError when other towers made the store, or with --strict when it lacks pictures."""
-        towers = load_towers(self.config, self.processes.device)
-        found = find_extraction(self.output, identity | describe_towers(towers))
+        found = find_extraction(self.output, identity)
+        if not _same_weights(found, self.config):
+            towers = load_towers(self.config, self.processes.device)
+            found = find_extraction(self.output, identity | describe_towers(towers))
         unknown = " (by an earlier version, which noted neither sizes of pictures nor weights)"
         logger.info(
             "%s: this extraction is complete already%s", self.output, unknown * is_of_earlier_version(found)
@@ -230,6 +233,16 @@ class Job:
         if self.config.retry_skipped and any(kind_of(image) == NOT_READ for image in skipped):
             logger.warning("%s: a finished store takes the pictures that it lacks with --append", self.output)
         remove_working_files(self.output)
+
+
+def _same_weights(found: Any, config: ExtractionConfig) -> bool:
+    """Whether both towers' files are those of a finished extraction, as far as files tell."""
+    towers = found.get("towers") if isinstance(found, dict) else None
+    if config.towers_from_scratch or not isinstance(towers, dict):
+        return False
+    recorded = [towers.get(side, {}).get("weights") for side in ("eva", "clip")]
+    files = [(config.eva, config.eva_revision), (config.clip, config.clip_revision)]
+    return None not in recorded and [digest_of_weights(*each) for each in files] == recorded
 
 
 def _check_same_numbers(store: EmbeddingStore, config: ExtractionConfig) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from blip3o_dit.extraction.image_decoding import decode_image
+from blip3o_dit.extraction.sources.image_list import ListingOptions
 from blip3o_dit.extraction.sources.image_ref import ImageRef
 from blip3o_dit.extraction.sources.listing import list_images
 from blip3o_dit.utils.json_files import one_line, printable
@@ -50,8 +52,14 @@ def _unchanged(manifest: Mapping[str, Any], where: str) -> Sequence[ImageRef]:
         raise ValueError(f"{printable(where)}: the store does not say which they were")
     if count > MAX_LISTED:
         raise ValueError(f"{printable(where)}: there are {count}, and listing them takes long")
-    images = list_images(where)
-    if images.digest() != recorded.get("sha256"):
+    settings = extraction.get("settings") if isinstance(extraction, dict) else None
+    options = {
+        option.name: settings[option.name]
+        for option in fields(ListingOptions)
+        if isinstance(settings, dict) and isinstance(settings.get(option.name), str | bool)
+    }
+    images = list_images(where, ListingOptions(**options))
+    if images.digest() != recorded.get("content_sha256"):
         raise ValueError(f"{printable(where)}: not the pictures that the store was made from")
     return images
 

@@ -106,6 +106,17 @@ def load_encoder(
     return _load_auto(checkpoint, about, resized=size is not None)
 
 
+def digest_of_weights(spec: str, revision: str | None = None) -> str | None:
+    """What `describe()` of the loaded tower says of its weights; None where only loading tells.
+
+    Raises:
+        ValueError, OSError: as `load_encoder`.
+    """
+    if spec.startswith(("timm:", "open_clip:")):
+        return None
+    return weights_digest(weight_files(_find_folder(spec, revision)[0]))
+
+
 def tiny_encoder(side: str, *, seed: int = 0) -> VisionEncoder:
     """A small random tower of the real classes, to try the pipeline without weights.
 
