@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable
@@ -277,3 +278,15 @@ def test_a_folder_that_cannot_be_finished_says_so(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(os, "replace", read_only)
     with pytest.raises(ValueError, match="open it where it can be written to"):
         finish_model(tmp_path)
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}', '"name"', "[5]", "[null]", '["../x"]', '["a/b"]', "5", "{"])
+def test_a_damaged_list_of_what_goes_is_refused_and_nothing_goes(tmp_path: Path, content: str) -> None:
+    (tmp_path / "x").touch()
+    store = tmp_path / "store"
+    (store / STORE_ASIDE).mkdir(parents=True)
+    (store / STORE_ASIDE / atomic.REPLACES_FILE).write_text(content)
+    (store / "a").touch()
+    with pytest.raises(ValueError, match=re.escape(atomic.REPLACES_FILE)):
+        EmbeddingStore(store)
+    assert (store / "a").exists() and (tmp_path / "x").exists()

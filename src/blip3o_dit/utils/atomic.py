@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from blip3o_dit.utils.checksums import CHECKSUMS_FILE, flush, seal, sealed_names
 from blip3o_dit.utils.errors import WriteError
-from blip3o_dit.utils.json_files import one_line, read_json
+from blip3o_dit.utils.json_files import is_plain_name, one_line, read_json, short_repr
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,14 +91,18 @@ def finish_publishing(aside: Path, folder: Path, last: str = CHECKSUMS_FILE) -> 
     """Move what `publish_files` began to move; nothing when it did not begin, or has ended.
 
     Raises:
-        ValueError: when the files cannot be moved.
+        ValueError: when the files cannot be moved, or it is not known which of them go.
     """
     if not _is_publishing(aside, folder, last):
         return
+    stale = read_json(aside / REPLACES_FILE)
+    if not isinstance(stale, list) or not all(
+        isinstance(name, str) and is_plain_name(name) for name in stale
+    ):
+        raise ValueError(f"{aside / REPLACES_FILE}: expected a list of file names, found {short_repr(stale)}")
     try:
-        for name in read_json(aside / REPLACES_FILE):
-            if Path(name).name == name:
-                (folder / name).unlink(missing_ok=True)
+        for name in stale:
+            (folder / name).unlink(missing_ok=True)
         move_files(aside, folder, last)
     except OSError as error:
         raise ValueError(
