@@ -101,7 +101,6 @@ TESTED_IN = {
     "evaluation/reference.py": "evaluation/test_scores.py",
     "evaluation/report.py": "evaluation/test_evaluate.py",
     "evaluation/samplers.py": "evaluation/test_evaluate.py",
-    "evaluation/summary.py": "evaluation/test_evaluate.py",
     "extraction/config.py": "extraction/test_extract.py",
     "flow/config.py": "model/test_model_config.py",
     "flow/loss.py": "flow/test_path.py",
