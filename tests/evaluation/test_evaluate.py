@@ -27,6 +27,7 @@ from blip3o_dit.data.store import EmbeddingStore, StoreWriter
 from blip3o_dit.evaluation import evaluate, metric_tables
 from blip3o_dit.evaluation.evaluate import evaluate_models
 from blip3o_dit.evaluation.reference import collect_reference
+from blip3o_dit.evaluation.report import write_report
 from blip3o_dit.evaluation.samplers import ModelSampler
 from blip3o_dit.evaluation.summary import compare, summarize
 from blip3o_dit.inference.pipeline import BLIP3oInference
@@ -149,7 +150,7 @@ def test_the_page_stands_alone(folder: Path, result: dict[str, Any]) -> None:
 def test_the_plots_are_whole_svgs_that_stand_alone(folder: Path) -> None:
     page = (folder / "out" / "report.html").read_text()
     plots = re.findall(r'<img src="data:image/svg\+xml;base64,([^"]+)" alt="[^"]+"', page)
-    assert len(plots) == page.count("<figure") == 4
+    assert len(plots) == page.count("<figure") == 3  # no spread plot: 32 samples
     names = ("2000/svg", "1999/xlink", "Graphics/SVG/1.1/DTD/svg11.dtd")  # of formats: nothing is loaded
     for plot in plots:
         text = base64.b64decode(plot).decode()
@@ -160,6 +161,19 @@ def test_the_plots_are_whole_svgs_that_stand_alone(folder: Path) -> None:
         assert not re.findall(r"""(?:src|href)=["'](?!#|data:)""", text)
         assert not re.findall(r"url\((?!#)", text)
         assert len(list(root.iter())) > 50
+
+
+@pytest.mark.parametrize("samples", [99, 100])
+def test_spread_is_plotted_where_it_means_something(
+    result: dict[str, Any], tmp_path: Path, samples: int
+) -> None:
+    turned = json.loads(json.dumps(result))
+    turned["data"]["num_samples"] = samples
+    write_report(turned, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert ("Spread against error" in page) == (samples >= 100)
+    curve_samples = min(samples, turned["settings"]["curve_samples"])
+    assert f"Quality against cost, on {curve_samples} of the samples" in page
 
 
 def test_names_are_escaped(folder: Path, tmp_path: Path) -> None:
@@ -399,6 +413,7 @@ def test_bfloat16_gives_nearly_the_figures_of_float32(
 def test_a_floor_of_zero_is_no_divisor(result: dict[str, Any]) -> None:
     turned = json.loads(json.dumps(result))
     turned["floor"]["tokens"]["frechet"]["value"] = 0.0
+    turned["data"]["num_samples"] = 100
     assert any("where other true ones are at 0" in line for line in summarize(turned))
 
 
