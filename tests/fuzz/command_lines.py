@@ -45,7 +45,7 @@ WEIGHTS = {
 
 def command_line_maker(folder: Path, seed: int) -> Make:
     places = _Places(folder)
-    flags = {name: _flags(module) for name, module in COMMANDS.items()}
+    flags = {name: _flags(importlib.import_module(f"blip3o_dit.cli.{name}")) for name in COMMANDS}
 
     def make(number: int) -> Trial:
         rng = Random(f"{seed}/cli/{number}")

@@ -6,8 +6,6 @@ import argparse
 import logging
 from pathlib import Path
 
-DESCRIPTION = "Write a documented pickle as an embedding store."
-
 logger = logging.getLogger(__name__)
 
 

@@ -12,8 +12,6 @@ from typing import Any
 from blip3o_dit.cli.arguments import add_flags, add_tf32, given_settings, use_tf32
 from blip3o_dit.evaluation.config import EvaluationConfig
 
-DESCRIPTION = "Measure trained models beside baselines on held-out samples, and write a report."
-
 logger = logging.getLogger(__name__)
 
 

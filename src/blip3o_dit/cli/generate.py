@@ -12,8 +12,6 @@ from blip3o_dit.cli.arguments import add_flags, add_tf32, given_settings, use_tf
 from blip3o_dit.flow.config import SOLVER_NAMES
 from blip3o_dit.utils.settings import setting
 
-DESCRIPTION = "Generate CLIP tokens for the samples of an embedding store or pickle."
-
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from blip3o_dit.cli.arguments import add_flags, given_settings
-from blip3o_dit.cli.command import run_script
+from blip3o_dit.cli.command import run_named
+from blip3o_dit.cli.main import COMMANDS
 from blip3o_dit.training.config import TrainingConfig, resolve_config
 
 logger = logging.getLogger(__name__)
-
-DESCRIPTION = "Train the diffusion transformer on an embedding store or a documented pickle."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +79,7 @@ def _checkpoint(arguments: argparse.Namespace) -> Path | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The documented script."""
-    return run_script("train_blip3o_dit.py", sys.modules[__name__], argv)
+    return run_named("train", argv, prog="train_blip3o_dit.py", description=COMMANDS["train"])
 
 
 if __name__ == "__main__":

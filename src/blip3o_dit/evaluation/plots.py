@@ -17,14 +17,6 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 FAINT = "#8A8A8A"
 
 
-def require_matplotlib() -> None:
-    """Raises ValueError when the report could not be drawn: better before the sampling than after it."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ValueError("the report: expected matplotlib: pip install 'blip3o-dit[plot]'") from None
-
-
 def curve_plot(curves: Mapping[str, Sequence[Mapping[str, Any]]], baseline: tuple[str, float] | None) -> str:
     """Energy score against network calls, one line for each model and solver."""
     figure, axes = _figure(6.4, 3.6)

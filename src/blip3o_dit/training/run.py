@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import tempfile
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 from blip3o_dit.data.dataset import EmbeddingDataset, Split, choose_samples, split_samples
 from blip3o_dit.data.embeddings import Embeddings, open_embeddings
@@ -125,11 +124,6 @@ def build_trainer(
     if config.memory == "low":
         return_freed_memory()
         model.bfloat16()
-    callbacks: list[TrainerCallback] = []
-    if importlib.util.find_spec("matplotlib"):
-        callbacks.append(CurvesCallback())
-    else:
-        logger.warning("no training_curves.png: matplotlib is not installed (pip install 'blip3o-dit[plot]')")
     return BLIP3oTrainer(
         model,
         arguments,
@@ -137,7 +131,7 @@ def build_trainer(
         train_dataset=EmbeddingDataset(source, split.train),
         eval_dataset=EmbeddingDataset(source, split.eval) if len(split.eval) else None,
         source_folds=folds,
-        callbacks=callbacks,
+        callbacks=[CurvesCallback()],
     )
 
 
