@@ -11,7 +11,7 @@ from pathlib import Path
 from blip3o_dit.cli.arguments import add_flags, given_settings
 from blip3o_dit.cli.command import run_named
 from blip3o_dit.cli.main import COMMANDS
-from blip3o_dit.training.config import TrainingConfig, resolve_config
+from blip3o_dit.training.config import SIZES, TrainingConfig, resolve_config
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="default",
         help="paper: BLIP3-o's own settings where this page's defaults differ; flags given beside it win",
     )
-    parser.add_argument("--debug", action="store_true", help="small network, 20 steps")
+    parser.add_argument(
+        "--size",
+        choices=tuple(SIZES),
+        help="width, layers and heads of the network: tiny (1.3 million parameters), small (19 million, for "
+        "a processor), base (1.36 billion, BLIP3-o's; the default)",
+    )
+    parser.add_argument("--debug", action="store_true", help="tiny network, 20 steps")
     parser.add_argument(
         "--dry_run", action="store_true", help="do everything up to the first step, then stop"
     )
@@ -50,6 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
         debug=arguments.debug,
         resume=resume,
         recipe=arguments.recipe,
+        size=arguments.size,
     )
     train(
         config,
