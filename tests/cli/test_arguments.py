@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from blip3o_dit.cli.arguments import add_flags, given_settings
+from blip3o_dit.cli.command import command_module
 from blip3o_dit.cli.generate import GenerationConfig
 from blip3o_dit.cli.main import COMMANDS, main
 from blip3o_dit.extraction.config import ExtractionConfig
@@ -29,7 +30,7 @@ SETTINGS: dict[str, Any] = {
 
 def actions_of(command: str) -> dict[str, argparse.Action]:
     parser = argparse.ArgumentParser()
-    COMMANDS[command].add_arguments(parser)
+    command_module(command).add_arguments(parser)
     return {action.dest: action for action in parser._actions}
 
 
@@ -53,8 +54,9 @@ def test_defaults_are_stated_in_the_dataclass_alone(command: str) -> None:
 def test_help_imports_nothing_that_a_command_runs() -> None:
     heavy = ["transformers.trainer", "transformers.modeling_utils"]
     code = (
-        "import sys; from blip3o_dit.cli.main import COMMANDS; import argparse\n"
-        "for module in COMMANDS.values(): module.add_arguments(argparse.ArgumentParser())\n"
+        "import argparse, sys; from blip3o_dit.cli.command import command_module\n"
+        "from blip3o_dit.cli.main import COMMANDS\n"
+        "for name in COMMANDS: command_module(name).add_arguments(argparse.ArgumentParser())\n"
         f"assert not [name for name in {heavy} if name in sys.modules]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,14 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from blip3o_dit.cli.command import run_command, user_message
-from blip3o_dit.cli.main import main
+from blip3o_dit.cli.main import COMMANDS, main
 from blip3o_dit.cli.train import add_arguments
 from blip3o_dit.cli.train import main as train_main
 from blip3o_dit.data.store import EmbeddingStore
@@ -151,3 +157,55 @@ def test_one_line_messages() -> None:
     assert (
         user_message(FileNotFoundError(2, "No such file or directory", "x")) == "x: No such file or directory"
     )
+
+
+def run_program(words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, "-m", "blip3o_dit", *words]
+    return subprocess.run(program, capture_output=True, text=True, check=False, **options)
+
+
+def test_version_and_the_bare_command() -> None:
+    found = run_program(["--version"])
+    assert (found.returncode, found.stdout.strip()) == (0, f"blip3o-dit {version('blip3o-dit')}")
+    bare = run_program([])
+    assert bare.returncode == 0
+    assert all(f"  {name} " in bare.stdout for name in COMMANDS)
+    assert bare.stdout == run_program(["--help"]).stdout
+
+
+def test_finding_a_command_imports_no_library() -> None:
+    code = "import sys; from blip3o_dit.cli.main import main; main([]); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("words", [["frobnicate"], ["--frobnicate"], [""]])
+def test_an_unknown_command_is_a_mistake(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_gets_no_message() -> None:
+    code = (
+        "import sys; from blip3o_dit.cli.command import run_command\n"
+        "sys.exit(run_command(lambda: [sys.stdout.write('line\\n') for _ in range(10**5)]))"
+    )
+    program = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert program.stdout is not None and program.stderr is not None
+    program.stdout.close()
+    assert program.stderr.read() == b""
+    assert program.wait() == 141
+
+
+@pytest.mark.parametrize("seconds", [0.4, 1.5])
+def test_an_interrupt_is_one_line_while_libraries_are_imported(seconds: float, tmp_path: Path) -> None:
+    words = ["train", "--embeddings_path", str(tmp_path), "--output_dir", str(tmp_path / "out")]
+    program = subprocess.Popen(
+        [sys.executable, "-m", "blip3o_dit", *words], stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(seconds)
+    program.send_signal(signal.SIGINT)
+    assert program.stderr is not None
+    assert program.stderr.read() == "stopped: interrupted\n"
+    assert program.wait() == 130

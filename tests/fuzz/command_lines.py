@@ -15,6 +15,7 @@ from random import Random
 
 from PIL import Image
 
+from blip3o_dit.cli.command import command_module
 from blip3o_dit.cli.main import COMMANDS, main
 from tests.data.test_safe_unpickler import HOSTILE
 from tests.fuzz.formats import Make, documented, write_model, write_store
@@ -49,7 +50,7 @@ WEIGHTS = {
 
 def command_line_maker(folder: Path, seed: int) -> Make:
     places = _Places(folder)
-    flags = {name: _flags(module) for name, module in COMMANDS.items()}
+    flags = {name: _flags(command_module(name)) for name in COMMANDS}
 
     def make(number: int) -> Trial:
         rng = Random(f"{seed}/cli/{number}")

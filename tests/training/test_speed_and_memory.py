@@ -161,7 +161,9 @@ def test_what_is_not_installed_is_asked_for_before_anything_is_written(
     store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"--memory low: expected torchao: pip install"):
+    with pytest.raises(
+        ValueError, match=r"--memory low: expected the package torchao, found none: pip install torchao$"
+    ):
         arguments.training_arguments(config_for(store, tmp_path / "out", memory="low"), evaluate=False)
     monkeypatch.undo()
     monkeypatch.setattr("shutil.which", lambda name: None)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from blip3o_dit.training.config import TrainingConfig
+from blip3o_dit.training.config import SIZES, TrainingConfig, default_heads, resolve_config
 
 
 @pytest.mark.parametrize(
@@ -92,3 +92,37 @@ def test_a_training_config_with_bad_values_is_refused_by_file(
     with pytest.raises(ValueError, match=f"^{file}: ") as caught:
         TrainingConfig.from_folder(written)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("width", "heads"),
+    [(1792, 28), (512, 8), (384, 6), (128, 2), (64, 1), (32, 1), (96, 2), (100, 1), (1000, 10), (2048, 32)],
+)
+def test_heads_follow_from_the_width(width: int, heads: int) -> None:
+    assert default_heads(width) == heads
+    config = TrainingConfig(model_dim=width)
+    assert config.num_heads == heads
+    assert config.model(num_tokens=4, condition_dim=8, target_dim=8).head_dim % 4 == 0
+
+
+@pytest.mark.parametrize("width", [1, 7, 4093])
+def test_a_width_without_heads_is_refused_by_the_model(width: int) -> None:
+    config = TrainingConfig(model_dim=width)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        config.model(num_tokens=4, condition_dim=8, target_dim=8)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_size_is_a_network_and_flags_beside_it_win(size: str) -> None:
+    config = resolve_config({}, debug=False, resume=None, size=size)
+    assert {name: getattr(config, name) for name in SIZES[size]} == SIZES[size]
+    config.model(num_tokens=64, condition_dim=1280, target_dim=768)
+    config = resolve_config({"model_dim": 256}, debug=False, resume=None, size=size)
+    assert (config.model_dim, config.num_heads) == (256, 4)
+    assert config.num_layers == SIZES[size]["num_layers"]
+    assert resolve_config({"num_layers": 1}, debug=False, resume=None, size=size).num_layers == 1
+
+
+def test_the_default_is_the_base_size() -> None:
+    default = TrainingConfig()
+    assert {name: getattr(default, name) for name in SIZES["base"]} == SIZES["base"]

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from blip3o_dit.cli.merge import add_keep_first
 
-DESCRIPTION = "Add the samples of other embedding stores whose keys are new to a store."
-
 logger = logging.getLogger(__name__)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import io
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from types import ModuleType
+from typing import Any
 
 from blip3o_dit.utils.errors import ReadError, StoppedEarly, WriteError
 from blip3o_dit.utils.json_files import escaped
@@ -20,16 +21,25 @@ TRACEBACK_VARIABLE = "BLIP3O_DIT_TRACEBACK"
 
 # Exit statuses; the last two are those of sysexits.h for "input/output error" and "try again later".
 USER_ERROR, INPUT_OUTPUT, STOPPED = 2, 74, 75
-INTERRUPTED = 128 + signal.SIGINT
+INTERRUPTED, READER_GONE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
 
-def run_script(prog: str, command: ModuleType, argv: Sequence[str] | None) -> int:
-    """A command as a program of its own; returns the exit status."""
+def command_module(name: str) -> Any:
+    """The module of a command: `add_arguments(parser)` and `run(arguments)`."""
+    return importlib.import_module(f"blip3o_dit.cli.{name.replace('-', '_')}")
+
+
+def run_named(name: str, argv: Sequence[str] | None, *, prog: str, description: str) -> int:
+    """Import the command of this name, parse its arguments and run it; returns the exit status."""
+
+    def run() -> None:
+        command = command_module(name)
+        parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+        command.add_arguments(parser)
+        command.run(parser.parse_args(argv))
+
     set_up_logging()
-    parser = argparse.ArgumentParser(prog=prog, description=command.DESCRIPTION, allow_abbrev=False)
-    command.add_arguments(parser)
-    arguments = parser.parse_args(argv)
-    return run_command(lambda: command.run(arguments))
+    return run_command(run)
 
 
 def run_command(command: Callable[[], None]) -> int:
@@ -38,10 +48,18 @@ def run_command(command: Callable[[], None]) -> int:
     0: done. 2: a user's mistake, for which the library raises ValueError or OSError. 74: the disk is full or
     cannot be written, or what is read from fails. 75: a training was stopped as asked, with a checkpoint to
     continue from. 130: interrupted (control-C) where there is nothing to save. Each but the first comes with
-    one line on standard error; set BLIP3O_DIT_TRACEBACK=1 to see where it came from.
+    one line on standard error; set BLIP3O_DIT_TRACEBACK=1 to see where it came from. 141, without a line:
+    whoever read our output (`| head`) has seen enough.
     """
     try:
-        command()
+        try:
+            command()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still buffered would be written at exit, and fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_GONE
     except (ValueError, OSError, StoppedEarly, KeyboardInterrupt) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
@@ -64,6 +82,8 @@ def user_message(error: BaseException) -> str:
     """One line: what a user is told of an error."""
     if isinstance(error, OSError) and error.filename is not None:
         return escaped(f"{error.filename}: {error.strerror}")
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
     return escaped(" ".join(str(error).split())) or type(error).__name__
 
 

@@ -6,8 +6,6 @@ import argparse
 import logging
 from pathlib import Path
 
-DESCRIPTION = "Write files of embeddings as one embedding store."
-
 logger = logging.getLogger(__name__)
 
 

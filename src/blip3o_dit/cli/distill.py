@@ -8,8 +8,6 @@ from pathlib import Path
 from blip3o_dit.cli.arguments import add_flags, given_settings
 from blip3o_dit.training.config import DistillationConfig
 
-DESCRIPTION = "Distil a trained model into one that needs a few network calls."
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="the teacher: output folder of a training run")

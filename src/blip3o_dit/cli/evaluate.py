@@ -12,8 +12,6 @@ from blip3o_dit.cli.arguments import add_flags, add_tf32, given_settings, use_tf
 from blip3o_dit.evaluation.config import EvaluationConfig
 from blip3o_dit.utils.json_files import escaped
 
-DESCRIPTION = "Measure trained models beside baselines on held-out samples, and write a report."
-
 logger = logging.getLogger(__name__)
 
 

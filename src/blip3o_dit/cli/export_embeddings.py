@@ -6,8 +6,6 @@ import argparse
 import logging
 from pathlib import Path
 
-DESCRIPTION = "Write an embedding store as .npz, .safetensors, .parquet or the documented .pkl."
-
 logger = logging.getLogger(__name__)
 
 

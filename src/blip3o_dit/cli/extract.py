@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from blip3o_dit.cli.arguments import add_flags, given_settings
-from blip3o_dit.cli.command import run_script
+from blip3o_dit.cli.command import run_named
+from blip3o_dit.cli.main import COMMANDS
 from blip3o_dit.extraction.config import ExtractionConfig
 
-DESCRIPTION = "Extract EVA-CLIP and CLIP tokens from pictures into an embedding store."
 DEFAULT_STORE = Path("embeddings/store")
 DEFAULT_PICKLE = Path("embeddings/blip3o_grid_embeddings.pkl")
 
@@ -62,7 +62,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The documented script."""
-    return run_script("extract_embeddings_production.py", sys.modules[__name__], argv)
+    return run_named(
+        "extract", argv, prog="extract_embeddings_production.py", description=COMMANDS["extract"]
+    )
 
 
 if __name__ == "__main__":

@@ -17,8 +17,6 @@ from blip3o_dit.utils.settings import setting
 if TYPE_CHECKING:
     from blip3o_dit.inference.pipeline import BLIP3oInference
 
-DESCRIPTION = "Generate CLIP tokens for the samples of an embedding store or pickle, or for pictures."
-
 # Flags that choose among samples, which pictures are not yet.
 CHOICES_OF_SAMPLES = ("split", "num_samples")
 

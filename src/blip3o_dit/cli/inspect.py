@@ -10,8 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-DESCRIPTION = "Say what is in an embedding store or pickle, and draw a few samples."
-
 logger = logging.getLogger(__name__)
 
 

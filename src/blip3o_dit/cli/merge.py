@@ -6,8 +6,6 @@ import argparse
 import logging
 from pathlib import Path
 
-DESCRIPTION = "Write the samples of several embedding stores as one."
-
 logger = logging.getLogger(__name__)
 
 

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from blip3o_dit.cli.arguments import add_flags, given_settings
-from blip3o_dit.cli.command import run_script
-from blip3o_dit.training.config import NOTED, TrainingConfig
+from blip3o_dit.cli.command import run_named
+from blip3o_dit.cli.main import COMMANDS
+from blip3o_dit.training.config import NOTED, SIZES, TrainingConfig
 
 logger = logging.getLogger(__name__)
-
-DESCRIPTION = "Train the diffusion transformer on an embedding store or a documented pickle."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="default",
         help="paper: BLIP3-o's own settings where this page's defaults differ; flags given beside it win",
     )
-    parser.add_argument("--debug", action="store_true", help="small network, 20 steps")
+    parser.add_argument(
+        "--size",
+        choices=tuple(SIZES),
+        help="width, layers and heads of the network: tiny (1.3 million parameters), small (19 million, for "
+        "a processor), base (1.36 billion, BLIP3-o's; the default)",
+    )
+    parser.add_argument("--debug", action="store_true", help="tiny network, 20 steps")
     parser.add_argument(
         "--dry_run", action="store_true", help="do everything up to the first step, then stop"
     )
@@ -55,6 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
             debug=arguments.debug,
             resume=resume,
             recipe=arguments.recipe,
+            size=arguments.size,
         )
         run_alone(
             config,
@@ -94,7 +100,7 @@ def _checkpoint(given: str | None, output: Path) -> Path | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The documented script."""
-    return run_script("train_blip3o_dit.py", sys.modules[__name__], argv)
+    return run_named("train", argv, prog="train_blip3o_dit.py", description=COMMANDS["train"])
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ import argparse
 import logging
 from pathlib import Path
 
-DESCRIPTION = "Read all of an embedding store, check every checksum, and name every damaged file."
-
 logger = logging.getLogger(__name__)
 
 

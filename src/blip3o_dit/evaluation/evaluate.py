@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from blip3o_dit.data.dataset import split_samples
 from blip3o_dit.data.embeddings import Embeddings, TransformedEmbeddings
-from blip3o_dit.evaluation import plots, report, scores
+from blip3o_dit.evaluation import report, scores
 from blip3o_dit.evaluation.baselines import fit_baselines
 from blip3o_dit.evaluation.config import EvaluationConfig
 from blip3o_dit.evaluation.predictions import Predictions, collect_predictions
@@ -65,7 +65,6 @@ def evaluate_models(
         FileNotFoundError, ValueError: one line naming what was expected and found.
     """
     config = config or EvaluationConfig()
-    plots.require_matplotlib()
     folder = Path(models[0] if output_dir is None else output_dir)
     processes = join_processes(config.device)
     if processes.is_main:

@@ -25,14 +25,6 @@ MAX_LABEL, MAX_TITLE = 40, 18
 Plot = TypeVar("Plot", bound=Callable[..., str])
 
 
-def require_matplotlib() -> None:
-    """Raises ValueError when the report could not be drawn: better before the sampling than after it."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ValueError("the report: expected matplotlib: pip install 'blip3o-dit[plot]'") from None
-
-
 def _plain_text(plot: Plot) -> Plot:
     """Names and keys are shown as they are: "$" begins no formula, and what no font has is no warning."""
 

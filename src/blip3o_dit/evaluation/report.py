@@ -20,6 +20,7 @@ from blip3o_dit.evaluation import plots
 from blip3o_dit.evaluation.config import EvaluationConfig
 from blip3o_dit.evaluation.metric_tables import METRICS, TABLES, Metric, MetricTable
 from blip3o_dit.evaluation.reference import ReferenceSet
+from blip3o_dit.evaluation.summary import MIN_SET_SAMPLES
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.utils.atomic import write_atomically
 from blip3o_dit.utils.json_files import escaped
@@ -196,14 +197,23 @@ def _content(result: Mapping[str, Any], samples: ShownSamples | None) -> dict[st
         "samples": samples and plots.sample_plot(samples.rows, samples.images, samples.titles),
         "tables": [_table(table, result) for table in TABLES],
         "differences": _difference_tables(result),
-        "spread": plots.spread_plot([*models, *(m for m in baselines if m["name"] == "ridge")]),
+        "spread": _spread_plot(data["num_samples"], models, baselines),
         "curve": plots.curve_plot(curves, best) if curves else "",
-        "curve_samples": result["settings"]["curve_samples"],
+        "curve_samples": min(result["settings"]["curve_samples"], data["num_samples"]),
         "positions": plots.position_plot(models),
         "costs": [_cost(sampler) for sampler in samplers],
         "methods": samplers,
         "settings": _settings(result),
     }
+
+
+def _spread_plot(
+    samples: int, models: Sequence[Mapping[str, Any]], baselines: Sequence[Mapping[str, Any]]
+) -> str:
+    """The plot, or nothing where its bins would hold too few samples to show more than noise."""
+    if samples < MIN_SET_SAMPLES:
+        return ""
+    return plots.spread_plot([*models, *(sampler for sampler in baselines if sampler["name"] == "ridge")])
 
 
 def _measured(data: Mapping[str, Any]) -> str:
@@ -243,14 +253,18 @@ def _table(table: MetricTable, result: Mapping[str, Any]) -> Table:
 
 
 def _best(metric: Metric, rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """The best value of a column, or None when neither high nor low values are better."""
-    values = [scores.get(metric.name, {}).get("value") for scores in rows]
-    present = [value for value in values if value is not None]
-    if not present or metric.better == "none":
+    """The value that a column sets off: the best, if its interval meets no other's; None where they tie."""
+    found = [scores[metric.name] for scores in rows if scores.get(metric.name, {}).get("value") is not None]
+    if metric.better == "none" or len(found) < 2:
         return None
-    if metric.better == "one":
-        return min(present, key=lambda value: abs(value - 1))
-    return max(present) if metric.better == "up" else min(present)
+    badness = {"up": lambda value: -value, "down": lambda value: value, "one": lambda value: abs(value - 1)}
+    first, *others = sorted(found, key=lambda estimate: badness[metric.better](estimate["value"]))
+    return first["value"] if all(_apart(first, other) for other in others) else None
+
+
+def _apart(first: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    ends = (first["low"], first["high"], other["low"], other["high"])
+    return None not in ends and (first["high"] < other["low"] or other["high"] < first["low"])
 
 
 def _cell(estimate: Mapping[str, Any] | None, *, best: float | None = None) -> Cell:
@@ -259,8 +273,7 @@ def _cell(estimate: Mapping[str, Any] | None, *, best: float | None = None) -> C
     interval = ""
     if estimate["low"] is not None and estimate["high"] is not None:
         interval = f"{number(estimate['low'])} to {number(estimate['high'])}"
-    is_best = best is not None and number(estimate["value"]) == number(best)
-    return Cell(number(estimate["value"]), interval, is_best)
+    return Cell(number(estimate["value"]), interval, best=estimate["value"] == best)
 
 
 def number(value: float) -> str:

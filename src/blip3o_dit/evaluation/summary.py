@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
 LINEAR = ("ridge", "ridge 3x3")
+# Held-out samples below which nothing is said but that they are too few, and those that set distances ask for
+MIN_SAMPLES, MIN_SET_SAMPLES = 20, 100
 
 
 def summarize(result: Mapping[str, Any]) -> list[str]:
-    """Sentences, the most important first; `result` is the content of metrics.json."""
+    """Sentences, the most important first; `result` is the content of metrics.json.
+
+    One method is called better than another only where the interval of their paired difference leaves out
+    zero, and fewer than `MIN_SAMPLES` samples tell nothing apart.
+    """
     models = [sampler for sampler in result["methods"] if sampler["is_model"]]
+    samples = result["data"]["num_samples"]
+    if samples < MIN_SAMPLES:
+        names = " and ".join(model["name"] for model in models)
+        return [
+            f"{names}: not told apart from the baselines with {count(samples, 'held-out sample')}; "
+            f"measure at least {MIN_SAMPLES}, better {MIN_SET_SAMPLES} or more."
+        ]
     lines = []
     for model in models:
         lines += [
@@ -32,8 +46,12 @@ def _against_best_baseline(result: Mapping[str, Any], model: Mapping[str, Any]) 
         return ""
     best = min(baselines, key=_energy)
     name, other = model["name"], best["name"]
-    scores = f"energy score {_energy(model):.3f} against {_energy(best):.3f}, lower is better"
     difference = result["differences"][name][other]["conditional.energy_score"]
+    digits = _digits(difference["value"])
+    scores = (
+        f"energy score {_energy(model):.{digits}f} against {_energy(best):.{digits}f}, lower is better; "
+        f"{_difference(difference, digits)}"
+    )
     verdict = compare(difference)
     if verdict == "better":
         return f"{name} is the better sampler: it beats the best baseline, {other} ({scores})."
@@ -42,7 +60,8 @@ def _against_best_baseline(result: Mapping[str, Any], model: Mapping[str, Any]) 
             f"{name} is worse than {other} on this data ({scores}): train longer, or use {other}, "
             "which costs next to nothing."
         )
-    return f"{name} is no better than {other} on this data ({scores}): train longer, or use {other}."
+    samples = count(result["data"]["num_samples"], "sample")
+    return f"{name} is not told apart from the best baseline, {other}, with {samples} ({scores})."
 
 
 def _against_ridge(result: Mapping[str, Any], model: Mapping[str, Any]) -> str:
@@ -68,26 +87,29 @@ def _against_ridge(result: Mapping[str, Any], model: Mapping[str, Any]) -> str:
             f"As a best guess, one call of {model['name']} is below {best['name']} ({scores}): "
             "where only the average answer is needed, use the linear map."
         )
-    return f"As a best guess, one call of {model['name']} is no better than {best['name']} ({scores})."
+    return f"As a best guess, one call of {model['name']} is not told apart from {best['name']} ({scores})."
 
 
 def _calibration(model: Mapping[str, Any]) -> str:
-    ratio = _value(model, "conditional", "spread_error_ratio")
-    if ratio is None:
+    found = model["metrics"].get("conditional", {}).get("spread_error_ratio", {})
+    ratio, low, high = (found.get(name) for name in ("value", "low", "high"))
+    if ratio is None or low is None or high is None:
         return ""
-    if ratio < 0.9:
+    if ratio < 0.9 and high < 1:
         word = "over-confident: its samples of one condition differ too little"
-    elif ratio > 1.1:
+    elif ratio > 1.1 and low > 1:
         word = "under-confident: its samples of one condition differ too much"
-    else:
+    elif low >= 0.9 and high <= 1.1:
         word = "calibrated to within a tenth"
-    return f"{model['name']} is {word} (spread over error {ratio:.2f}, 1 is right)."
+    else:
+        word = "calibrated as far as these samples tell"
+    return f"{model['name']} is {word} (spread over error {ratio:.2f}, {low:.2f} to {high:.2f}; 1 is right)."
 
 
 def _distribution(result: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     found = _value(model, "tokens", "frechet")
     real_vs_real = (result.get("floor") or {}).get("tokens", {}).get("frechet", {}).get("value")
-    if found is None or real_vs_real is None:
+    if found is None or real_vs_real is None or result["data"]["num_samples"] < MIN_SET_SAMPLES:
         return ""
     if found <= real_vs_real:
         return (
@@ -125,13 +147,13 @@ def _cost(result: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     )
     cost = model["cost"]
     line = (
-        f"A sample took {cost['network_calls']} network calls and "
+        f"A sample took {count(cost['network_calls'], 'network call')} and "
         f"{cost['milliseconds_per_sample']:.3g} ms in this run"
     )
     if enough["network_calls"] < max_calls:
         line += (
-            f"; {enough['network_calls']} calls with {enough['solver']} are within 2 % of the energy score "
-            f"of {max_calls}"
+            f"; with {enough['solver']}, {count(enough['network_calls'], 'call')} came within 2 % of the "
+            f"energy score of {max_calls}"
         )
     return line + "."
 
@@ -141,12 +163,9 @@ def _between_models(result: Mapping[str, Any], models: list[Mapping[str, Any]]) 
     for first, second in pairwise(models):
         difference = result["differences"][first["name"]][second["name"]]["conditional.energy_score"]
         word = {"better": "better than", "worse": "worse than", "equal": "not told apart from"}
-        interval = ""
-        if difference["low"] is not None:
-            interval = f", 95 % interval {difference['low']:+.4f} to {difference['high']:+.4f}"
         lines.append(
             f"{first['name']} is {word[compare(difference)]} {second['name']} by energy score "
-            f"(difference {difference['value']:+.4f}{interval})."
+            f"({_difference(difference, _digits(difference['value']))})."
         )
     return lines
 
@@ -167,7 +186,7 @@ def _warnings(result: Mapping[str, Any]) -> list[str]:
             f"The baselines were fitted on {fitted} samples, the model's own ridge source on {source}: a "
             "difference between them may be no more than that (--fit_samples)."
         )
-    if result["data"]["num_samples"] < 100:
+    if result["data"]["num_samples"] < MIN_SET_SAMPLES:
         lines.append(
             f"Only {result['data']['num_samples']} samples were measured: the figures are rough, "
             "distribution distances above all."
@@ -181,6 +200,22 @@ def compare(difference: Mapping[str, float | None], *, lower: bool = True) -> st
     if low is None or high is None or low <= 0 <= high:
         return "equal"
     return "better" if (high < 0) == lower else "worse"
+
+
+def count(number: int, thing: str) -> str:
+    """ "1 sample", "2 samples"."""
+    return f"{number} {thing}" + ("" if number == 1 else "s")
+
+
+def _difference(difference: Mapping[str, float | None], digits: int) -> str:
+    low, high = difference["low"], difference["high"]
+    interval = f", 95 % interval {low:+.{digits}f} to {high:+.{digits}f}" if None not in (low, high) else ""
+    return f"difference {difference['value']:+.{digits}f}{interval}"
+
+
+def _digits(difference: float) -> int:
+    """Decimals that show two digits of a difference, three to six."""
+    return min(6, max(3, 1 - math.floor(math.log10(abs(difference))))) if difference else 3
 
 
 def _energy(sampler: Mapping[str, Any]) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from blip3o_dit.flow.path import time_grid
+from blip3o_dit.utils.validation import package_missing
 
 # v(x [B, ...], t [B]) -> [B, ...]
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -94,7 +95,7 @@ def integrate_adaptive(velocity: Velocity, x_0: Tensor, *, tolerance: float = 1e
     try:
         from torchdiffeq import odeint
     except ImportError:
-        raise ValueError("solver dopri5: expected torchdiffeq: pip install 'blip3o-dit[ode]'") from None
+        raise package_missing("solver dopri5", "torchdiffeq") from None
     calls = 0
 
     def slope(t: Tensor, x: Tensor) -> Tensor:

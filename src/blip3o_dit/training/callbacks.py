@@ -87,7 +87,7 @@ def format_log_line(step: int, logs: dict[str, Any]) -> str:
 
 def draw_curves(log: list[dict[str, Any]], path: Path) -> None:
     """Loss, one-call cosine, gradient norm and learning rate against the optimizer step, as a PNG."""
-    from matplotlib.figure import Figure  # an extra; the command line checks for it beforehand
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(2, 2).flat, _PANELS.items(), strict=True):

@@ -93,7 +93,11 @@ class TrainingConfig:
 
     model_dim: int = setting(1792, "hidden width of the transformer", check=check_size)
     num_layers: int = setting(24, "transformer blocks", check=check_size)
-    num_heads: int = setting(28, "attention heads", check=check_size)
+    num_heads: int | None = setting(
+        None,
+        "attention heads (default: of 64 numbers each, or as near as the width allows)",
+        check=check_size,
+    )
     num_kv_heads: int | None = setting(
         None, "heads of keys and values (default: num_heads)", check=check_size
     )
@@ -220,6 +224,8 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.num_heads is None:  # training_config.json says what it was
+            object.__setattr__(self, "num_heads", default_heads(self.model_dim))
         check_split(self.eval_split, self.split_by)
         self.flow_matching()
         if self.fp16 and self.bf16:
@@ -314,11 +320,23 @@ PAPER_RECIPE: dict[str, Any] = {
 # `--memory low`: what its flag stands for beside the weights and the optimizer; flags given beside it win.
 LOW_MEMORY_DEFAULTS: dict[str, Any] = {"gradient_checkpointing": True, "ema_decay": 0.0}
 
+
+def default_heads(width: int) -> int:
+    """Heads of 64 numbers, or as near as the width divides; rotary positions take multiples of 4."""
+    counts = [heads for heads in range(1, width + 1) if width % heads == 0 and width // heads % 4 == 0]
+    return min(counts, key=lambda heads: abs(math.log(width / heads / 64)), default=1)
+
+
+# `--size`: networks for a try, for a processor, and for a GPU; flags given beside it win.
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"model_dim": 128, "num_layers": 2, "num_heads": 4},
+    "small": {"model_dim": 384, "num_layers": 6, "num_heads": 6},
+    "base": {"model_dim": 1792, "num_layers": 24, "num_heads": 28},
+}
+
 # `--debug` is a small and quick run; a flag given beside it wins.
 DEBUG_DEFAULTS: dict[str, Any] = {
-    "model_dim": 128,
-    "num_layers": 2,
-    "num_heads": 4,
+    **SIZES["tiny"],
     "max_steps": 20,
     "batch_size": 8,
     "eval_batch_size": 8,

@@ -11,6 +11,7 @@ from blip3o_dit.training.config import (
     DEBUG_DEFAULTS,
     LOW_MEMORY_DEFAULTS,
     PAPER_RECIPE,
+    SIZES,
     TrainingConfig,
     launcher_precision,
 )
@@ -54,9 +55,14 @@ EXTENSION_CHANGES = {"learning_rate", "warmup_steps", "lr_scheduler_type", "exte
 
 
 def resolve_config(
-    given: dict[str, Any], *, debug: bool, resume: Path | None, recipe: str = "default"
+    given: dict[str, Any],
+    *,
+    debug: bool,
+    resume: Path | None,
+    recipe: str = "default",
+    size: str | None = None,
 ) -> TrainingConfig:
-    """The configuration of a run from the flags that were given, over those of `--debug` and the recipe.
+    """The configuration of a run from the flags that were given, over those of size, `--debug` and recipe.
 
     A run that starts from a model (`init_from`) takes from there what its weights were learned for. A resumed
     run takes what was not given from its checkpoint, and refuses to change what was learned.
@@ -64,7 +70,7 @@ def resolve_config(
     Raises:
         ValueError: with each difference, and the flags that do what was meant.
     """
-    given = launcher_precision() | given
+    given = launcher_precision() | _network(size, given) | given
     recipe_settings = PAPER_RECIPE if recipe == "paper" else {}
     if given.get("memory") == "low":
         recipe_settings = recipe_settings | LOW_MEMORY_DEFAULTS
@@ -73,6 +79,14 @@ def resolve_config(
         return _resumed(chosen, resume)
     start = settings_of_model(Path(given["init_from"]), chosen) if given.get("init_from") else {}
     return TrainingConfig(**(recipe_settings | (DEBUG_DEFAULTS if debug else {}) | start | given))
+
+
+def _network(size: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a size; its heads only with its own width."""
+    settings = dict(SIZES[size]) if size is not None else {}
+    if "model_dim" in given:
+        settings.pop("num_heads", None)
+    return settings
 
 
 def _resumed(given: dict[str, Any], checkpoint: Path) -> TrainingConfig:

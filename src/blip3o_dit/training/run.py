@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import tempfile
@@ -142,9 +141,6 @@ def build_trainer(
     if config.memory == "low":
         return_freed_memory()
         model.bfloat16()
-    can_draw = importlib.util.find_spec("matplotlib")
-    if not can_draw:
-        logger.warning("no training_curves.png: matplotlib is not installed (pip install 'blip3o-dit[plot]')")
     return BLIP3oTrainer(
         model,
         arguments,
@@ -152,7 +148,7 @@ def build_trainer(
         train_dataset=EmbeddingDataset(source, split.train),
         eval_dataset=EmbeddingDataset(source, split.eval) if len(split.eval) else None,
         source_folds=folds,
-        callbacks=[CurvesCallback()] if can_draw else [],
+        callbacks=[CurvesCallback()],
     )
 
 

@@ -12,6 +12,8 @@ import uuid
 from pathlib import Path
 from urllib.parse import urlparse
 
+from blip3o_dit.utils.validation import package_missing
+
 DEFAULT_URL = "https://api.wandb.ai"
 
 # Which run at Weights & Biases an output folder belongs to.
@@ -23,10 +25,7 @@ logger = logging.getLogger(__name__)
 def require_wandb() -> None:
     """Raises ValueError when wandb is not installed."""
     if importlib.util.find_spec("wandb") is None:
-        raise ValueError(
-            "--wandb_project: expected the package wandb, found none: "
-            "pip install 'blip3o-dit[wandb]', or leave the flag out"
-        )
+        raise package_missing("--wandb_project", "wandb")
 
 
 def prepare_wandb(project: str, output_dir: str, *, continued: bool = False) -> None:

@@ -144,6 +144,11 @@ def is_hub_id(name: str | os.PathLike[str]) -> bool:
     return not Path(name).exists() and not ("/" in name and Path(name).parent.exists())
 
 
+def package_missing(wanted_by: str, package: str) -> ValueError:
+    """The error for an optional package that is not there; `package` is its name on the package index."""
+    return ValueError(f"{wanted_by}: expected the package {package}, found none: pip install {package}")
+
+
 def check_compiler(wanted_by: str, device: torch.device) -> None:
     """Refuse (ValueError) what torch.compile cannot do here: it writes C++ for a CPU, Triton for a GPU."""
     names = (os.environ.get("CXX", "g++"), "g++", "clang++")
