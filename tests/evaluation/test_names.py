@@ -116,7 +116,7 @@ def assert_sound_page(text: str) -> None:
 def test_the_report_of_such_a_store(page: Path) -> None:
     text = (page / "report.html").read_text(encoding="utf-8")
     assert_sound_page(text)
-    assert len(images_of(text)) == 4
+    assert len(images_of(text)) == 3
     assert "m$x$_\\x1b[31m&lt;script&gt;|50%" in text
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from blip3o_dit.training.config import SIZES, TrainingConfig, default_heads, resolve_config
+from blip3o_dit.training.config import SIZES, TrainingConfig, default_heads
+from blip3o_dit.training.resolve import resolve_config
 
 
 @pytest.mark.parametrize(
