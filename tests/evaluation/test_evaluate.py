@@ -403,7 +403,9 @@ def test_embeddings_are_opened_once_and_pictures_looked_for_at_the_end(
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | about))
     opened: list[Path] = []
     read = store_module.read_manifest
-    monkeypatch.setattr(store_module, "read_manifest", lambda path: opened.append(path) or read(path))
+    monkeypatch.setattr(
+        store_module, "read_manifest", lambda path, **how: opened.append(path) or read(path, **how)
+    )
     words = ["evaluate", str(folder / "a"), str(tmp_path / "store"), "--compare", str(folder / "b")]
     less = ["--curve_calls", "--draws", "2", "--draw_samples", "4", "--bootstrap", "2", "--shown", "1"]
     output = ["--output_dir", str(tmp_path / "out"), "--num_inference_steps", "1", "--device", "cpu"]

@@ -57,6 +57,7 @@ def test_warnings(tmp_path: Path) -> None:
     keys = ["a", "b", "a", "c"]
     about = {"encoders": {"eva": {"name": "random", "meaningful": False}, "clip": {}}}
     store = write(tmp_path / "s", torch.randn(4, 4, 3), torch.randn(4, 4, 3), keys, **about)
+    store = store.unverified()
     store._map(0)[1][1, 2, 0] = float("nan")  # as a store of another program might hold
     warnings = warnings_of(inspect_embeddings(store))
     assert warnings == [

@@ -48,10 +48,10 @@ def place(tmp_path: Path) -> Path:
 REFUSED = {
     "file": "expected a folder to write to, found a file",
     "old.pkl": "expected no file there, found one (--overwrite replaces it)",
-    "folder": "expected a new or empty folder, found other files",
+    "folder": "expected an empty folder, or a store to replace, found",
     "folder.pkl": "expected a file to write, found a folder",
-    "other": "expected a new or empty folder, found other files",
-    "store": "expected no store there, found one (--overwrite replaces it)",
+    "other": "expected an empty folder, or a store to replace, found",
+    "store": "expected no store there, found one (--overwrite, or overwrite=True, replaces it)",
     "file/out": "expected a folder that can be written, found",
     "file/out.pkl": "expected a folder that can be written, found",
 }
@@ -81,7 +81,7 @@ def test_a_closed_folder_is_refused(place: Path) -> None:
 
 
 def test_a_file_system_is_not_replaced(place: Path) -> None:
-    with pytest.raises(ValueError, match="found a file system: name one in it"):
+    with pytest.raises(ValueError, match="expected an empty folder, or a store to replace"):
         check_output(Path("/proc"))
 
 
@@ -114,25 +114,29 @@ def test_an_error_leaves_what_was_there(place: Path) -> None:
 
 def test_what_a_killed_generation_left_goes_and_nothing_else(place: Path) -> None:
     store = GeneratedStore(place / "new", SIZES)
-    store.aside.mkdir()
+    store.aside.mkdir(parents=True)
     (store.aside / "shard-00007.jsonl").write_text("left")
-    with store.claimed():
-        assert [file.name for file in store.aside.iterdir()] == [".blip3o-dit.lock"]
-    assert (place / "new").is_dir() and not list((place / "new").iterdir())
-    for name in ("mine.txt", "x"):
-        store.aside.mkdir()
-        (store.aside / name).write_text("mine")
-        with pytest.raises(ValueError, match=r"expected a folder of an unfinished generation, found \["):
-            store.claimed().__enter__()
-        assert (store.aside / name).read_text() == "mine"
-        (store.aside / name).unlink()
-        store.aside.rmdir()
+
+    def interrupted() -> None:
+        with store.claimed():
+            assert not list(store.aside.iterdir())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not list((place / "new").iterdir())
+    (place / "new" / "mine.txt").write_text("mine")
+    with pytest.raises(
+        ValueError, match=r"expected an empty folder, or a store to replace, found \['mine.txt'\]"
+    ):
+        store.claimed().__enter__()
+    assert [file.name for file in (place / "new").iterdir()] == ["mine.txt"]
 
 
 def test_two_generations_of_one_store(place: Path) -> None:
     store = GeneratedStore(place / "new", SIZES)
-    store.aside.mkdir()
-    with folder_lock(store.aside, "a generation"), pytest.raises(FolderInUseError, match="a generation by"):
+    (place / "new").mkdir()
+    with folder_lock(place / "new", "generation"), pytest.raises(FolderInUseError, match="generation by"):
         store.claimed().__enter__()
 
 

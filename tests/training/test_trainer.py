@@ -99,7 +99,7 @@ def test_training_refuses_a_damaged_shard_that_its_statistics_glanced_at(tmp_pat
     store = write_linear_store(tmp_path / "store")
     file = store.path / "shard-00002.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(ValueError, match=r"shard-00002.safetensors: its SHA-256"):
+    with pytest.raises(ValueError, match=r"shard-00002.safetensors: sample 29: its CRC-32"):
         train(config_for(store, tmp_path / "run", source="noise", max_steps=5))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from blip3o_dit.utils import folder_lock as module
-from blip3o_dit.utils.folder_lock import LOCK_FILE, FolderInUseError, folder_lock
+from blip3o_dit.utils.folder_lock import LOCK_FILE, FolderInUseError, folder_lock, held_folder
 
 
 def test_a_folder_is_held_by_one(tmp_path: Path) -> None:
@@ -83,3 +83,13 @@ def test_the_owner_touches_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def write_owner(folder: Path, **owner: object) -> None:
     (folder / LOCK_FILE).write_text(json.dumps({"what": "training"} | owner))
+
+
+def test_folders_made_for_a_lock_go_unless_they_are_used(tmp_path: Path) -> None:
+    with held_folder(tmp_path / "a" / "b", "training"):
+        assert (tmp_path / "a" / "b" / LOCK_FILE).is_file()
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "mine").mkdir()
+    with held_folder(tmp_path / "mine", "training"), held_folder(tmp_path / "c" / "d", "training"):
+        (tmp_path / "c" / "x").touch()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["c", "mine", "x"]

@@ -97,11 +97,20 @@ def set_up_logging() -> None:
     logger = logging.getLogger("blip3o_dit")
     logger.setLevel(logging.INFO if main_process else logging.WARNING)
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = _Console()
         handler.setFormatter(_EscapingFormatter("%(message)s"))
         logger.addHandler(handler)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # whatever the terminal's encoding cannot write
-        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+class _Console(logging.StreamHandler):
+    """Writes to whatever standard error is now."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
 
 
 class _EscapingFormatter(logging.Formatter):

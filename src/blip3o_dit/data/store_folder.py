@@ -22,7 +22,7 @@ from blip3o_dit.utils.atomic import (
     publish_files,
     remove_files_and_folders,
 )
-from blip3o_dit.utils.folder_lock import LOCK_FILE, folder_lock
+from blip3o_dit.utils.folder_lock import LOCK_FILE, held_folder
 from blip3o_dit.utils.json_files import read_json, show_names
 
 # What file systems, file managers and git leave in a folder that counts as empty; nothing touches them.
@@ -66,15 +66,8 @@ class StoreFolder:
 def writing_alone(path: Path, what: str) -> Iterator[None]:
     """Hold the lock of a folder to write to, which is made for that and goes again if it stays empty."""
     _check_is_folder(path)
-    is_new = not path.exists()
-    path.mkdir(parents=True, exist_ok=True)
-    try:
-        with folder_lock(path, what):
-            yield
-    finally:
-        if is_new:
-            with suppress(OSError):  # it has become a store's
-                path.rmdir()
+    with held_folder(path, what):
+        yield
 
 
 def claim_more(store: Path) -> Path:

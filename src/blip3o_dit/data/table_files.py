@@ -30,6 +30,7 @@ from blip3o_dit.data.array_embeddings import (
     read_records,
 )
 from blip3o_dit.utils.json_files import is_plain_name, one_line, parse_json, read_json, short_repr
+from blip3o_dit.utils.validation import package_missing
 
 MOST_INFLATED, INFLATED_FREE, VALUE_BYTES = 8, 2**26, 4
 RECORD = "record"  # a whole record as JSON, beside the columns that say parts of it
@@ -275,14 +276,12 @@ def _readable(file: Path) -> Iterator[None]:
 
 
 def pyarrow() -> Any:
+    """The package, with the parts that are used. Raises ValueError where it is not installed."""
     try:
         import pyarrow
         import pyarrow.compute
         import pyarrow.ipc
         import pyarrow.parquet
     except ImportError:
-        raise ValueError(
-            "parquet and Hugging Face datasets: expected the package pyarrow, found none: "
-            "pip install 'blip3o-dit[parquet]'"
-        ) from None
+        raise package_missing("parquet and Hugging Face datasets", "pyarrow") from None
     return pyarrow

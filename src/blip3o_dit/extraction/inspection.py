@@ -208,14 +208,9 @@ def draw_contact_sheet(
     Args:
         eva, clip: [k, N, C]; the principal components and the color scale are those of all k samples.
         images: None where the image is not known. titles: lines of any text, by sample.
-
-    Raises:
-        ValueError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("the picture: expected matplotlib: pip install 'blip3o-dit[plot]'") from None
+    from matplotlib.figure import Figure
+
     rows = len(titles)
     figure = Figure(figsize=(7.5, 2.3 * rows + 0.5), layout="constrained")
     grid = figure.subplots(rows, 3, squeeze=False)

@@ -121,7 +121,7 @@ def from_processor(values: Mapping[str, Any], model_type: str, image_size: int |
         raise ValueError(
             f"rescale_factor: expected a number above 0 and up to 1, found {short_repr(rescale)}"
         )
-    how, to, size = _sizes(settings, name, image_size)
+    how, to, size = _sizes(settings, name, image_size, has_crop="crop_size" in asked)
     return Preprocessing(
         size, how, _resampling(settings), mean, std, resize_to=None if to == size else to, rescale=rescale
     )
@@ -144,8 +144,13 @@ def _processor_name(values: Mapping[str, Any], model_type: str) -> str:
     return name
 
 
-def _sizes(settings: Mapping[str, Any], name: str, image_size: int | None) -> tuple[str, int | None, int]:
-    """How it is resized, to what, and the side of the square that is left."""
+def _sizes(
+    settings: Mapping[str, Any], name: str, image_size: int | None, *, has_crop: bool
+) -> tuple[str, int | None, int]:
+    """How it is resized, to what, and the side of the square that is left.
+
+    A crop that is the processor's default (224) and not the file's own is no larger than what is resized to.
+    """
     crop = _side(settings.get("crop_size", 224), "crop_size") if settings.get("do_center_crop") else None
     if settings.get("do_resize") is False:
         return ("crop", None, crop) if crop else ("none", None, image_size or 224)
@@ -157,6 +162,8 @@ def _sizes(settings: Mapping[str, Any], name: str, image_size: int | None) -> tu
         return ("squash", side, side) if side >= 384 else ("shortest", int(side / fraction), side)
     if shorter and crop is None:
         raise ValueError("size: expected height and width, or a center crop, found the shorter side only")
+    if crop and not has_crop:
+        crop = min(crop, side)
     if crop and crop > side:
         raise ValueError(f"crop_size: expected at most {side}, what the picture is resized to, found {crop}")
     return ("shortest" if shorter else "squash"), side, crop or side

@@ -38,7 +38,7 @@ from blip3o_dit.extraction.weight_files import (
 )
 from blip3o_dit.utils.json_files import one_line, read_json_object, short_repr
 from blip3o_dit.utils.logging import quiet_transformers
-from blip3o_dit.utils.validation import check_name, check_size, is_hub_id
+from blip3o_dit.utils.validation import check_name, check_size, is_hub_id, package_missing
 
 # Bytes of a tower from which on it is said what it takes
 LARGE = 4e9
@@ -298,10 +298,7 @@ def _load_timm(spec: str) -> TimmEncoder:
     kind, _, name = spec.partition(":")
     package = "timm" if kind == "timm" else "open_clip"
     if importlib.util.find_spec(package) is None:
-        raise ValueError(
-            f"{spec}: expected the package {package}, found none: pip install 'blip3o-dit[{kind}]' "
-            "(it needs torchvision)"
-        )
+        raise package_missing(spec, "timm" if kind == "timm" else "open_clip_torch")
     if kind == "timm":
         import timm
 

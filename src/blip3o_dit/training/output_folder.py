@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-from blip3o_dit.utils.folder_lock import folder_lock
+from blip3o_dit.utils.folder_lock import held_folder
 
 
 @contextmanager
@@ -24,15 +24,8 @@ def output_folder(folder: Path, what: str, *, dry_run: bool = False) -> Iterator
     if dry_run or os.environ.get("RANK", "0") != "0":
         yield
         return
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with folder_lock(folder, what):
-            yield
-    finally:
-        if is_new:
-            with suppress(OSError):  # it holds something
-                folder.rmdir()
+    with held_folder(folder, what):
+        yield
 
 
 def _check_writable(folder: Path) -> None:

@@ -53,6 +53,24 @@ def folder_lock(folder: Path, what: str) -> Iterator[None]:
         file.unlink(missing_ok=True)
 
 
+@contextmanager
+def held_folder(folder: Path, what: str) -> Iterator[None]:
+    """Make a folder and those above it, and hold it; what was made here and is empty in the end goes again.
+
+    Raises:
+        FolderInUseError: as `folder_lock`.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with folder_lock(folder, what):
+            yield
+    finally:
+        with suppress(OSError):  # the first that holds something, and those above it, stay
+            for path in made:
+                path.rmdir()
+
+
 def _acquire(file: Path, what: str) -> None:
     owner = {
         "host": socket.gethostname(),

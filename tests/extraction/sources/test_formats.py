@@ -38,7 +38,7 @@ def test_formats_without_their_extra_are_skipped_with_its_name(
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     monkeypatch.setitem(sys.modules, "pillow_jxl", None)
     write(tmp_path, dict.fromkeys(["a.HEIC", "b.jxl", "c.png"], "x"))
-    heic, jxl = (f"files need pip install 'blip3o-dit[{name}]'" for name in ("heic", "jxl"))
+    heic, jxl = (f"files need pip install {name}" for name in ("pillow-heif", "pillow-jxl-plugin"))
     assert reasons(tmp_path) == {"a.HEIC": f".heic {heic}", "b.jxl": f".jxl {jxl}"}
     tar(tmp_path / "t" / "a.tar", [("0.heif", b"x"), ("1.png", b"x")])
     assert reasons(tmp_path / "t") == {"a/0": f".heif {heic}"}

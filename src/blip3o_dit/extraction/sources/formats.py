@@ -19,10 +19,10 @@ _NO_PICTURES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"})
 # Decoders that are packages of their own: module, and its function that makes it known to Pillow.
 _PLUGINS = (("pillow_heif", "register_heif_opener"), ("pillow_jxl", None))
 _NEEDS = {
-    ".heic": "pip install 'blip3o-dit[heic]'",
-    ".heif": "pip install 'blip3o-dit[heic]'",
-    ".hif": "pip install 'blip3o-dit[heic]'",
-    ".jxl": "pip install 'blip3o-dit[jxl]'",
+    ".heic": "pip install pillow-heif",
+    ".heif": "pip install pillow-heif",
+    ".hif": "pip install pillow-heif",
+    ".jxl": "pip install pillow-jxl-plugin",
     ".avif": "a Pillow that reads AVIF (11.3 or newer)",
 }
 

@@ -14,6 +14,7 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import IO, Any
 
+from blip3o_dit.data.table_files import pyarrow
 from blip3o_dit.utils.json_files import one_line
 
 # Largest image file that is read: an uncompressed one of as many pixels as are accepted has 0.7 GB.
@@ -164,16 +165,3 @@ def arrow_table(file: str) -> Any:
         return arrow.ipc.open_stream(source).read_all()
     except arrow.ArrowInvalid:
         return arrow.ipc.open_file(source).read_all()
-
-
-def pyarrow() -> Any:
-    try:
-        import pyarrow
-        import pyarrow.ipc
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError(
-            "parquet and Hugging Face datasets: expected the package pyarrow, found none: "
-            "pip install 'blip3o-dit[parquet]'"
-        ) from None
-    return pyarrow

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from blip3o_dit.data.table_files import pyarrow
 from blip3o_dit.extraction.sources.collector import Collector
 from blip3o_dit.extraction.sources.image_ref import ImageRef
 from blip3o_dit.extraction.sources.lists import add_named_file
-from blip3o_dit.extraction.sources.reading import arrow_table, content_error, pyarrow
+from blip3o_dit.extraction.sources.reading import arrow_table, content_error
 from blip3o_dit.extraction.sources.text import (
     CAPTION_NAMES,
     LABEL_NAMES,
