@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import pickle
 import resource
+import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing import process
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -18,9 +21,10 @@ from PIL import Image
 from blip3o_dit.extraction.config import ExtractionConfig
 from blip3o_dit.extraction.decoding import Decoded, DecodingDataset, decoded_images, stack
 from blip3o_dit.extraction.extract import extract
-from blip3o_dit.extraction.image_decoding import MAX_PIXELS, decode_image
+from blip3o_dit.extraction.image_decoding import MAX_PIXELS, UnreadableImageError, decode_image
 from blip3o_dit.extraction.preprocessing import Preprocessing
 from blip3o_dit.extraction.reading_errors import Source
+from blip3o_dit.extraction.sources.image_ref import ImageRef
 from blip3o_dit.extraction.sources.listing import list_images
 from tests.helpers.extraction import BROKEN, COUNT, write_images
 
@@ -59,7 +63,7 @@ def test_sides_with_the_same_resize_and_crop_share_bytes(images: Path) -> None:
     assert [apart.pixels[side].shape for side in ("eva", "clip")] == [(3, 64, 64), (3, 48, 48)]
     refs = list_images(images)
     dataset = DecodingDataset(refs, range(len(refs)), [CLIP], Source.of(refs), MAX_PIXELS)
-    assert len(pickle.dumps(dataset.__getitems__(range(5)))) < 1.1 * 5 * 3 * 64 * 64
+    assert len(pickle.dumps(dataset.__getitems__(next(dataset.requests())[:5]))) < 1.1 * 5 * 3 * 64 * 64
 
 
 def test_batches_take_neither_descriptors_nor_sockets(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,3 +97,38 @@ def test_a_run_says_which_grey_values_it_scaled(tmp_path: Path, caplog: pytest.L
     extract(config, progress=False)
     (line,) = [record.getMessage() for record in caplog.records if "more than 8 bits" in record.getMessage()]
     assert line.startswith("2 pictures of more than 8 bits") and "deep-0.png: integers up to 4095" in line
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_tables_and_compressed_tars_are_read_by_one_process(
+    images: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each worker would read every row group, and decompress the whole tar."""
+    files = [file for file in sorted(images.rglob("*.png")) if file.read_bytes()] * 3
+    column = pyarrow.array([file.read_bytes() for file in files])
+    pyarrow.parquet.write_table(pyarrow.table({"image": column}), tmp_path / "a.parquet", row_group_size=7)
+    with tarfile.open(tmp_path / "b.tar.gz", "w:gz") as tar:
+        for number, file in enumerate(files):
+            tar.add(file, f"{number:03d}.png")
+    here, read = os.getpid(), ImageRef.read
+    expected = {data: decode(data) for data in map(Path.read_bytes, files)}
+
+    def guarded(ref: ImageRef) -> bytes:
+        assert os.getpid() == here, "read by a worker"
+        return read(ref)
+
+    monkeypatch.setattr(ImageRef, "read", guarded)
+    for name in ("a.parquet", "b.tar.gz"):
+        found = list(decoded(tmp_path / name, CLIP, workers=workers))
+        assert [image.index for image in found] == list(range(len(files)))
+        for image, file in zip(found, files, strict=True):
+            wanted = expected[file.read_bytes()]
+            assert (image.reason is not None) == (wanted is None)
+            assert wanted is None or np.array_equal(image.pixels["eva"], wanted)
+
+
+def decode(data: bytes) -> np.ndarray | None:
+    try:
+        return CLIP.pixels(decode_image(data)).numpy()
+    except UnreadableImageError:
+        return None

@@ -1,5 +1,8 @@
 """Images read, decoded and cropped by worker processes, ahead of the towers.
 
+Workers read files and members of tars themselves. What can only be read in order, the rows of a table and the
+members of a compressed tar, the main process reads, once: every worker would read it all.
+
 What a worker hands over is one array of bytes per batch and per distinct resize and crop, through a pipe.
 Tensors would go through shared memory, of which containers have 64 MB, with a file descriptor each.
 """
@@ -21,6 +24,9 @@ from blip3o_dit.extraction.reading_errors import Source
 from blip3o_dit.extraction.sources.image_ref import ImageRef
 from blip3o_dit.utils.errors import ReadError
 from blip3o_dit.utils.json_files import one_line
+
+# An image's index, and its bytes (or the reason why there are none) where the main process reads them
+Request = tuple[int, bytes | Exception | None]
 
 DECODE_BATCH = 16
 # Seconds for a batch, far above what decoding and reading again take: a worker that is lost is an error.
@@ -68,13 +74,34 @@ class DecodingDataset(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitems__(self, positions: Sequence[int]) -> DecodedBatch:
+    def requests(self) -> Iterator[list[Request]]:
+        """What workers are asked for, batch by batch; the last holds the error that reading ended with, if any."""
+        for start in range(0, len(self.indices), DECODE_BATCH):
+            batch: list[Request] = []
+            for index in self.indices[start : start + DECODE_BATCH]:
+                batch.append((index, self._read_in_order(self.refs[index])))
+                if isinstance(batch[-1][1], ReadError):
+                    yield batch
+                    return
+            yield batch
+
+    def _read_in_order(self, ref: ImageRef) -> bytes | Exception | None:
+        """The bytes, or why there are none; None for what a worker reads."""
+        try:
+            return self.source.read(ref) if ref.is_read_in_order else None
+        except (UnreadableImageError, ReadError) as error:
+            return error
+
+    def __getitems__(self, requests: Sequence[Request]) -> DecodedBatch:
         outcomes: list[tuple[int, str | None, str | None]] = []
         rows: list[list[np.ndarray]] = []
         failure = None
-        for index in (self.indices[position] for position in positions):
+        for index, given in requests:
             try:
-                image = decode_image(self.source.read(self.refs[index]), max_pixels=self.max_pixels)
+                if isinstance(given, Exception):
+                    raise given
+                data = self.source.read(self.refs[index]) if given is None else given
+                image = decode_image(data, max_pixels=self.max_pixels)
                 rows.append([each.pixels(image).numpy() for each in self.preprocessing])
                 outcomes.append((index, None, image.info.get(SCALED)))
             except UnreadableImageError as error:
@@ -101,9 +128,10 @@ def decoded_images(
     """
     distinct = {each.geometry: each for each in preprocessing.values()}
     place = {side: list(distinct).index(each.geometry) for side, each in preprocessing.items()}
+    dataset = DecodingDataset(refs, indices, list(distinct.values()), source, max_pixels)
     loader: DataLoader = DataLoader(
-        DecodingDataset(refs, indices, list(distinct.values()), source, max_pixels),
-        batch_size=DECODE_BATCH,
+        dataset,
+        batch_sampler=dataset.requests(),
         num_workers=workers,
         collate_fn=_as_it_is,
         timeout=TIMEOUT if workers else 0,

@@ -40,6 +40,11 @@ class ImageRef:
         return os.path.join(self.folder, self.name)
 
     @property
+    def is_read_in_order(self) -> bool:
+        """Whether reading it reads what lies before it: a row of a table, a member of a compressed tar."""
+        return self.row >= 0 or (self.offset >= 0 and stream_opener(self.name) is not None)
+
+    @property
     def location(self) -> str:
         """For people."""
         part = f"row {self.row}" if self.row >= 0 else self.member
