@@ -75,7 +75,7 @@ class DecodingDataset(Dataset):
         return len(self.indices)
 
     def requests(self) -> Iterator[list[Request]]:
-        """What workers are asked for, batch by batch; the last holds the error that reading ended with, if any."""
+        """What workers are asked for, batch by batch; the last holds the error that reading ended with."""
         for start in range(0, len(self.indices), DECODE_BATCH):
             batch: list[Request] = []
             for index in self.indices[start : start + DECODE_BATCH]:
