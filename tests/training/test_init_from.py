@@ -72,8 +72,8 @@ def test_with_the_models_statistics_a_run_begins_where_the_model_ended(
     model: Path, new: EmbeddingStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     eva = new.fetch(range(6))[0]
-    expected = BLIP3oInference(model, device="cpu").generate(eva, seed=3)
-    raw = BLIP3oInference(model, device="cpu", weights="raw").generate(eva, seed=3)
+    expected = BLIP3oInference(model, device="cpu", dtype=torch.float32).generate(eva, seed=3)
+    raw = BLIP3oInference(model, device="cpu", dtype=torch.float32, weights="raw").generate(eva, seed=3)
     assert not torch.equal(expected, raw)
     with caplog.at_level(logging.INFO, logger="blip3o_dit"):
         trainer = started(model, new, tmp_path / "out", init_statistics="model")
@@ -139,7 +139,9 @@ def test_a_folder_as_on_the_hub_is_enough(model: Path, new: EmbeddingStore, tmp_
         shutil.copy(model / name, hub)
     eva = new.fetch(range(3))[0]
     run = started(hub, new, tmp_path / "out", init_statistics="model").unwrapped_model.eval()
-    assert torch.equal(run.generate(eva), BLIP3oInference(hub, device="cpu").generate(eva))
+    assert torch.equal(
+        run.generate(eva), BLIP3oInference(hub, device="cpu", dtype=torch.float32).generate(eva)
+    )
 
 
 def test_debug_and_free_settings_keep_the_weights_sizes(model: Path) -> None:
@@ -221,7 +223,9 @@ def test_a_model_without_statistics_gets_them_for_measuring(
     eva = new.fetch(range(3))[0]
     run = started(plain, new, tmp_path / "out").unwrapped_model.eval()
     assert run.has_statistics
-    assert torch.equal(run.generate(eva), BLIP3oInference(plain, device="cpu").generate(eva))
+    assert torch.equal(
+        run.generate(eva), BLIP3oInference(plain, device="cpu", dtype=torch.float32).generate(eva)
+    )
 
 
 def test_every_setting_of_a_model_is_decided(model: Path) -> None:
