@@ -42,7 +42,7 @@ class StoreFolder:
     def __init__(self, path: Path, *, overwrite: bool = False) -> None:
         self.path = path
         self.aside = path / STORE_ASIDE
-        _check_is_folder(path)
+        check_is_folder(path)
         self._is_new = not path.exists()
         if not self._is_new:
             finish_publishing(self.aside, path, MANIFEST)
@@ -65,7 +65,7 @@ class StoreFolder:
 @contextmanager
 def writing_alone(path: Path, what: str) -> Iterator[None]:
     """Hold the lock of a folder to write to, which is made for that and goes again if it stays empty."""
-    _check_is_folder(path)
+    check_is_folder(path)
     with held_folder(path, what):
         yield
 
@@ -134,7 +134,8 @@ def check_claim(path: Path, overwrite: bool) -> None:
         raise ValueError(f"{path}: expected no shards beside those of its store, found {show_names(others)}")
 
 
-def _check_is_folder(path: Path) -> None:
+def check_is_folder(path: Path) -> None:
+    """Refuse (ValueError) a file or a broken link where a folder is to be written to."""
     if not path.is_dir() and (path.exists() or path.is_symlink()):
         raise ValueError(f"{path}: expected a folder to write to, found a file or a broken link")
 

@@ -16,6 +16,7 @@ from blip3o_dit.data.checks import Record, non_finite_samples
 from blip3o_dit.data.manifest import DTYPES
 from blip3o_dit.data.pooling import pool_tokens
 from blip3o_dit.data.towers import TOWERS_FILE
+from blip3o_dit.extraction.identity import flat
 from blip3o_dit.extraction.image_decoding import UnreadableImageError, decode_image
 from blip3o_dit.extraction.reading_errors import Source
 from blip3o_dit.extraction.sources.image_ref import ImageRef
@@ -94,7 +95,7 @@ class ImageConditions:
         for row in sorted(bad):
             self._skip(images[row], "its tokens are not finite")
         rows = [row for row in range(len(images)) if row not in bad]
-        return tokens[rows], [_record(images[row]) for row in rows]
+        return tokens[rows], [images[row].record for row in rows]
 
     def _skip(self, image: ImageRef, reason: str) -> None:
         self.skipped.append({"key": image.key, "location": image.location, "reason": reason})
@@ -172,7 +173,7 @@ def _check_description(found: Mapping[str, Any], known: Mapping[str, Any], model
 
     Of the preprocessing also by what only one tells: settings that few towers have are left out elsewhere.
     """
-    there, here = _flat(known), _flat(found)
+    there, here = flat(known), flat(found)
     names = there.keys() & here.keys()
     if isinstance(known.get("preprocessing"), dict):
         names |= {name for name in there.keys() | here.keys() if name.startswith("preprocessing.")}
@@ -194,15 +195,3 @@ def _check_pooling(recorded: Mapping[str, Any], tower: VisionEncoder, tokens: in
         raise ValueError(f"{model}: expected conditions pooled {ours!r}, found {short_repr(pooling)}")
     if normalization != "none":
         raise ValueError(f"{model}: expected conditions normalised 'none', found {short_repr(normalization)}")
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
-def _record(image: ImageRef) -> Record:
-    known = {"caption": image.caption, "label": image.label}
-    return {"key": image.key} | {name: value for name, value in known.items() if value is not None}

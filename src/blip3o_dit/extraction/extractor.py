@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,7 +141,7 @@ class Extractor:
         for row, reason in reasons.items():
             self._skip(unit, batch[row].index, reason)
         kept = [image.index for row, image in enumerate(batch) if row not in reasons]
-        records = [_record(self.refs[index]) for index in kept]
+        records = [self.refs[index].record for index in kept]
         eva, clip = stored["eva"], stored["clip"]
         check_pair(self.output, eva, clip, records, expected=self.sizes)
         unit.eva.append(eva)
@@ -157,8 +156,3 @@ class Extractor:
             shard = write_shard(self.output, number, torch.cat(unit.eva), torch.cat(unit.clip), unit.lines)
         write_entry(self.output, number, shard, [unit.skipped[index] for index in sorted(unit.skipped)])
         return shard["bytes"] if shard else 0
-
-
-def _record(ref: ImageRef) -> dict[str, Any]:
-    known = {"caption": ref.caption, "label": ref.label}
-    return {"key": ref.key} | {name: value for name, value in known.items() if value is not None}

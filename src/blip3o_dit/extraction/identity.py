@@ -58,14 +58,14 @@ def describe_towers(towers: Mapping[str, VisionEncoder]) -> dict[str, Any]:
 
 def is_of_earlier_version(identity: Any) -> bool:
     """Whether sizes of images and weights of towers were not noted."""
-    return _CONTENT not in _flat(identity)
+    return _CONTENT not in flat(identity)
 
 
 def differences(found: Any, wanted: dict[str, Any]) -> list[str]:
     """What decides the store's content and is another there, in words. Compared is what both of them know."""
     if not isinstance(found, dict):
         return ["it was not written by this command"]
-    there, here = _flat(found), _flat(json.loads(json.dumps(wanted)))
+    there, here = flat(found), flat(json.loads(json.dumps(wanted)))
     names = [
         name for name in here if name in there and here[name] != there[name] and _decides(name, there, here)
     ]
@@ -107,10 +107,11 @@ def _shown(names: list[str], there: dict[str, Any], here: dict[str, Any]) -> lis
     ]
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested objects as one, its names joined by dots."""
     if not isinstance(values, dict):
         return {prefix.rstrip("."): values}
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.")
-    return flat
+        found |= flat(value, f"{prefix}{name}.")
+    return found

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from blip3o_dit.extraction.image_decoding import UnreadableImageError
-from blip3o_dit.extraction.sources.image_ref import ImageRef
+from blip3o_dit.extraction.sources.image_ref import OF_ONE_FILE, ImageRef
 from blip3o_dit.utils.errors import ReadError
 from blip3o_dit.utils.json_files import one_line, printable
 
@@ -25,16 +25,8 @@ RETRY_AFTER = (1.0, 4.0, 25.0)
 NOT_READ = "cannot be read"
 
 _WITNESSES = 16
-# What can be wrong with one file of a disk that works.
-_OF_ONE_FILE = {
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-}
+# Of one file, or of a folder in the place of one.
+_OF_ONE_FILE = {*OF_ONE_FILE, errno.EISDIR}
 
 
 @dataclass

@@ -19,7 +19,7 @@ from typing import Any
 
 from blip3o_dit.data.manifest import MANIFEST, STORE_ASIDE, check_shard_entry, write_manifest
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.data.store_folder import IGNORED
+from blip3o_dit.data.store_folder import IGNORED, check_is_folder
 from blip3o_dit.extraction.identity import differences, is_of_earlier_version
 from blip3o_dit.extraction.skipping import NO_FIT, SkipLimit, Skipped, kind_of, summary
 from blip3o_dit.utils.atomic import ASIDE, finish_publishing, remove_files_and_folders, write_atomically
@@ -40,8 +40,7 @@ def find_extraction(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | No
     Raises:
         ValueError: for a folder with other files, or an extraction of other pictures or with other settings.
     """
-    if not output.is_dir() and (output.exists() or output.is_symlink()):
-        raise ValueError(f"{output}: expected a folder to write to, found a file or a broken link")
+    check_is_folder(output)
     finish_publishing(output / STORE_ASIDE, output, MANIFEST)
     finished = is_finished(output)
     if not finished and not is_begun(output):

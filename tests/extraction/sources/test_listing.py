@@ -15,14 +15,7 @@ import pytest
 
 from blip3o_dit.extraction.sources.image_list import ListingOptions
 from blip3o_dit.extraction.sources.listing import list_images
-
-
-def write(folder: Path, files: dict[str, bytes | str]) -> Path:
-    for name, data in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    return folder
+from tests.helpers.sources import write
 
 
 def tar(path: Path, members: dict[str, bytes]) -> Path:

@@ -7,11 +7,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from blip3o_dit.data.checks import Record
 from blip3o_dit.extraction.sources.reading import read_cell, read_file, read_stream, stream_opener
 
-# Of one file only, as long as the folder that it is in can still be reached.
-_ONE_FILE = frozenset(
-    [errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL]
+# What can be wrong with one file of a disk that works.
+OF_ONE_FILE = frozenset(
+    [errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP]
 )
 
 
@@ -50,6 +51,12 @@ class ImageRef:
         part = f"row {self.row}" if self.row >= 0 else self.member
         return f"{self.file}:{part}" if part else self.file
 
+    @property
+    def record(self) -> Record:
+        """What a store keeps of it beside its tokens: the key, and caption and label where they are known."""
+        known = {"caption": self.caption, "label": self.label}
+        return {"key": self.key} | {name: value for name, value in known.items() if value is not None}
+
     def read(self) -> bytes:
         """The image's bytes. Raises OSError when reading fails, ValueError for content that is no image."""
         if self.row >= 0:
@@ -63,4 +70,4 @@ class ImageRef:
 
 def is_fault_of_file(error: OSError, root: Path) -> bool:
     """Whether a reading error is about this one file, and not about the disk below `root` or the machine."""
-    return error.errno in _ONE_FILE and root.exists()
+    return error.errno in {*OF_ONE_FILE, errno.EINVAL} and root.exists()
