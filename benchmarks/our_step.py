@@ -84,6 +84,7 @@ def our_step(
         trainer.optimizer.zero_grad()
         if trainer.ema is not None:
             trainer.ema.update(model, 1000)
+        trainer.state.global_step += 1  # each step checks the one before
 
     if not config.compile:
         _check_products(gradients, torch.bfloat16 if bf16 else torch.float32)

@@ -129,6 +129,7 @@ TESTED_IN = {
     "model/config.py": "model/test_model_config.py",
     "model/encoded_condition.py": "model/test_transformer.py",
     "model/layers.py": "model/test_transformer.py",
+    "model/triton_kernels.py": "model/test_gpu_kernels.py",
     "training/anomalies.py": "training/test_resume.py",
     "training/callbacks.py": "training/test_trainer.py",
     "training/checkpoint.py": "training/test_resume.py",

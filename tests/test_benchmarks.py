@@ -48,6 +48,24 @@ def test_a_measured_step_is_the_trainers_in_the_precision_it_names(
 
 
 @pytest.mark.usefixtures("cpu")
+def test_measured_steps_follow_each_other_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a step looks at the losses of the one before."""
+    made, plain = [], BLIP3oTrainer.__init__
+
+    def gated(trainer: BLIP3oTrainer, *arguments: object, **settings: object) -> None:
+        plain(trainer, *arguments, **settings)
+        trainer.losses._deferred = trainer._gated = True
+        made.append(trainer)
+
+    monkeypatch.setattr(BLIP3oTrainer, "__init__", gated)
+    model = BLIP3oDiTModel(tiny_config())
+    step = our_step(model, random_batch(model, 4), bf16=False)
+    for _ in range(3):
+        step()
+    assert made[0].state.global_step == 3
+
+
+@pytest.mark.usefixtures("cpu")
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_check.main([]) == 0
     assert capsys.readouterr().out == "gpu-check: no GPU here, nothing was checked\n"

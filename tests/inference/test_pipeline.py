@@ -104,7 +104,7 @@ def test_guidance_acts_in_all_stages_of_the_steps_that_begin_in_its_interval(
         rows.append((round(float(t[0]), 6), len(x)))
         return torch.zeros_like(x)
 
-    tiny_model._predict = predict
+    tiny_model.dit.predict = predict
     steps = None if solver == "dopri5" else 4
     tiny_model.generate(torch.randn(1, 9, 12), num_inference_steps=steps, solver=solver, guidance_scale=2.0)
     assert rows and {count for _, count in rows} == {2}

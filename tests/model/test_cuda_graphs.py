@@ -1,8 +1,8 @@
-"""CUDA graphs, with CUDA imitated: what is recorded where, which memory is shared, how many are kept."""
+"""CUDA graphs, with CUDA imitated: what is recorded when, which memory is shared, how many are kept."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,17 +12,8 @@ from torch import Tensor
 
 from blip3o_dit.model import cuda_graphs
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
-from blip3o_dit.model.cuda_graphs import GraphedPredict
-from blip3o_dit.model.encoded_condition import EncodedCondition
+from blip3o_dit.model.cuda_graphs import CUDAGraphs
 from tests.conftest import randomize, tiny_config
-
-
-class Stream:
-    def __init__(self, device: Any) -> None:
-        self.device = device
-
-    def wait_stream(self, other: Stream) -> None:
-        assert other.device == self.device
 
 
 class Graph:
@@ -32,14 +23,14 @@ class Graph:
         self.call: Any = None
 
     def replay(self) -> None:
-        predict, arguments, output = self.call
-        output.copy_(predict(*arguments))
+        function, inputs, output = self.call
+        output.copy_(function(*inputs))
 
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     """torch.cuda on a CPU; what was asked of it."""
-    asked: dict[str, list[Any]] = {"devices": [], "pools": [], "recorded on": [], "recording": [None]}
+    asked: dict[str, list[Any]] = {"devices": [], "pools": [], "recording": [None]}
 
     @contextmanager
     def device(name: Any) -> Iterator[None]:
@@ -48,65 +39,94 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
         asked["devices"].append(None)
 
     @contextmanager
-    def graph(graph: Graph, pool: Any, stream: Stream) -> Iterator[None]:
+    def graph(graph: Graph, pool: Any) -> Iterator[None]:
         assert asked["devices"][-1] is not None  # inside `device`
         asked["pools"].append(pool)
-        asked["recorded on"].append(stream.device)
         asked["recording"][0] = graph
         yield
         asked["recording"][0] = None
 
-    @contextmanager
-    def stream(chosen: Stream) -> Iterator[None]:
-        yield
-
-    fakes = {"Stream": Stream, "current_stream": Stream, "CUDAGraph": Graph, "graph_pool_handle": object}
-    for name, fake in (fakes | {"device": device, "graph": graph, "stream": stream}).items():
+    fakes = {"CUDAGraph": Graph, "graph_pool_handle": object, "device": device, "graph": graph}
+    for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     return asked
 
 
-def graphed(model: BLIP3oDiTModel, cuda: dict[str, list[Any]]) -> GraphedPredict:
-    plain = model.dit.predict
+def recorded(model: BLIP3oDiTModel, cuda: dict[str, list[Any]]) -> CUDAGraphs:
+    """What `record_generation` gives a model on a GPU."""
+    graphs = model._graphs = CUDAGraphs()
+    plain = graphs.run
 
-    def predict(x: Tensor, t: Tensor, encoded: EncodedCondition) -> Tensor:
-        output = plain(x, t, encoded)
-        if cuda["recording"][0] is not None:
-            cuda["recording"][0].call = (plain, (x, t, encoded), output)
-        return output
+    def run(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], key: Any) -> Tensor:
+        def watched(*given: Tensor) -> Tensor:
+            output = function(*given)
+            if cuda["recording"][0] is not None:
+                cuda["recording"][0].call = (function, given, output)
+            return output
 
-    return GraphedPredict(predict)
+        return plain(watched, inputs, key)
+
+    graphs.run = run  # type: ignore[method-assign]
+    return graphs
 
 
 @pytest.mark.parametrize("flow", [None, {"source": "ridge"}])
-def test_graphs_generate_the_same_over_changing_batches_and_guidance(
+def test_recordings_generate_the_same_over_changing_requests(
     cuda: dict[str, list[Any]], flow: dict[str, str] | None
 ) -> None:
+    """A shape's first batch is computed plainly, its second recorded, further ones replayed."""
     model = BLIP3oDiTModel(tiny_config(flow_matching=flow)).eval()
     randomize(model)
     if flow:
         model.source_weight.normal_(0, 0.2)
-    sizes = [(2, 1.0), (3, 1.0), (2, 3.0), (3, 1.0), (4, 3.0), (2, 1.0)]
-    eva = [torch.randn(batch, 9, 12) for batch, _ in sizes]
-    expected = [
-        model.generate(tokens, num_inference_steps=2, guidance_scale=guidance, solver="heun")
-        for tokens, (_, guidance) in zip(eva, sizes, strict=True)
-    ]
-    model._predict = graphed(model, cuda)
-    for tokens, (_, guidance), wanted in zip(eva, sizes, expected, strict=True):
-        found = model.generate(tokens, num_inference_steps=2, guidance_scale=guidance, solver="heun")
-        assert torch.equal(found, wanted)
-    assert len(cuda["pools"]) == 4 and len(set(map(id, cuda["pools"]))) == 1
-    assert set(cuda["recorded on"]) == {torch.device("cpu")} == set(cuda["devices"]) - {None}
+    plain, steps = model.generate, dict(num_inference_steps=2, solver="heun")
+    requests = [(2, 1.0, {}), (3, 1.0, {}), (2, 3.0, {}), (2, 3.0, {"guidance_interval": (0.4, 1.0)})]
+    batches = [(torch.randn(b, 9, 12), dict(guidance_scale=g, **more)) for b, g, more in 3 * requests]
+    expected = [plain(eva, **steps, **settings) for eva, settings in batches]
+    recorded(model, cuda)
+    for (eva, settings), wanted in zip(batches, expected, strict=True):
+        assert torch.equal(model.generate(eva, **steps, **settings), wanted)
+    assert len(cuda["pools"]) == len(requests) and len(set(map(id, cuda["pools"]))) == 1
+    assert set(cuda["devices"]) - {None} == {torch.device("cpu")}
+
+
+def test_a_recording_is_of_the_weights_where_they_are(
+    cuda: dict[str, list[Any]], tiny_model: BLIP3oDiTModel
+) -> None:
+    """Changed in place they count; moved, they are recorded again."""
+    graphs, eva = recorded(tiny_model, cuda), torch.randn(2, 9, 12)
+    for _ in range(2):
+        before = tiny_model.generate(eva, num_inference_steps=1)
+    with torch.no_grad():
+        tiny_model.dit.norm_out.linear_2.weight.mul_(2.0)
+    assert not torch.equal(tiny_model.generate(eva, num_inference_steps=1), before)
+    assert len(graphs._recordings) == 1
+    tiny_model.double().float()
+    tiny_model.generate(eva, num_inference_steps=1)
+    assert len(graphs._recordings) == 2
 
 
 def test_the_longest_unused_recording_makes_room(
     cuda: dict[str, list[Any]], tiny_model: BLIP3oDiTModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda_graphs, "MAX_RECORDINGS", 2)
-    predict = tiny_model._predict = graphed(tiny_model, cuda)
-    for batch in (1, 2, 1, 3, 1):  # 3 takes the place of 2
+    graphs = recorded(tiny_model, cuda)
+
+    def generate(batch: int) -> None:
         tiny_model.generate(torch.randn(batch, 9, 12), num_inference_steps=1)
-    assert len(cuda["pools"]) == 3 and len(predict._recordings) == 2
-    tiny_model.generate(torch.randn(2, 9, 12), num_inference_steps=1)
-    assert len(cuda["pools"]) == 4 and len(predict._recordings) == 2
+
+    for batch in (1, 1, 2, 2, 1, 3, 3, 1):  # 3 takes the place of 2
+        generate(batch)
+    assert len(cuda["pools"]) == 3 and len(graphs._recordings) == 2
+    generate(2)  # plainly
+    generate(2)
+    assert len(cuda["pools"]) == 4 and len(graphs._recordings) == 2
+
+
+def test_steps_that_are_shown_are_not_recorded(
+    cuda: dict[str, list[Any]], tiny_model: BLIP3oDiTModel
+) -> None:
+    recorded(tiny_model, cuda)
+    for _ in range(3):
+        tiny_model.generate(torch.randn(1, 9, 12), num_inference_steps=2, progress=list)
+    assert not cuda["pools"]

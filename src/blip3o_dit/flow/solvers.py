@@ -33,16 +33,27 @@ def heun_step(velocity: Velocity, x: Tensor, t: Tensor, dt: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Solver:
-    """`step(velocity, x, t [B], dt)` carries x over one interval, for so many calls of the velocity."""
+    """`step(velocity, x, t [B], dt)` carries x over one interval.
+
+    `stages`: where in the interval it calls the velocity, from 0 to 1.
+    """
 
     step: Callable[[Velocity, Tensor, Tensor, Tensor], Tensor]
-    calls_per_step: int
+    stages: tuple[float, ...]
+
+    @property
+    def calls_per_step(self) -> int:
+        return len(self.stages)
+
+    def call_times(self, grid: Tensor) -> Tensor:
+        """The times of all calls, in their order, given the ends of the intervals [n + 1]."""
+        return torch.stack([grid[:-1] + stage * grid.diff() for stage in self.stages], dim=1).flatten()
 
 
 SOLVERS = {
-    "euler": Solver(euler_step, calls_per_step=1),
-    "midpoint": Solver(midpoint_step, calls_per_step=2),
-    "heun": Solver(heun_step, calls_per_step=2),
+    "euler": Solver(euler_step, stages=(0.0,)),
+    "midpoint": Solver(midpoint_step, stages=(0.0, 0.5)),
+    "heun": Solver(heun_step, stages=(0.0, 1.0)),
 }
 ADAPTIVE_SOLVER = "dopri5"
 
@@ -56,6 +67,7 @@ def integrate(
     time_shift: float = 1.0,
     velocity_of_step: Callable[[float], Velocity] | None = None,
     progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
+    grid: Tensor | None = None,
 ) -> Tensor:
     """Carry x_0 [B, ...] from t = 0 to t = 1 along `time_grid`; the state is float32.
 
@@ -64,6 +76,8 @@ def integrate(
             place of `velocity`. The time is a number on the CPU: asking a GPU for it would stall every step.
         num_steps: number of intervals, >= 1. Costs `num_steps * SOLVERS[solver].calls_per_step` calls.
         progress: wraps the iterable of steps, for a progress bar.
+        grid: `time_grid`'s times where x_0 is, if they are there already; nothing is then copied between
+            devices, as a CUDA graph demands.
 
     Raises:
         ValueError: for an unknown solver or num_steps < 1.
@@ -74,8 +88,8 @@ def integrate(
         raise ValueError(f"number of inference steps: expected >= 1, found {num_steps}")
     step = SOLVERS[solver].step
     x = x_0.float()
-    grid = time_grid(num_steps, time_shift)
-    begins, grid = grid.tolist(), grid.to(x.device)
+    on_cpu = time_grid(num_steps, time_shift)
+    grid, begins = on_cpu.to(x.device) if grid is None else grid, on_cpu.tolist()
     times, lengths = grid[:, None].expand(-1, x.shape[0]), grid.diff()
     for k in progress(range(num_steps)) if progress else range(num_steps):
         field = velocity_of_step(begins[k]) if velocity_of_step else velocity

@@ -48,7 +48,7 @@ class BLIP3oInference:
             network computes in it, or in float32 where it would be emulated; the solver's state is float32.
         weights: "auto" takes the averaged weights when the folder has them, "ema" insists on them,
             "raw" takes those of the last step.
-        compile: `BLIP3oDiTModel.compile_for_generation`, worth its minute for long generations.
+        compile: `BLIP3oDiTModel.compile_for_generation`, for long generations on a CPU.
         alone: work alone also under a launcher.
 
     Raises:
@@ -77,6 +77,8 @@ class BLIP3oInference:
         self.model: BLIP3oDiTModel = model.to(self.device)
         if compile:
             self.model.compile_for_generation()
+        else:
+            self.model.record_generation()
 
     def generate(
         self,

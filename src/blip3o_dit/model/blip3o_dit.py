@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,11 @@ from transformers import AutoConfig, AutoModel
 
 from blip3o_dit.flow.path import AffineSource, FlowBatch, PathSample, make_path, training_times
 from blip3o_dit.flow.predictions import convert_prediction
-from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER, SOLVERS, Velocity, integrate, integrate_adaptive
+from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER, SOLVERS
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.cpu_kernels import use_cpu_kernels
-from blip3o_dit.model.cuda_graphs import GraphedPredict, Predict
+from blip3o_dit.model.cuda_graphs import CUDAGraphs
+from blip3o_dit.model.generation import Guidance, solve, solve_adaptively
 from blip3o_dit.model.inputs import check_forward, conditions_of_data
 from blip3o_dit.model.layers import without_autocast
 from blip3o_dit.model.loading import StrictPreTrainedModel
@@ -76,7 +76,7 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
     def __init__(self, config: BLIP3oDiTConfig) -> None:
         super().__init__(config)
         self.dit = NextDiT(config)
-        self._predict: Predict = self.dit.predict  # what `generate` calls; see `compile_for_generation`
+        self._graphs: CUDAGraphs | None = None
         self.register_buffer("condition_mean", torch.zeros(config.eva_embedding_size))
         self.register_buffer("condition_std", torch.ones(config.eva_embedding_size))
         self.register_buffer("target_mean", torch.zeros(config.in_channels))
@@ -215,19 +215,21 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
             features = source_features(condition.float(), components)
             return AffineSource(features @ self.source_weight + self.source_bias, self.source_std)
 
-    def compile_for_generation(self) -> None:
-        """Compile the blocks with torch.compile and, on a GPU, record each network call as a CUDA graph.
+    def record_generation(self) -> None:
+        """On a GPU, launch all kernels of a generation together, from its second batch of a size on."""
+        if self.device.type == "cuda":
+            self._graphs = CUDAGraphs()
 
-        The first call for a batch size then takes a minute or more. The samples differ by rounding only.
+    def compile_for_generation(self) -> None:
+        """`record_generation`, and torch.compile's blocks; the first call takes up to a minute longer.
 
         Raises:
             ValueError: when there is nothing to compile with.
         """
         check_compiler("compile", self.device)
-        logger.info("compiling the network: its first call takes a minute or more")
+        logger.info("compiling the network: its first call takes up to a minute")
         self.dit.compile_blocks()
-        if self.device.type == "cuda":
-            self._predict = GraphedPredict(self.dit.predict)
+        self.record_generation()
 
     def flow_batch(
         self,
@@ -313,29 +315,20 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         x_0, condition = self._initial_state(eva_embeddings, seed, sample_index, sample_number)
         if not len(x_0):
             return x_0
-        source = self.source_distribution(condition)
-        velocity = self.make_velocity_fn(condition, source, guidance_scale)
-
-        def velocity_at(t: float) -> Velocity:
-            return partial(velocity, guided=low <= t and (t < high or high == 1.0))
-
+        guidance = Guidance(guidance_scale, low, high)
         if solver == ADAPTIVE_SOLVER:
             check_finite_number("tolerance", tolerance)
             if num_inference_steps is not None:
                 raise ValueError(
                     f"num_inference_steps: expected none with solver {solver} (it has a tolerance)"
                 )
-            x_1, _ = integrate_adaptive(lambda x, t: velocity_at(float(t[0]))(x, t), x_0, tolerance=tolerance)
-        else:
-            x_1 = integrate(
-                velocity,
-                x_0,
-                num_steps=self.config.default_steps if num_inference_steps is None else num_inference_steps,
-                solver=solver,
-                time_shift=self.config.flow.time_shift,
-                velocity_of_step=velocity_at,
-                progress=progress,
-            )
+            return solve_adaptively(self, x_0, condition, guidance, tolerance)
+        steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
+        recorder = self._graphs if progress is None else None
+        return solve(self, x_0, condition, guidance, steps, solver, recorder=recorder, progress=progress)
+
+    def tokens_of(self, x_1: Tensor, source: AffineSource) -> Tensor:
+        """What the flow ends in [B, N, C] -> tokens in the units of the data."""
         tokens = self.denormalize_target(source.from_flow(x_1))
         return F.normalize(tokens, dim=-1) if self.config.normalize_embeddings else tokens
 
@@ -406,32 +399,39 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
             seed=checked_integer("seed", seed),
             stream=GENERATION_STREAM,
             counter=checked_integer("sample_number", sample_number),
+            threads=torch.get_num_threads(),
         )
         x_0 = make_path(self.config.flow).initial_point(noise.to(self.device))
         return x_0, self.normalize_condition(eva.to(self.device))
 
     def make_velocity_fn(
-        self, condition: Tensor, source: AffineSource, guidance_scale: float = 1.0
+        self,
+        condition: Tensor,
+        source: AffineSource,
+        guidance_scale: float = 1.0,
+        times: Tensor | None = None,
     ) -> Callable[..., Tensor]:
         """v(y, t) in the flow's units for one batch, whose conditions are encoded here.
 
         Guidance replaces the condition that the network attends to; the source stays, as in training. Called
-        as v(y, t, guided=False) it is left out.
+        as v(y, t, guided=False) it is left out. With `times` [K], t is one of them for all of a batch, and
+        what depends on it is computed here.
         """
-        encoded = self.dit.encode_condition(condition, source.mean)
+        encoded = self.dit.encode_condition(condition, source.mean, times)
         if guidance_scale != 1.0:
-            both = encoded.with_null_condition(self.dit.encode_condition(torch.zeros_like(condition[:1])))
+            null = self.dit.encode_condition(torch.zeros_like(condition[:1]), times=times)
+            both = encoded.with_null_condition(null)
         flow = self.config.flow
         path = make_path(flow)
 
         def velocity(y: Tensor, t: Tensor, *, guided: bool = True) -> Tensor:
             x = source.from_flow(y)
             if guided and guidance_scale != 1.0:
-                null, prediction = self._predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+                null, prediction = self.dit.predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
                 # The conversion to a velocity is affine in the prediction: guiding either is the same.
                 prediction = null + guidance_scale * (prediction - null)
             else:
-                prediction = self._predict(x, t, encoded)
+                prediction = self.dit.predict(x, t, encoded)
             return convert_prediction(
                 prediction, y, t, path, from_type=flow.prediction_type, to_type="v_prediction"
             )

@@ -20,6 +20,7 @@ torch.compile sees the plain network.
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -29,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip3o_dit.model import layers, transformer
+from blip3o_dit.model.encoded_condition import KeysValues, Modulations
 
 # Where w x^T is faster than x w^T: at most so many rows of x, and at least so many columns.
 MAX_ROWS, MIN_COLUMNS = 512, 1024
@@ -69,6 +71,22 @@ class RMSNorm(layers.RMSNorm):
         return super().normalize(x, factor)
 
 
+class NextDiT(transformer.NextDiT):
+    def run_blocks(
+        self,
+        x: Tensor,
+        keys_values: Sequence[KeysValues],
+        modulations: Modulations,
+        rope: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        if x.is_cuda and importlib.util.find_spec("triton"):
+            from blip3o_dit.model import gpu_kernels  # needs triton, and this module
+
+            if gpu_kernels.can_run(self.blocks, x, keys_values, self.compute_dtype):
+                return gpu_kernels.run_blocks(self.blocks, x, keys_values, modulations, rope)
+        return super().run_blocks(x, keys_values, modulations, rope)
+
+
 class NextDiTBlock(transformer.NextDiTBlock):
     def joint_layers(self) -> list[list[layers.Linear]]:
         """Groups of layers that are given the same input."""
@@ -77,7 +95,7 @@ class NextDiTBlock(transformer.NextDiTBlock):
 
     def project(self, h: Tensor, cross_h: Tensor) -> tuple[Tensor, ...]:
         group, _ = self.joint_layers()
-        if not _can_be_joined(group):
+        if not can_be_joined(group):
             return super().project(h, cross_h)
         *own, cross = [layer.weight for layer in group]
         if cross_h is h:
@@ -86,7 +104,7 @@ class NextDiTBlock(transformer.NextDiTBlock):
 
     def project_condition(self, condition: Tensor) -> tuple[Tensor, ...]:
         _, group = self.joint_layers()
-        if not _can_be_joined(group):
+        if not can_be_joined(group):
             return super().project_condition(condition)
         return multi_linear(condition, [layer.weight for layer in group])
 
@@ -98,7 +116,7 @@ class FeedForward(transformer.FeedForward):
 
     def forward(self, x: Tensor) -> Tensor:
         (group,) = self.joint_layers()
-        if not _can_be_joined(group):
+        if not can_be_joined(group):
             return super().forward(x)
         gate, up = multi_linear(x, [layer.weight for layer in group], any_layout=True)
         gate = F.silu(gate)
@@ -109,6 +127,7 @@ class FeedForward(transformer.FeedForward):
 STAND_INS: dict[type[nn.Module], type[nn.Module]] = {
     layers.Linear: Linear,
     layers.RMSNorm: RMSNorm,
+    transformer.NextDiT: NextDiT,
     transformer.NextDiTBlock: NextDiTBlock,
     transformer.FeedForward: FeedForward,
 }
@@ -144,7 +163,7 @@ def multi_linear(x: Tensor, weights: Sequence[Tensor], *, any_layout: bool = Fal
     return tuple(part.contiguous() for part in parts)
 
 
-def _can_be_joined(group: Sequence[nn.Module]) -> bool:
+def can_be_joined(group: Sequence[nn.Module]) -> bool:
     """Whether a call of each layer would run `Linear.forward` on a plain weight and nothing else."""
     return not torch.compiler.is_compiling() and all(
         type(layer) is Linear and _is_plain(layer.weight) and not _is_hooked(layer) for layer in group

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 class KeysValues(NamedTuple):
@@ -21,10 +21,52 @@ class KeysValues(NamedTuple):
     null_value: Tensor | None = None
 
 
+class Modulations(NamedTuple):
+    """What time and condition make of the network: scales and gates of each block, the last layer's scale.
+
+    [..., 4 d] for each block, and [..., d].
+    """
+
+    blocks: Sequence[Tensor]
+    output: Tensor
+
+
+class TimedModulations(NamedTuple):
+    """The modulations of all samples at the times of all network calls, side by side in one tensor.
+
+    `times` [K], `joint` [K, B, layers 4 d + d], `width` d.
+    """
+
+    times: Tensor
+    joint: Tensor
+    width: int
+
+    @classmethod
+    def joined(cls, times: Tensor, modulations: Modulations) -> TimedModulations:
+        """Of modulations with leading dimensions [K, B]."""
+        joint = torch.cat([*modulations.blocks, modulations.output], dim=-1)
+        return cls(times, joint, modulations.output.shape[-1])
+
+    def at(self, t: Tensor) -> Modulations:
+        """Those of one network call, all of whose samples are at time t [B], one of `times`.
+
+        The nearest of them, found where they are: asking a GPU for it would stall every call.
+        """
+        nearest = (self.times - t[:1]).abs().argmin(dim=0, keepdim=True)
+        joint = self.joint.index_select(0, nearest).squeeze(0)  # [B, layers 4 d + d]
+        *blocks, output = joint.split(4 * self.width, dim=-1)
+        return Modulations(blocks, output)
+
+    def with_null_condition(self, null: TimedModulations) -> TimedModulations:
+        """For the same samples twice, at first with the null condition, of which there is one sample."""
+        return self._replace(joint=torch.cat([null.joint.expand_as(self.joint), self.joint], dim=1))
+
+
 class EncodedCondition(NamedTuple):
     """All that depends on the condition alone: computed once per sample, reused at every solver step.
 
-    `pooled` [B, min(d, 1024)] enters the modulation; `keys_values` holds what each layer attends to.
+    `pooled` [B, min(d, 1024)] enters the modulations, which are there as well if the times of all calls were
+    known; `keys_values` holds what each layer attends to.
     With an informed source, `source_mean` [B, N, in_channels] is its mean R(c) in float32, and
     `embedded_source_mean` [B, N, d] what the first layers make of it.
     """
@@ -33,6 +75,7 @@ class EncodedCondition(NamedTuple):
     keys_values: list[KeysValues]
     source_mean: Tensor | None = None
     embedded_source_mean: Tensor | None = None
+    modulations: TimedModulations | None = None
 
     def with_null_condition(self, null: EncodedCondition) -> EncodedCondition:
         """For a batch of the same samples twice, at first with the null condition, encoded as one sample."""
@@ -42,15 +85,13 @@ class EncodedCondition(NamedTuple):
             keys_values=[KeysValues(own.keys, own.values, other.values[:, :, :1]) for own, other in pairs],
             source_mean=_twice(self.source_mean),
             embedded_source_mean=_twice(self.embedded_source_mean),
+            modulations=self._both_modulations(null),
         )
 
-    def clone(self) -> EncodedCondition:
-        """The same in memory of its own."""
-        return tree_map_only(Tensor, Tensor.clone, self)
-
-    def tensors(self) -> list[Tensor]:
-        """Everything it holds, in a fixed order."""
-        return [held for held in tree_leaves(self) if held is not None]
+    def _both_modulations(self, null: EncodedCondition) -> TimedModulations | None:
+        if self.modulations is None or null.modulations is None:
+            return None
+        return self.modulations.with_null_condition(null.modulations)
 
 
 def _twice(tensor: Tensor | None) -> Tensor | None:

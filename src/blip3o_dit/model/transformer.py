@@ -8,16 +8,16 @@ d = model_dim, H = num_heads, G = num_kv_heads, h = head_dim.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip3o_dit.model.config import BLIP3oDiTConfig, default_ffn_dim
-from blip3o_dit.model.encoded_condition import EncodedCondition, KeysValues
+from blip3o_dit.model.encoded_condition import EncodedCondition, KeysValues, Modulations, TimedModulations
 from blip3o_dit.model.layers import (
     TIME_FREQUENCIES,
     LayerNorm,
@@ -84,30 +84,57 @@ class NextDiT(nn.Module):
                     x = checkpoint_block(layer, x, condition, temb, rope, selective=selective)
                 else:
                     x = layer(x, condition, temb, rope)
-            return self.norm_out(x, temb)
+            return self.norm_out(x, self.norm_out.modulate(temb))
 
-    def encode_condition(self, condition: Tensor, source_mean: Tensor | None = None) -> EncodedCondition:
-        """[B, L, eva_embedding_size], R(c) as in `forward` -> what `predict` needs of them."""
+    def encode_condition(
+        self, condition: Tensor, source_mean: Tensor | None = None, times: Tensor | None = None
+    ) -> EncodedCondition:
+        """[B, L, eva_embedding_size], R(c) as in `forward` -> what `predict` needs of them.
+
+        With the times [K] of all calls their modulations are computed as well: each call would read those
+        layers' weights, an eighth of the default network, for a few rows.
+        """
         dtype = self.compute_dtype
         with without_autocast(condition.device):
             condition = self.caption_projection(condition.to(dtype))  # [B, L, d]
+            pooled = self.time_caption_embed.pool(condition)  # [B, min(d, 1024)]
             return EncodedCondition(
-                pooled=self.time_caption_embed.pool(condition),
+                pooled=pooled,
                 keys_values=[layer.encode(condition) for layer in self.blocks],
                 source_mean=source_mean,
                 embedded_source_mean=self._embed_source_mean(source_mean, dtype),
+                modulations=None if times is None else self._modulations_at(times, pooled),
             )
 
     def predict(self, hidden_states: Tensor, timestep: Tensor, encoded: EncodedCondition) -> Tensor:
         """`forward` with the condition's part already done."""
         dtype = self.compute_dtype
         with without_autocast(hidden_states.device):
-            temb = self._time_embedding(timestep, encoded.pooled)
+            if encoded.modulations is not None:
+                modulations = encoded.modulations.at(timestep)
+            else:
+                modulations = self._modulations(self._time_embedding(timestep, encoded.pooled))
             rope = self._rope(hidden_states)  # [N, h / 2] twice
             x = self._embed(hidden_states, encoded.source_mean, encoded.embedded_source_mean, dtype)
-            for layer, keys_values in zip(self.blocks, encoded.keys_values, strict=True):
-                x = layer(x, keys_values, temb, rope)
-            return self.norm_out(x, temb)
+            x = self.run_blocks(x, encoded.keys_values, modulations, rope)
+            return self.norm_out(x, modulations.output)
+
+    def run_blocks(
+        self,
+        x: Tensor,
+        keys_values: Sequence[KeysValues],
+        modulations: Modulations,
+        rope: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """The residual stream [B, N, d] through all blocks, given all that depends on condition and time."""
+        for layer, own, modulation in zip(self.blocks, keys_values, modulations.blocks, strict=True):
+            x = layer(x, own, BlockModulation(modulation), rope)
+        return x
+
+    @property
+    def modulation_bytes(self) -> int:
+        """What the modulations of one sample at one time take."""
+        return (4 * len(self.layers) + 1) * self.config.model_dim * self.compute_dtype.itemsize
 
     def zero_gates_and_output(self) -> None:
         """Start as DiT's adaLN-Zero does (arXiv 2212.09748): each block is the identity, the output zero."""
@@ -153,6 +180,16 @@ class NextDiT(nn.Module):
         features = sinusoidal_features(official_timestep(timestep))  # [B, 256]
         return self.time_caption_embed(features.to(pooled.dtype), pooled)  # [B, min(d, 1024)]
 
+    def _modulations(self, temb: Tensor) -> Modulations:
+        """[..., min(d, 1024)] -> those of every block and of the last layer."""
+        return Modulations([layer.modulate(temb) for layer in self.blocks], self.norm_out.modulate(temb))
+
+    def _modulations_at(self, times: Tensor, pooled: Tensor) -> TimedModulations:
+        """Times [K], pooled conditions [B, min(d, 1024)] -> the modulations of every pair."""
+        every_time = times.repeat_interleave(len(pooled))  # [K B]
+        temb = self._time_embedding(every_time, pooled.repeat(len(times), 1))
+        return TimedModulations.joined(times, self._modulations(temb.unflatten(0, (len(times), -1))))
+
     def _rope(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         grid, config = math.isqrt(hidden_states.shape[1]), self.config
         return rotary_tables(grid, config.head_dim, config.rope_theta, hidden_states.device)
@@ -175,14 +212,23 @@ class NextDiTBlock(nn.Module):
         self.ffn_norm2 = RMSNorm(d, eps=eps)
 
     def forward(
-        self, x: Tensor, condition: Tensor | KeysValues, temb: Tensor, rope: tuple[Tensor, Tensor]
+        self,
+        x: Tensor,
+        condition: Tensor | KeysValues,
+        temb: Tensor | BlockModulation,
+        rope: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """x [B, N, d], float32 -> [B, N, d]; `condition` is projected [B, L, d], or its keys and values.
+        """x [B, N, d], float32 -> [B, N, d].
+
+        `condition` is projected [B, L, d], or its keys and values; `temb` [B, min(d, 1024)], or the
+        modulation that `modulate` makes of it.
 
         FSDP gathers the block's weights for this call, so a training step uses them here and nowhere else.
         """
         keys_values = self._keys_values(condition) if isinstance(condition, Tensor) else condition
-        h, gate_msa, scale_mlp, gate_mlp = self.norm1(x, temb)  # [B, N, d], [B, 1, d] three times
+        modulation = temb if isinstance(temb, BlockModulation) else BlockModulation(self.modulate(temb))
+        scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.parts()  # [B, 1, d] each
+        h = self.norm1(x, 1 + scale_msa)  # [B, N, d]
         attention = self._attend(h, keys_values, rope)  # [B, N, d]
         x = x + self.norm2(attention, gate_msa.tanh())
         mlp = self.feed_forward(self.ffn_norm1(x, 1 + scale_mlp))  # [B, N, d]
@@ -215,12 +261,15 @@ class NextDiTBlock(nn.Module):
         """Cross-attention's keys and values of the normed condition: [B, L, d] -> [B, L, G h] twice."""
         return self.attn2.to_k(condition), self.attn2.to_v(condition)
 
-    def encode(self, condition: Tensor) -> KeysValues:
-        """Projected condition [B, L, d] -> keys and values [B, G, L, h]; no rotary embedding on them.
+    # The next two are public so that FSDP can gather the weights for them (`register_fsdp_forward_method`).
 
-        Public so that FSDP can gather the weights for it (`register_fsdp_forward_method`).
-        """
+    def encode(self, condition: Tensor) -> KeysValues:
+        """Projected condition [B, L, d] -> keys and values [B, G, L, h]; no rotary embedding on them."""
         return self._keys_values(condition)
+
+    def modulate(self, temb: Tensor) -> Tensor:
+        """Embedded time and condition [..., min(d, 1024)] -> scales and gates [..., 4 d]."""
+        return self.norm1.linear(F.silu(temb))
 
     def _keys_values(self, condition: Tensor) -> KeysValues:
         k, v = self.project_condition(self.norm1_context(condition))  # [B, L, G h] twice
@@ -272,18 +321,26 @@ class FeedForward(nn.Module):
         return self.linear_2(inner)  # [B, N, d]
 
 
+class BlockModulation(NamedTuple):
+    """A block's scales and gates [B, 4 d], as `NextDiTBlock.modulate` makes them."""
+
+    joint: Tensor
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """scale_msa, gate_msa, scale_mlp, gate_mlp: [B, 1, d] each."""
+        return self.joint.unsqueeze(1).chunk(4, dim=-1)
+
+
 class AdaptiveNorm(nn.Module):
-    """RMSNorm with a scale from the time embedding, and the block's other three modulations."""
+    """RMSNorm times a scale, and the layer that makes this scale and the block's other modulations."""
 
     def __init__(self, dim: int, time_embed_dim: int, eps: float) -> None:
         super().__init__()
         self.linear = Linear(time_embed_dim, 4 * dim)
         self.norm = RMSNorm(dim, eps=eps)
 
-    def forward(self, x: Tensor, temb: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        modulation = self.linear(F.silu(temb)).unsqueeze(1)  # [B, 1, 4 d]
-        scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.chunk(4, dim=-1)
-        return self.norm(x, 1 + scale_msa), gate_msa, scale_mlp, gate_mlp
+    def forward(self, x: Tensor, factor: Tensor) -> Tensor:
+        return self.norm(x, factor)
 
 
 class TimeCaptionEmbedding(nn.Module):
@@ -336,9 +393,13 @@ class OutputHead(nn.Module):
         self.linear_2 = Linear(dim, out_channels)
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
 
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        scale = self.linear_1(F.silu(temb)).unsqueeze(1).float()  # [B, 1, d]
-        return self.linear_2(self.norm(x) * (1 + scale))  # [B, N, in_channels]
+    def modulate(self, temb: Tensor) -> Tensor:
+        """Embedded time and condition [..., min(d, 1024)] -> scale [..., d]."""
+        return self.linear_1(F.silu(temb))
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        """[B, N, d], scale [B, d] -> [B, N, in_channels]."""
+        return self.linear_2(self.norm(x) * (1 + scale.unsqueeze(1).float()))
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -51,7 +51,8 @@ def keep_the_dtype_rule(state: Any) -> None:
 
 def let_generate(model: BLIP3oDiTModel) -> None:
     """Have a sharded model gather its weights for generation as it does for a training step."""
-    for module, method in [(model, "generate"), *((block, "encode") for block in model.dit.blocks)]:
+    of_blocks = [(block, method) for block in model.dit.blocks for method in ("encode", "modulate")]
+    for module, method in [(model, "generate"), *of_blocks]:
         if isinstance(module, FSDPModule):
             register_fsdp_forward_method(module, method)
 

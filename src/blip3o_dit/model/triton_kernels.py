@@ -1,0 +1,241 @@
+"""The Triton kernels of `gpu_kernels.py`: a program is one row of d numbers, or 64 queries of one head."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def add_and_norm(
+    x_ptr,
+    branch_ptr,
+    gate_weight_ptr,
+    gate_ptr,
+    gate_stride,
+    total_ptr,
+    weight_ptr,
+    scale_ptr,
+    scale_stride,
+    normed_ptr,
+    tokens,
+    width,
+    branch_eps,
+    eps,
+    ADD: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    sample = row // tokens
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    x = tl.load(x_ptr + row * width + column, mask=inside, other=0.0)
+    if ADD:
+        branch = tl.load(branch_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptr + sample * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
+        weight = tl.load(gate_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        factor = weight * (2.0 * tl.sigmoid(2.0 * gate) - 1.0)  # tanh
+        x += branch * tl.rsqrt(tl.sum(branch * branch, axis=0) / width + branch_eps) * factor
+        tl.store(total_ptr + row * width + column, x, mask=inside)
+    if NORM:
+        scale = tl.load(scale_ptr + sample * scale_stride + column, mask=inside, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        normed = x * tl.rsqrt(tl.sum(x * x, axis=0) / width + eps) * weight * (1.0 + scale)
+        tl.store(normed_ptr + row * width + column, normed.to(normed_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _row_statistics(ptr, width, eps, BLOCK: tl.constexpr):
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    values = tl.load(ptr + column, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(values, axis=0) / width
+    centred = tl.where(inside, values - mean, 0.0)
+    return mean, tl.rsqrt(tl.sum(centred * centred, axis=0) / width + eps)
+
+
+@triton.jit
+def norm_statistics(
+    q_ptr,
+    k_ptr,
+    cross_ptr,
+    q_stride,
+    k_stride,
+    cross_stride,
+    out_ptr,
+    first_cross_row,
+    width,
+    kv_width,
+    q_eps,
+    k_eps,
+    cross_eps,
+    BLOCK: tl.constexpr,
+):
+    """Mean and 1 / deviation of a row of queries, keys and the cross-attention's queries."""
+    row = tl.program_id(0).to(tl.int64)
+    mean, deviation = _row_statistics(q_ptr + row * q_stride, width, q_eps, BLOCK)
+    tl.store(out_ptr + row * 6, mean)
+    tl.store(out_ptr + row * 6 + 1, deviation)
+    mean, deviation = _row_statistics(k_ptr + row * k_stride, kv_width, k_eps, BLOCK)
+    tl.store(out_ptr + row * 6 + 2, mean)
+    tl.store(out_ptr + row * 6 + 3, deviation)
+    if row >= first_cross_row:
+        cross_row = row - first_cross_row
+        mean, deviation = _row_statistics(cross_ptr + cross_row * cross_stride, width, cross_eps, BLOCK)
+        tl.store(out_ptr + row * 6 + 4, mean)
+        tl.store(out_ptr + row * 6 + 5, deviation)
+
+
+@triton.jit
+def _normed_pairs(
+    ptr, rows, stride, inside, statistics_ptr, statistics_rows, column, weight_ptr, bias_ptr, pair, in_pairs
+):
+    """The even and the odd channels [rows, h / 2] of one head, after LayerNorm; `column` is its first one."""
+    both = inside[:, None] & in_pairs[None, :]
+    at = ptr + rows[:, None] * stride + (column + 2 * pair)[None, :]
+    mean = tl.load(statistics_ptr + statistics_rows * 6, mask=inside, other=0.0)[:, None]
+    deviation = tl.load(statistics_ptr + statistics_rows * 6 + 1, mask=inside, other=0.0)[:, None]
+    even = (tl.load(at, mask=both, other=0.0).to(tl.float32) - mean) * deviation
+    odd = (tl.load(at + 1, mask=both, other=0.0).to(tl.float32) - mean) * deviation
+    weight = weight_ptr + column + 2 * pair
+    bias = bias_ptr + column + 2 * pair
+    even = even * tl.load(weight, mask=in_pairs, other=0.0).to(tl.float32)[None, :]
+    odd = odd * tl.load(weight + 1, mask=in_pairs, other=0.0).to(tl.float32)[None, :]
+    even += tl.load(bias, mask=in_pairs, other=0.0).to(tl.float32)[None, :]
+    odd += tl.load(bias + 1, mask=in_pairs, other=0.0).to(tl.float32)[None, :]
+    return even, odd
+
+
+@triton.jit
+def _softmax_values(scores, inside, values):
+    """softmax(scores [queries, keys]) values [keys, h], of the keys that are inside."""
+    scores = tl.where(inside[None, :], scores, float("-inf"))
+    weights = tl.exp(scores - tl.max(scores, axis=1)[:, None])
+    total = tl.sum(weights, axis=1)[:, None]
+    return tl.dot(weights.to(values.dtype), values) / total
+
+
+@triton.jit
+def attend(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    cross_ptr,
+    q_stride,
+    k_stride,
+    v_stride,
+    cross_stride,
+    statistics_ptr,
+    q_weight_ptr,
+    q_bias_ptr,
+    k_weight_ptr,
+    k_bias_ptr,
+    cross_weight_ptr,
+    cross_bias_ptr,
+    keys_ptr,
+    values_ptr,
+    keys_sample,
+    keys_group,
+    keys_token,
+    values_sample,
+    values_group,
+    values_token,
+    null_ptr,
+    gate_ptr,
+    cos_ptr,
+    sin_ptr,
+    out_ptr,
+    without,
+    tokens,
+    condition_tokens,
+    heads,
+    heads_per_group,
+    factor,
+    HEAD: tl.constexpr,
+    HALF: tl.constexpr,
+    WIDE: tl.constexpr,
+    QUERIES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    CONDITION: tl.constexpr,
+):
+    """The first `without` samples attend to the null condition, which gives its value whatever the query.
+
+    Rotation turns pairs of channels, and a dot product does not care for their order: even and odd channels
+    stay apart.
+    """
+    sample = (tl.program_id(0) // heads).to(tl.int64)
+    head = tl.program_id(0) % heads
+    group = head // heads_per_group
+    query = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
+    token, condition_token = tl.arange(0, TOKENS), tl.arange(0, CONDITION)
+    pair, channel = tl.arange(0, HALF), tl.arange(0, WIDE)
+    in_queries, in_tokens = query < tokens, token < tokens
+    in_pairs, in_head = pair < HEAD // 2, channel < HEAD
+    first = sample * tokens  # this sample's first row
+    dtype = out_ptr.dtype.element_ty
+
+    turn = (in_queries[:, None] & in_pairs[None, :], query[:, None] * (HEAD // 2) + pair[None, :])
+    cos = tl.load(cos_ptr + turn[1], mask=turn[0], other=0.0)
+    sin = tl.load(sin_ptr + turn[1], mask=turn[0], other=0.0)
+    even, odd = _normed_pairs(
+        q_ptr, first + query, q_stride, in_queries, statistics_ptr, first + query,
+        head * HEAD, q_weight_ptr, q_bias_ptr, pair, in_pairs,
+    )  # fmt: skip
+    q_even, q_odd = (even * cos - odd * sin).to(dtype), (even * sin + odd * cos).to(dtype)
+
+    turn = (in_tokens[:, None] & in_pairs[None, :], token[:, None] * (HEAD // 2) + pair[None, :])
+    k_cos = tl.load(cos_ptr + turn[1], mask=turn[0], other=0.0)
+    k_sin = tl.load(sin_ptr + turn[1], mask=turn[0], other=0.0)
+    even, odd = _normed_pairs(
+        k_ptr, first + token, k_stride, in_tokens, statistics_ptr + 2, first + token,
+        group * HEAD, k_weight_ptr, k_bias_ptr, pair, in_pairs,
+    )  # fmt: skip
+    k_even, k_odd = (even * k_cos - odd * k_sin).to(dtype), (even * k_sin + odd * k_cos).to(dtype)
+    values = tl.load(
+        v_ptr + (first + token)[:, None] * v_stride + (group * HEAD + channel)[None, :],
+        mask=in_tokens[:, None] & in_head[None, :],
+        other=0.0,
+    )
+    scores = (tl.dot(q_even, tl.trans(k_even)) + tl.dot(q_odd, tl.trans(k_odd))) * factor
+    out = _softmax_values(scores, in_tokens, values)
+
+    gate = 2.0 * tl.sigmoid(2.0 * tl.load(gate_ptr + head).to(tl.float32)) - 1.0  # tanh
+    if sample < without:
+        null = tl.load(null_ptr + group * HEAD + channel, mask=in_head, other=0.0).to(tl.float32)
+        out += gate * null[None, :]
+    else:
+        cross_sample = sample - without
+        even, odd = _normed_pairs(
+            cross_ptr, cross_sample * tokens + query, cross_stride, in_queries, statistics_ptr + 4,
+            first + query, head * HEAD, cross_weight_ptr, cross_bias_ptr, pair, in_pairs,
+        )  # fmt: skip
+        q_even, q_odd = (even * cos - odd * sin).to(dtype), (even * sin + odd * cos).to(dtype)
+        in_condition = condition_token < condition_tokens
+        keys = keys_ptr + cross_sample * keys_sample + group * keys_group
+        keys = keys + condition_token[:, None] * keys_token + 2 * pair[None, :]
+        both = in_condition[:, None] & in_pairs[None, :]
+        k_even, k_odd = tl.load(keys, mask=both, other=0.0), tl.load(keys + 1, mask=both, other=0.0)
+        values = values_ptr + cross_sample * values_sample + group * values_group
+        values = tl.load(
+            values + condition_token[:, None] * values_token + channel[None, :],
+            mask=in_condition[:, None] & in_head[None, :],
+            other=0.0,
+        )
+        scores = (tl.dot(q_even, tl.trans(k_even)) + tl.dot(q_odd, tl.trans(k_odd))) * factor
+        out += gate * _softmax_values(scores, in_condition, values)
+
+    tl.store(
+        out_ptr + (first + query)[:, None] * (heads * HEAD) + (head * HEAD + channel)[None, :],
+        out.to(dtype),
+        mask=in_queries[:, None] & in_head[None, :],
+    )
+
+
+@triton.jit
+def swiglu(gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, inner, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < inner
+    gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
+    out = gate * tl.sigmoid(gate) * up
+    tl.store(out_ptr + row * inner + column, out.to(out_ptr.dtype.element_ty), mask=inside)
