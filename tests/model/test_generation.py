@@ -19,7 +19,7 @@ from tests.conftest import randomize, tiny_config
 def test_modulations_are_computed_once_and_are_those_of_every_call(
     solver: str, guidance: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their layers see all times of all samples at once, or are called each time; the samples are the same."""
+    """Their layers see all times of all samples at once, or are called each time; samples are the same."""
     model = BLIP3oDiTModel(tiny_config(flow_matching={"time_shift": 2.0})).eval()
     randomize(model)
     calls, plain = [], NextDiTBlock.modulate
@@ -36,7 +36,8 @@ def test_modulations_are_computed_once_and_are_those_of_every_call(
     assert set(calls) == shapes and len(calls) == len(shapes) * len(model.dit.layers)
     monkeypatch.setattr(generation, "MAX_MODULATION_BYTES", 0)
     calls.clear()
-    torch.testing.assert_close(model.generate(eva, **settings), once, rtol=1e-5, atol=1e-5)
+    each_time = model.generate(eva, **settings)
+    assert (each_time - once).norm() < 1e-4 * once.norm()
     assert len(calls) == network_calls * len(model.dit.layers)
 
 

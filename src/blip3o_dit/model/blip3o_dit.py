@@ -113,7 +113,7 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
                 nn.init.constant_(buffer, 1.0 if name.endswith("std") else 0.0)
 
     def _apply(self, fn: Any, recurse: bool = True) -> BLIP3oDiTModel:
-        """`.to`, `.bfloat16`, `.cuda`, ...: the statistics change device, never dtype."""
+        """`.to`, `.bfloat16`, `.cuda`, ...: the statistics keep their dtype; what was recorded goes."""
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, buffer in before.items():
@@ -121,6 +121,7 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
             if after.dtype != buffer.dtype and not buffer.is_meta:
                 self._buffers[name] = buffer.to(after.device)
         use_cpu_kernels(self)
+        self._graphs = self._graphs and CUDAGraphs()
         return self
 
     def get_input_embeddings(self) -> None:  # type: ignore[override]

@@ -185,8 +185,7 @@ def attend(block: NextDiTBlock, h: Tensor, keys_values: KeysValues, rope: tuple[
         heads // groups,
         size**-0.5,
         HEAD=size,
-        HALF=max(16, triton.next_power_of_2(size // 2)),
-        WIDE=max(16, triton.next_power_of_2(size)),
+        WIDE=max(32, triton.next_power_of_2(size)),  # halves of 16 are the least that is multiplied
         QUERIES=QUERIES,
         TOKENS=max(16, triton.next_power_of_2(tokens)),
         CONDITION=max(16, triton.next_power_of_2(condition_tokens)),

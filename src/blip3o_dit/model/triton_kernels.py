@@ -86,23 +86,37 @@ def norm_statistics(
 
 
 @triton.jit
-def _normed_pairs(
-    ptr, rows, stride, inside, statistics_ptr, statistics_rows, column, weight_ptr, bias_ptr, pair, in_pairs
+def _pairs(x):
+    """[rows, h] -> its even and its odd channels, [rows, h / 2] each."""
+    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+
+
+@triton.jit
+def _normed_and_rotated(
+    ptr,
+    rows,
+    stride,
+    inside,
+    statistics_ptr,
+    statistics_rows,
+    weight_ptr,
+    bias_ptr,
+    channel,
+    in_head,
+    cos,
+    sin,
+    dtype: tl.constexpr,
 ):
-    """The even and the odd channels [rows, h / 2] of one head, after LayerNorm; `column` is its first one."""
-    both = inside[:, None] & in_pairs[None, :]
-    at = ptr + rows[:, None] * stride + (column + 2 * pair)[None, :]
+    """One head's LayerNorm and rotation: the even and the odd channels [rows, h / 2]. All begin at its first
+    channel."""
+    mask = inside[:, None] & in_head[None, :]
+    x = tl.load(ptr + rows[:, None] * stride + channel[None, :], mask=mask, other=0.0).to(tl.float32)
     mean = tl.load(statistics_ptr + statistics_rows * 6, mask=inside, other=0.0)[:, None]
     deviation = tl.load(statistics_ptr + statistics_rows * 6 + 1, mask=inside, other=0.0)[:, None]
-    even = (tl.load(at, mask=both, other=0.0).to(tl.float32) - mean) * deviation
-    odd = (tl.load(at + 1, mask=both, other=0.0).to(tl.float32) - mean) * deviation
-    weight = weight_ptr + column + 2 * pair
-    bias = bias_ptr + column + 2 * pair
-    even = even * tl.load(weight, mask=in_pairs, other=0.0).to(tl.float32)[None, :]
-    odd = odd * tl.load(weight + 1, mask=in_pairs, other=0.0).to(tl.float32)[None, :]
-    even += tl.load(bias, mask=in_pairs, other=0.0).to(tl.float32)[None, :]
-    odd += tl.load(bias + 1, mask=in_pairs, other=0.0).to(tl.float32)[None, :]
-    return even, odd
+    weight = tl.load(weight_ptr + channel, mask=in_head, other=0.0).to(tl.float32)[None, :]
+    bias = tl.load(bias_ptr + channel, mask=in_head, other=0.0).to(tl.float32)[None, :]
+    even, odd = _pairs((x - mean) * deviation * weight + bias)
+    return (even * cos - odd * sin).to(dtype), (even * sin + odd * cos).to(dtype)
 
 
 @triton.jit
@@ -151,7 +165,6 @@ def attend(
     heads_per_group,
     factor,
     HEAD: tl.constexpr,
-    HALF: tl.constexpr,
     WIDE: tl.constexpr,
     QUERIES: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -167,35 +180,32 @@ def attend(
     group = head // heads_per_group
     query = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
     token, condition_token = tl.arange(0, TOKENS), tl.arange(0, CONDITION)
-    pair, channel = tl.arange(0, HALF), tl.arange(0, WIDE)
+    pair, channel = tl.arange(0, WIDE // 2), tl.arange(0, WIDE)
     in_queries, in_tokens = query < tokens, token < tokens
     in_pairs, in_head = pair < HEAD // 2, channel < HEAD
     first = sample * tokens  # this sample's first row
-    dtype = out_ptr.dtype.element_ty
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
 
-    turn = (in_queries[:, None] & in_pairs[None, :], query[:, None] * (HEAD // 2) + pair[None, :])
-    cos = tl.load(cos_ptr + turn[1], mask=turn[0], other=0.0)
-    sin = tl.load(sin_ptr + turn[1], mask=turn[0], other=0.0)
-    even, odd = _normed_pairs(
-        q_ptr, first + query, q_stride, in_queries, statistics_ptr, first + query,
-        head * HEAD, q_weight_ptr, q_bias_ptr, pair, in_pairs,
+    turn = query[:, None] * (HEAD // 2) + pair[None, :]
+    cos = tl.load(cos_ptr + turn, mask=in_queries[:, None] & in_pairs[None, :], other=0.0)
+    sin = tl.load(sin_ptr + turn, mask=in_queries[:, None] & in_pairs[None, :], other=0.0)
+    even, odd = _normed_and_rotated(
+        q_ptr + head * HEAD, first + query, q_stride, in_queries, statistics_ptr, first + query,
+        q_weight_ptr + head * HEAD, q_bias_ptr + head * HEAD, channel, in_head, cos, sin, dtype,
     )  # fmt: skip
-    q_even, q_odd = (even * cos - odd * sin).to(dtype), (even * sin + odd * cos).to(dtype)
-
-    turn = (in_tokens[:, None] & in_pairs[None, :], token[:, None] * (HEAD // 2) + pair[None, :])
-    k_cos = tl.load(cos_ptr + turn[1], mask=turn[0], other=0.0)
-    k_sin = tl.load(sin_ptr + turn[1], mask=turn[0], other=0.0)
-    even, odd = _normed_pairs(
-        k_ptr, first + token, k_stride, in_tokens, statistics_ptr + 2, first + token,
-        group * HEAD, k_weight_ptr, k_bias_ptr, pair, in_pairs,
+    turn = token[:, None] * (HEAD // 2) + pair[None, :]
+    k_cos = tl.load(cos_ptr + turn, mask=in_tokens[:, None] & in_pairs[None, :], other=0.0)
+    k_sin = tl.load(sin_ptr + turn, mask=in_tokens[:, None] & in_pairs[None, :], other=0.0)
+    k_even, k_odd = _normed_and_rotated(
+        k_ptr + group * HEAD, first + token, k_stride, in_tokens, statistics_ptr + 2, first + token,
+        k_weight_ptr + group * HEAD, k_bias_ptr + group * HEAD, channel, in_head, k_cos, k_sin, dtype,
     )  # fmt: skip
-    k_even, k_odd = (even * k_cos - odd * k_sin).to(dtype), (even * k_sin + odd * k_cos).to(dtype)
     values = tl.load(
         v_ptr + (first + token)[:, None] * v_stride + (group * HEAD + channel)[None, :],
         mask=in_tokens[:, None] & in_head[None, :],
         other=0.0,
     )
-    scores = (tl.dot(q_even, tl.trans(k_even)) + tl.dot(q_odd, tl.trans(k_odd))) * factor
+    scores = (tl.dot(even, tl.trans(k_even)) + tl.dot(odd, tl.trans(k_odd))) * factor
     out = _softmax_values(scores, in_tokens, values)
 
     gate = 2.0 * tl.sigmoid(2.0 * tl.load(gate_ptr + head).to(tl.float32)) - 1.0  # tanh
@@ -204,23 +214,23 @@ def attend(
         out += gate * null[None, :]
     else:
         cross_sample = sample - without
-        even, odd = _normed_pairs(
-            cross_ptr, cross_sample * tokens + query, cross_stride, in_queries, statistics_ptr + 4,
-            first + query, head * HEAD, cross_weight_ptr, cross_bias_ptr, pair, in_pairs,
+        even, odd = _normed_and_rotated(
+            cross_ptr + head * HEAD, cross_sample * tokens + query, cross_stride, in_queries,
+            statistics_ptr + 4, first + query, cross_weight_ptr + head * HEAD, cross_bias_ptr + head * HEAD,
+            channel, in_head, cos, sin, dtype,
         )  # fmt: skip
-        q_even, q_odd = (even * cos - odd * sin).to(dtype), (even * sin + odd * cos).to(dtype)
         in_condition = condition_token < condition_tokens
+        both = in_condition[:, None] & in_head[None, :]
         keys = keys_ptr + cross_sample * keys_sample + group * keys_group
-        keys = keys + condition_token[:, None] * keys_token + 2 * pair[None, :]
-        both = in_condition[:, None] & in_pairs[None, :]
-        k_even, k_odd = tl.load(keys, mask=both, other=0.0), tl.load(keys + 1, mask=both, other=0.0)
+        keys = tl.load(keys + condition_token[:, None] * keys_token + channel[None, :], mask=both, other=0.0)
+        k_even, k_odd = _pairs(keys)
         values = values_ptr + cross_sample * values_sample + group * values_group
         values = tl.load(
             values + condition_token[:, None] * values_token + channel[None, :],
-            mask=in_condition[:, None] & in_head[None, :],
+            mask=both,
             other=0.0,
         )
-        scores = (tl.dot(q_even, tl.trans(k_even)) + tl.dot(q_odd, tl.trans(k_odd))) * factor
+        scores = (tl.dot(even, tl.trans(k_even)) + tl.dot(odd, tl.trans(k_odd))) * factor
         out += gate * _softmax_values(scores, in_condition, values)
 
     tl.store(
