@@ -87,12 +87,13 @@ def paper_config(**sizes: Any) -> BLIP3oDiTConfig:
 def untrained(config: BLIP3oDiTConfig, *, dtype: torch.dtype = torch.float32) -> BLIP3oDiTModel:
     """Random weights without zero gates, so that no part of the network is idle."""
     torch.manual_seed(0)
-    model = BLIP3oDiTModel(config).to(dtype)
+    with device():  # a billion numbers take twenty seconds to draw on one core
+        model = BLIP3oDiTModel(config).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.02)
-    return model.to(device())
+    return model
 
 
 def machine() -> dict[str, Any]:

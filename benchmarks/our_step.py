@@ -62,6 +62,7 @@ def our_step(
             "device": "cuda" if device().type == "cuda" else "cpu",
             **PAPER_RECIPE,
             "ema_decay": TrainingConfig.ema_decay,
+            "batch_size": len(inputs["index"]),
             **settings,
         }
     )
@@ -71,6 +72,7 @@ def our_step(
     trainer = BLIP3oTrainer(model, arguments, config=config, train_dataset=dataset)
     prepared, trainer.optimizer = trainer.accelerator.prepare(model, trainer.create_optimizer())
     prepared.train()
+    trainer.record_passes()
 
     def gradients() -> None:
         with trainer.compute_loss_context_manager():

@@ -55,6 +55,7 @@ from blip3o_dit.training.fit_source import SourceFolds, load_folds
 from blip3o_dit.training.fsdp import check_sharding, keep_the_dtype_rule, let_generate
 from blip3o_dit.training.metrics import Throughput, TrainingMetrics, measure_throughput
 from blip3o_dit.training.optimizer_state import gathered_state, load_optimizer, save_optimizer, unwrapped
+from blip3o_dit.training.recorded_passes import can_record, record_passes
 from blip3o_dit.training.stopping import StopRequest, outlive_stops
 from blip3o_dit.utils.atomic import written_aside
 from blip3o_dit.utils.distributed import Processes
@@ -147,6 +148,13 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         """The model, outside of whatever wraps it for several processes."""
         assert isinstance(self.model, BLIP3oDiTModel)
         return self.model
+
+    def record_passes(self) -> None:
+        """Where that can be done (see `recorded_passes.py`)."""
+        if can_record(self.config, self.args):
+            config = self.config
+            dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
+            record_passes(self.unwrapped_model, config.batch_size, dtype)
 
     @abstractmethod
     def loss_again(self, batch: dict[str, Any]) -> Tensor:
@@ -398,6 +406,7 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         let_generate(self.unwrapped_model)
         if self.ema is not None:
             self.ema.lay_out_like(self.unwrapped_model)
+        self.record_passes()
         assert all(name in vars(self) for name in PRIVATE_SUMS), "the Trainer sums its loss elsewhere"
         # The Trainer would go on with the intervals that the checkpoint was written with.
         self.state.compute_steps(self.args, self.state.max_steps)

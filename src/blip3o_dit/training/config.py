@@ -117,6 +117,10 @@ class TrainingConfig:
     compile: bool = setting(
         False, "compile the blocks with torch.compile (takes a minute or more at the start)"
     )
+    cuda_graphs: bool = setting(
+        True,
+        "launch forward and backward pass at once; on one GPU, without checkpointing and accumulation",
+    )
 
     num_epochs: float = setting(10.0, "passes over the training split", check=_positive)
     max_steps: int = setting(

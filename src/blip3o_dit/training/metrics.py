@@ -180,8 +180,10 @@ def matmul_rate(config: BLIP3oDiTConfig, batch_size: int, device: torch.device, 
     """Floating point operations per second of the network's largest product here, the median of five."""
     rows, d, ffn = batch_size * config.num_tokens, config.model_dim, config.ffn_dim
     assert ffn is not None
-    x = torch.ones(rows, d, device=device, dtype=dtype)
-    weight = torch.ones(2 * ffn, d, device=device, dtype=dtype)
+    # Products of constants are up to 13 % faster on a GPU.
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(rows, d, device=device, generator=generator).to(dtype)
+    weight = torch.randn(2 * ffn, d, device=device, generator=generator).to(dtype)
     seconds = []
     for _ in range(6):
         _synchronize(device)

@@ -1,0 +1,106 @@
+"""Recorded training passes, with the recording imitated: when there is one, and what is replayed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from blip3o_dit.data.store import EmbeddingStore
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.training import base_trainer
+from blip3o_dit.training.recorded_passes import can_record, record_passes
+from tests.conftest import tiny_config
+from tests.helpers.stores import write_linear_store
+from tests.helpers.training import make_trainer
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
+    return write_linear_store(tmp_path_factory.mktemp("data") / "store")
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[list[torch.Size]]:
+    """The shapes that were recorded, then those that were replayed."""
+    shapes: list[list[torch.Size]] = []
+
+    def make_graphed_callables(module: Any, example: tuple[torch.Tensor, ...], **_: Any) -> Any:
+        plain = module.forward
+        assert module.training
+
+        def replayed(*inputs: torch.Tensor) -> torch.Tensor:
+            shapes.append([held.shape for held in inputs])
+            return plain(*inputs)
+
+        replayed(*example)
+        module.forward = replayed
+        return module
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed_callables)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: torch.no_grad())
+    return shapes
+
+
+@pytest.mark.parametrize("source", ["noise", "ridge"])
+def test_full_batches_are_replayed_in_training_only(recorded: list[list[torch.Size]], source: str) -> None:
+    model = BLIP3oDiTModel(tiny_config(flow_matching={"source": source}))
+    record_passes(model, 3, None)
+    assert len(recorded) == 1 and len(recorded[0]) == (3 if source == "noise" else 4)
+    inputs = {n: (torch.randn(n, 9, 8), torch.rand(n), torch.randn(n, 9, 12)) for n in (2, 3)}
+    model(*inputs[3])
+    assert recorded[1] == recorded[0]
+    model(*inputs[2])  # a last batch that is not full
+    with torch.no_grad():
+        model(*inputs[3])
+    model.eval()
+    model(*inputs[3])
+    assert len(recorded) == 2
+
+
+def test_a_run_records_before_its_first_batch_and_ends_with_the_same_weights(
+    store: EmbeddingStore,
+    tmp_path: Path,
+    recorded: list[list[torch.Size]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = make_trainer(store, tmp_path / "plain", max_steps=3)
+    plain.train()
+    assert not recorded  # on a CPU
+    monkeypatch.setattr(base_trainer, "can_record", lambda *_: True)
+    trainer = make_trainer(store, tmp_path / "recorded", max_steps=3)
+    trainer.train()
+    assert len(recorded) == 4
+    pairs = zip(plain.unwrapped_model.parameters(), trainer.unwrapped_model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, True),
+        ({"compile": True}, True),
+        ({"cuda_graphs": False}, False),
+        ({"gradient_checkpointing": True}, False),
+        ({"selective_checkpointing": True}, False),
+        ({"gradient_accumulation_steps": 2}, False),
+        ({"memory": "low"}, False),
+        ({"world_size": 2}, False),
+        ({"device": "cpu"}, False),
+    ],
+)
+def test_when_passes_are_recorded(settings: dict[str, Any], expected: bool) -> None:
+    usual = {
+        "cuda_graphs": True,
+        "gradient_checkpointing": False,
+        "selective_checkpointing": False,
+        "gradient_accumulation_steps": 1,
+        "memory": "default",
+    }
+    arguments = SimpleNamespace(
+        world_size=settings.get("world_size", 1), device=torch.device(settings.get("device", "cuda"))
+    )
+    assert can_record(SimpleNamespace(**usual | settings), arguments) == expected  # type: ignore[arg-type]
