@@ -34,7 +34,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.measure import Row, described, machine, markdown, paper_config, synchronize, untrained
+from benchmarks.measure import (
+    Row,
+    block_flops,
+    block_matrices,
+    described,
+    machine,
+    markdown,
+    paper_config,
+    synchronize,
+    untrained,
+)
 from benchmarks.our_step import RandomEmbeddings, our_step, random_batch
 from blip3o_dit.data.embeddings import open_embeddings
 from blip3o_dit.data.store import StoreWriter
@@ -307,7 +317,7 @@ def measure_generation(setup: Setup) -> Iterator[Row]:
     """The default network in bfloat16, from conditions on the GPU to tokens on the GPU."""
     rate, bandwidth = product_rate(), copy_bandwidth()
     model = untrained(paper_config(), dtype=torch.bfloat16).eval()
-    weights = sum(p.nbytes for p in model.parameters())
+    matrices = block_matrices(model, condition=False)
     config, before = model.config, ""
     for way, batch, guidance, calls in GENERATIONS:
         if way != before:
@@ -318,8 +328,9 @@ def measure_generation(setup: Setup) -> Iterator[Row]:
         first, second = _seconds(run), _seconds(run)  # the second one is recorded
         seconds = _median_seconds(run, 2 if way == "plain" else 7)
         rows_of_x = batch * config.num_tokens * (2 if guidance != 1.0 else 1)
-        # Each call multiplies every token by almost every weight, and reads the weights once.
-        floor = calls * max(weights * rows_of_x / rate, weights / bandwidth)
+        # Each call multiplies every token by the blocks' matrices, and reads them once.
+        reading = sum(matrix.nbytes for matrix in matrices) / bandwidth
+        floor = calls * max(block_flops(matrices, rows_of_x) / rate, reading)
         yield {
             "figure": f"generate, batch {batch}, guidance {guidance:g}, {calls} calls, {way}",
             "seconds": seconds,

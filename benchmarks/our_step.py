@@ -72,7 +72,6 @@ def our_step(
     trainer = BLIP3oTrainer(model, arguments, config=config, train_dataset=dataset)
     prepared, trainer.optimizer = trainer.accelerator.prepare(model, trainer.create_optimizer())
     prepared.train()
-    trainer.record_passes()
 
     def gradients() -> None:
         with trainer.compute_loss_context_manager():
@@ -91,6 +90,7 @@ def our_step(
     if not config.compile:
         _check_products(gradients, torch.bfloat16 if bf16 else torch.float32)
         trainer.optimizer.zero_grad()
+    trainer.record_passes()  # what is replayed cannot be checked
     return step
 
 
