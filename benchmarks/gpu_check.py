@@ -171,7 +171,7 @@ def check_training(setup: Setup) -> list[Row]:
     where = setup.device.type
     kinds: dict[str, dict[str, Any]] = {"float32": {}, "bfloat16": {"bf16": True}}
     if where == "cuda":
-        kinds["bfloat16 without graphs"] = {"bf16": True, "cuda_graphs": False}
+        kinds["bfloat16 recorded"] = {"bf16": True, "cuda_graphs": True}
     if where == "cuda":
         kinds["float16"] = {"fp16": True}
     if importlib.util.find_spec("torchao") and not setup.quick:
@@ -180,15 +180,20 @@ def check_training(setup: Setup) -> list[Row]:
         with _uncompiled():  # torchao compiles its optimizer, for ten seconds a step
             found = _losses(setup, where, **settings)
         rows.append(
-            _compared(f"training in {name}", found, expected, LOSS_TOLERANCE[name.split(" without")[0]])
+            _compared(f"training in {name}", found, expected, LOSS_TOLERANCE[name.removesuffix(" recorded")])
         )
     return rows
 
 
 def check_resume(setup: Setup) -> list[Row]:
     """A run that continues from a checkpoint ends with the very weights of the uninterrupted one."""
+    on_cpu = setup.device.type == "cpu"
+    return [_resumed(setup, cuda_graphs=graphs) for graphs in ((False,) if on_cpu else (False, True))]
+
+
+def _resumed(setup: Setup, **more: bool) -> Row:
     named = {field.name for field in fields(TrainingConfig)}
-    settings: dict[str, Any] = {"bf16": True, "save_steps": 2, "max_steps": 4}
+    settings: dict[str, Any] = {"bf16": True, "save_steps": 2, "max_steps": 4, **more}
     settings |= {"deterministic": True} if "deterministic" in named else {}
     with tempfile.TemporaryDirectory() as folder, _algorithms_restored():
         data, root = _write_store(setup, Path(folder) / "store"), Path(folder)
@@ -197,8 +202,9 @@ def check_resume(setup: Setup) -> list[Row]:
         train(again, resume=root / "whole" / "checkpoint-2")
         first, second = (load_file(root / name / "model.safetensors") for name in ("whole", "again"))
     different = [name for name in first if not torch.equal(first[name], second[name])]
-    row = {"check": "resume bit for bit", "found": len(different), "at most": 0, "ok": not different}
-    return [row if "deterministic" in settings else row | {"check": "resume bit for bit, no --deterministic"}]
+    what = "resume bit for bit" + (", recorded" if more["cuda_graphs"] else "")
+    what += "" if "deterministic" in settings else ", no --deterministic"
+    return {"check": what, "found": len(different), "at most": 0, "ok": not different}
 
 
 def _losses(setup: Setup, device: str, **settings: Any) -> Tensor:
@@ -344,11 +350,11 @@ def measure_generation(setup: Setup) -> Iterator[Row]:
 
 
 TRAININGS: list[tuple[int, dict[str, Any]]] = [
-    (32, {"cuda_graphs": False}),
     (32, {}),
-    (128, {}),
+    (32, {"cuda_graphs": True}),
+    (128, {"cuda_graphs": True}),
     (128, {"gradient_checkpointing": True}),
-    (128, {"compile": True}),
+    (128, {"cuda_graphs": True, "compile": True}),
 ]
 
 
@@ -370,7 +376,9 @@ def measure_training(setup: Setup) -> Iterator[Row]:
         floor = 6 * count * tokens / rate + 2 * 5 * 4 * count / bandwidth
         asked = TrainingConfig(batch_size=batch, bf16=True, **settings)
         yield {
-            "figure": ", ".join([f"training step, batch {batch}", *(_setting(*s) for s in settings.items())]),
+            "figure": ", ".join(
+                [f"training step, batch {batch}", *(name.replace("_", " ") for name in settings)]
+            ),
             "seconds": seconds,
             "samples/s": batch / seconds,
             "mfu": PASSES_PER_STEP * forward_flops(model.config) * batch / seconds / rate,
@@ -380,10 +388,6 @@ def measure_training(setup: Setup) -> Iterator[Row]:
             "forecast GiB": forecast(asked, model.config, torch.device("cuda")).total / GIB,
         }
         del step, model
-
-
-def _setting(name: str, value: bool) -> str:
-    return name.replace("_", " ") if value else f"no {name.replace('_', ' ')}"
 
 
 def _seconds(function: Callable[[], Any]) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,11 +11,11 @@ import torch
 
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
-from blip3o_dit.training import base_trainer
-from blip3o_dit.training.recorded_passes import can_record, record_passes
+from blip3o_dit.training.arguments import training_arguments
+from blip3o_dit.training.recorded_passes import record_passes
 from tests.conftest import tiny_config
 from tests.helpers.stores import write_linear_store
-from tests.helpers.training import make_trainer
+from tests.helpers.training import config_for, make_trainer
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +65,12 @@ def test_a_run_records_before_its_first_batch_and_ends_with_the_same_weights(
     store: EmbeddingStore,
     tmp_path: Path,
     recorded: list[list[torch.Size]],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plain = make_trainer(store, tmp_path / "plain", max_steps=3)
     plain.train()
-    assert not recorded  # on a CPU
-    monkeypatch.setattr(base_trainer, "can_record", lambda *_: True)
+    assert not recorded
     trainer = make_trainer(store, tmp_path / "recorded", max_steps=3)
+    trainer.config = replace(trainer.config, cuda_graphs=True)
     trainer.train()
     assert len(recorded) == 4
     pairs = zip(plain.unwrapped_model.parameters(), trainer.unwrapped_model.parameters(), strict=True)
@@ -79,28 +78,17 @@ def test_a_run_records_before_its_first_batch_and_ends_with_the_same_weights(
 
 
 @pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({}, True),
-        ({"compile": True}, True),
-        ({"cuda_graphs": False}, False),
-        ({"gradient_checkpointing": True}, False),
-        ({"selective_checkpointing": True}, False),
-        ({"gradient_accumulation_steps": 2}, False),
-        ({"memory": "low"}, False),
-        ({"world_size": 2}, False),
-        ({"device": "cpu"}, False),
-    ],
+    "setting", ["gradient_checkpointing", "selective_checkpointing", "gradient_accumulation_steps", "memory"]
 )
-def test_when_passes_are_recorded(settings: dict[str, Any], expected: bool) -> None:
-    usual = {
-        "cuda_graphs": True,
-        "gradient_checkpointing": False,
-        "selective_checkpointing": False,
-        "gradient_accumulation_steps": 1,
-        "memory": "default",
-    }
-    arguments = SimpleNamespace(
-        world_size=settings.get("world_size", 1), device=torch.device(settings.get("device", "cuda"))
-    )
-    assert can_record(SimpleNamespace(**usual | settings), arguments) == expected  # type: ignore[arg-type]
+def test_what_recorded_passes_do_not_go_with_is_refused(
+    store: EmbeddingStore, tmp_path: Path, setting: str
+) -> None:
+    settings: dict[str, Any] = {"gradient_accumulation_steps": 2, "memory": "low"}
+    with pytest.raises(ValueError, match=f"cuda_graphs: expected none with {setting}"):
+        config_for(store, tmp_path, cuda_graphs=True, **{setting: settings.get(setting, True)})
+
+
+def test_recorded_passes_without_a_gpu_are_refused(store: EmbeddingStore, tmp_path: Path) -> None:
+    config = config_for(store, tmp_path, cuda_graphs=True)
+    with pytest.raises(ValueError, match="--cuda_graphs: expected one process on a GPU, found a CPU"):
+        training_arguments(config, evaluate=False)

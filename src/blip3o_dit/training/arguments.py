@@ -64,6 +64,11 @@ def training_arguments(config: TrainingConfig, *, evaluate: bool) -> TrainingArg
     # Without a launcher the Trainer would spread one process over all GPUs (DataParallel); use one.
     arguments._n_gpu = min(1, arguments.n_gpu)
     check_launch(arguments.world_size)
+    if config.cuda_graphs and (on_cpu or arguments.world_size > 1):
+        raise ValueError(
+            "--cuda_graphs: expected one process on a GPU, found "
+            + (f"{arguments.world_size} processes" if arguments.world_size > 1 else "a CPU")
+        )
     asked = launcher_precision()
     if any(not getattr(config, name) for name in asked):
         raise ValueError(

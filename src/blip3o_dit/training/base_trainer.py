@@ -55,7 +55,7 @@ from blip3o_dit.training.fit_source import SourceFolds, load_folds
 from blip3o_dit.training.fsdp import check_sharding, keep_the_dtype_rule, let_generate
 from blip3o_dit.training.metrics import Throughput, TrainingMetrics, measure_throughput
 from blip3o_dit.training.optimizer_state import gathered_state, load_optimizer, save_optimizer, unwrapped
-from blip3o_dit.training.recorded_passes import can_record, record_passes
+from blip3o_dit.training.recorded_passes import record_passes
 from blip3o_dit.training.stopping import StopRequest, outlive_stops
 from blip3o_dit.utils.atomic import written_aside
 from blip3o_dit.utils.distributed import Processes
@@ -150,9 +150,9 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         return self.model
 
     def record_passes(self) -> None:
-        """Where that can be done (see `recorded_passes.py`)."""
-        if can_record(self.config, self.args):
-            config = self.config
+        """The passes of a training step as CUDA graphs, if that was asked for."""
+        config = self.config
+        if config.cuda_graphs:
             dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
             record_passes(self.unwrapped_model, config.batch_size, dtype)
 

@@ -118,8 +118,8 @@ class TrainingConfig:
         False, "compile the blocks with torch.compile (takes a minute or more at the start)"
     )
     cuda_graphs: bool = setting(
-        True,
-        "launch forward and backward pass at once; on one GPU, without checkpointing and accumulation",
+        False,
+        "launch forward and backward pass as CUDA graphs, for one GPU that waits for its launches",
     )
 
     num_epochs: float = setting(10.0, "passes over the training split", check=_positive)
@@ -236,6 +236,14 @@ class TrainingConfig:
             raise ValueError("fp16 and bf16: expected at most one of them, found both")
         if self.memory == "low" and self.fp16:
             raise ValueError("memory: low keeps the weights in bfloat16, expected no fp16 beside it")
+        for name, given in {
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "selective_checkpointing": self.selective_checkpointing,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps > 1,
+            "memory low": self.memory == "low",
+        }.items():
+            if self.cuda_graphs and given:
+                raise ValueError(f"cuda_graphs: expected none with {name}")
         if self.compile and self.selective_checkpointing:
             raise ValueError(
                 "selective_checkpointing: expected none with compile, which itself recomputes what is cheap"
