@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import importlib
 import io
@@ -13,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from blip3o_dit.cli.parser import CommandParser
 from blip3o_dit.utils.errors import ReadError, StoppedEarly, WriteError
 from blip3o_dit.utils.json_files import escaped
 from blip3o_dit.utils.logging import quiet_torchao
@@ -25,18 +25,25 @@ INTERRUPTED, READER_GONE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
 
 def command_module(name: str) -> Any:
-    """The module of a command: `add_arguments(parser)` and `run(arguments)`."""
+    """The module of a command: `EXAMPLES`, `add_arguments(parser)` and `run(arguments)`."""
     return importlib.import_module(f"blip3o_dit.cli.{name.replace('-', '_')}")
+
+
+def command_parser(name: str, prog: str | None = None, description: str | None = None) -> CommandParser:
+    """The parser of the command of this name."""
+    command = command_module(name)
+    prog = prog or f"blip3o-dit {name}"
+    parser = CommandParser(prog=prog, description=description, examples=command.EXAMPLES)
+    command.add_arguments(parser)
+    return parser
 
 
 def run_named(name: str, argv: Sequence[str] | None, *, prog: str, description: str) -> int:
     """Import the command of this name, parse its arguments and run it; returns the exit status."""
 
     def run() -> None:
-        command = command_module(name)
-        parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
-        command.add_arguments(parser)
-        command.run(parser.parse_args(argv))
+        arguments = command_parser(name, prog, description).parse_args(argv)
+        command_module(name).run(arguments)
 
     set_up_logging()
     return run_command(run)
