@@ -9,7 +9,10 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from blip3o_dit.cli.parser import CommandParser
@@ -60,7 +63,8 @@ def run_command(command: Callable[[], None]) -> int:
     """
     try:
         try:
-            command()
+            with _leaving_imports_at_once():
+                command()
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
@@ -74,6 +78,34 @@ def run_command(command: Callable[[], None]) -> int:
         sys.stderr.write(f"{kind}: {user_message(error)}\n")
         return exit_status(error)
     return 0
+
+
+@contextmanager
+def _leaving_imports_at_once() -> Iterator[None]:
+    """Inside, control-C during an import ends the process, with the line.
+
+    Libraries meet the exception where they look for something else and go on, or say that they are broken;
+    there is nothing yet to save.
+    """
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not ours or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, _on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _on_interrupt(number: int, frame: FrameType | None) -> None:
+    outer = frame
+    while outer is not None and outer.f_code.co_filename != "<frozen importlib._bootstrap>":
+        outer = outer.f_back
+    if outer is None or os.environ.get(TRACEBACK_VARIABLE):
+        signal.default_int_handler(number, frame)
+    os.write(2, b"stopped: interrupted\n")
+    os._exit(INTERRUPTED)
 
 
 def exit_status(error: BaseException) -> int:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from blip3o_dit.cli.arguments import add_flags, given_settings
-from blip3o_dit.cli.command import run_named
-from blip3o_dit.cli.main import COMMANDS
+from blip3o_dit.cli.main import run_script
 from blip3o_dit.cli.parser import CommandParser
 from blip3o_dit.extraction.config import ExtractionConfig
 from blip3o_dit.extraction.sources.patterns import one_place
@@ -72,11 +70,9 @@ def run(arguments: argparse.Namespace) -> None:
         logger.info("%s: the same as the documented pickle", output)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """The documented script."""
-    return run_named(
-        "extract", argv, prog="extract_embeddings_production.py", description=COMMANDS["extract"]
-    )
+    return run_script("extract", "extract_embeddings_production.py", argv)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""The command `blip3o-dit`: finds the command that was named, and imports only that one."""
+"""The command `blip3o-dit`: finds the command that was named, and imports only that one.
+
+Nothing is imported before `main` is called, which can then say in one line that it was interrupted.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 
-from blip3o_dit import __version__
-from blip3o_dit.cli.command import command_module, run_named
-from blip3o_dit.cli.parser import CommandParser
+TYPE_CHECKING = False  # without `typing`
+if TYPE_CHECKING:
+    from blip3o_dit.cli.parser import CommandParser
 
 # In the order of their use: modules of this package with `add_arguments(parser)` and `run(arguments)`
 COMMANDS = {
@@ -35,22 +37,36 @@ EXAMPLES = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
+    """Run the command that the words name; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if "_ARGCOMPLETE" in os.environ:
         complete()
     if words and words[0] in COMMANDS:
-        return run_named(words[0], words[1:], prog=f"blip3o-dit {words[0]}", description=COMMANDS[words[0]])
+        return run_script(words[0], f"blip3o-dit {words[0]}", words[1:])
     parser = _bare_parser()
-    parser.add_argument("command", nargs="?", choices=list(COMMANDS), metavar="COMMAND", help="see below")
+    parser.add_argument("command", nargs="?", choices=list(COMMANDS), metavar="COMMAND", help="see above")
     parser.parse_args(words)
     parser.print_help()
     return 0
 
 
+def run_script(command: str, prog: str, argv: list[str] | None = None) -> int:
+    """Run one command, under the name of a script; returns the exit status."""
+    try:
+        from blip3o_dit.cli.command import run_named
+
+        return run_named(command, argv, prog=prog, description=COMMANDS[command])
+    except KeyboardInterrupt:  # before `run_command` was there to say so
+        sys.stderr.write("stopped: interrupted\n")
+        return 130
+
+
 def complete() -> None:
     """Answer the shell, which asks by environment variables what a line may go on with, and exit."""
     import argcomplete
+
+    from blip3o_dit.cli.command import command_module
 
     parser, words = _bare_parser(), os.environ["COMP_LINE"].split()
     commands = parser.add_subparsers()
@@ -62,6 +78,9 @@ def complete() -> None:
 
 
 def _bare_parser() -> CommandParser:
+    from blip3o_dit import __version__
+    from blip3o_dit.cli.parser import CommandParser
+
     listed = "\n".join(f"  {name:<18} {what}" for name, what in COMMANDS.items())
     parser = CommandParser(
         prog="blip3o-dit",

@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from blip3o_dit.cli.arguments import add_flags, given_settings
-from blip3o_dit.cli.command import run_named
-from blip3o_dit.cli.main import COMMANDS
+from blip3o_dit.cli.main import run_script
 from blip3o_dit.cli.parser import CommandParser
 from blip3o_dit.training.config import NOTED, SIZES, STARTING, TrainingConfig
 
@@ -113,9 +111,9 @@ def _checkpoint(given: str | None, output: Path) -> Path | None:
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """The documented script."""
-    return run_named("train", argv, prog="train_blip3o_dit.py", description=COMMANDS["train"])
+    return run_script("train", "train_blip3o_dit.py", argv)
 
 
 if __name__ == "__main__":
