@@ -150,6 +150,10 @@ def test_a_bug_of_ours_is_not_dressed_up_as_a_mistake(monkeypatch: pytest.Monkey
 def test_one_line_messages() -> None:
     assert user_message(ValueError("a\n  b")) == "a b"
     assert (
+        user_message(ValueError("s: there (overwrite=True replaces it)"))
+        == "s: there (--overwrite replaces it)"
+    )
+    assert (
         user_message(FileNotFoundError(2, "No such file or directory", "x")) == "x: No such file or directory"
     )
 

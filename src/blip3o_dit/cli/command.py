@@ -118,12 +118,16 @@ def exit_status(error: BaseException) -> int:
 
 
 def user_message(error: BaseException) -> str:
-    """One line: what a user is told of an error."""
+    """One line: what a user of the command line is told of an error.
+
+    The library names the argument of its functions that replaces what is there; here it is a flag.
+    """
     if isinstance(error, OSError) and error.filename is not None:
         return escaped(f"{error.filename}: {error.strerror}")
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    return escaped(" ".join(str(error).split())) or type(error).__name__
+    text = " ".join(str(error).split()).replace("overwrite=True", "--overwrite")
+    return escaped(text) or type(error).__name__
 
 
 def set_up_logging() -> None:
