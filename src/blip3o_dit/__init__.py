@@ -5,9 +5,10 @@ The public names are imported when first used, so that importing the package sta
 
 from __future__ import annotations
 
-TYPE_CHECKING = False  # `typing` itself takes a tenth of the time of a command's help
-if TYPE_CHECKING:
-    from typing import Any
+from importlib import import_module
+from typing import Any
+
+from blip3o_dit.utils.logging import quiet_torchao
 
 __version__ = "0.1.0"
 
@@ -27,12 +28,12 @@ _HOMES = {
 
 __all__ = ["__version__", *_HOMES]
 
+quiet_torchao()  # which transformers imports, by whichever module of ours comes first
+
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'blip3o_dit' has no attribute {name!r}")
-    from importlib import import_module
-
     return getattr(import_module(_HOMES[name]), name)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from blip3o_dit.cli.parser import CommandParser
 from blip3o_dit.utils.errors import ReadError, StoppedEarly, WriteError
 from blip3o_dit.utils.json_files import escaped
-from blip3o_dit.utils.logging import quiet_torchao
+from blip3o_dit.utils.logging import quiet_libraries
 
 TRACEBACK_VARIABLE = "BLIP3O_DIT_TRACEBACK"
 
@@ -135,14 +135,19 @@ def set_up_logging() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    quiet_torchao()
+    quiet_libraries()
     main_process = os.environ.get("RANK", "0") == "0"
     logger = logging.getLogger("blip3o_dit")
     logger.setLevel(logging.INFO if main_process else logging.WARNING)
     if not logger.handlers:
-        handler = _Console()
+        handler, errors = _Console(), _Console()
         handler.setFormatter(_EscapingFormatter("%(message)s"))
         logger.addHandler(handler)
+        # Of what libraries log Python would show the warnings, too.
+        errors.setLevel(logging.ERROR)
+        errors.setFormatter(_EscapingFormatter("%(name)s: %(message)s"))
+        errors.addFilter(lambda record: not record.name.startswith("blip3o_dit"))
+        logging.getLogger().addHandler(errors)
 
 
 class _Console(logging.StreamHandler):
