@@ -1,4 +1,4 @@
-from blip3o_dit.cli.train import main
+from blip3o_dit.cli.main import run_script
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_script("train", "train_blip3o_dit.py"))

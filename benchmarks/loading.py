@@ -28,6 +28,7 @@ import torch.multiprocessing
 from torch.utils.data import DataLoader
 
 from benchmarks.measure import Row
+from blip3o_dit.data.choices import SHUFFLES
 from blip3o_dit.data.dataset import (
     BatchNoise,
     EmbeddingDataset,
@@ -41,7 +42,6 @@ from blip3o_dit.data.shard_writer import write_shard
 from blip3o_dit.data.statistics import streamed_statistics
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.data.worker_batches import whole_batch
-from blip3o_dit.training.config import SHUFFLES
 
 SIZES = TOKENS, CONDITION, TARGET = 64, 1280, 768
 BYTES_PER_SAMPLE = 2 * TOKENS * (CONDITION + TARGET)

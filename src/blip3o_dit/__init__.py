@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from blip3o_dit.utils.logging import quiet_torchao
+
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -25,6 +27,8 @@ _HOMES = {
 }
 
 __all__ = ["__version__", *_HOMES]
+
+quiet_torchao()  # which transformers imports, by whichever module of ours comes first
 
 
 def __getattr__(name: str) -> Any:

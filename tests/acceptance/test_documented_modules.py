@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from blip3o_dit.cli import generate
+from blip3o_dit.cli.command import command_parser
 from blip3o_dit.flow.config import FlowMatchingConfig
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.training.config import TrainingConfig
@@ -116,6 +115,5 @@ def test_documented_settings() -> None:
     FlowMatchingConfig(prediction_type="epsilon", schedule_type="cosine")
     training = TrainingConfig()
     assert (training.batch_size, training.learning_rate, training.eval_split) == (32, 1e-4, 0.1)
-    parser = argparse.ArgumentParser()
-    generate.add_arguments(parser)
+    parser = command_parser("generate")
     assert parser.parse_args(["model", "data", "out", "--num_inference_steps", "7"]).num_inference_steps == 7

@@ -93,7 +93,7 @@ def test_the_command_replaces_nothing_unless_told(tmp_path: Path, capsys: pytest
     store, file = str(write(tmp_path / "s").path), tmp_path / "e.npz"
     file.write_text("mine")
     assert main(["export-embeddings", store, str(file)]) == 2
-    assert file.read_text() == "mine" and "found one (overwrite it?)" in capsys.readouterr().err
+    assert file.read_text() == "mine" and "found one (--overwrite replaces it)" in capsys.readouterr().err
     assert main(["export-embeddings", store, str(file), "--overwrite"]) == 0
     assert open_embeddings(file).num_samples == 4
     assert main(["export-embeddings", store, str(tmp_path / "e.h5")]) == 2

@@ -155,7 +155,7 @@ def test_what_may_change(
 )
 def test_what_may_not_change(begun: ExtractionConfig, changes: dict[str, Any]) -> None:
     name = next(iter(changes))
-    with pytest.raises(ValueError, match=rf"settings\.{name} is .*--overwrite"):
+    with pytest.raises(ValueError, match=rf"settings\.{name} is .*overwrite=True"):
         extract(replace(begun, **changes), progress=False)
 
 

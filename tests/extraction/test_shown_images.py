@@ -14,8 +14,9 @@ from blip3o_dit.extraction import shown_images
 from blip3o_dit.extraction.config import ExtractionConfig
 from blip3o_dit.extraction.extract import extract
 from blip3o_dit.extraction.shown_images import images_of_store
-from blip3o_dit.extraction.sources.image_list import ImageList, ListingOptions
+from blip3o_dit.extraction.sources.image_list import ImageList
 from blip3o_dit.extraction.sources.listing import list_images
+from blip3o_dit.extraction.sources.options import ListingOptions
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from random import Random
 
 from PIL import Image
 
-from blip3o_dit.cli.command import command_module
+from blip3o_dit.cli.command import command_parser
 from blip3o_dit.cli.main import COMMANDS, main
 from tests.data.test_safe_unpickler import HOSTILE
 from tests.fuzz.formats import Make, documented, write_model, write_store
@@ -50,7 +50,7 @@ WEIGHTS = {
 
 def command_line_maker(folder: Path, seed: int) -> Make:
     places = _Places(folder)
-    flags = {name: _flags(command_module(name)) for name in COMMANDS}
+    flags = {name: _flags(name) for name in COMMANDS}
 
     def make(number: int) -> Trial:
         rng = Random(f"{seed}/cli/{number}")
@@ -174,11 +174,13 @@ class _Places:
         }[name]
 
 
-def _flags(module: object) -> list[argparse.Action]:
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    module.add_arguments(parser)  # type: ignore[attr-defined]
+def _flags(command: str) -> list[argparse.Action]:
     left_out = ("help", "compile")  # compiling takes a minute, by right
-    return [action for action in parser._actions if action.option_strings and action.dest not in left_out]
+    return [
+        action
+        for action in command_parser(command)._actions
+        if action.option_strings and action.dest not in left_out
+    ]
 
 
 def _spoiled(

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from blip3o_dit.extraction.sources.image_list import ListingOptions
 from blip3o_dit.extraction.sources.listing import list_images
+from blip3o_dit.extraction.sources.options import ListingOptions
 
 Listed = list[tuple[str, str | None, bytes]]
 

@@ -51,7 +51,7 @@ REFUSED = {
     "folder": "expected an empty folder, or a store to replace, found",
     "folder.pkl": "expected a file to write, found a folder",
     "other": "expected an empty folder, or a store to replace, found",
-    "store": "expected no store there, found one (--overwrite, or overwrite=True, replaces it)",
+    "store": "expected no store there, found one (--overwrite replaces it)",
     "file/out": "expected a folder that can be written, found",
     "file/out.pkl": "expected a folder that can be written, found",
 }

@@ -204,7 +204,7 @@ def test_starting_over_does_not_remove_what_it_starts_from(
     model: Path, old: EmbeddingStore, tmp_path: Path, inside: str
 ) -> None:
     run = Path(shutil.copytree(model, tmp_path / "run"))
-    with pytest.raises(ValueError, match="--overwrite_output_dir would remove the weights to start from"):
+    with pytest.raises(ValueError, match="overwrite=True would remove the weights to start from"):
         train(resolved(run / inside, old, run), overwrite=True)
     assert (run / "checkpoint-4").is_dir()
 

@@ -134,7 +134,7 @@ def test_a_distillation_holds_its_folder(
     monkeypatch.setattr(distillation, "train_student", note)
     distill(teacher, store.path, student, config, progress=False)
     assert found == ["a distillation"] and not (student / LOCK_FILE).exists()
-    with pytest.raises(ValueError, match=r"found one: give --overwrite_output_dir to replace it, or another"):
+    with pytest.raises(ValueError, match=r"found one: give overwrite=True to replace it, or another"):
         distill(teacher, store.path, student, config)
     distill(teacher, store.path, student, config, overwrite=True, progress=False)
 

@@ -118,7 +118,7 @@ REFUSALS: dict[str, tuple[list[str], str, list[str]]] = {
     "further, there": (again(*SMALL), "--extend_epochs N to train a", again(*AUTO, "--extend_steps", "1")),
     "a run there, over": (
         again(*SMALL),
-        "--overwrite_output_dir to start over",
+        "--overwrite to start over",
         again(*SMALL, "--overwrite_output_dir"),
     ),
     "a run there, elsewhere": (again(*SMALL), "or another --output_dir", again(*SMALL, output="new")),

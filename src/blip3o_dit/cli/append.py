@@ -7,11 +7,14 @@ import logging
 from pathlib import Path
 
 from blip3o_dit.cli.merge import add_keep_first
+from blip3o_dit.cli.parser import CommandParser
 
 logger = logging.getLogger(__name__)
 
+EXAMPLES = ("blip3o-dit append embeddings/store embeddings/more",)
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("store", type=Path, help="embedding store to add to")
     parser.add_argument("more", type=Path, nargs="+", help="embedding stores with the samples to add")
     add_keep_first(parser)

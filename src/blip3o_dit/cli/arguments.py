@@ -12,12 +12,14 @@ from dataclasses import MISSING, Field, fields
 from types import UnionType
 from typing import Any
 
+from blip3o_dit.cli.parser import CommandParser, OnOff
+
 # Compute capability of the first GPUs with TF32 (Ampere).
 MIN_TF32_CAPABILITY = (8, 0)
 
 
 def add_flags(
-    parser: argparse._ActionsContainer,
+    parser: CommandParser,
     settings: type,
     *,
     negatable: bool = False,
@@ -27,17 +29,20 @@ def add_flags(
     """A flag for each field of a dataclass that has a help text in its metadata (see `utils/settings.py`).
 
     A flag that was not given is left out of the parsed arguments, so that its default is the dataclass's.
+    A field that names no group is in that of the field before it.
 
     Args:
-        negatable: switches can also be turned off, `--no-NAME`.
+        negatable: switches can also be turned off, `--no_NAME`.
         leave_out: fields without a flag.
         changes: by field, arguments of `add_argument` instead of those derived from the field.
     """
-    types = typing.get_type_hints(settings)
+    types, place = typing.get_type_hints(settings), parser.add_argument
     for option in fields(settings):
+        if option.metadata.get("group"):
+            place = parser.group(option.metadata["group"]).add_argument
         if "help" in option.metadata and option.name not in leave_out:
             keywords = _keywords(option, types[option.name], negatable) | changes.get(option.name, {})
-            parser.add_argument(option.metadata.get("spelling", f"--{option.name}"), **keywords)
+            place(f"--{option.name}", **keywords)
 
 
 def given_settings(arguments: argparse.Namespace, settings: type) -> dict[str, Any]:
@@ -52,23 +57,29 @@ def _keywords(option: Field[Any], kind: Any, negatable: bool) -> dict[str, Any]:
     keywords: dict[str, Any] = {"default": argparse.SUPPRESS, "help": option.metadata["help"]}
     if option.default is MISSING:
         keywords["required"] = True
-    elif option.default not in ("", None) and (kind is not bool or negatable):
+    elif "(default" not in keywords["help"] and (kind is not bool or negatable):
         keywords["help"] += f" (default: {_shown(option.default)})"
     if kind is bool:
-        return keywords | {"action": argparse.BooleanOptionalAction if negatable else "store_true"}
+        return keywords | {"action": OnOff if negatable else "store_true"}
     if typing.get_origin(kind) is tuple:
         kind, *others = typing.get_args(kind)
         keywords["nargs"] = "*" if others == [...] else 1 + len(others)
     elif isinstance(kind, UnionType):  # `int | None`: a flag that is given has a value
         kind = next(part for part in typing.get_args(kind) if part is not type(None))
-    return keywords | {"type": kind, "choices": option.metadata.get("choices")}
+    if not option.metadata["choices"]:
+        keywords["metavar"] = {int: "N", float: "X"}.get(kind, option.name.rpartition("_")[2].upper())
+    return keywords | {"type": kind, "choices": option.metadata["choices"]}
 
 
 def _shown(default: Any) -> str:
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    if default in ("", None):
+        return "none"
     return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
-def add_tf32(parser: argparse.ArgumentParser) -> None:
+def add_tf32(parser: argparse._ActionsContainer) -> None:
     """--tf32, off unless asked for: float32 figures are what those of other machines are compared with.
 
     TF32 keeps 10 bits of a factor's mantissa, where float32 keeps 23. bfloat16 keeps 7 and is faster still.

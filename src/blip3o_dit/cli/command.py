@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import importlib
 import io
@@ -10,12 +9,16 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
+from blip3o_dit.cli.parser import CommandParser
 from blip3o_dit.utils.errors import ReadError, StoppedEarly, WriteError
 from blip3o_dit.utils.json_files import escaped
-from blip3o_dit.utils.logging import quiet_torchao
+from blip3o_dit.utils.logging import quiet_libraries
 
 TRACEBACK_VARIABLE = "BLIP3O_DIT_TRACEBACK"
 
@@ -25,18 +28,25 @@ INTERRUPTED, READER_GONE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
 
 def command_module(name: str) -> Any:
-    """The module of a command: `add_arguments(parser)` and `run(arguments)`."""
+    """The module of a command: `EXAMPLES`, `add_arguments(parser)` and `run(arguments)`."""
     return importlib.import_module(f"blip3o_dit.cli.{name.replace('-', '_')}")
+
+
+def command_parser(name: str, prog: str | None = None, description: str | None = None) -> CommandParser:
+    """The parser of the command of this name."""
+    command = command_module(name)
+    prog = prog or f"blip3o-dit {name}"
+    parser = CommandParser(prog=prog, description=description, examples=command.EXAMPLES)
+    command.add_arguments(parser)
+    return parser
 
 
 def run_named(name: str, argv: Sequence[str] | None, *, prog: str, description: str) -> int:
     """Import the command of this name, parse its arguments and run it; returns the exit status."""
 
     def run() -> None:
-        command = command_module(name)
-        parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
-        command.add_arguments(parser)
-        command.run(parser.parse_args(argv))
+        arguments = command_parser(name, prog, description).parse_args(argv)
+        command_module(name).run(arguments)
 
     set_up_logging()
     return run_command(run)
@@ -53,7 +63,8 @@ def run_command(command: Callable[[], None]) -> int:
     """
     try:
         try:
-            command()
+            with _leaving_imports_at_once():
+                command()
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
@@ -69,6 +80,34 @@ def run_command(command: Callable[[], None]) -> int:
     return 0
 
 
+@contextmanager
+def _leaving_imports_at_once() -> Iterator[None]:
+    """Inside, control-C during an import ends the process, with the line.
+
+    Libraries meet the exception where they look for something else and go on, or say that they are broken;
+    there is nothing yet to save.
+    """
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not ours or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, _on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _on_interrupt(number: int, frame: FrameType | None) -> None:
+    outer = frame
+    while outer is not None and outer.f_code.co_filename != "<frozen importlib._bootstrap>":
+        outer = outer.f_back
+    if outer is None or os.environ.get(TRACEBACK_VARIABLE):
+        signal.default_int_handler(number, frame)
+    os.write(2, b"stopped: interrupted\n")
+    os._exit(INTERRUPTED)
+
+
 def exit_status(error: BaseException) -> int:
     if isinstance(error, StoppedEarly):
         return STOPPED
@@ -79,12 +118,16 @@ def exit_status(error: BaseException) -> int:
 
 
 def user_message(error: BaseException) -> str:
-    """One line: what a user is told of an error."""
+    """One line: what a user of the command line is told of an error.
+
+    The library names the argument of its functions that replaces what is there; here it is a flag.
+    """
     if isinstance(error, OSError) and error.filename is not None:
         return escaped(f"{error.filename}: {error.strerror}")
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    return escaped(" ".join(str(error).split())) or type(error).__name__
+    text = " ".join(str(error).split()).replace("overwrite=True", "--overwrite")
+    return escaped(text) or type(error).__name__
 
 
 def set_up_logging() -> None:
@@ -92,14 +135,19 @@ def set_up_logging() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    quiet_torchao()
+    quiet_libraries()
     main_process = os.environ.get("RANK", "0") == "0"
     logger = logging.getLogger("blip3o_dit")
     logger.setLevel(logging.INFO if main_process else logging.WARNING)
     if not logger.handlers:
-        handler = _Console()
+        handler, errors = _Console(), _Console()
         handler.setFormatter(_EscapingFormatter("%(message)s"))
         logger.addHandler(handler)
+        # Of what libraries log Python would show the warnings, too.
+        errors.setLevel(logging.ERROR)
+        errors.setFormatter(_EscapingFormatter("%(name)s: %(message)s"))
+        errors.addFilter(lambda record: not record.name.startswith("blip3o_dit"))
+        logging.getLogger().addHandler(errors)
 
 
 class _Console(logging.StreamHandler):

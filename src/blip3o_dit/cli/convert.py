@@ -6,10 +6,18 @@ import argparse
 import logging
 from pathlib import Path
 
+from blip3o_dit.cli.parser import CommandParser
+from blip3o_dit.data.choices import DTYPE_NAMES
+
 logger = logging.getLogger(__name__)
 
+EXAMPLES = (
+    "blip3o-dit convert embeddings/eva.npy embeddings/clip.npy embeddings/store",
+    "blip3o-dit convert old.pkl embeddings/store --dtype float32",
+)
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_arguments(parser: CommandParser) -> None:
     parser.add_argument(
         "embeddings",
         type=Path,
@@ -18,15 +26,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Hugging Face datasets, stores",
     )
     parser.add_argument("store", type=Path, help="folder to write")
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, default="float16", help="precision on disk")
     parser.add_argument(
-        "--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="on disk"
+        "--shard_size", type=int, metavar="N", help="samples per shard (default: as many as take 256 MiB)"
     )
-    parser.add_argument("--shard_size", type=int, help="samples per shard (default: 256 MiB)")
     parser.add_argument(
         "--drop_class_token", action="store_true", help="leave out the first of 257 (n x n and one) tokens"
     )
-    parser.add_argument("--pool", type=int, metavar="TOKENS", help="means over the grid, as of 256 to 64")
-    parser.add_argument("--tokens", type=int, help="how many tokens are in columns of flat lists")
+    parser.add_argument(
+        "--pool",
+        type=int,
+        metavar="TOKENS",
+        help="so many tokens, means over the grid, as of 256 to 64 (default: all of them)",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        metavar="N",
+        help="how many tokens are in columns of flat lists, which are refused without it (default: none)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a store that is there")
 
 

@@ -6,18 +6,22 @@ import argparse
 from pathlib import Path
 
 from blip3o_dit.cli.arguments import add_flags, given_settings
+from blip3o_dit.cli.parser import CommandParser
 from blip3o_dit.training.config import DistillationConfig
 
+EXAMPLES = ("blip3o-dit distill checkpoints/run embeddings/store --steps 2",)
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("model", type=Path, help="the teacher: output folder of a training run")
     parser.add_argument("embeddings", type=Path, help="embedding store or documented pickle it learned from")
-    parser.add_argument("--output_dir", type=Path, help="default: the teacher's name with -N-steps")
-    add_flags(parser, DistillationConfig)
     parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train (default: auto)"
+        "--output_dir", type=Path, help="folder of the student (default: the teacher's name with -N-steps)"
     )
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace a model that is there")
+    add_flags(parser, DistillationConfig)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that is there")
+    parser.add_former_name("overwrite_output_dir", "overwrite")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -28,4 +32,4 @@ def run(arguments: argparse.Namespace) -> None:
     output = arguments.output_dir or model.with_name(f"{model.resolve().name}-{arguments.steps}-steps")
     settings = given_settings(arguments, DistillationConfig) | {"device": str(pick_device(arguments.device))}
     config = DistillationConfig(**settings)
-    distill(model, arguments.embeddings, output, config, overwrite=arguments.overwrite_output_dir)
+    distill(model, arguments.embeddings, output, config, overwrite=arguments.overwrite)

@@ -9,20 +9,33 @@ import sys
 from pathlib import Path
 
 from blip3o_dit.cli.arguments import add_flags, add_tf32, given_settings, use_tf32
+from blip3o_dit.cli.parser import CommandParser
 from blip3o_dit.evaluation.config import EvaluationConfig
 from blip3o_dit.utils.json_files import escaped
 
 logger = logging.getLogger(__name__)
 
+EXAMPLES = (
+    "blip3o-dit evaluate checkpoints/run embeddings/store",
+    "blip3o-dit evaluate checkpoints/run embeddings/store --compare checkpoints/other --output_dir results",
+)
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("model", type=Path, help="output folder of a training run, or a checkpoint")
     parser.add_argument("embeddings", type=Path, help="embedding store or documented pickle")
     parser.add_argument(
-        "--compare", type=Path, nargs="+", default=[], metavar="RUN", help="further models, side by side"
+        "--compare",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="further models, side by side (default: none)",
     )
     parser.add_argument(
-        "--output_dir", type=Path, help="for metrics.json, report.html, README.md (default: the model's)"
+        "--output_dir",
+        type=Path,
+        help="for metrics.json, report.html and README.md, which are replaced (default: the model's folder)",
     )
     add_flags(
         parser,
@@ -31,18 +44,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         num_samples={"type": _number_or_all},
         curve_calls={"metavar": "CALLS"},
     )
-    parser.add_argument("--pictures", help="where the pictures are, as for extract, to show some")
-    add_tf32(parser)
+    parser.group("page").add_argument(
+        "--pictures",
+        metavar="WHERE",
+        help="where the pictures are, as for extract, to show some (default: where the store's were)",
+    )
+    add_tf32(parser.group("weights, device and precision"))
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate, write, and print the summary."""
+    config = EvaluationConfig(**given_settings(arguments, EvaluationConfig))
+
     from blip3o_dit.data.embeddings import open_embeddings
     from blip3o_dit.evaluation.evaluate import evaluate_models
     from blip3o_dit.extraction.image_decoding import pictures_by_key
     from blip3o_dit.extraction.shown_images import images_of_store
 
-    config = EvaluationConfig(**given_settings(arguments, EvaluationConfig))
     if arguments.tf32:
         use_tf32(config.device)
     asked_for = pictures_by_key(arguments.pictures) if arguments.pictures else None

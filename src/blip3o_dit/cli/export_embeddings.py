@@ -6,11 +6,15 @@ import argparse
 import logging
 from pathlib import Path
 
+from blip3o_dit.cli.parser import CommandParser
+
 logger = logging.getLogger(__name__)
 
+EXAMPLES = ("blip3o-dit export-embeddings embeddings/store embeddings/store.parquet",)
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("embeddings", type=Path, help="embedding store, or what `convert` takes")
+
+def add_arguments(parser: CommandParser) -> None:
+    parser.add_argument("embeddings", type=Path, help="embedding store, or what convert takes")
     parser.add_argument("output", type=Path, help="file to write, whose suffix says the format")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
 

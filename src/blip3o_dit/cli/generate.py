@@ -11,16 +11,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip3o_dit.cli.arguments import add_flags, add_tf32, given_settings, use_tf32
+from blip3o_dit.cli.parser import CommandParser
+from blip3o_dit.data.choices import DTYPE_NAMES
 from blip3o_dit.flow.config import SOLVER_NAMES
+from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER
 from blip3o_dit.utils.settings import setting
 
 if TYPE_CHECKING:
     from blip3o_dit.inference.pipeline import BLIP3oInference
 
+COMPUTING = "weights, device and precision"
 # Flags that choose among samples, which pictures are not yet.
 CHOICES_OF_SAMPLES = ("split", "num_samples")
 
 logger = logging.getLogger(__name__)
+
+EXAMPLES = (
+    "blip3o-dit generate checkpoints/run embeddings/store generated --split eval",
+    "blip3o-dit generate checkpoints/run images generated.npz --pooled",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,17 +37,26 @@ class GenerationConfig:
     """The flags that are arguments of `BLIP3oInference.generate_from_dataset`, with its defaults."""
 
     split: str = setting(
-        "all", "side of the training run's own split, or all samples", choices=("all", "train", "eval")
+        "all",
+        "side of the training run's own split, or all samples",
+        group="samples",
+        choices=("all", "train", "eval"),
     )
     num_samples: int | None = setting(None, "only so many, chosen at random (default: all)")
-    batch_size: int = setting(8, "samples at a time")
-    num_inference_steps: int | None = setting(None, "solver steps (default: what the model was saved with)")
-    solver: str | None = setting(None, "solver (default: the model's)", choices=(*SOLVER_NAMES, "dopri5"))
+    seed: int = setting(0, "seed of the noise")
+    num_inference_steps: int | None = setting(
+        None, "solver steps (default: what the model was saved with)", group="how the model samples"
+    )
+    solver: str | None = setting(
+        None, "solver (default: the model's)", choices=(*SOLVER_NAMES, ADAPTIVE_SOLVER)
+    )
     guidance_scale: float = setting(1.0, "classifier-free guidance; 1: none")
     guidance_interval: tuple[float, float] = setting((0.0, 1.0), "times at which guidance acts")
-    seed: int = setting(0, "seed of the noise")
-    pooled: bool = setting(False, "one vector a picture, the mean over its tokens; into .npz or .pkl")
+    pooled: bool = setting(
+        False, "one vector a picture, the mean over its tokens; into .npz or .pkl", group="output"
+    )
     overwrite: bool = setting(False, "replace an output that is there")
+    batch_size: int = setting(8, "samples at a time", group=COMPUTING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +64,17 @@ class TowerConfig:
     """The flags that name the tower which reads pictures."""
 
     eva: str | None = setting(
-        None, "tower of the conditions (default: the one the model's data was made with)"
+        None,
+        "tower of the conditions (default: the one the model's data was made with)",
+        group="for pictures",
     )
-    eva_revision: str | None = setting(None, "its revision on the hub")
+    eva_revision: str | None = setting(None, "its revision on the hub (default: as it was, or the newest)")
     eva_dtype: str | None = setting(
-        None, "its precision (default: as it was, or float32)", choices=("float32", "bfloat16", "float16")
+        None, "its precision (default: as it was, or float32)", choices=DTYPE_NAMES
     )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("model", type=Path, help="output folder of a training run, or a checkpoint")
     parser.add_argument(
         "embeddings",
@@ -64,23 +84,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("output", type=Path, help="results: a .pkl or .npz file, or a folder for a store")
     add_flags(parser, GenerationConfig, guidance_interval={"metavar": ("LOW", "HIGH")})
-    add_flags(parser.add_argument_group("for pictures"), TowerConfig)
-    parser.add_argument(
+    add_flags(parser, TowerConfig)
+    _add_computing(parser)
+
+
+def _add_computing(parser: CommandParser) -> None:
+    """Weights, device and precision."""
+    group = parser.group(COMPUTING)
+    group.add_argument(
         "--compile", action="store_true", help="torch.compile (and CUDA graphs), for long runs"
     )
-    parser.add_argument(
+    group.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
         default="auto",
         help="where to generate (default: auto, a GPU when there is one)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=DTYPE_NAMES,
         help="of the weights (default: bfloat16 where the processor multiplies it, else float32)",
     )
-    add_tf32(parser)
-    parser.add_argument(
+    add_tf32(group)
+    group.add_argument(
         "--weights",
         choices=("auto", "ema", "raw"),
         default="auto",

@@ -10,17 +10,35 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from blip3o_dit.cli.parser import CommandParser
+
 logger = logging.getLogger(__name__)
 
+EXAMPLES = (
+    "blip3o-dit inspect embeddings/store",
+    "blip3o-dit inspect embeddings/store --pictures images --samples 12 --output sheet.png",
+)
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("embeddings", type=Path, help="embedding store or documented pickle")
-    parser.add_argument("--picture", type=Path, help="PNG to write (default: beside the store)")
-    parser.add_argument("--no-picture", action="store_true", help="text only")
-    parser.add_argument("--pictures", help="where the pictures are, as for extract")
-    parser.add_argument("--samples", type=int, default=6, help="samples in the picture")
-    parser.add_argument("--json", type=Path, help="also write the findings as JSON")
-    parser.add_argument("--seed", type=int, default=0, help="chooses the samples")
+    parser.add_argument(
+        "--output",
+        dest="picture",
+        metavar="PNG",
+        type=Path,
+        help="picture of a few samples to write (default: beside the store)",
+    )
+    parser.add_former_name("picture", "output")
+    parser.add_argument("--no_picture", action="store_true", help="text only")
+    parser.add_argument(
+        "--pictures", metavar="WHERE", help="where the pictures are, as for extract (default: not shown)"
+    )
+    parser.add_argument("--samples", type=int, default=6, metavar="N", help="samples in the picture")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the findings as JSON (default: do not)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="chooses the samples")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,13 +1,16 @@
-"""The command `blip3o-dit`: finds the command that was named, and imports only that one."""
+"""The command `blip3o-dit`: finds the command that was named, and imports only that one.
+
+Nothing is imported before `main` is called, which can then say in one line that it was interrupted.
+"""
 
 from __future__ import annotations
 
-import argparse
+import os
 import sys
-from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 
-from blip3o_dit.cli.command import run_named
+TYPE_CHECKING = False  # without `typing`
+if TYPE_CHECKING:
+    from blip3o_dit.cli.parser import CommandParser
 
 # In the order of their use: modules of this package with `add_arguments(parser)` and `run(arguments)`
 COMMANDS = {
@@ -25,40 +28,68 @@ COMMANDS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+EXAMPLES = (
+    "blip3o-dit extract images --output embeddings/store",
+    "blip3o-dit inspect embeddings/store",
+    "blip3o-dit train --embeddings_path embeddings/store --output_dir checkpoints/run --size small",
+    "blip3o-dit generate checkpoints/run embeddings/store generated --split eval",
+    "blip3o-dit evaluate checkpoints/run embeddings/store",
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command that the words name; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if "_ARGCOMPLETE" in os.environ:
+        complete()
     if words and words[0] in COMMANDS:
-        return run_named(words[0], words[1:], prog=f"blip3o-dit {words[0]}", description=COMMANDS[words[0]])
-    parser = argparse.ArgumentParser(
-        prog="blip3o-dit",
-        description="Generate CLIP tokens from EVA-CLIP tokens by flow matching.",
-        epilog="\n".join(
-            [
-                "commands, in the order of their use:",
-                *(f"  {name:<18} {what}" for name, what in COMMANDS.items()),
-                "",
-                "for example:",
-                "  blip3o-dit extract images --output embeddings/pictures",
-                "  blip3o-dit train --embeddings_path embeddings/pictures --output_dir checkpoints/run",
-                "  blip3o-dit evaluate checkpoints/run embeddings/pictures",
-            ]
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        usage="blip3o-dit COMMAND ..., blip3o-dit COMMAND --help",
-    )
-    parser.add_argument("--version", action="version", version=f"blip3o-dit {_version()}")
-    parser.add_argument("command", nargs="?", choices=list(COMMANDS), metavar="COMMAND", help="see below")
+        return run_script(words[0], f"blip3o-dit {words[0]}", words[1:])
+    parser = _bare_parser()
+    parser.add_argument("command", nargs="?", choices=list(COMMANDS), metavar="COMMAND", help="see above")
     parser.parse_args(words)
     parser.print_help()
     return 0
 
 
-def _version() -> str:
+def run_script(command: str, prog: str, argv: list[str] | None = None) -> int:
+    """Run one command, under the name of a script; returns the exit status."""
     try:
-        return version("blip3o-dit")
-    except PackageNotFoundError:
-        return "(not installed)"
+        from blip3o_dit.cli.command import run_named
+
+        return run_named(command, argv, prog=prog, description=COMMANDS[command])
+    except KeyboardInterrupt:  # before `run_command` was there to say so
+        sys.stderr.write("stopped: interrupted\n")
+        return 130
+
+
+def complete() -> None:
+    """Answer the shell, which asks by environment variables what a line may go on with, and exit."""
+    import argcomplete
+
+    from blip3o_dit.cli.command import command_module
+
+    parser, words = _bare_parser(), os.environ["COMP_LINE"].split()
+    commands = parser.add_subparsers()
+    for name, what in COMMANDS.items():
+        command = commands.add_parser(name, help=what)
+        if name in words:
+            command_module(name).add_arguments(command)
+    argcomplete.autocomplete(parser)
+
+
+def _bare_parser() -> CommandParser:
+    from blip3o_dit import __version__
+    from blip3o_dit.cli.parser import CommandParser
+
+    listed = "\n".join(f"  {name:<18} {what}" for name, what in COMMANDS.items())
+    parser = CommandParser(
+        prog="blip3o-dit",
+        description="Generate CLIP tokens from EVA-CLIP tokens by flow matching.\n\n"
+        f"commands, in the order of their use (blip3o-dit COMMAND --help):\n{listed}",
+        examples=EXAMPLES,
+    )
+    parser.add_argument("--version", action="version", version=f"blip3o-dit {__version__}")
+    return parser
 
 
 if __name__ == "__main__":

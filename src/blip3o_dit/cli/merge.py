@@ -6,10 +6,14 @@ import argparse
 import logging
 from pathlib import Path
 
+from blip3o_dit.cli.parser import CommandParser
+
 logger = logging.getLogger(__name__)
 
+EXAMPLES = ("blip3o-dit merge embeddings/a embeddings/b embeddings/both",)
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("stores", type=Path, nargs="+", help="embedding stores, in order")
     parser.add_argument("output", type=Path, help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a store that is there")

@@ -5,54 +5,67 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from blip3o_dit.cli.arguments import add_flags, given_settings
-from blip3o_dit.cli.command import run_named
-from blip3o_dit.cli.main import COMMANDS
-from blip3o_dit.training.config import NOTED, SIZES, TrainingConfig
+from blip3o_dit.cli.main import run_script
+from blip3o_dit.cli.parser import CommandParser
+from blip3o_dit.training.config import NOTED, SIZES, STARTING, TrainingConfig
 
 logger = logging.getLogger(__name__)
 
+EXAMPLES = (
+    "blip3o-dit train --embeddings_path embeddings/store --output_dir checkpoints/run --size small",
+    "blip3o-dit train --output_dir checkpoints/run --resume_from_checkpoint auto",
+)
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_arguments(parser: CommandParser) -> None:
     """One flag per field of TrainingConfig, and those that are about this call only."""
+    parser.group("data and output")  # which comes first in the help
+    _add_presets(parser)
     add_flags(parser, TrainingConfig, negatable=True, leave_out=NOTED)
-    parser.add_argument(
+    parser.group("data and output").add_argument(
+        "--overwrite", action="store_true", help="start over in a folder with a run"
+    )
+    parser.add_former_name("overwrite_output_dir", "overwrite")
+    parser.group(STARTING).add_argument(
         "--resume_from_checkpoint",
         metavar="CHECKPOINT",
         help="continue a run; what is not given is taken from the checkpoint. auto: the newest whole one in "
-        "--output_dir, or a new run if there is none",
+        "--output_dir, or a new run if there is none (default: a new run)",
     )
     parser.add_argument(
+        "--dry_run", action="store_true", help="do everything up to the first step, then stop"
+    )
+
+
+def _add_presets(parser: CommandParser) -> None:
+    """Flags that stand for several others, which win when they are given."""
+    presets = parser.group("presets")
+    presets.add_argument(
         "--recipe",
         choices=("default", "paper"),
         default="default",
         help="paper: BLIP3-o's own settings where this page's defaults differ; flags given beside it win",
     )
-    parser.add_argument(
+    presets.add_argument(
         "--size",
         choices=tuple(SIZES),
         help="width, layers and heads of the network: tiny (1.3 million parameters), small (19 million, for "
-        "a processor), base (1.36 billion, BLIP3-o's; the default)",
+        "a processor), base (1.36 billion, BLIP3-o's) (default: base)",
     )
-    parser.add_argument("--debug", action="store_true", help="tiny network, 20 steps")
-    parser.add_argument(
-        "--dry_run", action="store_true", help="do everything up to the first step, then stop"
-    )
-    parser.add_argument(
-        "--overwrite_output_dir", action="store_true", help="start over in a folder with a run"
-    )
+    presets.add_argument("--debug", action="store_true", help="tiny network, 20 steps")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Train as the parsed arguments say."""
+    output = _output_dir(arguments)  # which comes before the libraries: a path may be missing
+
     from blip3o_dit.training.output_folder import output_folder
     from blip3o_dit.training.resolve import resolve_config
     from blip3o_dit.training.run import run_alone
 
-    output = _output_dir(arguments)
     with output_folder(output, "a training", dry_run=arguments.dry_run):
         resume = _checkpoint(arguments.resume_from_checkpoint, output)
         config = resolve_config(
@@ -66,16 +79,16 @@ def run(arguments: argparse.Namespace) -> None:
             config,
             resume=resume,
             dry_run=arguments.dry_run,
-            overwrite=arguments.overwrite_output_dir,
+            overwrite=arguments.overwrite,
         )
 
 
 def _output_dir(arguments: argparse.Namespace) -> Path:
     """Where to train, which a run that is resumed knows."""
-    from blip3o_dit.training.checkpoint import verify_checkpoint
-
     output, resume = getattr(arguments, "output_dir", None), arguments.resume_from_checkpoint
     if not output and resume not in (None, "auto"):
+        from blip3o_dit.training.checkpoint import verify_checkpoint
+
         verify_checkpoint(Path(resume))
         output = TrainingConfig.from_folder(resume).output_dir
     if not output:
@@ -98,9 +111,9 @@ def _checkpoint(given: str | None, output: Path) -> Path | None:
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """The documented script."""
-    return run_named("train", argv, prog="train_blip3o_dit.py", description=COMMANDS["train"])
+    return run_script("train", "train_blip3o_dit.py", argv)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,14 @@ import argparse
 import logging
 from pathlib import Path
 
+from blip3o_dit.cli.parser import CommandParser
+
 logger = logging.getLogger(__name__)
 
+EXAMPLES = ("blip3o-dit verify embeddings/store",)
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("store", type=Path, help="embedding store")
 
 

@@ -15,20 +15,17 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from blip3o_dit.data.checks import Record
+from blip3o_dit.data.choices import SHUFFLES, SPLIT_RULES, check_split
 from blip3o_dit.data.embeddings import Embeddings, fetch_stored, open_embeddings
 from blip3o_dit.data.statistics import streamed_statistics
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.utils.json_files import short_repr
 from blip3o_dit.utils.stateless_random import (
     stateless_generator,
     stateless_normal,
     stateless_permutation,
     stateless_uniform,
 )
-from blip3o_dit.utils.validation import check_name, is_number
-
-SPLIT_RULES = ("permutation", "key_hash")
-SHUFFLES = ("exact", "window")
+from blip3o_dit.utils.validation import check_name
 
 
 @dataclass(frozen=True)
@@ -75,23 +72,6 @@ def split_permutation(num_samples: int, *, eval_split: float, seed: int) -> Spli
     count = max(1, wanted) if eval_split > 0 else 0
     order = stateless_permutation(num_samples, seed=seed, stream="split")
     return Split(train=np.sort(order[count:]), eval=np.sort(order[:count]))
-
-
-def check_split(eval_split: Any, split_by: str) -> None:
-    """Raises ValueError unless `eval_split` is a share below 1 or a count of samples.
-
-    Hashes take shares only: with a count, a sample would change its side when data is appended.
-    """
-    known = is_number(eval_split) and 0 <= eval_split <= 2**53
-    if not known or (eval_split >= 1 and eval_split != int(eval_split)):
-        raise ValueError(
-            "eval_split: expected a share in [0, 1) or a whole number of samples, "
-            f"found {short_repr(eval_split)}"
-        )
-    if split_by == "key_hash" and eval_split >= 1:
-        raise ValueError(
-            f"eval_split: expected a share in [0, 1) with split_by key_hash, found {short_repr(eval_split)}"
-        )
 
 
 def choose_samples(indices: np.ndarray, *, max_samples: int, seed: int) -> np.ndarray:

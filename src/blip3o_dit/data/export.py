@@ -46,7 +46,7 @@ def export_embeddings(source: Embeddings, path: str | Path, *, overwrite: bool =
     if path.suffix not in writers:
         raise ValueError(f"{path}: expected a suffix of {list(writers)}, found {path.suffix!r}")
     if path.exists() and not overwrite:
-        raise ValueError(f"{path}: expected no file there, found one (overwrite it?)")
+        raise ValueError(f"{path}: expected no file there, found one (overwrite=True replaces it)")
     path.parent.mkdir(parents=True, exist_ok=True)
     writers[path.suffix](source, path)
 

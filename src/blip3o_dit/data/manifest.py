@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from blip3o_dit.data.checks import check_square
+from blip3o_dit.data.choices import DTYPE_NAMES
 from blip3o_dit.utils.atomic import ASIDE, finish_publishing, write_atomically
 from blip3o_dit.utils.json_files import MAX_JSON_BYTES, is_plain_name, read_json, short_repr
 
@@ -20,7 +21,7 @@ FORMAT = "blip3o-dit embedding store"
 FORMAT_VERSION = 1
 # A manifest of so many, at up to 350 bytes each, is read whole: `json_files.MAX_JSON_BYTES`.
 MAX_SHARDS = 150_000
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 _MANIFEST_COUNTS = ("num_samples", "num_tokens", "condition_dim", "target_dim")
 _SHARD_FIELDS = {

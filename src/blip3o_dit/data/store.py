@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from blip3o_dit.data.checks import Indices, Record, check_indices, check_record, check_square
+from blip3o_dit.data.choices import VERIFY_CHOICES
 from blip3o_dit.data.manifest import (
     DTYPES,
     check_shard_file,
@@ -38,8 +39,6 @@ from blip3o_dit.data.verified import Identity, check_once, identity
 from blip3o_dit.utils.checksums import sha256
 from blip3o_dit.utils.json_files import one_line
 from blip3o_dit.utils.validation import check_name
-
-VERIFY_CHOICES = ("first", "never")
 
 # Bytes (as float32) a store hands out before it drops its maps; mapping again costs microseconds a shard.
 # Scattered reads map about five times what they read, as the kernel maps pages around each.

@@ -126,9 +126,7 @@ def check_claim(path: Path, overwrite: bool) -> None:
             f"{path}: expected an empty folder, or a store to replace, found {show_names(names)}"
         )
     if not overwrite:
-        raise ValueError(
-            f"{path}: expected no store there, found one (--overwrite, or overwrite=True, replaces it)"
-        )
+        raise ValueError(f"{path}: expected no store there, found one (overwrite=True replaces it)")
     others = _shard_names(names) - stored - stored_files(path / STORE_ASIDE)
     if others:
         raise ValueError(f"{path}: expected no shards beside those of its store, found {show_names(others)}")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from blip3o_dit.data.choices import DTYPE_NAMES
 from blip3o_dit.flow.config import SOLVER_NAMES
 from blip3o_dit.utils.settings import setting
 from blip3o_dit.utils.validation import check_name
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,20 +23,25 @@ class EvaluationConfig:
     split: str = setting(
         "eval",
         "side of the training split to measure; baselines are fitted on the other, with all on --fit_on",
+        group="samples",
         choices=("eval", "train", "all"),
     )
     # Intervals are narrow by then.
     num_samples: int | None = setting(
         20_000, "most held-out samples to measure, chosen by the seed, or all", minimum=2
     )
-    batch_size: int = setting(32, "samples at a time", minimum=1)
+    seed: int = setting(0, "seed of the samples and of every random choice")
     num_inference_steps: int | None = setting(
-        None, "steps of the solver (default: what the model was saved with)", minimum=1
+        None,
+        "steps of the solver (default: what the model was saved with)",
+        group="how models sample",
+        minimum=1,
     )
     solver: str | None = setting(None, "solver of the models (default: the model's)", choices=SOLVER_NAMES)
     guidance_scale: float = setting(1.0, "classifier-free guidance of the models; 1: none")
-    seed: int = setting(0, "seed of the samples and of every random choice")
-    draws: int = setting(4, "samples per condition for the energy score, spread and diversity", minimum=2)
+    draws: int = setting(
+        4, "samples per condition for the energy score, spread and diversity", group="metrics", minimum=2
+    )
     draw_samples: int = setting(1000, "conditions that get them; all others get one sample", minimum=2)
     distribution_samples: int = setting(
         2048, "most vectors on each side of a distribution distance", minimum=2
@@ -53,7 +57,9 @@ class EvaluationConfig:
         (1, 2, 4, 8, 16, 32, 50), "network calls of the cost curve; none: no curve"
     )
     curve_samples: int = setting(256, "samples of the cost curve", minimum=2)
-    fit_on: str | None = setting(None, "embeddings the baselines are fitted on (default: the same)")
+    fit_on: str | None = setting(
+        None, "embeddings the baselines are fitted on (default: the same)", group="baselines"
+    )
     fit_samples: int | None = setting(
         None,
         "most samples a baseline is fitted on (default: 5000, or as many as the model's source)",
@@ -62,14 +68,16 @@ class EvaluationConfig:
     regression_steps: int = setting(
         0, "also train the same network by plain regression for so many steps; 0: do not", minimum=0
     )
-    shown: int = setting(6, "samples drawn on the page", minimum=0)
+    shown: int = setting(6, "samples drawn on the page", group="page", minimum=0)
     weights: str = setting(
         "auto",
         "averaged (ema) or raw weights; auto: averaged if there are any",
+        group="weights, device and precision",
         choices=("auto", "ema", "raw"),
     )
     device: str = setting("auto", "device of the models", choices=("auto", "cpu", "cuda"))
-    dtype: str = setting("float32", "precision of the models", choices=DTYPES)
+    dtype: str = setting("float32", "precision of the models", choices=DTYPE_NAMES)
+    batch_size: int = setting(32, "samples at a time", minimum=1)
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -78,4 +86,4 @@ class EvaluationConfig:
                 raise ValueError(f"{option.name}: expected at least {minimum}, found {value}")
         if any(calls < 1 for calls in self.curve_calls):
             raise ValueError(f"curve_calls: expected 1 or more each, found {list(self.curve_calls)}")
-        check_name("dtype", self.dtype, DTYPES)
+        check_name("dtype", self.dtype, DTYPE_NAMES)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from blip3o_dit.data.manifest import DTYPES
-from blip3o_dit.extraction.image_decoding import MAX_PIXELS
-from blip3o_dit.extraction.sources.image_list import ListingOptions
+from blip3o_dit.data.choices import DTYPE_NAMES
+from blip3o_dit.extraction.sources.options import ListingOptions
 from blip3o_dit.utils.settings import setting
 from blip3o_dit.utils.validation import check_name, check_range, is_number
 
@@ -15,6 +14,7 @@ DEFAULT_EVA = "BAAI/EVA-CLIP-8B"
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 # So many pictures may be skipped in any case: one of three is no sign of a source that fails.
 FEW_SKIPPED = 5
+MAX_PIXELS = 178_956_970  # Pillow refuses more than this by itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,59 +33,72 @@ class ExtractionConfig:
 
     images: str
     output: str
-    eva: str = setting(DEFAULT_EVA, "tower of the conditions")
+    eva: str = setting(
+        DEFAULT_EVA, "tower of the conditions: a folder, a name on the hub, timm:NAME, ...", group="towers"
+    )
     clip: str = setting(DEFAULT_CLIP, "tower of the targets")
-    eva_revision: str | None = setting(None, "revision on the hub")
-    clip_revision: str | None = setting(None, "revision on the hub")
-    eva_preprocessing: str | None = setting(None, "preprocessor_config.json to use, not the tower's own")
-    clip_preprocessing: str | None = setting(None, "preprocessor_config.json to use, not the tower's own")
+    eva_revision: str | None = setting(None, "revision on the hub (default: the newest)")
+    clip_revision: str | None = setting(None, "revision on the hub (default: the newest)")
+    eva_preprocessing: str | None = setting(
+        None, "a preprocessor_config.json to use (default: the tower's own)"
+    )
+    clip_preprocessing: str | None = setting(
+        None, "a preprocessor_config.json to use (default: the tower's own)"
+    )
     eva_size: int | None = setting(None, "pixels a side for the tower (default: its own)")
     clip_size: int | None = setting(None, "pixels a side for the tower (default: its own)")
     towers_from_scratch: bool = setting(
         False,
         "tiny random towers, to try the pipeline: their tokens mean nothing",
-        spelling="--towers-from-scratch",
         decides=True,
     )
     tokens: int = setting(
         64, "tokens per picture after pooling, a square; 256 keeps a 16x16 grid", decides=True
     )
-    dtype: str = setting(
-        "float32", "precision of the towers", choices=("float32", "bfloat16", "float16"), decides=True
-    )
+    dtype: str = setting("float32", "precision of the towers", choices=DTYPE_NAMES, decides=True)
     store_dtype: str = setting(
-        "float16", "precision on disk", choices=("float32", "bfloat16", "float16"), decides=True
+        "float16", "precision on disk", group="store", choices=DTYPE_NAMES, decides=True
     )
-    batch_size: int = setting(32, "pictures per call of a tower", noted=True)
     shard_size: int = setting(1024, "pictures per shard", decides=True)
+    batch_size: int = setting(32, "pictures per call of a tower", group="speed", noted=True)
     workers: int = setting(2, "decoding processes, per process")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
-    strict: bool = setting(False, "an unreadable picture is an error, not a line in skipped.jsonl")
+    strict: bool = setting(
+        False, "an unreadable picture is an error, not a line in skipped.jsonl", group="pictures"
+    )
     max_skipped: float = setting(
         0.05, f"stop when more than this share of the pictures (and more than {FEW_SKIPPED}) cannot be used"
     )
     retry_skipped: bool = setting(False, "continuing, try pictures again that could not be read")
     max_pixels: int = setting(MAX_PIXELS, "refuse larger pictures, before they are decoded", noted=True)
-    append: bool = setting(False, "add the pictures whose keys are not in the finished store yet")
+    append: bool = setting(
+        False, "add the pictures whose keys are not in the finished store yet", group="store"
+    )
     overwrite: bool = setting(
         False, "replace the store or unfinished extraction that is there, when it is done"
     )
     image_column: str | None = setting(
-        None, "column of a list or table with the pictures, not its usual name", decides=True
+        None,
+        "column of a list or table with the pictures (default: by its usual names)",
+        group="pictures",
+        decides=True,
     )
-    caption_column: str | None = setting(None, "column with the captions, not its usual name")
+    caption_column: str | None = setting(None, "column with the captions (default: by its usual names)")
     image_field: str | None = setting(
-        None, "which member of a webdataset sample is its picture: jpg, or 'seg.png;depth.png'", decides=True
+        None,
+        "which member of a webdataset sample is its picture, as 'seg.png;depth.png' (default: jpg, png, ...)",
+        decides=True,
     )
     csv_separator: str | None = setting(
-        None, "of list files with a header: tab, comma, semicolon or a character; else by the header"
+        None,
+        "of list files with a header: tab, comma, semicolon or a character (default: the header's)",
     )
     skip_links: bool = setting(False, "do not enter linked folders")
-    seed: int = setting(0, "seed of towers from scratch")
+    seed: int = setting(0, "seed of towers from scratch", group="towers")
 
     def __post_init__(self) -> None:
-        check_name("dtype", self.dtype, tuple(DTYPES))
-        check_name("store_dtype", self.store_dtype, tuple(DTYPES))
+        check_name("dtype", self.dtype, DTYPE_NAMES)
+        check_name("store_dtype", self.store_dtype, DTYPE_NAMES)
         for name, low in _MINIMUM.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:

@@ -11,11 +11,11 @@ from io import BytesIO
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from blip3o_dit.extraction.config import MAX_PIXELS
 from blip3o_dit.extraction.sources.formats import picture_formats
 from blip3o_dit.extraction.sources.listing import list_images
 from blip3o_dit.utils.json_files import one_line
 
-MAX_PIXELS = 178_956_970  # Pillow refuses more than this by itself
 # Larger ones are decoded at half their size: the format's decoder takes 20 bytes a pixel
 MAX_JPEG2000_PIXELS = 2**25
 # Pixels that are converted at a time where that takes more memory than the picture

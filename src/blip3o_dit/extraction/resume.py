@@ -58,7 +58,7 @@ def find_extraction(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | No
     if different:
         raise ValueError(
             f"{output}: holds an extraction with other settings ({'; '.join(different[:4])}): "
-            "repeat its command, choose another folder, or replace it (--overwrite)"
+            "repeat its command, choose another folder, or replace it (overwrite=True)"
         )
     return found
 

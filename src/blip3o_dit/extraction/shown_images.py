@@ -11,9 +11,9 @@ from typing import Any
 from PIL import Image
 
 from blip3o_dit.extraction.image_decoding import decode_image
-from blip3o_dit.extraction.sources.image_list import ListingOptions
 from blip3o_dit.extraction.sources.image_ref import ImageRef
 from blip3o_dit.extraction.sources.listing import list_images
+from blip3o_dit.extraction.sources.options import ListingOptions
 from blip3o_dit.utils.json_files import one_line, printable
 
 # Without being asked, a command lists no more images than this to show a few.

@@ -10,7 +10,8 @@ s' = alpha s / (1 + (alpha - 1) s) moves them towards noise for alpha > 1 (Esser
 equation 23; alpha = sqrt(N d / 4096) for N tokens of d numbers is RAE's, arXiv 2510.11690): the more numbers
 a sample has, the more noise it takes to hide them.
 
-Everything here is float32, whatever dtype the network computes in.
+Everything here is float32, whatever dtype the network computes in. Importing this imports no torch: the
+command line reads the names of paths, predictions and solvers.
 """
 
 from __future__ import annotations
@@ -21,13 +22,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-import torch
-from torch import Tensor
-
 from blip3o_dit.utils.validation import check_range
 
-if TYPE_CHECKING:  # it lists `PATHS`
-    from blip3o_dit.flow.config import FlowMatchingConfig
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from blip3o_dit.flow.config import FlowMatchingConfig  # it lists `PATHS`
 
 
 @dataclass(frozen=True)
@@ -126,10 +126,10 @@ class LinearPath(ProbabilityPath):
         return self.sigma_max * (1.0 - t) + self.sigma_min * t
 
     def alpha_derivative(self, t: Tensor) -> Tensor:
-        return torch.ones_like(t)
+        return t.new_ones(t.shape)
 
     def sigma_derivative(self, t: Tensor) -> Tensor:
-        return torch.full_like(t, self.sigma_min - self.sigma_max)
+        return t.new_full(t.shape, self.sigma_min - self.sigma_max)
 
 
 class CosinePath(ProbabilityPath):
@@ -139,16 +139,16 @@ class CosinePath(ProbabilityPath):
     """
 
     def alpha(self, t: Tensor) -> Tensor:
-        return torch.sin(t * (math.pi / 2))
+        return (t * (math.pi / 2)).sin()
 
     def sigma(self, t: Tensor) -> Tensor:
-        return self.sigma_min + (self.sigma_max - self.sigma_min) * torch.cos(t * (math.pi / 2))
+        return self.sigma_min + (self.sigma_max - self.sigma_min) * (t * (math.pi / 2)).cos()
 
     def alpha_derivative(self, t: Tensor) -> Tensor:
-        return (math.pi / 2) * torch.cos(t * (math.pi / 2))
+        return (math.pi / 2) * (t * (math.pi / 2)).cos()
 
     def sigma_derivative(self, t: Tensor) -> Tensor:
-        return -(math.pi / 2) * (self.sigma_max - self.sigma_min) * torch.sin(t * (math.pi / 2))
+        return -(math.pi / 2) * (self.sigma_max - self.sigma_min) * (t * (math.pi / 2)).sin()
 
 
 PATHS: dict[str, type[ProbabilityPath]] = {"linear": LinearPath, "cosine": CosinePath}
@@ -222,6 +222,8 @@ def training_times(uniform: Tensor, config: FlowMatchingConfig) -> Tensor:
     `logit_normal` samples the noise level s with logit(s) ~ N(time_mean, time_std^2) (arXiv 2403.03206,
     equation 19); the shift comes on top.
     """
+    import torch
+
     t = uniform.float()
     if config.time_distribution == "logit_normal":
         # clamped by a float32 step, or an exact 0 would give minus infinity
@@ -232,6 +234,8 @@ def training_times(uniform: Tensor, config: FlowMatchingConfig) -> Tensor:
 
 def time_grid(num_steps: int, alpha: float = 1.0) -> Tensor:
     """num_steps + 1 times from 0 to 1: equal steps, shifted as training shifts its times; float32."""
+    import torch
+
     return shift_time(torch.linspace(0.0, 1.0, num_steps + 1), alpha)
 
 

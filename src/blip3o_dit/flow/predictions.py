@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from blip3o_dit.flow.path import PathSample, ProbabilityPath, expand_times
 from blip3o_dit.utils.validation import check_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The least alpha or sigma / sigma_max that is divided by; the value is JiT's (arXiv 2511.13720).
 MIN_SCALE = 0.05
@@ -174,6 +175,8 @@ def preconditioning(t: Tensor, path: ProbabilityPath) -> tuple[Tensor, Tensor]:
     its grid, ((var(t') / var(t))^(1/2) - 1) / (t' - t) with var = alpha^2 + sigma^2: a network that puts out
     zero still samples that Gaussian exactly, in however few steps.
     """
+    import torch
+
     alpha, sigma = path.alpha(t), path.sigma(t)
     variance = alpha.square() + sigma.square()
     out = -path.determinant(t) / variance.sqrt()

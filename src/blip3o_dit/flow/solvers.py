@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from blip3o_dit.flow.path import time_grid
 from blip3o_dit.utils.validation import package_missing
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 # v(x [B, ...], t [B]) -> [B, ...]
-Velocity = Callable[[Tensor, Tensor], Tensor]
+Velocity = Callable[["Tensor", "Tensor"], "Tensor"]
 
 
 def euler_step(velocity: Velocity, x: Tensor, t: Tensor, dt: Tensor) -> Tensor:
@@ -118,5 +119,5 @@ def integrate_adaptive(velocity: Velocity, x_0: Tensor, *, tolerance: float = 1e
         return velocity(x, t.expand(x.shape[0]))
 
     x = x_0.float()
-    ends = torch.tensor([0.0, 1.0], device=x.device)
+    ends = time_grid(1).to(x.device)
     return odeint(slope, x, ends, rtol=tolerance, atol=tolerance, method=ADAPTIVE_SOLVER)[-1], calls

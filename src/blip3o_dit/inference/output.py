@@ -80,7 +80,7 @@ def _check_file(path: Path, overwrite: bool) -> None:
     if path.is_dir():
         raise ValueError(f"{path}: expected a file to write, found a folder")
     if path.exists() and not overwrite:
-        raise ValueError(f"{path}: expected no file there, found one (--overwrite replaces it)")
+        raise ValueError(f"{path}: expected no file there, found one (overwrite=True replaces it)")
 
 
 def _check_folder(path: Path, overwrite: bool) -> None:

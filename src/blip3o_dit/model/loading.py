@@ -43,7 +43,8 @@ class StrictPreTrainedModel(PreTrainedModel):
         """As `PreTrainedModel.save_pretrained`, which would copy all weights that share a block of memory."""
         state = self.state_dict() if state_dict is None else state_dict
         state = {name: _with_storage_of_its_own(tensor) for name, tensor in state.items()}
-        super().save_pretrained(save_directory, is_main_process, state, **kwargs)
+        with quiet_transformers():  # its bar is at its end before it is seen
+            super().save_pretrained(save_directory, is_main_process, state, **kwargs)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

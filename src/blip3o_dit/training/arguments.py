@@ -10,7 +10,6 @@ from transformers import TrainingArguments
 
 from blip3o_dit.training.config import TrainingConfig, launcher_precision
 from blip3o_dit.utils.distributed import check_launch
-from blip3o_dit.utils.logging import quiet_torchao
 from blip3o_dit.utils.validation import check_compiler, package_missing
 
 # How long the other processes wait for the first one, which fits the source; also how long it takes until a
@@ -84,7 +83,6 @@ def _optimizer(config: TrainingConfig) -> tuple[str, str | None]:
         return "adamw_torch_fused", None
     if not importlib.util.find_spec("torchao"):
         raise package_missing("--memory low", "torchao")
-    quiet_torchao()
     # Rounding to the nearest bfloat16 would lose most of the updates: they are smaller than half a step.
     return "adamw_torch_8bit", "bf16_stochastic_round=True"
 

@@ -8,11 +8,9 @@ import os
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from blip3o_dit.data.dataset import SHUFFLES, SPLIT_RULES, Split, check_split, split_samples
-from blip3o_dit.data.embeddings import Embeddings
-from blip3o_dit.data.store import VERIFY_CHOICES
+from blip3o_dit.data.choices import SHUFFLES, SPLIT_RULES, VERIFY_CHOICES, check_split
 from blip3o_dit.flow.config import (
     PREDICTION_TYPES,
     SCHEDULE_TYPES,
@@ -21,8 +19,6 @@ from blip3o_dit.flow.config import (
     TIME_DISTRIBUTIONS,
     FlowMatchingConfig,
 )
-from blip3o_dit.model.config import BLIP3oDiTConfig
-from blip3o_dit.ridge import neighbour_components
 from blip3o_dit.utils.atomic import MODEL_ASIDE, finish_publishing
 from blip3o_dit.utils.checksums import is_sealed, verify
 from blip3o_dit.utils.json_files import read_json_object, short_repr
@@ -37,10 +33,18 @@ from blip3o_dit.utils.validation import (
     is_number,
 )
 
+if TYPE_CHECKING:
+    from blip3o_dit.data.dataset import Split
+    from blip3o_dit.data.embeddings import Embeddings
+    from blip3o_dit.model.config import BLIP3oDiTConfig
+
 TRAINING_CONFIG_FILE = "training_config.json"
 
 # What a run notes of itself, and nobody gives.
 NOTED = ("init_checksum", "extended_at", "extended_to", "extended_rate", "extended_warmup")
+
+# A heading of the help that several places of the settings share.
+STARTING = "continuing a run, and starting from a trained model"
 
 MEMORY_MODES = ("default", "low")
 BEST_METRICS = ("loss", "cosine_similarity_mean", "r2")
@@ -77,11 +81,18 @@ class TrainingConfig:
         ValueError: names the field, what it expects and what it found.
     """
 
-    embeddings_path: str = setting("", "embedding store (folder) or documented pickle")
-    output_dir: str = setting("", "folder for weights, checkpoints, logs and curves")
+    embeddings_path: str = setting(
+        "",
+        "embedding store (folder) or documented pickle (default: the resumed run's)",
+        group="data and output",
+    )
+    output_dir: str = setting(
+        "", "folder for weights, checkpoints, logs and curves (default: the resumed run's)"
+    )
     init_from: str = setting(
         "",
         "model folder or checkpoint whose weights the run starts from; they bring sizes, path and source",
+        group=STARTING,
     )
     init_statistics: str = setting(
         "data",
@@ -91,7 +102,7 @@ class TrainingConfig:
     )
     init_checksum: str = setting("", "SHA-256 of the weights that the run started from")
 
-    model_dim: int = setting(1792, "hidden width of the transformer", check=check_size)
+    model_dim: int = setting(1792, "hidden width of the transformer", group="network", check=check_size)
     num_layers: int = setting(24, "transformer blocks", check=check_size)
     num_heads: int | None = setting(
         None,
@@ -104,7 +115,9 @@ class TrainingConfig:
     ffn_dim: int | None = setting(
         None, "feed-forward width (default: 8/3 model_dim, rounded up)", check=check_size
     )
-    gradient_checkpointing: bool = setting(False, "recompute blocks in the backward pass")
+    gradient_checkpointing: bool = setting(
+        False, "recompute blocks in the backward pass, for less memory", group="memory, speed and precision"
+    )
     selective_checkpointing: bool = setting(
         False, "keep products and attention, recompute only what is cheap, in the backward pass"
     )
@@ -122,13 +135,14 @@ class TrainingConfig:
         "launch forward and backward pass as CUDA graphs, for one GPU that waits for its launches",
     )
 
-    num_epochs: float = setting(10.0, "passes over the training split", check=_positive)
+    num_epochs: float = setting(10.0, "passes over the training split", group="optimisation", check=_positive)
     max_steps: int = setting(
         -1, "stop after this many optimizer steps; overrides num_epochs", check=_max_steps
     )
     extend_epochs: float | None = setting(
         None,
         "train a resumed run so many passes further, with a schedule of their own",
+        group=STARTING,
         check=_positive,
     )
     extend_steps: int | None = setting(None, "the same in optimizer steps", check=_at_least_1)
@@ -136,8 +150,9 @@ class TrainingConfig:
     extended_to: int = setting(0, "step at which it ends", check=_at_least_0)
     extended_rate: float = setting(0.0, "learning rate that it begins with", check=_nonnegative)
     extended_warmup: int = setting(0, "its steps of linear warm-up", check=_at_least_0)
-    batch_size: int = setting(32, "training samples per device and step", check=_at_least_1)
-    eval_batch_size: int = setting(32, "evaluation samples per device and step", check=_at_least_1)
+    batch_size: int = setting(
+        32, "training samples per device and step", group="optimisation", check=_at_least_1
+    )
     gradient_accumulation_steps: int = setting(1, "batches per optimizer step", check=_at_least_1)
     learning_rate: float = setting(1e-4, "peak learning rate (AdamW)", check=_nonnegative)
     weight_decay: float = setting(0.0, "AdamW weight decay", check=_nonnegative)
@@ -150,7 +165,7 @@ class TrainingConfig:
         0.999, "decay of the averaged weights used for inference; 0: none", check=_share
     )
 
-    sigma_min: float = setting(1e-4, "noise left at t = 1")
+    sigma_min: float = setting(1e-4, "noise left at t = 1", group="flow")
     sigma_max: float = setting(1.0, "noise at t = 0")
     prediction_type: str = setting("preconditioned", "what the network predicts", choices=PREDICTION_TYPES)
     schedule_type: str = setting("linear", "path from noise to data", choices=SCHEDULE_TYPES)
@@ -170,7 +185,9 @@ class TrainingConfig:
     )
     solver: str = setting("midpoint", "solver that generation uses by default", choices=SOLVER_NAMES)
     num_inference_steps: int = setting(8, "steps that generation takes by default", check=_at_least_1)
-    standardize: bool = setting(True, "standardise each channel with the training split's statistics")
+    standardize: bool = setting(
+        True, "standardise each channel with the training split's statistics", group="data and output"
+    )
     statistics_samples: int = setting(
         10000, "most training samples that these statistics are taken from", check=_at_least_1
     )
@@ -197,16 +214,23 @@ class TrainingConfig:
     )
     num_workers: int = setting(0, "data-loader processes", check=_at_least_0)
 
-    fp16: bool = setting(False, "float16 mixed precision (needs a GPU)")
+    fp16: bool = setting(False, "float16 mixed precision (needs a GPU)", group="memory, speed and precision")
     bf16: bool = setting(False, "bfloat16 mixed precision")
     device: str = setting("auto", "where to train", choices=("auto", "cpu", "cuda"))
     deterministic: bool = setting(
         False, "on a GPU, only kernels that give the same bits in every run; slower (the CPU has no others)"
     )
-    seed: int = setting(42, "names every random draw: weights, split, order, noise, times", check=_at_least_0)
+    seed: int = setting(
+        42,
+        "names every random draw: weights, split, order, noise, times",
+        group="optimisation",
+        check=_at_least_0,
+    )
 
-    logging_steps: int = setting(100, "optimizer steps between log lines", check=_at_least_1)
-    save_steps: int = setting(1000, "optimizer steps between checkpoints", check=_at_least_1)
+    logging_steps: int = setting(100, "optimizer steps between log lines", group="logging", check=_at_least_1)
+    save_steps: int = setting(
+        1000, "optimizer steps between checkpoints", group="checkpoints and stopping", check=_at_least_1
+    )
     save_total_limit: int | None = setting(
         None,
         "newest checkpoints kept, and the best one of those that were evaluated (default: all)",
@@ -216,15 +240,18 @@ class TrainingConfig:
     max_hours: float | None = setting(
         None, "save and stop after so many hours (default: no limit)", check=_positive
     )
-    eval_steps: int = setting(1000, "optimizer steps between evaluations", check=_at_least_1)
+    eval_steps: int = setting(
+        1000, "optimizer steps between evaluations", group="evaluation while training", check=_at_least_1
+    )
+    eval_batch_size: int = setting(32, "evaluation samples per device and step", check=_at_least_1)
     eval_loss_samples: int = setting(
         4096, "most held-out samples that each evaluation takes the loss of", check=_at_least_1
     )
     eval_samples: int = setting(64, "held-out samples that each evaluation generates", check=_at_least_0)
     eval_inference_steps: int = setting(8, "solver steps of these generations", check=_at_least_1)
 
-    wandb_project: str | None = setting(None, "log to this Weights & Biases project")
-    wandb_run_name: str | None = setting(None, "name of the run there")
+    wandb_project: str | None = setting(None, "log to this Weights & Biases project", group="logging")
+    wandb_run_name: str | None = setting(None, "name of the run there (default: one that it makes up)")
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -282,12 +309,16 @@ class TrainingConfig:
 
     def split(self, source: Embeddings) -> Split:
         """The samples of the data that this run trains on, and those that it holds out."""
+        from blip3o_dit.data.dataset import split_samples
+
         return split_samples(source, eval_split=self.eval_split, seed=self.seed, split_by=self.split_by)
 
     def flow_matching(
         self, *, num_tokens: int = 1, condition_dim: int = 1, target_dim: int = 1
     ) -> FlowMatchingConfig:
         """The flow part of the flags, for data of these sizes."""
+        from blip3o_dit.ridge import neighbour_components
+
         shift = self.time_shift or (num_tokens * target_dim / SHIFT_REFERENCE) ** 0.5
         components = neighbour_components(condition_dim) if self.source == "ridge_3x3" else 0
         same = {f.name: getattr(self, f.name) for f in fields(FlowMatchingConfig) if hasattr(self, f.name)}
@@ -300,6 +331,8 @@ class TrainingConfig:
 
     def model(self, *, num_tokens: int, condition_dim: int, target_dim: int) -> BLIP3oDiTConfig:
         """The model configuration of this run for data of these sizes. num_tokens must be a square."""
+        from blip3o_dit.model.config import BLIP3oDiTConfig
+
         sizes = {"num_tokens": num_tokens, "condition_dim": condition_dim, "target_dim": target_dim}
         same = {name: getattr(self, name) for name in BLIP3oDiTConfig.own_fields() if hasattr(self, name)}
         resolved = {
@@ -375,15 +408,21 @@ class DistillationConfig:
     "cuda", ...
     """
 
-    steps: int = setting(MISSING, "network calls of the student, which are Euler steps: 1, 2, 4, ...")
-    train_steps: int = setting(1000, "optimizer steps")
+    steps: int = setting(
+        MISSING,
+        "network calls of the student, which are Euler steps: 1, 2, 4, ...",
+        group="student and teacher",
+    )
+    train_steps: int = setting(1000, "optimizer steps", group="optimisation")
     batch_size: int = setting(32, "conditions per step; each gives one training target per student step")
     learning_rate: float = setting(
         1e-3, "peak learning rate (AdamW), after a warm-up over a twentieth of the steps, then cosine to 0"
     )
-    teacher_solver: str = setting("heun", "solver of the teacher's paths", choices=SOLVER_NAMES)
+    teacher_solver: str = setting(
+        "heun", "solver of the teacher's paths", group="student and teacher", choices=SOLVER_NAMES
+    )
     teacher_steps: int = setting(8, "solver steps of a whole path of the teacher")
-    ema_decay: float = setting(0.999, "decay of the averaged weights; 0: none")
+    ema_decay: float = setting(0.999, "decay of the averaged weights; 0: none", group="optimisation")
     max_grad_norm: float = 1.0
     seed: int = setting(0, "seed of the order of conditions and of the noise")
     device: str = "cpu"

@@ -80,7 +80,7 @@ def _distill(
     """`distill` into a folder that is held."""
     if (output / "config.json").exists() and not overwrite:
         raise ValueError(
-            f"{output}: expected no model there, found one: give --overwrite_output_dir to replace it, or "
+            f"{output}: expected no model there, found one: give overwrite=True to replace it, or "
             "another --output_dir"
         )
     variant = EMA_VARIANT if pick_weights(model_path, "auto") == "ema" else None

@@ -145,7 +145,7 @@ def refuse_overwritten_start(config: TrainingConfig) -> None:
     start, output = Path(config.init_from).resolve(), Path(config.output_dir).resolve()
     if start == output or output in start.parents:
         raise ValueError(
-            f"{config.init_from}: --overwrite_output_dir would remove the weights to start from: give "
+            f"{config.init_from}: overwrite=True would remove the weights to start from: give "
             "another --output_dir"
         )
 

@@ -266,7 +266,7 @@ def _check_no_run(output: Path, resume: Path | None) -> None:
     if holds_run and (resume is None or resume.resolve().parent != output.resolve()):
         raise ValueError(
             f"{output}: expected no run there, found one: give --resume_from_checkpoint auto to continue "
-            "it (and --extend_epochs N to train a finished one further), --overwrite_output_dir to start "
+            "it (and --extend_epochs N to train a finished one further), overwrite=True to start "
             "over, or another --output_dir"
         )
 

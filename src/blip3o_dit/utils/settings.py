@@ -16,16 +16,18 @@ def setting(
     default: Any,
     help_text: str,
     *,
+    group: str | None = None,
     choices: tuple[str, ...] | None = None,
     check: Callable[[str, Any], None] | None = None,
     **flag: Any,
 ) -> Any:
     """A dataclass field; `default` may be `dataclasses.MISSING`, `choices` are the names it takes.
 
-    `check` raises ValueError, given the field's name and a bad value. `flag` is what else is known of it:
-    `spelling` of its flag, or what a class checks by itself.
+    `group` is the heading of the help that it stands under, with the fields after it. `check` raises
+    ValueError, given the field's name and a bad value. `flag` is what a class checks by itself.
     """
-    return field(default=default, metadata={"help": help_text, "choices": choices, "check": check} | flag)
+    known = {"help": help_text, "group": group, "choices": choices, "check": check}
+    return field(default=default, metadata=known | flag)
 
 
 def check_settings(config: Any) -> None:

@@ -11,8 +11,8 @@ import pyarrow.parquet
 import pytest
 
 from blip3o_dit.extraction.sources.huggingface import split_named
-from blip3o_dit.extraction.sources.image_list import ListingOptions
 from blip3o_dit.extraction.sources.listing import list_images
+from blip3o_dit.extraction.sources.options import ListingOptions
 from tests.helpers.sources import keys, listed, reasons, write
 
 

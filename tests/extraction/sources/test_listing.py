@@ -13,8 +13,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from blip3o_dit.extraction.sources.image_list import ListingOptions
 from blip3o_dit.extraction.sources.listing import list_images
+from blip3o_dit.extraction.sources.options import ListingOptions
 from tests.helpers.sources import write
 
 

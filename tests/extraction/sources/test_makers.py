@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from blip3o_dit.extraction.sources.image_list import ImageList, ListingOptions
+from blip3o_dit.extraction.sources.image_list import ImageList
 from blip3o_dit.extraction.sources.listing import list_images
+from blip3o_dit.extraction.sources.options import ListingOptions
 
 SOURCES = Path(__file__).parent.parent.parent / "fixtures" / "sources"
 EXPECTED: dict[str, list[dict[str, Any]]] = json.loads((SOURCES / "expected.json").read_text())["pictures"]

@@ -12,8 +12,9 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from blip3o_dit.extraction.sources.formats import suffix_of, what_is_missing
-from blip3o_dit.extraction.sources.image_list import ImageList, ListingOptions
+from blip3o_dit.extraction.sources.image_list import ImageList
 from blip3o_dit.extraction.sources.image_ref import ImageRef, is_fault_of_file
+from blip3o_dit.extraction.sources.options import ListingOptions
 from blip3o_dit.extraction.sources.reading import check_size
 from blip3o_dit.extraction.sources.text import valid_text
 from blip3o_dit.utils.json_files import one_line, printable, short_repr

@@ -10,8 +10,9 @@ from blip3o_dit.extraction.sources import patterns
 from blip3o_dit.extraction.sources.collector import Collector
 from blip3o_dit.extraction.sources.folders import list_folder
 from blip3o_dit.extraction.sources.formats import image_suffixes, kind_of, suffix_of
-from blip3o_dit.extraction.sources.image_list import ImageList, ListingOptions
+from blip3o_dit.extraction.sources.image_list import ImageList
 from blip3o_dit.extraction.sources.lists import LIST_SUFFIXES, is_url, list_file
+from blip3o_dit.extraction.sources.options import ListingOptions
 from blip3o_dit.extraction.sources.tables import is_table, list_table
 from blip3o_dit.extraction.sources.text import valid_text
 from blip3o_dit.extraction.sources.webdataset import UNREAD_TARS, is_tar, list_tar

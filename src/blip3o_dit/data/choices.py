@@ -1,0 +1,33 @@
+"""Names that settings of data take, and their check; importing this imports no library."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from blip3o_dit.utils.json_files import short_repr
+from blip3o_dit.utils.validation import is_number
+
+# How tokens are stored: names of torch's dtypes.
+DTYPE_NAMES = ("float16", "bfloat16", "float32")
+# When checksums of a store are checked.
+VERIFY_CHOICES = ("first", "never")
+# How samples are held out, and how the others are ordered.
+SPLIT_RULES = ("permutation", "key_hash")
+SHUFFLES = ("exact", "window")
+
+
+def check_split(eval_split: Any, split_by: str) -> None:
+    """Raises ValueError unless `eval_split` is a share below 1 or a count of samples.
+
+    Hashes take shares only: with a count, a sample would change its side when data is appended.
+    """
+    known = is_number(eval_split) and 0 <= eval_split <= 2**53
+    if not known or (eval_split >= 1 and eval_split != int(eval_split)):
+        raise ValueError(
+            "eval_split: expected a share in [0, 1) or a whole number of samples, "
+            f"found {short_repr(eval_split)}"
+        )
+    if split_by == "key_hash" and eval_split >= 1:
+        raise ValueError(
+            f"eval_split: expected a share in [0, 1) with split_by key_hash, found {short_repr(eval_split)}"
+        )
