@@ -300,7 +300,7 @@ class TestRefusals:
         (broken / "optimizer.safetensors").unlink()
         with pytest.raises(ValueError, match=r"expected a whole checkpoint, found no optimizer.safetensors"):
             train(config_for(store, tmp_path / "out"), resume=broken)
-        with pytest.raises(FileNotFoundError, match="expected a checkpoint folder, found none"):
+        with pytest.raises(FileNotFoundError, match="expected a checkpoint folder, found nothing there"):
             train(config_for(store, tmp_path / "out"), resume=tmp_path / "nowhere")
 
     def test_checkpoint_of_another_model(self, finished: Path, store: EmbeddingStore, tmp_path: Path) -> None:

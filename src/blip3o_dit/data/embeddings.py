@@ -11,8 +11,9 @@ from torch import Tensor
 
 from blip3o_dit.data.array_embeddings import AS_IT_IS, Arrangement
 from blip3o_dit.data.checks import AnyIndices, Indices, Record
-from blip3o_dit.data.manifest import MANIFEST
+from blip3o_dit.data.manifest import MANIFEST, STORE_ASIDE
 from blip3o_dit.data.store import EmbeddingStore
+from blip3o_dit.utils.recognise import EMBEDDINGS, refusal
 
 
 class Embeddings(Protocol):
@@ -61,8 +62,12 @@ def open_embeddings(
     path = Path(path)
     if not path.is_dir():
         return open_file(path, arrangement)
-    found = None if (path / MANIFEST).is_file() else open_folder(path, arrangement)
-    return EmbeddingStore(path, verify=verify) if found is None else found
+    if any((path / name).exists() for name in (MANIFEST, STORE_ASIDE)):
+        return EmbeddingStore(path, verify=verify)
+    found = open_folder(path, arrangement)
+    if found is None:
+        raise refusal(path, EMBEDDINGS)
+    return found
 
 
 class TransformedEmbeddings:

@@ -67,7 +67,7 @@ def evaluate_models(
     config = config or EvaluationConfig()
     folder = Path(models[0] if output_dir is None else output_dir)
     processes = join_processes(config.device)
-    if processes.is_main:
+    if processes.is_main and (output_dir is not None or folder.is_dir()):  # else loading says what is there
         check_writable(folder / report.METRICS_FILE)
     dtype = getattr(torch, config.dtype)
     loaded = [

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from blip3o_dit.utils.json_files import read_json, short_repr
+from blip3o_dit.utils.recognise import instead_of
 
 CHECKSUMS_FILE = "checksums.json"
 
@@ -57,7 +58,8 @@ def verify(folder: Path, names: Iterable[str] | None = None) -> None:
             raise ValueError(f"{folder}: expected {name}, found none")
         if file.stat().st_size != size:
             raise ValueError(
-                f"{file}: expected {size} bytes, found {file.stat().st_size}: truncated or altered"
+                f"{file}: expected {size} bytes, found {file.stat().st_size}"
+                f"{instead_of(file) or ': truncated or altered'}"
             )
         if sha256(file) != digest:
             raise ValueError(f"{file}: its SHA-256 is not that of {CHECKSUMS_FILE}: the file was altered")
