@@ -153,9 +153,7 @@ def pick_weights(path: Path, weights: str) -> str:
             altered since they were saved.
     """
     check_name("weights", weights, ("auto", "ema", "raw"))
-    finish_model(path)
-    if not (path / "config.json").is_file():
-        raise refusal(path, MODEL)
+    check_is_model(path)
     has_ema = all(file.is_file() for file in weights_files(path, EMA_VARIANT))
     if weights == "ema" and not has_ema:
         raise ValueError(f"{path}: expected averaged weights ({EMA_FILE}), found none")
@@ -164,6 +162,13 @@ def pick_weights(path: Path, weights: str) -> str:
         files = weights_files(path, EMA_VARIANT if chosen == "ema" else None)
         verify(path, ["config.json", *(file.name for file in files)])
     return chosen
+
+
+def check_is_model(path: Path) -> None:
+    """Raises FileNotFoundError or ValueError, of one line, where there is no model."""
+    finish_model(path)
+    if not (path / "config.json").is_file():
+        raise refusal(path, MODEL)
 
 
 def weights_files(folder: Path, variant: str | None) -> list[Path]:

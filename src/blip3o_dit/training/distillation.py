@@ -32,7 +32,7 @@ from blip3o_dit.flow.predictions import convert_prediction
 from blip3o_dit.flow.solvers import SOLVERS, Velocity
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
-from blip3o_dit.model.loading import EMA_FILE, EMA_VARIANT, finish_model, pick_weights
+from blip3o_dit.model.loading import EMA_FILE, EMA_VARIANT, check_is_model, pick_weights
 from blip3o_dit.training.config import TRAINING_CONFIG_FILE, DistillationConfig, TrainingConfig
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.memory import check_room, distillation_forecast, room_on
@@ -62,8 +62,7 @@ def distill(
         FileNotFoundError, ValueError: one line naming what was expected and found.
     """
     check_alone("distill")
-    finish_model(Path(model_path))
-    BLIP3oDiTConfig.from_pretrained(Path(model_path))  # what is no model is refused before a folder is made
+    check_is_model(Path(model_path))  # before a folder is made
     with output_folder(Path(output_dir), "a distillation"):
         return _distill(
             Path(model_path), embeddings, Path(output_dir), config, overwrite=overwrite, progress=progress
