@@ -106,6 +106,7 @@ PLACES = {
     "openai/clip": "nothing there: what is on the hub is downloaded to a folder first",
     "https://example.org/x.pkl": "an address",
     "broken": "a link to what is not there",
+    "\udcff": "nothing there",
     "/dev/null": "a device",
 }
 THINGS = {name: what for name, (_, what) in FILES.items()} | PLACES
@@ -118,6 +119,7 @@ LISTS = {"notes.txt", "notes.csv", "notes.json", "things.tar", "empty", "mixed",
 OTHERS = {"model", "model/checkpoint-2"}
 PLACES_OF_COMMANDS: dict[str, tuple[list[str], set[str]]] = {
     "inspect": (["inspect", "PATH", "--no-picture"], TOKENS | OTHERS | {"run"}),
+    "plot": (["plot", "PATH"], OTHERS | {"run"}),
     "generate MODEL": (["generate", "PATH", "store", "out"], OTHERS | {"clip"}),
     "generate DATA": (
         ["generate", "model", "PATH", "out", "--device=cpu"],

@@ -1,4 +1,4 @@
-"""blip3o-dit inspect: what is in a store, as text and as a sheet of token maps."""
+"""blip3o-dit inspect: what is in a store, with a sheet of token maps, or in a model, checkpoint or run."""
 
 from __future__ import annotations
 
@@ -14,16 +14,45 @@ logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("embeddings", type=Path, help="embedding store or documented pickle")
+    parser.add_argument(
+        "embeddings",
+        metavar="path",
+        type=Path,
+        help="embedding store, documented pickle, model, checkpoint or folder of a run",
+    )
     parser.add_argument("--picture", type=Path, help="PNG to write (default: beside the store)")
     parser.add_argument("--no-picture", action="store_true", help="text only")
-    parser.add_argument("--pictures", help="where the pictures are, as for extract")
+    parser.add_argument(
+        "--pictures", help="where the pictures are, as for extract (default: where the store was made from)"
+    )
     parser.add_argument("--samples", type=int, default=6, help="samples in the picture")
-    parser.add_argument("--json", type=Path, help="also write the findings as JSON")
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        nargs="?",
+        const="-",
+        help="also write the findings as JSON; without a file to the output, in place of the text",
+    )
     parser.add_argument("--seed", type=int, default=0, help="chooses the samples")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from blip3o_dit.utils.recognise import TRAINED, recognise
+
+    if recognise(arguments.embeddings).kind in TRAINED:
+        _run_on_model(arguments)
+    else:
+        _run_on_embeddings(arguments)
+
+
+def _run_on_model(arguments: argparse.Namespace) -> None:
+    from blip3o_dit.training.describe import describe, format_description
+
+    about = describe(arguments.embeddings)
+    _write(about, format_description(about), arguments.json)
+
+
+def _run_on_embeddings(arguments: argparse.Namespace) -> None:
     from functools import partial
 
     from tqdm.auto import tqdm
@@ -35,14 +64,20 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.samples < 1:
         raise ValueError(f"--samples: expected at least 1, found {arguments.samples}")
     inspection = inspect_embeddings(source, progress=partial(tqdm, unit="batch", desc="reading", leave=False))
-    sys.stdout.write(format_inspection(inspection))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(asdict(inspection), indent=2) + "\n")
+    _write(asdict(inspection), format_inspection(inspection), arguments.json)
     if not arguments.no_picture:
-        path = arguments.embeddings
+        path = arguments.embeddings.resolve()
         target = arguments.picture or path.with_name(f"{path.stem}_inspection.png")
         _draw(source, target, arguments)
         logger.info("the picture: %s", target)
+
+
+def _write(findings: dict[str, Any], text: str, json_file: str | None) -> None:
+    """The text on standard output, and JSON in a file; or JSON alone there, for "-"."""
+    as_json = json.dumps(findings, indent=2) + "\n"
+    sys.stdout.write(as_json if json_file == "-" else text)
+    if json_file not in (None, "-"):
+        Path(json_file).write_text(as_json)
 
 
 def _draw(source: Any, target: Path, arguments: argparse.Namespace) -> None:

@@ -98,7 +98,7 @@ def recognise(path: Path) -> Found:
     """What is at a path. Raises OSError where it may not be read."""
     try:
         mode = os.stat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # of names that no file can have
         return _nothing(path)
     if stat.S_ISDIR(mode):
         return _folder(path)
