@@ -17,6 +17,7 @@ from blip3o_dit.data.array_embeddings import (
     AS_IT_IS,
     CAPTION_NAMES,
     CLIP_NAMES,
+    CONFIG,
     EVA_NAMES,
     HAS_CAPTION,
     KEY_NAMES,
@@ -30,7 +31,8 @@ from blip3o_dit.data.pickle_format import PickledEmbeddings
 from blip3o_dit.utils.json_files import one_line, parse_json, read_json, short_repr, show_names
 from blip3o_dit.utils.recognise import EMBEDDINGS, recognise, refusal
 
-KNOWN_NAMES = (*EVA_NAMES, *CLIP_NAMES, *KEY_NAMES, *CAPTION_NAMES, *LABEL_NAMES, HAS_CAPTION, RECORDS)
+_OF_RECORDS = (*KEY_NAMES, *CAPTION_NAMES, *LABEL_NAMES, HAS_CAPTION, RECORDS)
+KNOWN_NAMES = (*EVA_NAMES, *CLIP_NAMES, *_OF_RECORDS, CONFIG)
 
 # A compressed array may be so many times its size in the file, and this much in any case.
 MOST_INFLATED, INFLATED_FREE = 8, 2**26

@@ -129,12 +129,13 @@ def _recipe(config: dict[str, Any], settings: dict[str, Any], run: dict[str, Any
     known = {**(flow if isinstance(flow, dict) else {}), **settings}
     low = settings.get("memory") == "low"
     mixed = next((name for name in ("bf16", "fp16") if settings.get(name)), "float32") if settings else None
-    whole, parts = run.get("global_batch"), [settings.get(name) for name in RECIPE[3:5]]
-    numbers = all(isinstance(value, int) and value > 0 for value in (whole, *parts))
+    whole: Any = run.get("global_batch")
+    own: Any = [settings.get(name) for name in ("batch_size", "gradient_accumulation_steps")]
+    numbers = all(isinstance(value, int) and value > 0 for value in (whole, *own))
     return {
         **{name: known.get(name) for name in RECIPE},
         "precision": "bfloat16 weights" if low else mixed,
-        "processes": whole // (parts[0] * parts[1]) if numbers else None,
+        "processes": whole // (own[0] * own[1]) if numbers else None,
         "solver": config.get("default_solver"),
         "solver_steps": config.get("default_steps"),
     }
@@ -170,7 +171,7 @@ def _progress(folder: Path, saved: list[dict[str, Any]]) -> dict[str, Any]:
     states.sort(key=lambda state: _steps(state)[0])
     step, planned = _steps(states[-1]) if states else (0, 0)
     own = _steps(_object(folder / STATE))[0]
-    passes = states[-1].get("epoch") if states else None
+    passes: Any = states[-1].get("epoch") if states else None
     known = is_number(passes) and math.isfinite(passes) and step
     logged = max((entry["step"] for entry in log_of(folder)), default=0)
     return {
