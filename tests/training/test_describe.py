@@ -115,6 +115,15 @@ def test_a_finished_run_that_is_trained_further_is_not_finished(run: Path, tmp_p
     assert (progress["step"], progress["of"], progress["finished"]) == (13, 20, False)
 
 
+def test_a_run_that_was_killed_before_its_model_was_saved_is_not_finished(run: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    for name in ("config.json", "model.safetensors", "model.ema.safetensors", "trainer_state.json"):
+        (folder / name).unlink()
+    about = describe.describe(folder)
+    assert about["progress"]["step"] == about["progress"]["of"] == 10
+    assert not about["progress"]["finished"] and about["go_on"].endswith(" auto")
+
+
 def test_a_damaged_checkpoint_is_said_and_not_counted_on(run: Path, tmp_path: Path) -> None:
     folder = unfinished(run, tmp_path / "run")
     broken = folder / "checkpoint-7"
