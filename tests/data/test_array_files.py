@@ -182,7 +182,8 @@ def test_two_npy_files_are_the_two_sides(tmp_path: Path, names: tuple[str, str])
     paths = [str(tmp_path / name) for name in names]
     assert main(["convert", *paths, str(tmp_path / "out"), "--dtype", "float32"]) == 0
     assert np.array_equal(EmbeddingStore(tmp_path / "out").fetch(range(COUNT))[0].numpy(), eva)
-    assert "expected two arrays, found one" in refused(lambda: open_embeddings(paths[0]))
+    found = refused(lambda: open_embeddings(paths[0]))
+    assert "found one NumPy array: give the folder that has eva.npy and clip.npy" in found
 
 
 # What is not read
@@ -207,7 +208,7 @@ OTHERS: dict[str, tuple[bytes, str]] = {
     "x.safetensors": (b"\n<!DOCTYPE html>\n<html><body>Sign in</body></html>", "found a web page"),
     "x.pkl.gz": (b"\x1f\x8b" + bytes(20), "found a gzip file: unpack it first"),
     "x.feather": (b"ARROW1\0\0" + bytes(40), "found an Arrow or Feather file"),
-    "x.png": (b"\x89PNG\r\n\x1a\n", "found a picture"),
+    "x.png": (b"\x89PNG\r\n\x1a\n", "found a PNG picture: `blip3o-dit extract"),
     "x.parquet": (b"", "found an empty file"),
 }
 
@@ -234,7 +235,7 @@ def test_other_formats_are_named_by_their_content(tmp_path: Path, name: str, ren
         ({"state.json": '{"_data_files": [{"filename": "../x"}]}'}, "expected the names of data files"),
         ({"state.json": '{"_data_files": [{"filename": "x"}], "_indices_files": [1]}'}, "flatten_indices"),
         ({"state.json": '{"_data_files": [{"filename": "x"}]}'}, "x: not a readable table"),
-        ({"readme.txt": ""}, "expected manifest.json, found none"),
+        ({"readme.txt": ""}, "found a folder with other files, ['readme.txt']"),
     ],
 )
 def test_other_folders_are_named(tmp_path: Path, files: dict[str, str], message: str) -> None:

@@ -487,7 +487,7 @@ def test_the_check_refuses_a_store_with_one_altered_byte(
 
 def test_the_check_refuses_a_file_that_is_no_data_set(tmp_path: Path) -> None:
     (tmp_path / "e.pkl").write_bytes(b"hello")
-    with pytest.raises(ValueError, match=r"e\.pkl: not a readable pickle"):
+    with pytest.raises(ValueError, match=r"e\.pkl: expected embeddings .* found a text file"):
         dataset.test_blip3o_dataset(tmp_path / "e.pkl")
     with pytest.raises(FileNotFoundError, match=r"none\.pkl"):
         dataset.test_blip3o_dataset(tmp_path / "none.pkl")

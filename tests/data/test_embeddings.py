@@ -22,7 +22,9 @@ def test_a_folder_opens_as_store_and_a_file_as_pickle(tmp_path: Path) -> None:
     assert isinstance(open_embeddings(str(tmp_path / "store")), EmbeddingStore)
     with pytest.raises(FileNotFoundError, match=r"none\.pkl"):
         open_embeddings(tmp_path / "none.pkl")
-    assert "expected manifest.json, found none" in refused(lambda: open_embeddings(tmp_path))
+    assert "found a folder of stores: name one of them: ['store']" in refused(
+        lambda: open_embeddings(tmp_path)
+    )
 
 
 def test_a_view_transforms_tokens_and_keeps_records_and_sizes(tmp_path: Path) -> None:

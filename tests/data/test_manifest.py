@@ -127,9 +127,9 @@ def test_a_name_that_is_no_file_is_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_a_missing_folder_and_a_folder_that_is_no_store(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="none: expected an embedding store folder, found none"):
+    with pytest.raises(FileNotFoundError, match="none: expected an embedding store, found nothing there"):
         EmbeddingStore(tmp_path / "none")
-    assert "expected manifest.json, found none" in refused(lambda: EmbeddingStore(tmp_path))
+    assert "expected an embedding store, found an empty folder" in refused(lambda: EmbeddingStore(tmp_path))
 
 
 def test_a_store_of_more_shards_than_a_manifest_lists_is_refused_while_it_is_written(

@@ -40,6 +40,7 @@ WEIGHTS = {
     "verify": 10,
     "export-embeddings": 10,
     "inspect": 25,
+    "plot": 2,
     "generate": 25,
     "train": 4,
     "evaluate": 4,
@@ -94,6 +95,7 @@ class _Places:
     def __init__(self, folder: Path) -> None:
         self.out, self.canary = folder / "out", folder / "canary"
         self.store, self.model = write_store(folder / "store"), write_model(folder / "model")
+        (self.model / "training_log.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
         self.pickle, self.evil = folder / "data.pkl", folder / "evil.pkl"
         self.pickle.write_bytes(pickle.dumps(documented()))
         self.evil.write_bytes(HOSTILE["os.system by GLOBAL"](self.canary))
@@ -158,6 +160,7 @@ class _Places:
             "verify": [data],
             "export-embeddings": [data, f"{out}.npz"],
             "inspect": [data, "--no-picture"],
+            "plot": [model, "--output", f"{out}.png"],
             "generate": [model, data, out, "--num_inference_steps=1"],
             "train": ["--embeddings_path", data, "--output_dir", out, *small, "--dry_run"],
             "distill": [

@@ -117,7 +117,7 @@ def test_a_folder_that_is_not_there_is_not_looked_up(
         f"{folder.name}/none",
         "a/b/c",
     ):
-        with pytest.raises(FileNotFoundError, match=r"a model folder with config\.json, found none"):
+        with pytest.raises(FileNotFoundError, match=r"a model folder with config\.json, found nothing there"):
             BLIP3oDiTModel.from_pretrained(name)
     with pytest.raises(FileNotFoundError):
         BLIP3oInference("owner/model")

@@ -29,7 +29,8 @@ def run(arguments: argparse.Namespace) -> None:
     from blip3o_dit.utils.distributed import pick_device
 
     model = arguments.model
-    output = arguments.output_dir or model.with_name(f"{model.resolve().name}-{arguments.steps}-steps")
+    default = model.absolute().parent / f"{model.resolve().name}-{arguments.steps}-steps"
+    output = arguments.output_dir or default
     settings = given_settings(arguments, DistillationConfig) | {"device": str(pick_device(arguments.device))}
     config = DistillationConfig(**settings)
     distill(model, arguments.embeddings, output, config, overwrite=arguments.overwrite)

@@ -130,13 +130,16 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _generate_for_embeddings(arguments: argparse.Namespace, given: dict[str, Any]) -> None:
+    from blip3o_dit.data.embeddings import open_embeddings
+
     unused = given_settings(arguments, TowerConfig)
     if unused:
         raise ValueError(
             f"--{next(iter(unused))}: expected pictures, found embeddings: {arguments.embeddings}"
         )
+    opened = open_embeddings(arguments.embeddings)  # before a model is loaded
     inference = _load(arguments)
-    source = inference.open(arguments.embeddings)
+    source = inference.open(opened)
     count = len(inference.choose(source, given.get("split", "all"), given.get("num_samples")))
     _check_room(arguments.output, count, inference, given, true_tokens=True)
     results = inference.generate_from_dataset(source, output_path=arguments.output, **given)

@@ -1,4 +1,4 @@
-"""blip3o-dit inspect: what is in a store, as text and as a sheet of token maps."""
+"""blip3o-dit inspect: what is in a store, with a sheet of token maps, or in a model, checkpoint or run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,17 @@ logger = logging.getLogger(__name__)
 EXAMPLES = (
     "blip3o-dit inspect embeddings/store",
     "blip3o-dit inspect embeddings/store --pictures images --samples 12 --output sheet.png",
+    "blip3o-dit inspect checkpoints/run",
 )
 
 
 def add_arguments(parser: CommandParser) -> None:
-    parser.add_argument("embeddings", type=Path, help="embedding store or documented pickle")
+    parser.add_argument(
+        "embeddings",
+        metavar="path",
+        type=Path,
+        help="embedding store, documented pickle, model, checkpoint or folder of a run",
+    )
     parser.add_argument(
         "--output",
         dest="picture",
@@ -32,16 +38,39 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_former_name("picture", "output")
     parser.add_argument("--no_picture", action="store_true", help="text only")
     parser.add_argument(
-        "--pictures", metavar="WHERE", help="where the pictures are, as for extract (default: not shown)"
+        "--pictures",
+        metavar="WHERE",
+        help="where the pictures are, as for extract (default: where the store was made from)",
     )
     parser.add_argument("--samples", type=int, default=6, metavar="N", help="samples in the picture")
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write the findings as JSON (default: do not)"
+        "--json",
+        metavar="FILE",
+        nargs="?",
+        const="-",
+        help="also write the findings as JSON; without a file to the output, in place of the text "
+        "(default: do not)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="chooses the samples")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from blip3o_dit.utils.recognise import TRAINED, recognise
+
+    if recognise(arguments.embeddings).kind in TRAINED:
+        _run_on_model(arguments)
+    else:
+        _run_on_embeddings(arguments)
+
+
+def _run_on_model(arguments: argparse.Namespace) -> None:
+    from blip3o_dit.training.describe import describe, format_description
+
+    about = describe(arguments.embeddings)
+    _write(about, format_description(about), arguments.json)
+
+
+def _run_on_embeddings(arguments: argparse.Namespace) -> None:
     from functools import partial
 
     from tqdm.auto import tqdm
@@ -53,14 +82,20 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.samples < 1:
         raise ValueError(f"--samples: expected at least 1, found {arguments.samples}")
     inspection = inspect_embeddings(source, progress=partial(tqdm, unit="batch", desc="reading", leave=False))
-    sys.stdout.write(format_inspection(inspection))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(asdict(inspection), indent=2) + "\n")
+    _write(asdict(inspection), format_inspection(inspection), arguments.json)
     if not arguments.no_picture:
-        path = arguments.embeddings
+        path = arguments.embeddings.resolve()
         target = arguments.picture or path.with_name(f"{path.stem}_inspection.png")
         _draw(source, target, arguments)
         logger.info("the picture: %s", target)
+
+
+def _write(findings: dict[str, Any], text: str, json_file: str | None) -> None:
+    """The text on standard output, and JSON in a file; or JSON alone there, for "-"."""
+    as_json = json.dumps(findings, indent=2) + "\n"
+    sys.stdout.write(as_json if json_file == "-" else text)
+    if json_file not in (None, "-"):
+        Path(json_file).write_text(as_json)
 
 
 def _draw(source: Any, target: Path, arguments: argparse.Namespace) -> None:

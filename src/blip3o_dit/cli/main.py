@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 # In the order of their use: modules of this package with `add_arguments(parser)` and `run(arguments)`
 COMMANDS = {
     "extract": "pictures become an embedding store: EVA-CLIP and CLIP tokens",
-    "inspect": "say what is in an embedding store or pickle, and draw a few samples",
+    "inspect": "say what is in a store or pickle, and draw a few samples, or what a model or run is",
     "train": "train the diffusion transformer on an embedding store or pickle",
     "generate": "generate CLIP tokens for the samples of an embedding store or pickle, or for pictures",
     "evaluate": "measure trained models beside baselines on held-out samples, and write a report",
+    "plot": "draw the training curves of one run, or of several in one figure",
     "distill": "teach a copy of a trained model to generate in a few network calls",
     "convert": "write files of embeddings as one embedding store",
     "export-embeddings": "write an embedding store as .npz, .safetensors, .parquet or the documented .pkl",

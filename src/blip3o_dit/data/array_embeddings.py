@@ -34,12 +34,18 @@ from blip3o_dit.utils.json_files import parse_json, short_repr, show_names
 
 # The names that arrays and columns are found under; the first is the documented one.
 EVA_NAMES = ("eva_blip3o_embeddings", "eva_embeddings", "eva_tokens", "eva_features", "eva")
-CLIP_NAMES = ("clip_blip3o_embeddings", "clip_embeddings", "clip_tokens", "clip_features", "clip")
+# What `generate` calls the tokens that a model made, which are then the targets, and a sample's mean of them.
+GENERATED, POOLED_VECTORS = "generated_clip_embeddings", "pooled_clip_embeddings"
+CLIP_NAMES = (
+    *("clip_blip3o_embeddings", "clip_embeddings", "clip_tokens", "clip_features", "clip"),
+    GENERATED,
+)
 KEY_NAMES = ("keys", "key", "ids", "id")
 CAPTION_NAMES = ("captions", "caption", "texts", "text")
 LABEL_NAMES = ("labels", "label")
 # What `export-embeddings` adds: which captions are known, and whole records as lines of JSON.
 HAS_CAPTION, RECORDS = "has_caption", "records"
+CONFIG = "config"
 
 CHECKED_AT_ONCE = 256
 
@@ -91,6 +97,7 @@ class RawEmbeddings:
         eva_shape, clip_shape: of all samples.
         shard_starts: see `Embeddings`; one shard by default.
         in_memory: whether all of it can be checked at once, without reading a file again.
+        generated_by: what the file says of the model that generated the targets; None if none did.
     """
 
     path: Path
@@ -102,6 +109,7 @@ class RawEmbeddings:
     has_keys: bool = True
     shard_starts: Sequence[int] = field(default_factory=list)
     in_memory: bool = False
+    generated_by: Mapping[str, Any] | None = None
 
 
 class ArrayEmbeddings:
@@ -124,7 +132,7 @@ class ArrayEmbeddings:
         check_token_counts(self.path, eva, clip)
         self.num_samples, self.num_tokens, self.condition_dim = eva
         self.target_dim = clip[2]
-        self.has_keys = raw.has_keys
+        self.has_keys, self.generated_by = raw.has_keys, raw.generated_by
         self.shard_starts = np.array(raw.shard_starts or [0, self.num_samples], dtype=np.int64)
         self._fingerprint: str | None = None
         if not self.num_samples:
@@ -198,6 +206,13 @@ def raw_from_content(
     Raises:
         ValueError: naming what is missing or no array of floats.
     """
+    if POOLED_VECTORS in content:
+        raise ValueError(f"{path}: expected tokens, found one vector a picture (`generate --pooled`)")
+    generated_by = None
+    if GENERATED in content:
+        content = {name: _from_json_text(path, name, value) for name, value in content.items()}
+        config = content.get(CONFIG)
+        generated_by = config if isinstance(config, dict) else {}
     sides = [as_tokens(path, content, names) for names in (EVA_NAMES, CLIP_NAMES)]
     records, has_keys = read_records(path, content, len(sides[0]))
     return RawEmbeddings(
@@ -209,7 +224,14 @@ def raw_from_content(
         records,
         has_keys=has_keys,
         in_memory=in_memory,
+        generated_by=generated_by,
     )
+
+
+def _from_json_text(path: Path, name: str, value: Any) -> Any:
+    """What `generate` writes into .npz as bytes of JSON: all that is no array of tokens."""
+    written = isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 1
+    return parse_json(f"{path}: {name}", value.tobytes()) if written else value
 
 
 @dataclass

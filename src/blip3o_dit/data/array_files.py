@@ -1,4 +1,4 @@
-"""Embeddings in .npz, .npy and safetensors files, and what other files are that hold none."""
+"""Embeddings in .npz, .npy and safetensors files, and in folders of arrays."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from blip3o_dit.data.array_embeddings import (
     AS_IT_IS,
     CAPTION_NAMES,
     CLIP_NAMES,
+    CONFIG,
     EVA_NAMES,
     HAS_CAPTION,
     KEY_NAMES,
@@ -28,42 +29,18 @@ from blip3o_dit.data.array_embeddings import (
 )
 from blip3o_dit.data.pickle_format import PickledEmbeddings
 from blip3o_dit.utils.json_files import one_line, parse_json, read_json, short_repr, show_names
+from blip3o_dit.utils.recognise import EMBEDDINGS, recognise, refusal
 
-ZIP, NPY, PARQUET, ARROW = b"PK\x03\x04", b"\x93NUMPY", b"PAR1", b"ARROW1"
-KNOWN_NAMES = (*EVA_NAMES, *CLIP_NAMES, *KEY_NAMES, *CAPTION_NAMES, *LABEL_NAMES, HAS_CAPTION, RECORDS)
+_OF_RECORDS = (*KEY_NAMES, *CAPTION_NAMES, *LABEL_NAMES, HAS_CAPTION, RECORDS)
+KNOWN_NAMES = (*EVA_NAMES, *CLIP_NAMES, *_OF_RECORDS, CONFIG)
 
 # A compressed array may be so many times its size in the file, and this much in any case.
 MOST_INFLATED, INFLATED_FREE = 8, 2**26
-
-READ = "a store, .pkl, .pt, .npz, .npy, .safetensors, parquet, or a saved Hugging Face dataset"
-# Formats by the first bytes: a text that is no pickle's, and what to say.
-_OTHERS = (
-    (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
-    (b"\x1f\x8b", "a gzip file: unpack it first"),
-    (b"\x28\xb5\x2f\xfd", "a zstd file: unpack it first"),
-    (b"\xfd7zXZ\x00", "an xz file: unpack it first"),
-    (b"BZh", "a bzip2 file: unpack it first"),
-    (b"7z\xbc\xaf", "a 7z file: unpack it first"),
-    (b"Rar!", "a RAR file: unpack it first"),
-    (b"SQLite format 3", "an SQLite file"),
-    (b"MATLAB 5.0", "a MATLAB file"),
-    (b"version https://git-lfs", "a Git LFS pointer instead of the file: run `git lfs pull`"),
-    (ARROW, "an Arrow or Feather file: write it as parquet"),
-    (b"\x89PNG", "a picture: `blip3o-dit extract` makes embeddings of pictures"),
-    (b"\xff\xd8\xff", "a picture: `blip3o-dit extract` makes embeddings of pictures"),
-)
 
 # What zipfile raises on bytes that it cannot read.
 _ZIP_ERRORS = (zipfile.BadZipFile, ValueError, OSError, RuntimeError, struct.error)
 # What NumPy raises on a header that it cannot read.
 _HEADER_ERRORS = (ValueError, EOFError, SyntaxError, tokenize.TokenError, OverflowError, MemoryError)
-_FOLDERS = {
-    ".zarray": "a zarr array",
-    ".zgroup": "a zarr group",
-    "zarr.json": "a zarr group",
-    "data.mdb": "an LMDB database",
-    "checkpoint.index": "a TensorFlow checkpoint",
-}
 
 
 def open_file(path: Path, arrangement: Arrangement = AS_IT_IS) -> ArrayEmbeddings:
@@ -72,27 +49,21 @@ def open_file(path: Path, arrangement: Arrangement = AS_IT_IS) -> ArrayEmbedding
     Raises:
         FileNotFoundError, ValueError: one line naming the file, what was expected and what was found.
     """
-    if not path.is_file():
-        return PickledEmbeddings(path, arrangement)  # which says what is there
-    with open(path, "rb") as file:
-        start = file.read(4096)
-    if start.startswith(ZIP):
-        if any(name.endswith(".npy") for name in _zip_names(path)):
+    kind = recognise(path).kind
+    if kind in ("npz", "zip", "pickle in a zip"):
+        names = _zip_names(path)
+        if any(name.endswith(".npy") for name in names):
             return _open_npz(path, arrangement)
-    elif start.startswith(PARQUET):
+        kind = "pickle" if kind != "zip" or any(name.endswith("data.pkl") for name in names) else kind
+    if kind == "parquet":
         from blip3o_dit.data.table_files import open_parquet  # needs pyarrow
 
         return open_parquet(path, [path], arrangement)
-    elif start.startswith(NPY):
-        raise ValueError(
-            f"{path}: expected two arrays, found one: give the folder that has eva.npy and clip.npy, or "
-            "both files to `blip3o-dit convert`"
-        )
-    elif _is_safetensors(path, start):
+    if kind == "safetensors":
         return _open_safetensors(path, arrangement)
-    elif not start.startswith(b"\x80"):
-        refuse_other_formats(path, start)
-    return PickledEmbeddings(path, arrangement)
+    if kind == "pickle":
+        return PickledEmbeddings(path, arrangement)
+    raise refusal(path, EMBEDDINGS)
 
 
 def open_folder(path: Path, arrangement: Arrangement = AS_IT_IS) -> ArrayEmbeddings | None:
@@ -102,9 +73,6 @@ def open_folder(path: Path, arrangement: Arrangement = AS_IT_IS) -> ArrayEmbeddi
         ValueError: for one that is recognised and cannot be read.
     """
     names = {file.name for file in path.iterdir()}
-    for name, what in _FOLDERS.items():
-        if name in names:
-            raise ValueError(f"{path}: expected {READ}, found {what}")
     if "dataset_dict.json" in names:
         splits = read_json(path / "dataset_dict.json")
         shown = show_names(splits.get("splits", []) if isinstance(splits, dict) else [])
@@ -207,10 +175,6 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarra
     return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
 
 
-def _is_safetensors(path: Path, start: bytes) -> bool:
-    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size
-
-
 def _open_safetensors(path: Path, arrangement: Arrangement) -> ArrayEmbeddings:
     try:
         with safe_open(path, framework="pt") as tensors:
@@ -219,41 +183,9 @@ def _open_safetensors(path: Path, arrangement: Arrangement) -> ArrayEmbeddings:
             about = tensors.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a readable safetensors file: {one_line(error)}") from error
+    if not {*EVA_NAMES, *CLIP_NAMES} & set(names):
+        raise ValueError(f"{refusal(path, EMBEDDINGS)} with other tensors, {show_names(names)}")
     for name in (*KEY_NAMES, *CAPTION_NAMES, *LABEL_NAMES):
         if name in about and name not in content:
             content[name] = parse_json(f"{path}: {name}", about[name].encode(errors="surrogatepass"))
     return ArrayEmbeddings(raw_from_content(path, [path], content, in_memory=False), arrangement)
-
-
-def refuse_other_formats(path: Path, start: bytes) -> None:
-    """Refuse (ValueError) a file that is recognised as something that is not read here."""
-    if not start:
-        raise ValueError(f"{path}: expected {READ}, found an empty file")
-    what = next((what for magic, what in _OTHERS if start.startswith(magic)), None)
-    if start[257:262] == b"ustar":
-        what = "a tar archive: unpack it first (`blip3o-dit extract` takes tars of pictures)"
-    elif start[16:20] == b"\xde\xc0\xef\xbe":
-        what = "an LMDB database"
-    elif start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        what = "a web page, such as the one that asks for a login: download the file itself"
-    elif what is None and _is_tfrecord(path, start):
-        what = "a TFRecord file"
-    elif what is None:
-        what = _kind_of_text(start)
-    if what is not None:
-        raise ValueError(f"{path}: expected {READ}, found {what}")
-
-
-def _is_tfrecord(path: Path, start: bytes) -> bool:
-    """Records of a length (8 bytes), its checksum (4), the content, and its checksum (4)."""
-    length, size = int.from_bytes(start[:8], "little"), path.stat().st_size
-    return 0 < length < 2**40 and 16 + length <= size and ".tfrecord" in path.name
-
-
-def _kind_of_text(start: bytes) -> str | None:
-    line = start.split(b"\n")[0].rstrip(b"\r")
-    if not line.isascii() or not line.decode("ascii").replace("\t", " ").isprintable():
-        return None
-    if line.startswith((b"{", b"[")):
-        return "JSON"
-    return "a text table such as CSV" if b"," in line or b"\t" in line else None

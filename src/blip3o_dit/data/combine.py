@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from blip3o_dit.data.checks import Record
-from blip3o_dit.data.embeddings import batches
+from blip3o_dit.data.embeddings import batches, check_not_mixed
 from blip3o_dit.data.manifest import write_manifest
 from blip3o_dit.data.shard_writer import ShardWriter
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
@@ -156,6 +156,7 @@ class KnownSamples:
 
 def check_alike(first: EmbeddingStore, other: EmbeddingStore, *, dtypes: bool = True) -> None:
     """Refuse (ValueError) stores of other sizes, or tokens made otherwise, as far as both say how."""
+    check_not_mixed([first, other])
     for name in _SIZES if dtypes else _SIZES[:-1]:
         _check_same(first, other, name, first.manifest[name], other.manifest[name])
     for name in ("pooling", "normalization"):

@@ -10,7 +10,14 @@ from blip3o_dit.data.array_embeddings import AS_IT_IS, Arrangement
 from blip3o_dit.data.array_files import open_pair
 from blip3o_dit.data.checks import Record
 from blip3o_dit.data.combine import check_alike, common_encoders
-from blip3o_dit.data.embeddings import Embeddings, batches, fetch_stored, open_embeddings
+from blip3o_dit.data.embeddings import (
+    Embeddings,
+    batches,
+    check_not_mixed,
+    fetch_stored,
+    generated_by,
+    open_embeddings,
+)
 from blip3o_dit.data.manifest import check_shard_count
 from blip3o_dit.data.pickle_format import PickledEmbeddings, config_for_json
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
@@ -82,6 +89,7 @@ def _open_all(paths: Sequence[Path], arrangement: Arrangement) -> list[Embedding
                 f"{source.path}: expected (tokens, eva width, clip width) {sizes[0]} as in "
                 f"{sources[0].path}, found {found}"
             )
+    check_not_mixed(sources)
     stores = [source for source in sources if isinstance(source, EmbeddingStore)]
     for store in stores[1:]:
         check_alike(stores[0], store, dtypes=False)
@@ -102,6 +110,9 @@ def _about(sources: Sequence[Embeddings], arrangement: Arrangement) -> dict[str,
     if isinstance(sources[0], PickledEmbeddings) and len(sources) == 1:
         encoders["config"] = config_for_json(sources[0].path, sources[0].config)
     stores = [source for source in sources if isinstance(source, EmbeddingStore)]
+    made_by = generated_by(sources[0])
+    if made_by is not None:
+        encoders["clip"] = {"generated_by": config_for_json(sources[0].path, made_by)}
     about: dict[str, Any] = {"encoders": common_encoders(stores) | encoders}
     pooling = next((s.manifest["pooling"] for s in stores if s.manifest.get("pooling")), None)
     pooled = None if arrangement.pool is None else f"mean to {arrangement.pool} tokens"

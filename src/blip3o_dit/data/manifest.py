@@ -13,6 +13,7 @@ from blip3o_dit.data.checks import check_square
 from blip3o_dit.data.choices import DTYPE_NAMES
 from blip3o_dit.utils.atomic import ASIDE, finish_publishing, write_atomically
 from blip3o_dit.utils.json_files import MAX_JSON_BYTES, is_plain_name, read_json, short_repr
+from blip3o_dit.utils.recognise import STORE, instead_of, refusal
 
 MANIFEST = "manifest.json"
 # Where a store is written before its files move into the folder around it.
@@ -75,12 +76,10 @@ def read_manifest(path: Path, *, check_files: bool = True) -> dict[str, Any]:
     """
     file = path / MANIFEST
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: expected an embedding store folder, found none")
+        raise refusal(path, STORE)
     finish_publishing(path / STORE_ASIDE, path, MANIFEST)
     if not file.is_file():
-        raise ValueError(
-            f"{path}: expected {MANIFEST}, found none: not an embedding store, or an unfinished one"
-        )
+        raise refusal(path, STORE)
     manifest = read_json(file)
     _check_manifest(file, manifest)
     for shard in manifest["shards"] if check_files else []:
@@ -153,7 +152,9 @@ def check_shard_file(folder: Path, shard: Mapping[str, Any]) -> None:
         raise ValueError(f"{file}: expected a shard, found no file")
     found = file.stat().st_size
     if found != size:
-        raise ValueError(f"{file}: expected {size} bytes, found {found}: truncated or altered")
+        raise ValueError(
+            f"{file}: expected {size} bytes, found {found}{instead_of(file) or ': truncated or altered'}"
+        )
 
 
 def check_shard_count(folder: Path, samples: int, shard_size: int) -> None:

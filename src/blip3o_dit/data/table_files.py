@@ -21,6 +21,7 @@ from blip3o_dit.data.array_embeddings import (
     CAPTION_NAMES,
     CLIP_NAMES,
     EVA_NAMES,
+    GENERATED,
     KEY_NAMES,
     LABEL_NAMES,
     Arrangement,
@@ -124,6 +125,7 @@ def _open(
         (count, *clip.shape[1:]),
         records,
         has_keys=has_keys,
+        generated_by={} if reader.names[1] == GENERATED else None,
         shard_starts=reader.starts,
     )
     return ArrayEmbeddings(raw, arrangement)

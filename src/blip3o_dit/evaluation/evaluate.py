@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from blip3o_dit.data.dataset import split_samples
-from blip3o_dit.data.embeddings import Embeddings, TransformedEmbeddings
+from blip3o_dit.data.embeddings import Embeddings, TransformedEmbeddings, generated_by, said_of_generated
 from blip3o_dit.evaluation import report, scores
 from blip3o_dit.evaluation.baselines import fit_baselines
 from blip3o_dit.evaluation.config import EvaluationConfig
@@ -67,7 +67,7 @@ def evaluate_models(
     config = config or EvaluationConfig()
     folder = Path(models[0] if output_dir is None else output_dir)
     processes = join_processes(config.device)
-    if processes.is_main:
+    if processes.is_main and (output_dir is not None or folder.is_dir()):  # else loading says what is there
         check_writable(folder / report.METRICS_FILE)
     dtype = getattr(torch, config.dtype)
     loaded = [
@@ -100,6 +100,11 @@ def evaluate_models(
         processes=processes,
     )
     result["command"] = command
+    made_by = generated_by(opened)
+    if made_by is not None:
+        result["data"]["generated_by"] = dict(made_by)
+        said = said_of_generated(made_by)
+        result["summary"].insert(0, f"The tokens that all methods are measured against are {said}.")
     result["models"] = [
         report.describe_model(sampler.name, found) for sampler, found in zip(samplers, loaded, strict=True)
     ]

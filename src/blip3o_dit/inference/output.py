@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from blip3o_dit.data.array_embeddings import GENERATED, POOLED_VECTORS
 from blip3o_dit.data.store_folder import check_claim
 from blip3o_dit.utils.atomic import atomic_file, dump_atomically
 
 PICKLE_SUFFIXES, NPZ_SUFFIX = (".pkl", ".pickle"), ".npz"
 
 # Arrays [n, ...] with the samples in the first place; everything else of the results is small.
-TOKENS, POOLED = "generated_clip_embeddings", "pooled_clip_embeddings"
+TOKENS, POOLED = GENERATED, POOLED_VECTORS
 
 
 def is_file_output(path: Path) -> bool:

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from blip3o_dit.flow.config import SOLVER_NAMES, FlowMatchingConfig
 from blip3o_dit.utils.json_files import read_json, short_repr
+from blip3o_dit.utils.recognise import MODEL, refusal
 from blip3o_dit.utils.validation import (
     check_bool,
     check_known,
@@ -213,7 +214,7 @@ def _config_file(folder: str | os.PathLike[str]) -> Path:
     if path.is_file():
         return path
     if not (path / CONFIG_FILE).is_file():
-        raise FileNotFoundError(f"{path}: expected a model folder with {CONFIG_FILE}, found none")
+        raise refusal(path, MODEL)
     return path / CONFIG_FILE
 
 

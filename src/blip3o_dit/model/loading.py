@@ -18,6 +18,7 @@ from blip3o_dit.utils.atomic import MODEL_ASIDE, finish_publishing
 from blip3o_dit.utils.checksums import is_sealed, verify
 from blip3o_dit.utils.json_files import printable, show_names, weight_files_of
 from blip3o_dit.utils.logging import quiet_transformers
+from blip3o_dit.utils.recognise import MODEL, refusal
 from blip3o_dit.utils.validation import check_name, damage_refused, is_hub_id
 
 TENSORS_AT_ONCE = 4  # mapped while they are read: 0.1 GiB at the default size
@@ -153,9 +154,7 @@ def pick_weights(path: Path, weights: str) -> str:
             altered since they were saved.
     """
     check_name("weights", weights, ("auto", "ema", "raw"))
-    finish_model(path)
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path}: expected a model folder with config.json, found none")
+    check_is_model(path)
     has_ema = all(file.is_file() for file in weights_files(path, EMA_VARIANT))
     if weights == "ema" and not has_ema:
         raise ValueError(f"{path}: expected averaged weights ({EMA_FILE}), found none")
@@ -164,6 +163,13 @@ def pick_weights(path: Path, weights: str) -> str:
         files = weights_files(path, EMA_VARIANT if chosen == "ema" else None)
         verify(path, ["config.json", *(file.name for file in files)])
     return chosen
+
+
+def check_is_model(path: Path) -> None:
+    """Raises FileNotFoundError or ValueError, of one line, where there is no model."""
+    finish_model(path)
+    if not (path / "config.json").is_file():
+        raise refusal(path, MODEL)
 
 
 def weights_files(folder: Path, variant: str | None) -> list[Path]:

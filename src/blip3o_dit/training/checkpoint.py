@@ -32,6 +32,7 @@ from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.utils.atomic import ASIDE, REPLACED, remove_files_and_folders, restore_replaced
 from blip3o_dit.utils.checksums import verify
 from blip3o_dit.utils.json_files import finite_or_none, read_json_object, short_repr, show_names
+from blip3o_dit.utils.recognise import CHECKPOINT, refusal
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,9 @@ CHECKPOINT_FILES = (
 # What is said of a refusal to resume: the way that does what was meant.
 NEWEST_WHOLE = "--resume_from_checkpoint auto takes the newest whole one in --output_dir"
 ANOTHER_RUN = "that needs a run of its own: leave out --resume_from_checkpoint, and give another --output_dir"
+
+
+_WEIGHTS_ONLY = "; a new run can start from the weights of a model folder, with --init_from"
 
 
 def from_its_weights(checkpoint: Path) -> str:
@@ -164,13 +168,14 @@ def verify_checkpoint(checkpoint: Path) -> None:
 
     Reads all of it, once for as long as its files keep their sizes and times.
     """
-    if not checkpoint.is_dir():
-        raise FileNotFoundError(f"{checkpoint}: expected a checkpoint folder, found none: {NEWEST_WHOLE}")
+    if not any((checkpoint / name).is_file() for name in (PROGRESS_FILE, OPTIMIZER_TENSORS)):
+        error = refusal(checkpoint, CHECKPOINT)
+        raise type(error)(f"{error}; {NEWEST_WHOLE}{_WEIGHTS_ONLY}")
     missing = [name for name in CHECKPOINT_FILES if not (checkpoint / name).is_file()]
     if missing:
         raise ValueError(
-            f"{checkpoint}: expected a whole checkpoint, found no {', '.join(missing)}: {NEWEST_WHOLE}; "
-            "a new run can start from the weights of a model folder, with --init_from"
+            f"{checkpoint}: expected a whole checkpoint, found no {', '.join(missing)}: "
+            f"{NEWEST_WHOLE}{_WEIGHTS_ONLY}"
         )
     files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.iterdir()]
     if tuple(sorted(files)) not in _verified:

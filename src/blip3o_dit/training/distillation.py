@@ -32,7 +32,7 @@ from blip3o_dit.flow.predictions import convert_prediction
 from blip3o_dit.flow.solvers import SOLVERS, Velocity
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
-from blip3o_dit.model.loading import EMA_FILE, EMA_VARIANT, pick_weights
+from blip3o_dit.model.loading import EMA_FILE, EMA_VARIANT, check_is_model, pick_weights
 from blip3o_dit.training.config import TRAINING_CONFIG_FILE, DistillationConfig, TrainingConfig
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.memory import check_room, distillation_forecast, room_on
@@ -62,6 +62,7 @@ def distill(
         FileNotFoundError, ValueError: one line naming what was expected and found.
     """
     check_alone("distill")
+    check_is_model(Path(model_path))  # before a folder is made
     with output_folder(Path(output_dir), "a distillation"):
         return _distill(
             Path(model_path), embeddings, Path(output_dir), config, overwrite=overwrite, progress=progress
@@ -83,6 +84,7 @@ def _distill(
             f"{output}: expected no model there, found one: give overwrite=True to replace it, or "
             "another --output_dir"
         )
+    source = open_embeddings(embeddings)
     variant = EMA_VARIANT if pick_weights(model_path, "auto") == "ema" else None
     run = TrainingConfig.from_folder(model_path)
     device, sizes = torch.device(config.device), BLIP3oDiTConfig.from_pretrained(model_path)
@@ -91,7 +93,6 @@ def _distill(
     )
     check_room(needed, room_on(device), "less is taken with a smaller --batch_size, --ema_decay 0")
     teacher: Any = BLIP3oDiTModel.from_pretrained(model_path, variant=variant)
-    source = open_embeddings(embeddings)
     check_sizes(source, teacher.config.data_sizes, model_path)
     train = run.split(source).train
     student, average = train_student(

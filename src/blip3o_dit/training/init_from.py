@@ -25,6 +25,7 @@ from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.fit_source import FOLDS_FILE, SourceFolds, load_folds
 from blip3o_dit.utils.checksums import sha256
 from blip3o_dit.utils.json_files import short_repr
+from blip3o_dit.utils.recognise import MODEL, refusal
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +167,7 @@ def _trained_config(folder: Path) -> BLIP3oDiTConfig:
             "into its model, and save that"
         )
     if not (folder / CONFIG_FILE).is_file():
-        raise FileNotFoundError(f"{folder}: expected a model folder with {CONFIG_FILE}, found none")
+        raise refusal(folder, MODEL)
     config: BLIP3oDiTConfig = BLIP3oDiTConfig.from_pretrained(folder)
     if config.flow.student_steps:
         raise ValueError(

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from blip3o_dit.utils.json_files import read_json, short_repr
+from blip3o_dit.utils.recognise import instead_of
 
 CHECKSUMS_FILE = "checksums.json"
 
@@ -53,14 +54,25 @@ def verify(folder: Path, names: Iterable[str] | None = None) -> None:
             )
         size, digest = known[name]
         file = folder / name
-        if not file.is_file():
-            raise ValueError(f"{folder}: expected {name}, found none")
-        if file.stat().st_size != size:
-            raise ValueError(
-                f"{file}: expected {size} bytes, found {file.stat().st_size}: truncated or altered"
-            )
+        _check_size(file, size)
         if sha256(file) != digest:
             raise ValueError(f"{file}: its SHA-256 is not that of {CHECKSUMS_FILE}: the file was altered")
+
+
+def check_sizes(folder: Path) -> None:
+    """As `verify` for all files, but without reading them: they are there, in their sizes."""
+    for name, (size, _) in _read_checksums(folder).items():
+        _check_size(folder / name, size)
+
+
+def _check_size(file: Path, size: int) -> None:
+    if not file.is_file():
+        raise ValueError(f"{file.parent}: expected {file.name}, found none")
+    if file.stat().st_size != size:
+        raise ValueError(
+            f"{file}: expected {size} bytes, found {file.stat().st_size}"
+            f"{instead_of(file) or ': truncated or altered'}"
+        )
 
 
 def sha256(file: Path) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from blip3o_dit.utils.json_files import one_line, short_repr, show_names
+from blip3o_dit.utils.recognise import instead_of
 
 if TYPE_CHECKING:
     import torch
@@ -130,7 +131,9 @@ def damage_refused(file: Path, what: str = "weights") -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not readable {what}: {one_line(error)}") from error
+        found = instead_of(file) if file.is_file() else ""
+        said = f"found no safetensors file{found}" if found else one_line(error)
+        raise ValueError(f"{file}: not readable {what}: {said}") from error
 
 
 def is_hub_id(name: str | os.PathLike[str]) -> bool:

@@ -80,7 +80,7 @@ REFUSED: dict[str, tuple[dict[str, bytes | str], str, str]] = {
         "a.tar",
         "not a whole tar",
     ),
-    "unknown": ({"a.zip": "x"}, "a.zip", r"found \.zip"),
+    "unknown": ({"a.zip": "x"}, "a.zip", r"found a text file named \.zip"),
     "csv header": ({"a.csv": "foo,bar\n1,2\n"}, "a.csv", "line 1: expected a header"),
     "json line": ({"a.jsonl": '{"path": "x.png"}\n{\n'}, "a.jsonl", "not readable JSON: line 2"),
     "json kind": ({"a.jsonl": "[1]\n"}, "a.jsonl", "line 1: expected an object, found list"),

@@ -18,6 +18,7 @@ from blip3o_dit.extraction.sources.options import ListingOptions
 from blip3o_dit.extraction.sources.reading import check_size
 from blip3o_dit.extraction.sources.text import valid_text
 from blip3o_dit.utils.json_files import one_line, printable, short_repr
+from blip3o_dit.utils.recognise import MADE_HERE, PICTURES, recognise, refusal
 
 # A listing that takes longer is shown: a bar, or a line when it is done.
 SILENT_SECONDS = 2.0
@@ -86,6 +87,8 @@ class Collector:
             logger.info("%s: %d %s", where, count, note)
         if self.ignored:
             logger.info("%s: ignored: %s", where, _counted(self.ignored))
+        if not self.refs and os.path.isdir(where) and recognise(Path(where)).kind in MADE_HERE:
+            raise refusal(where, PICTURES)
         if not self.refs:
             raise ValueError(f"{where}: expected at least one picture, found none{self._why()}")
         self._check_unique(where)

@@ -16,6 +16,7 @@ from blip3o_dit.extraction.sources.options import ListingOptions
 from blip3o_dit.extraction.sources.tables import is_table, list_table
 from blip3o_dit.extraction.sources.text import valid_text
 from blip3o_dit.extraction.sources.webdataset import UNREAD_TARS, is_tar, list_tar
+from blip3o_dit.utils.recognise import PICTURES, recognise, refusal
 
 
 def list_images(
@@ -43,7 +44,7 @@ def list_images(
     else:
         expanded = patterns.expand(where)
         if expanded is None:
-            raise FileNotFoundError(f"{where}: expected pictures, found nothing there")
+            raise refusal(where, PICTURES)
         root, names = expanded
         found = Collector(Path(root), options, progress=progress)
         for name in names:
@@ -61,7 +62,7 @@ def names_pictures(path: Path) -> bool:
 
 def _list_file(found: Collector, path: Path) -> None:
     if not path.is_file():
-        raise ValueError(f"{path}: expected a folder or a file, found neither")
+        raise refusal(path, PICTURES)
     name = path.name
     if path.suffix.lower() in LIST_SUFFIXES:
         list_file(found, name)
@@ -70,7 +71,7 @@ def _list_file(found: Collector, path: Path) -> None:
     elif not _list_source(found, name):
         raise ValueError(
             f"{path}: expected a folder, a list ({', '.join(LIST_SUFFIXES)}), .tar, .parquet, .arrow or a "
-            f"picture, found {path.suffix or 'no suffix'}"
+            f"picture, found {recognise(path).what} named {path.suffix or 'without a suffix'}"
         )
 
 

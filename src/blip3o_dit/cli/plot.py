@@ -1,0 +1,69 @@
+"""blip3o-dit plot: the training curves of one run, or of several in one figure."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+DEFAULT_OUTPUT = Path("training_curves.png")
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="run", help="folder of a run, finished or not, or a checkpoint"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=DEFAULT_OUTPUT,
+        help=f"figure to write: .png, .svg or .pdf (default: {DEFAULT_OUTPUT}, in this folder)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from blip3o_dit.training.curves import draw_runs
+
+    output = arguments.output
+    if output.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--output: expected a name with .png, .svg or .pdf, found {output}")
+    found = [_log_of(folder) for folder in arguments.runs]
+    logs = dict(zip(names_of(arguments.runs), found, strict=True))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    draw_runs(logs, output)
+    for name, log in logs.items():
+        logger.info("%s: logged up to step %d", name, max(entry["step"] for entry in log))
+    logger.info("the figure: %s", output)
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """A name for each run, as short as tells them apart: the last parts of their paths.
+
+    Raises:
+        ValueError: for a folder that was given twice.
+    """
+    parts = [folder.resolve().parts for folder in folders]
+    for number, folder in enumerate(folders):
+        if parts[number] in parts[:number]:
+            raise ValueError(f"{folder}: expected each run once, found it twice")
+    depth = 1
+    while len({part[-depth:] for part in parts}) < len(parts):
+        depth += 1
+    return ["/".join(part[-depth:]) for part in parts]
+
+
+def _log_of(folder: Path) -> list[dict[str, Any]]:
+    """The log of a run, or of a checkpoint, up to where it is. Raises ValueError where there is none."""
+    from blip3o_dit.training.describe import log_of
+    from blip3o_dit.utils.recognise import RUN, TRAINED, recognise, refusal
+
+    if recognise(folder).kind not in TRAINED:
+        raise refusal(folder, RUN)
+    log = log_of(folder)
+    if not log:
+        raise ValueError(f"{folder}: expected a log of steps (training_log.jsonl), found none")
+    return log
