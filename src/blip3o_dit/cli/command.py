@@ -15,7 +15,8 @@ from typing import Any
 
 from blip3o_dit.utils.errors import ReadError, StoppedEarly, WriteError
 from blip3o_dit.utils.json_files import escaped
-from blip3o_dit.utils.logging import quiet_torchao
+from blip3o_dit.utils.logging import quiet_torchao, quiet_workers
+from blip3o_dit.utils.progress import above_bars
 
 TRACEBACK_VARIABLE = "BLIP3O_DIT_TRACEBACK"
 
@@ -83,7 +84,7 @@ def user_message(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return escaped(f"{error.filename}: {error.strerror}")
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
+        return str(error) or "interrupted"
     return escaped(" ".join(str(error).split())) or type(error).__name__
 
 
@@ -93,6 +94,7 @@ def set_up_logging() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     quiet_torchao()
+    quiet_workers()
     main_process = os.environ.get("RANK", "0") == "0"
     logger = logging.getLogger("blip3o_dit")
     logger.setLevel(logging.INFO if main_process else logging.WARNING)
@@ -111,6 +113,10 @@ class _Console(logging.StreamHandler):
     @property
     def stream(self) -> Any:
         return sys.stderr
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with above_bars():
+            super().emit(record)
 
 
 class _EscapingFormatter(logging.Formatter):

@@ -12,6 +12,7 @@ from blip3o_dit.cli.arguments import add_flags, given_settings
 from blip3o_dit.cli.command import run_named
 from blip3o_dit.cli.main import COMMANDS
 from blip3o_dit.training.config import NOTED, SIZES, TrainingConfig
+from blip3o_dit.utils.progress import working
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train as the parsed arguments say."""
-    from blip3o_dit.training.output_folder import output_folder
-    from blip3o_dit.training.resolve import resolve_config
-    from blip3o_dit.training.run import run_alone
+    with working("loading torch and transformers"):
+        from blip3o_dit.training.output_folder import output_folder
+        from blip3o_dit.training.resolve import resolve_config
+        from blip3o_dit.training.run import run_alone
 
     output = _output_dir(arguments)
     with output_folder(output, "a training", dry_run=arguments.dry_run):
@@ -91,9 +93,11 @@ def _checkpoint(given: str | None, output: Path) -> Path | None:
     if given is None:
         return None
     if given != "auto":
-        verify_checkpoint(Path(given))
+        with working(f"checking {given}"):
+            verify_checkpoint(Path(given))
         return Path(given)
-    found = newest_whole(output)
+    with working(f"checking the checkpoints in {output}"):
+        found = newest_whole(output)
     logger.info("continuing from %s", found) if found else logger.info("%s: a new run", output)
     return found
 

@@ -71,7 +71,8 @@ class TrainingConfig:
     """One training run: what the command line of `train_blip3o_dit.py` says, resolved and checked.
 
     Written as `training_config.json` beside the weights. The fields are the flags; their meanings are the
-    help texts.
+    help texts. What is None of the run's length, intervals and workers follows from the data: see
+    `lengths.py`.
 
     Raises:
         ValueError: names the field, what it expects and what it found.
@@ -118,7 +119,9 @@ class TrainingConfig:
         False, "compile the blocks with torch.compile (takes a minute or more at the start)"
     )
 
-    num_epochs: float = setting(10.0, "passes over the training split", check=_positive)
+    num_epochs: float | None = setting(
+        None, "passes over the training split (default: 10, and for at least 300 steps)", check=_positive
+    )
     max_steps: int = setting(
         -1, "stop after this many optimizer steps; overrides num_epochs", check=_max_steps
     )
@@ -137,7 +140,11 @@ class TrainingConfig:
     gradient_accumulation_steps: int = setting(1, "batches per optimizer step", check=_at_least_1)
     learning_rate: float = setting(1e-4, "peak learning rate (AdamW)", check=_nonnegative)
     weight_decay: float = setting(0.0, "AdamW weight decay", check=_nonnegative)
-    warmup_steps: int = setting(0, "optimizer steps of linear warm-up", check=_at_least_0)
+    warmup_steps: int | None = setting(
+        None,
+        "optimizer steps of linear warm-up (default: a twentieth of all, at most 1000)",
+        check=_at_least_0,
+    )
     lr_scheduler_type: str = setting(
         "cosine", "schedule after warm-up", choices=("cosine", "linear", "constant_with_warmup")
     )
@@ -191,7 +198,11 @@ class TrainingConfig:
         "checksums of a store: checked when a sample is first read, or never",
         choices=VERIFY_CHOICES,
     )
-    num_workers: int = setting(0, "data-loader processes", check=_at_least_0)
+    num_workers: int | None = setting(
+        None,
+        "data-loader processes (default: none on a processor; on a GPU one less than its cores, at most 4)",
+        check=_at_least_0,
+    )
 
     fp16: bool = setting(False, "float16 mixed precision (needs a GPU)")
     bf16: bool = setting(False, "bfloat16 mixed precision")
@@ -201,8 +212,16 @@ class TrainingConfig:
     )
     seed: int = setting(42, "names every random draw: weights, split, order, noise, times", check=_at_least_0)
 
-    logging_steps: int = setting(100, "optimizer steps between log lines", check=_at_least_1)
-    save_steps: int = setting(1000, "optimizer steps between checkpoints", check=_at_least_1)
+    logging_steps: int | None = setting(
+        None,
+        "optimizer steps between log lines (default: a hundredth of all, at most 100)",
+        check=_at_least_1,
+    )
+    save_steps: int | None = setting(
+        None,
+        "optimizer steps between checkpoints (default: a fifth of all, from 10 to 1000)",
+        check=_at_least_1,
+    )
     save_total_limit: int | None = setting(
         None,
         "newest checkpoints kept, and the best one of those that were evaluated (default: all)",
@@ -212,7 +231,11 @@ class TrainingConfig:
     max_hours: float | None = setting(
         None, "save and stop after so many hours (default: no limit)", check=_positive
     )
-    eval_steps: int = setting(1000, "optimizer steps between evaluations", check=_at_least_1)
+    eval_steps: int | None = setting(
+        None,
+        "optimizer steps between evaluations (default: a fifth of all, from 10 to 1000)",
+        check=_at_least_1,
+    )
     eval_loss_samples: int = setting(
         4096, "most held-out samples that each evaluation takes the loss of", check=_at_least_1
     )

@@ -33,3 +33,8 @@ def quiet_torchao() -> None:
     for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")
+
+
+def quiet_workers() -> None:
+    """Silence torch about more data-loader processes than cores: who gives a number means it."""
+    warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")
