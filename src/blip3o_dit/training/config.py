@@ -138,7 +138,9 @@ class TrainingConfig:
     batch_size: int = setting(32, "training samples per device and step", check=_at_least_1)
     eval_batch_size: int = setting(32, "evaluation samples per device and step", check=_at_least_1)
     gradient_accumulation_steps: int = setting(1, "batches per optimizer step", check=_at_least_1)
-    learning_rate: float = setting(1e-4, "peak learning rate (AdamW)", check=_nonnegative)
+    learning_rate: float = setting(
+        1e-4, "peak learning rate (AdamW); --size small: 5e-4, tiny: 1e-3", check=_nonnegative
+    )
     weight_decay: float = setting(0.0, "AdamW weight decay", check=_nonnegative)
     warmup_steps: int | None = setting(
         None,
@@ -356,6 +358,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "small": {"model_dim": 384, "num_layers": 6, "num_heads": 6},
     "base": {"model_dim": 1792, "num_layers": 24, "num_heads": 28},
 }
+
+# What a new run of a size learns at, unless given: narrow networks take larger steps.
+SIZE_RATES = {"tiny": 1e-3, "small": 5e-4, "base": 1e-4}
 
 # `--debug` is a small and quick run; a flag given beside it wins.
 DEBUG_DEFAULTS: dict[str, Any] = {
