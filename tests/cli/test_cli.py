@@ -207,5 +207,6 @@ def test_an_interrupt_is_one_line_while_libraries_are_imported(seconds: float, t
     time.sleep(seconds)
     program.send_signal(signal.SIGINT)
     assert program.stderr is not None
-    assert program.stderr.read() == "stopped: interrupted\n"
+    said = program.stderr.read()  # perhaps that libraries are loaded, before
+    assert said.endswith("stopped: interrupted\n") and "Traceback" not in said
     assert program.wait() == 130
