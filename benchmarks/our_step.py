@@ -19,6 +19,7 @@ from blip3o_dit.data.dataset import BatchNoise, EmbeddingDataset
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.training.arguments import training_arguments
 from blip3o_dit.training.config import PAPER_RECIPE, TrainingConfig
+from blip3o_dit.training.lengths import with_lengths
 from blip3o_dit.training.trainer import BLIP3oTrainer
 
 
@@ -68,6 +69,7 @@ def our_step(
     )
     model.dit.gradient_checkpointing = config.gradient_checkpointing or config.selective_checkpointing
     dataset = EmbeddingDataset(_like(model), torch.arange(256).numpy())
+    config = with_lengths(config, len(dataset))
     arguments = training_arguments(config, evaluate=False)
     trainer = BLIP3oTrainer(model, arguments, config=config, train_dataset=dataset)
     prepared, trainer.optimizer = trainer.accelerator.prepare(model, trainer.create_optimizer())

@@ -35,8 +35,8 @@ from blip3o_dit.evaluation.samplers import ModelSampler, Sampler
 from blip3o_dit.evaluation.scores import score
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.training import run as training_run
-from blip3o_dit.training.callbacks import ConsoleCallback
 from blip3o_dit.training.config import PAPER_RECIPE, DistillationConfig, TrainingConfig
+from blip3o_dit.training.console import ConsoleCallback
 from blip3o_dit.training.distillation import train_student
 from blip3o_dit.training.trainer import BLIP3oTrainer
 

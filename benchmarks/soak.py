@@ -227,7 +227,7 @@ def same_run(a: Path, b: Path) -> bool:
 
 def figures(output: Path) -> list[dict[str, float]]:
     """The log without what is about time."""
-    timed = ("samples_per_second", "steps_per_second", "runtime", "mfu", "data_wait")
+    timed = ("samples_per_second", "steps_per_second", "seconds_per_step", "runtime", "mfu", "data_wait")
     lines = [json.loads(line) for line in (output / "training_log.jsonl").read_text().splitlines()]
     return [{name: v for name, v in line.items() if not name.endswith(timed)} for line in lines]
 

@@ -97,6 +97,7 @@ TESTED_IN = {
     "cli/merge.py": "data/test_combine.py",
     "cli/train.py": "cli/test_cli.py",
     "cli/verify.py": "data/test_combine.py",
+    "utils/durations.py": "utils/test_progress.py",
     "data/array_embeddings.py": "data/test_array_files.py",
     "data/choices.py": "data/test_dataset.py",
     "data/checks.py": "data/test_store.py",

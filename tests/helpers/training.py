@@ -39,6 +39,8 @@ def tiny_training(data: Path, output: Path, **changes: Any) -> TrainingConfig:
         num_heads=2,
         batch_size=8,
         eval_inference_steps=2,
+        warmup_steps=0,
+        num_workers=0,
         device="cpu",
     )
     return TrainingConfig(**(settings | changes))

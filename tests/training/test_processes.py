@@ -57,7 +57,7 @@ def logged(folder: Path, *, evaluation: bool = False) -> dict[str, np.ndarray]:
     """Each logged quantity over the steps, without what depends on the clock."""
     name = "eval_loss" if evaluation else "loss"
     entries = [entry for entry in read_log(folder / "training_log.jsonl") if name in entry]
-    timed = ("per_second", "runtime", "mfu", "data_wait")
+    timed = ("per_second", "per_step", "runtime", "mfu", "data_wait")
     names = [name for name in entries[0] if not name.endswith(timed)]
     return {name: np.array([entry[name] for entry in entries]) for name in names}
 

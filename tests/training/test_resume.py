@@ -53,7 +53,7 @@ def whole(store: EmbeddingStore, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def logged(run: Path) -> list[dict[str, float]]:
     """The log without what is about time."""
-    timed = ("samples_per_second", "steps_per_second", "runtime", "mfu", "data_wait")
+    timed = ("samples_per_second", "steps_per_second", "seconds_per_step", "runtime", "mfu", "data_wait")
     return [{k: v for k, v in entry.items() if not k.endswith(timed)} for entry in read_log(run / LOG_FILE)]
 
 

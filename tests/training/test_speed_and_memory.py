@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
 from blip3o_dit.data.store import EmbeddingStore
+from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
+from blip3o_dit.flow.path import AffineSource
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.loading import EMA_FILE
 from blip3o_dit.model.transformer import NextDiTBlock
@@ -29,7 +32,7 @@ from blip3o_dit.training.anomalies import HostCopy, LossMonitor, NonFiniteLossEr
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.curves import read_log
 from blip3o_dit.training.ema import ExponentialMovingAverage
-from blip3o_dit.training.metrics import Throughput, forward_flops, matmul_rate
+from blip3o_dit.training.metrics import Throughput, TrainingMetrics, forward_flops, matmul_rate
 from blip3o_dit.training.resolve import resolve_config
 from blip3o_dit.training.run import train
 from blip3o_dit.training.trainer import BLIP3oTrainer
@@ -445,12 +448,43 @@ def test_throughput_counts_samples_waiting_and_pauses(monkeypatch: pytest.Monkey
     throughput.count(8)
     assert throughput.pop(processes=2) == {
         "samples_per_second": 8.0,
+        "seconds_per_step": pytest.approx(4.0),
         "mfu": pytest.approx(0.4),
         "data_wait": pytest.approx(0.25),
     }
     throughput.count(1)
     let(1.0)
     assert throughput.pop()["samples_per_second"] == 1.0
+    with throughput.pause():  # as the Trainer logs, measures and saves after a step
+        throughput.count(1)
+        let(7.0)
+        throughput.pop()
+        let(20.0)
+    throughput.count(1)
+    let(2.0)
+    assert throughput.pop()["samples_per_second"] == 0.5
+
+
+def test_r2_of_the_one_call_estimate() -> None:
+    loss_fn = BLIP3oFlowMatchingLoss(prediction_type="sample")
+    x_1, noise, error, mean = torch.randn(4, 8, 3, 5)
+    metrics, source = TrainingMetrics(), AffineSource(None, None)
+    for rows in (slice(0, 4), slice(4, 8)):
+        sample = loss_fn.path.sample(x_1[rows], noise[rows], torch.rand(4).clamp(0.1, 0.9))
+        prediction = x_1[rows] + error[rows]
+        metrics.add(loss_fn, sample, source, prediction, loss_fn(prediction, sample), mean[0, 0])
+    old = metrics.state
+    assert old is not None
+    logged = TrainingMetrics.log_entries(metrics.pop())  # type: ignore[arg-type]
+    assert logged["r2"] == pytest.approx(
+        1.0 - float(error.square().sum() / (x_1 - mean[0, 0]).square().sum()), abs=1e-5
+    )
+    # A checkpoint that was written before there was an R2: all else goes on, also into the next checkpoint.
+    older = (old[0][:-2], old[1])
+    metrics.restore(older, torch.device("cpu"))
+    assert metrics.state == older
+    again = TrainingMetrics.log_entries(metrics.pop())  # type: ignore[arg-type]
+    assert math.isnan(again["r2"]) and again["l2_distance"] == pytest.approx(logged["l2_distance"])
 
 
 def test_matmul_rate_is_that_of_a_product() -> None:

@@ -124,6 +124,21 @@ def test_a_size_is_a_network_and_flags_beside_it_win(size: str) -> None:
     assert resolve_config({"num_layers": 1}, debug=False, resume=None, size=size).num_layers == 1
 
 
+def test_a_new_run_of_a_size_has_its_rate_and_a_given_one_wins() -> None:
+    given = {"learning_rate": 0.5}
+    for size, rate in (("tiny", 1e-3), ("small", 5e-4), ("base", TrainingConfig.learning_rate)):
+        assert resolve_config({}, debug=False, resume=None, size=size).learning_rate == rate
+        assert resolve_config(given, debug=False, resume=None, size=size).learning_rate == 0.5
+    assert resolve_config({"model_dim": 128}, debug=False, resume=None).learning_rate == 1e-4
+
+
+def test_a_run_of_a_size_is_resumed_at_its_own_rate(tmp_path: Path) -> None:
+    """It may have begun before sizes had rates, or with another one."""
+    older = TrainingConfig(**SIZES["small"], learning_rate=3e-4)
+    (tmp_path / "training_config.json").write_bytes(older.to_json())
+    assert resolve_config({}, debug=False, resume=tmp_path, size="small") == older
+
+
 def test_the_default_is_the_base_size() -> None:
     default = TrainingConfig()
     assert {name: getattr(default, name) for name in SIZES["base"]} == SIZES["base"]

@@ -19,6 +19,7 @@ from blip3o_dit.cli.parser import CommandParser
 from blip3o_dit.utils.errors import ReadError, StoppedEarly, WriteError
 from blip3o_dit.utils.json_files import escaped
 from blip3o_dit.utils.logging import quiet_libraries
+from blip3o_dit.utils.progress import above_bars
 
 TRACEBACK_VARIABLE = "BLIP3O_DIT_TRACEBACK"
 
@@ -125,7 +126,7 @@ def user_message(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return escaped(f"{error.filename}: {error.strerror}")
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
+        return str(error) or "interrupted"
     text = " ".join(str(error).split()).replace("overwrite=True", "--overwrite")
     return escaped(text) or type(error).__name__
 
@@ -159,6 +160,10 @@ class _Console(logging.StreamHandler):
     @property
     def stream(self) -> Any:
         return sys.stderr
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with above_bars():
+            super().emit(record)
 
 
 class _EscapingFormatter(logging.Formatter):

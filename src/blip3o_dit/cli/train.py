@@ -11,6 +11,7 @@ from blip3o_dit.cli.arguments import add_flags, given_settings
 from blip3o_dit.cli.main import run_script
 from blip3o_dit.cli.parser import CommandParser
 from blip3o_dit.training.config import NOTED, SIZES, STARTING, TrainingConfig
+from blip3o_dit.utils.progress import working
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +62,10 @@ def _add_presets(parser: CommandParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Train as the parsed arguments say."""
     output = _output_dir(arguments)  # which comes before the libraries: a path may be missing
-
-    from blip3o_dit.training.output_folder import output_folder
-    from blip3o_dit.training.resolve import resolve_config
-    from blip3o_dit.training.run import run_alone
+    with working("loading torch and transformers"):
+        from blip3o_dit.training.output_folder import output_folder
+        from blip3o_dit.training.resolve import resolve_config
+        from blip3o_dit.training.run import run_alone
 
     with output_folder(output, "a training", dry_run=arguments.dry_run):
         resume = _checkpoint(arguments.resume_from_checkpoint, output)
@@ -104,9 +105,11 @@ def _checkpoint(given: str | None, output: Path) -> Path | None:
     if given is None:
         return None
     if given != "auto":
-        verify_checkpoint(Path(given))
+        with working(f"checking {given}"):
+            verify_checkpoint(Path(given))
         return Path(given)
-    found = newest_whole(output)
+    with working(f"checking the checkpoints in {output}"):
+        found = newest_whole(output)
     logger.info("continuing from %s", found) if found else logger.info("%s: a new run", output)
     return found
 

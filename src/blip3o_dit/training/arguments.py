@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -23,14 +24,14 @@ def training_arguments(config: TrainingConfig, *, evaluate: bool) -> TrainingArg
     optimizer, optimizer_arguments = _optimizer(config)
     arguments = TrainingArguments(
         output_dir=config.output_dir,
-        num_train_epochs=config.num_epochs,
+        num_train_epochs=_number(config, "num_epochs"),
         max_steps=config.extended_to or config.max_steps,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.eval_batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
-        warmup_steps=config.warmup_steps,
+        warmup_steps=_number(config, "warmup_steps"),
         lr_scheduler_type=config.lr_scheduler_type,
         max_grad_norm=config.max_grad_norm,
         bf16=config.bf16 and config.memory != "low",  # its weights are bfloat16 already
@@ -40,17 +41,17 @@ def training_arguments(config: TrainingConfig, *, evaluate: bool) -> TrainingArg
         use_cpu=on_cpu,
         accelerator_config={"non_blocking": not on_cpu},
         seed=config.seed,
-        logging_steps=config.logging_steps,
+        logging_steps=_number(config, "logging_steps"),
         logging_nan_inf_filter=False,
         save_strategy="steps",
-        save_steps=config.save_steps,
+        save_steps=_number(config, "save_steps"),
         save_total_limit=config.save_total_limit,
         eval_strategy="steps" if evaluate else "no",
-        eval_steps=config.eval_steps,
+        eval_steps=_number(config, "eval_steps"),
         metric_for_best_model=config.best_metric if evaluate else None,
         greater_is_better=config.best_metric != "loss",
-        dataloader_num_workers=config.num_workers,
-        dataloader_persistent_workers=config.num_workers > 0,
+        dataloader_num_workers=_number(config, "num_workers"),
+        dataloader_persistent_workers=bool(config.num_workers),
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # statistics and source, which all processes have and nothing changes
@@ -75,6 +76,13 @@ def training_arguments(config: TrainingConfig, *, evaluate: bool) -> TrainingArg
             "otherwise: give the same precision to both"
         )
     return arguments
+
+
+def _number(config: TrainingConfig, name: str) -> Any:
+    """A setting that follows from the data where it was not given."""
+    value = getattr(config, name)
+    assert value is not None, f"{name}: expected with_lengths to come first"
+    return value
 
 
 def _optimizer(config: TrainingConfig) -> tuple[str, str | None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,7 +39,7 @@ from blip3o_dit.training.anomalies import (
     write_diagnosis,
     write_spike,
 )
-from blip3o_dit.training.callbacks import ConsoleCallback, JSONLogCallback
+from blip3o_dit.training.callbacks import JSONLogCallback
 from blip3o_dit.training.checkpoint import (
     TRAINER_STATE_FILE,
     LoopState,
@@ -60,6 +60,7 @@ from blip3o_dit.training.stopping import StopRequest, outlive_stops
 from blip3o_dit.utils.atomic import written_aside
 from blip3o_dit.utils.distributed import Processes
 from blip3o_dit.utils.json_files import finite_or_none
+from blip3o_dit.utils.progress import working
 from blip3o_dit.utils.stateless_random import stateless_seed
 
 # What the Trainer sums the loss in between log lines, and is read and written here.
@@ -136,9 +137,7 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
             self.ema = ExponentialMovingAverage(model, config.ema_decay)
         for callback in (self.stop_request, self, JSONLogCallback()):
             self.add_callback(callback)
-        if not self.args.disable_tqdm:
-            self.remove_callback(ProgressCallback)
-            self.add_callback(ConsoleCallback())
+        self.remove_callback(ProgressCallback)  # `console.py` says what a person should see
         model.dit.selective_checkpointing = config.selective_checkpointing
         if config.compile:
             model.dit.compile_blocks()
@@ -244,7 +243,8 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         asked = self.control
         if asked.should_log or asked.should_evaluate or asked.should_save or asked.should_training_stop:
             self._check_step()
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+        with nullcontext() if self._throughput is None else self._throughput.pause():
+            super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _gate(self, norm: Tensor) -> None:
         """Have fused AdamW change nothing in this step if a loss or gradient is not finite."""
@@ -326,31 +326,23 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
             logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
         super().log(finite_or_none(logs), start_time)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with self._not_training():
-            return super().evaluate(*args, **kwargs)
-
-    def _not_training(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._throughput is None else self._throughput.pause()
-
     # Checkpoints ---------------------------------------------------------------------------------------
 
     @overrides_trainer
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The stock one pickles, and writes in place: a killed run would leave half of a checkpoint."""
-        with self._not_training():
-            output = Path(self.args.output_dir or "")
-            self.store_flos()
-            with self._written_aside(output / f"checkpoint-{self.state.global_step}") as aside:
-                self._write_checkpoint(aside)
-            if self.args.should_save:
-                best = best_saved(output, self.state.log_history, f"eval_{self.config.best_metric}")
-                keep_newest(output, self.config.save_total_limit, best_step=best)
+        output, name = Path(self.args.output_dir or ""), f"checkpoint-{self.state.global_step}"
+        self.store_flos()
+        with working(f"writing {name}", lasting=False), self._written_aside(output / name) as aside:
+            self._write_checkpoint(aside)
+        if self.args.should_save:
+            best = best_saved(output, self.state.log_history, f"eval_{self.config.best_metric}")
+            keep_newest(output, self.config.save_total_limit, best_step=best)
 
     def save_final_model(self) -> None:
         """The model files of the output folder, moved there when all of them are whole."""
         output = Path(self.args.output_dir or "")
-        with self._written_aside(output, files_only=True) as aside:
+        with working("writing the model"), self._written_aside(output, files_only=True) as aside:
             self.save_model(str(aside), _internal_call=True)
             if self.ema is not None:
                 model = self.unwrapped_model
@@ -420,6 +412,10 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
     @overrides_trainer
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The stock one knows neither averaged weights nor folds, and no FSDP from one safetensors file."""
+        with working(f"reading {Path(resume_from_checkpoint).name}"):
+            self._load_weights(resume_from_checkpoint, model)
+
+    def _load_weights(self, resume_from_checkpoint: str, model: Any) -> None:
         if self.is_fsdp_enabled:  # every process reads all weights, and keeps its part
             weights: dict[str, Any] = {**load_file(Path(resume_from_checkpoint, "model.safetensors"))}
             options = StateDictOptions(full_state_dict=True)

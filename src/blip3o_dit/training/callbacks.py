@@ -1,29 +1,17 @@
-"""Callbacks: console lines, the JSONL log, the curves."""
+"""Callbacks: the JSONL log, the curves."""
 
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
-from transformers import ProgressCallback, TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from blip3o_dit.training.curves import CURVES_FILE, LOG_FILE, draw_curves, read_log
 from blip3o_dit.utils.atomic import write_atomically
 from blip3o_dit.utils.json_files import finite_or_none
-
-logger = logging.getLogger(__name__)
-
-
-class ConsoleCallback(ProgressCallback):
-    """The Trainer's progress bar, with log lines a person can read under it."""
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, *_: Any, logs: Any = None, **kwargs: Any
-    ) -> None:
-        if state.is_world_process_zero and self.training_bar is not None and logs:
-            self.training_bar.write(format_log_line(state.global_step, logs))
+from blip3o_dit.utils.progress import working
 
 
 class JSONLogCallback(TrainerCallback):
@@ -55,19 +43,8 @@ class CurvesCallback(TrainerCallback):
         if state.is_world_process_zero and state.global_step != self._drawn_at:
             self._drawn_at = state.global_step
             folder = Path(args.output_dir or "")
-            draw_curves(read_log(folder / LOG_FILE), folder / CURVES_FILE)
+            with working("drawing the curves", lasting=False):
+                draw_curves(read_log(folder / LOG_FILE), folder / CURVES_FILE)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         self.on_save(args, state)
-
-
-def format_log_line(step: int, logs: dict[str, Any]) -> str:
-    """One line: the step, then name value pairs with four significant digits."""
-    hidden = ("epoch", "total_flos", "eval_steps_per_second", "eval_samples_per_second")
-    values = [
-        f"{name.removeprefix('eval_')} {value:.4g}"
-        for name, value in logs.items()
-        if isinstance(value, int | float) and name not in hidden
-    ]
-    kind = "eval" if any(name.startswith("eval_") for name in logs) else "train"
-    return f"[{kind}] step {step} epoch {logs.get('epoch', 0):.2f} | " + " | ".join(values)

@@ -75,7 +75,8 @@ class TrainingConfig:
     """One training run: what the command line of `train_blip3o_dit.py` says, resolved and checked.
 
     Written as `training_config.json` beside the weights. The fields are the flags; their meanings are the
-    help texts.
+    help texts. What is None of the run's length, intervals and workers follows from the data: see
+    `lengths.py`.
 
     Raises:
         ValueError: names the field, what it expects and what it found.
@@ -135,7 +136,12 @@ class TrainingConfig:
         "launch forward and backward pass as CUDA graphs, for one GPU that waits for its launches",
     )
 
-    num_epochs: float = setting(10.0, "passes over the training split", group="optimisation", check=_positive)
+    num_epochs: float | None = setting(
+        None,
+        "passes over the training split (default: 10, and for at least 300 steps)",
+        group="optimisation",
+        check=_positive,
+    )
     max_steps: int = setting(
         -1, "stop after this many optimizer steps; overrides num_epochs", check=_max_steps
     )
@@ -154,9 +160,15 @@ class TrainingConfig:
         32, "training samples per device and step", group="optimisation", check=_at_least_1
     )
     gradient_accumulation_steps: int = setting(1, "batches per optimizer step", check=_at_least_1)
-    learning_rate: float = setting(1e-4, "peak learning rate (AdamW)", check=_nonnegative)
+    learning_rate: float = setting(
+        1e-4, "peak learning rate (AdamW); --size small: 5e-4, tiny: 1e-3", check=_nonnegative
+    )
     weight_decay: float = setting(0.0, "AdamW weight decay", check=_nonnegative)
-    warmup_steps: int = setting(0, "optimizer steps of linear warm-up", check=_at_least_0)
+    warmup_steps: int | None = setting(
+        None,
+        "optimizer steps of linear warm-up (default: a twentieth of all, at most 1000)",
+        check=_at_least_0,
+    )
     lr_scheduler_type: str = setting(
         "cosine", "schedule after warm-up", choices=("cosine", "linear", "constant_with_warmup")
     )
@@ -212,7 +224,11 @@ class TrainingConfig:
         "checksums of a store: checked when a sample is first read, or never",
         choices=VERIFY_CHOICES,
     )
-    num_workers: int = setting(0, "data-loader processes", check=_at_least_0)
+    num_workers: int | None = setting(
+        None,
+        "data-loader processes (default: none on a processor; on a GPU one less than its cores, at most 4)",
+        check=_at_least_0,
+    )
 
     fp16: bool = setting(False, "float16 mixed precision (needs a GPU)", group="memory, speed and precision")
     bf16: bool = setting(False, "bfloat16 mixed precision")
@@ -227,9 +243,17 @@ class TrainingConfig:
         check=_at_least_0,
     )
 
-    logging_steps: int = setting(100, "optimizer steps between log lines", group="logging", check=_at_least_1)
-    save_steps: int = setting(
-        1000, "optimizer steps between checkpoints", group="checkpoints and stopping", check=_at_least_1
+    logging_steps: int | None = setting(
+        None,
+        "optimizer steps between log lines (default: a hundredth of all, at most 100)",
+        group="logging",
+        check=_at_least_1,
+    )
+    save_steps: int | None = setting(
+        None,
+        "optimizer steps between checkpoints (default: a fifth of all, from 10 to 1000)",
+        group="checkpoints and stopping",
+        check=_at_least_1,
     )
     save_total_limit: int | None = setting(
         None,
@@ -240,8 +264,11 @@ class TrainingConfig:
     max_hours: float | None = setting(
         None, "save and stop after so many hours (default: no limit)", check=_positive
     )
-    eval_steps: int = setting(
-        1000, "optimizer steps between evaluations", group="evaluation while training", check=_at_least_1
+    eval_steps: int | None = setting(
+        None,
+        "optimizer steps between evaluations (default: a fifth of all, from 10 to 1000)",
+        group="evaluation while training",
+        check=_at_least_1,
     )
     eval_batch_size: int = setting(32, "evaluation samples per device and step", check=_at_least_1)
     eval_loss_samples: int = setting(
@@ -378,6 +405,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "small": {"model_dim": 384, "num_layers": 6, "num_heads": 6},
     "base": {"model_dim": 1792, "num_layers": 24, "num_heads": 28},
 }
+
+# What a new run of a size learns at, unless given: narrow networks take larger steps.
+SIZE_RATES = {"tiny": 1e-3, "small": 5e-4, "base": 1e-4}
 
 # `--debug` is a small and quick run; a flag given beside it wins.
 DEBUG_DEFAULTS: dict[str, Any] = {

@@ -9,8 +9,7 @@ is generated, and what was not fitted, starts from the map fitted on all of them
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from blip3o_dit.flow.path import AffineSource
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.layers import without_autocast
 from blip3o_dit.ridge import USUAL_PENALTY, Moments, principal_components, search_penalty, source_features
+from blip3o_dit.utils.distributed import cores
 from blip3o_dit.utils.validation import damage_refused
 
 logger = logging.getLogger(__name__)
@@ -126,17 +126,23 @@ def fit_source(
     max_samples: int,
     seed: int,
     device: torch.device | None = None,
+    count: Callable[[int], None] = lambda samples: None,
 ) -> tuple[dict[str, Tensor | None], SourceFolds | None]:
     """The arguments of `BLIP3oDiTModel.set_source`, and the maps of training (None for a single sample).
 
     Fitted on at most `max_samples` training samples in float64, on a GPU if `device` is one. The first fold
     chooses the penalty. The deviation is that of what the folds' maps leave of the samples that they have
-    not seen.
+    not seen. `count` is told how many samples were read.
     """
     device = device if device is not None and device.type == "cuda" else torch.device("cpu")
+
+    def condition(eva: Tensor) -> Tensor:
+        count(len(eva))
+        return model.normalize_condition(eva).to(device)
+
     seen = TransformedEmbeddings(
         source,
-        lambda eva: model.normalize_condition(eva).to(device),
+        condition,
         lambda clip: model.normalize_target(clip).to(device),
     )
     chosen = choose_samples(train, max_samples=max_samples, seed=seed)
@@ -220,8 +226,7 @@ def threads_of_all(processes: int) -> Iterator[None]:
     """Inside, one of `processes` that share a machine computes with all its cores: the others wait."""
     own = torch.get_num_threads()
     if processes > 1:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(own, cores))
+        torch.set_num_threads(max(own, cores()))
     try:
         yield
     finally:

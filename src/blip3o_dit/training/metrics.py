@@ -5,6 +5,7 @@ The metrics are summed on the device, so that no step between two log lines wait
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,9 @@ class TrainingMetrics:
     * `flow_matching_loss`, `regularization_loss`: the parts of the loss.
     * `cosine_similarity`, `l2_distance`: per token, between the data x_1 and the estimate of it that one
       network call makes from x_t; in the network's (standardised) units.
+    * `r2`: of the same estimate, 1 - sum (estimate - x_1)^2 / sum (x_1 - mean)^2 over tokens and channels;
+      the mean is the training split's of each channel. Times are those of training: an estimate from a
+      point near the data is nearly right, so that this lies above the `r2` of generated tokens.
     * `snr_db`: 10 log10 (|v|^2 / |v_hat - v|^2), the velocity over the error of its prediction.
     * `output_norm`: root mean square of the raw network output.
     """
@@ -42,6 +46,8 @@ class TrainingMetrics:
         "velocity_power",
         "velocity_error",
         "output_power",
+        "estimate_error",
+        "target_spread",
     )
 
     def __init__(self) -> None:
@@ -56,8 +62,10 @@ class TrainingMetrics:
         source: AffineSource,
         prediction: Tensor,
         output: LossOutput,
+        mean: Tensor | None = None,
     ) -> None:
-        """Take in one step; prediction [B, N, C]."""
+        """Take in one step; prediction [B, N, C], and the training split's mean in the network's units [C]
+        (None: 0)."""
         prediction = prediction.detach().float()
         kind, path = loss_fn.prediction_type, loss_fn.path
         x_1, velocity = (
@@ -65,15 +73,18 @@ class TrainingMetrics:
             for wanted in ("sample", "v_prediction")
         )
         estimate, target = source.from_flow(x_1), source.from_flow(sample.x_1)
+        difference = estimate - target
         values = torch.stack(
             [
                 output.flow_matching_loss.detach(),
                 output.regularization_loss.detach(),
                 F.cosine_similarity(estimate, target, dim=-1).mean(),
-                (estimate - target).norm(dim=-1).mean(),
+                difference.norm(dim=-1).mean(),
                 sample.velocity.square().mean(),
                 (velocity - sample.velocity).square().mean(),
                 prediction.square().mean(),
+                difference.square().mean(),
+                (target if mean is None else target - mean).square().mean(),
             ]
         )
         self._sums = values if self._sums is None else self._sums + values
@@ -81,14 +92,21 @@ class TrainingMetrics:
 
     @property
     def state(self) -> tuple[list[float], int] | None:
-        """Sums and count, for a checkpoint."""
-        return None if self._sums is None else (self._sums.tolist(), self._count)
+        """Sums and count, for a checkpoint; without those at the end that are unknown."""
+        if self._sums is None:
+            return None
+        sums = self._sums.tolist()
+        while sums and math.isnan(sums[-1]):
+            sums.pop()
+        return sums, self._count
 
     def restore(self, state: tuple[list[float], int] | None, device: torch.device) -> None:
         """Continue from `state`."""
         self._sums, self._count = None, 0
         if state is not None:
-            self._sums, self._count = torch.tensor(state[0], device=device), state[1]
+            # An older checkpoint has fewer sums: what needs the others is unknown until the next log line.
+            unknown = [float("nan")] * (len(self.names) - len(state[0]))
+            self._sums, self._count = torch.tensor(state[0] + unknown, device=device), state[1]
 
     def pop(self) -> Tensor | None:
         """Means since the last call, [len(names)], or None when there was no step."""
@@ -99,9 +117,10 @@ class TrainingMetrics:
     @classmethod
     def log_entries(cls, means: Tensor) -> dict[str, float]:
         """Means, perhaps averaged over processes -> what is logged."""
-        *plain, power, error, output_power = means.double().cpu()
+        *plain, power, error, output_power, estimate_error, spread = means.double().cpu()
         logged = {name: float(value) for name, value in zip(cls.names, plain, strict=False)}
         logged["snr_db"] = float(10.0 * torch.log10(power / error))
+        logged["r2"] = float(1.0 - estimate_error / spread)
         logged["output_norm"] = float(output_power.sqrt())
         return logged
 
@@ -119,28 +138,33 @@ class Throughput:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the fetching of a batch."""
+        """Around the fetching of what an optimizer step takes."""
+        self._steps += 1
         started = time.perf_counter()
         yield
         self._waited += time.perf_counter() - started
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Around what is not training: evaluations and checkpoints. May be nested."""
-        started, nested, self._paused = time.perf_counter(), self._paused, True
+        """Around what is not training: evaluations, checkpoints, curves. May be nested."""
+        nested, self._paused = self._paused, True
+        if not nested:
+            self._pause_began = time.perf_counter()
         try:
             yield
         finally:
             self._paused = nested
             if not nested:
-                self._apart += time.perf_counter() - started
+                self._apart += time.perf_counter() - self._pause_began
 
     def pop(self, processes: int = 1) -> dict[str, float]:
-        """What is logged since the last call: all processes' samples/s, MFU in [0, 1], share of waiting."""
+        """What is logged since the last call: all processes' samples/s, a step's seconds, MFU in [0, 1], the
+        share of waiting."""
         seconds = time.perf_counter() - self._started - self._apart
         per_second = self._samples / seconds
         logged = {
             "samples_per_second": per_second * processes,
+            "seconds_per_step": seconds / max(1, self._steps),
             "mfu": per_second * self._flops / self._rate,
             "data_wait": self._waited / seconds,
         }
@@ -148,8 +172,8 @@ class Throughput:
         return logged
 
     def _start(self) -> None:
-        self._started = time.perf_counter()
-        self._samples, self._waited, self._apart = 0, 0.0, 0.0
+        self._started = self._pause_began = time.perf_counter()
+        self._samples, self._steps, self._waited, self._apart = 0, 0, 0.0, 0.0
 
 
 def measure_throughput(model: BLIP3oDiTModel, config: TrainingConfig, device: torch.device) -> Throughput:
@@ -186,14 +210,15 @@ def matmul_rate(config: BLIP3oDiTConfig, batch_size: int, device: torch.device, 
     weight = torch.randn(2 * ffn, d, device=device, generator=generator).to(dtype)
     seconds = []
     for _ in range(6):
-        _synchronize(device)
+        synchronize(device)
         started = time.perf_counter()
         F.linear(x, weight)
-        _synchronize(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - started)
     return 2.0 * rows * d * 2 * ffn / sorted(seconds[1:])[2]
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU was given to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -11,6 +11,7 @@ from blip3o_dit.training.config import (
     DEBUG_DEFAULTS,
     LOW_MEMORY_DEFAULTS,
     PAPER_RECIPE,
+    SIZE_RATES,
     SIZES,
     TrainingConfig,
     launcher_precision,
@@ -78,6 +79,8 @@ def resolve_config(
     if resume is not None:
         return _resumed(chosen, resume)
     start = settings_of_model(Path(given["init_from"]), chosen) if given.get("init_from") else {}
+    if size is not None:
+        recipe_settings = {"learning_rate": SIZE_RATES[size]} | recipe_settings
     return TrainingConfig(**(recipe_settings | (DEBUG_DEFAULTS if debug else {}) | start | given))
 
 

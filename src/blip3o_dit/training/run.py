@@ -3,36 +3,64 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from blip3o_dit.data.dataset import EmbeddingDataset, Split, choose_samples
 from blip3o_dit.data.embeddings import Embeddings, open_embeddings
 from blip3o_dit.data.statistics import streamed_statistics
 from blip3o_dit.data.store import EmbeddingStore
+from blip3o_dit.flow.solvers import SOLVERS
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.training.arguments import make_deterministic, training_arguments, use_cpu
 from blip3o_dit.training.callbacks import CurvesCallback
-from blip3o_dit.training.checkpoint import RunIdentity, check_checkpoint, checkpoints, remove_leftovers
+from blip3o_dit.training.checkpoint import (
+    TRAINER_STATE_FILE,
+    RunIdentity,
+    check_checkpoint,
+    checkpoints,
+    global_batch,
+    remove_leftovers,
+)
 from blip3o_dit.training.config import TrainingConfig
+from blip3o_dit.training.console import ConsoleCallback, closing_bar, estimate, evaluations_left
+from blip3o_dit.training.disk import check_disk
 from blip3o_dit.training.fit_source import SourceFolds, fit_source, threads_of_all
 from blip3o_dit.training.init_from import check_start, kept_folds, load_start, refuse_overwritten_start
-from blip3o_dit.training.memory import check_room, forecast, return_freed_memory, room_on, ways_to_fit
+from blip3o_dit.training.lengths import total_steps, with_lengths
+from blip3o_dit.training.memory import (
+    GIB,
+    check_room,
+    forecast,
+    return_freed_memory,
+    room_on,
+    ways_to_fit,
+)
+from blip3o_dit.training.metrics import PASSES_PER_STEP, synchronize
 from blip3o_dit.training.output_folder import output_folder
 from blip3o_dit.training.trainer import BLIP3oTrainer
 from blip3o_dit.training.wandb_setup import prepare_wandb, require_wandb
-from blip3o_dit.utils.distributed import Processes
+from blip3o_dit.utils.distributed import Processes, cores
 from blip3o_dit.utils.errors import StoppedEarly
+from blip3o_dit.utils.json_files import read_json_object
 from blip3o_dit.utils.logging import quiet_transformers
+from blip3o_dit.utils.progress import progress, working
+
+QUICK = 10.0  # seconds
 
 logger = logging.getLogger(__name__)
 
@@ -64,44 +92,78 @@ def run_alone(
     config: TrainingConfig, *, resume: Path | None, dry_run: bool = False, overwrite: bool = False
 ) -> Path:
     """`train` in an output folder that is held already (see `output_folder`)."""
-    use_cpu(config)  # what cannot run on this machine is refused before anything is read or written
     output = Path(config.output_dir)
-    if config.init_from and overwrite and resume is None:
-        refuse_overwritten_start(config)
-    if not (overwrite or dry_run):
-        _check_no_run(output, resume)
-    source = open_embeddings(required(config.embeddings_path, "--embeddings_path"), verify=config.verify)
-    model_config = _model_config(source, config)
-    if config.init_from and resume is None:
-        config = check_start(config, model_config, source)
-    if resume is not None:
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        check_checkpoint(resume, model_config, RunIdentity.of(source, config, processes))
-    _check_memory(config, model_config, show=dry_run)
-    if dry_run:
-        with tempfile.TemporaryDirectory() as aside:  # the Trainer makes its folder when it is built
-            aside_config = replace(config, output_dir=aside)
-            _first_step(build_trainer(source, aside_config, fitted=resume is not None))
-        return output
-    if os.environ.get("RANK", "0") == "0":
-        remove_leftovers(output, all_checkpoints=resume is None)
-    trainer = train_on(source, config, resume=resume)
+    with _interruptible(resume):
+        source, split, config = _checked(config, resume=resume, dry_run=dry_run, overwrite=overwrite)
+        if dry_run:
+            with tempfile.TemporaryDirectory() as aside:  # the Trainer makes its folder when it is built
+                aside_config = replace(config, output_dir=aside)
+                _first_step(build_trainer(source, aside_config, split=split, fitted=resume is not None))
+            return output
+        if os.environ.get("RANK", "0") == "0":
+            remove_leftovers(output, all_checkpoints=resume is None)
+    trainer = train_on(source, config, resume=resume, split=split)
     if trainer.is_world_process_zero():
-        _report(trainer)
+        _report(trainer, _step_of(resume))
     return output
 
 
-def train_on(source: Embeddings, config: TrainingConfig, *, resume: Path | None = None) -> BLIP3oTrainer:
-    """Train on embeddings that are open already, and save; returns the trainer.
+def _checked(
+    config: TrainingConfig, *, resume: Path | None, dry_run: bool, overwrite: bool
+) -> tuple[Embeddings, Split, TrainingConfig]:
+    """The data, its split, and the configuration in numbers: whatever can be refused is refused here."""
+    use_cpu(config)  # what cannot run on this machine is refused before anything is read or written
+    if config.wandb_project:
+        require_wandb()
+    if config.init_from and overwrite and resume is None:
+        refuse_overwritten_start(config)
+    output, path = Path(config.output_dir), required(config.embeddings_path, "--embeddings_path")
+    if not (overwrite or dry_run):
+        _check_no_run(output, resume)
+    with working(f"opening {path}"):
+        source = open_embeddings(path, verify=config.verify)
+    model_config, processes = _model_config(source, config), _processes()
+    if config.init_from and resume is None:
+        config = check_start(config, model_config, source)
+    if resume is not None:
+        with working(f"checking {resume}"):
+            check_checkpoint(resume, model_config, RunIdentity.of(source, config, processes))
+    _check_memory(config, model_config, table=dry_run)
+    with working("splitting the samples"):
+        split = config.split(source)
+    config = with_lengths(config, len(split.train), processes)
+    check_disk(config, model_config, total_steps(config, len(split.train), processes) - _step_of(resume))
+    return source, split, config
+
+
+@contextmanager
+def _interruptible(resume: Path | None) -> Iterator[None]:
+    """Control-C before the first step: one line that says what it leaves."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = f"{resume} is as it was" if resume else "nothing was trained yet"
+        raise KeyboardInterrupt(
+            f"interrupted before the first step; {kept}: give the same command again"
+        ) from None
+
+
+def train_on(
+    source: Embeddings, config: TrainingConfig, *, resume: Path | None = None, split: Split | None = None
+) -> BLIP3oTrainer:
+    """Train on embeddings that are open already, and save; returns the trainer. `split` as `build_trainer`.
 
     Raises:
         StoppedEarly, WriteError: as `train`.
     """
-    if config.wandb_project and os.environ.get("RANK", "0") == "0":
-        prepare_wandb(config.wandb_project, config.output_dir, continued=resume is not None)
-    trainer = build_trainer(source, config, fitted=resume is not None)
+    with _interruptible(resume):
+        if config.wandb_project and os.environ.get("RANK", "0") == "0":
+            prepare_wandb(config.wandb_project, config.output_dir, continued=resume is not None)
+        trainer = build_trainer(source, config, split=split, fitted=resume is not None)
+        logger.info(_plan(trainer))
     with quiet_transformers(), trainer.stop_request.watching():
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        with closing_bar(trainer):
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         if trainer.stop_request.cut_short(trainer.state):
             raise StoppedEarly(
                 f"{trainer.stop_request.reason}: stopped after step {trainer.state.global_step} of "
@@ -117,18 +179,18 @@ def build_trainer(
     """A model, freshly initialised or as `config.init_from` says, its statistics, and the trainer for them.
 
     `split` replaces the seeded one. With `fitted`, all that is learned or fitted is left to the checkpoint
-    that holds it.
+    that holds it. What is None in `config` follows from the data (`with_lengths`).
     """
-    if config.wandb_project:
-        require_wandb()
     if config.deterministic:
         make_deterministic()
-    arguments = training_arguments(config, evaluate=config.eval_split > 0)
     if split is None:
         split = config.split(source)
+    config = with_lengths(config, len(split.train), _processes())
+    arguments = training_arguments(config, evaluate=config.eval_split > 0)
     set_seed(config.seed)
-    model = BLIP3oDiTModel(_model_config(source, config))
-    _describe(config, model, source, len(split.train), len(split.eval), arguments)
+    with working("initialising the network"):
+        model = BLIP3oDiTModel(_model_config(source, config))
+    _describe(config, model, source, split, arguments)
     # Checksums would read every shard here; each is verified when training first reads it.
     unverified_copy = source.unverified() if isinstance(source, EmbeddingStore) else source
     keeps = fitted or (bool(config.init_from) and load_start(model, config))
@@ -148,7 +210,7 @@ def build_trainer(
         train_dataset=EmbeddingDataset(source, split.train),
         eval_dataset=EmbeddingDataset(source, split.eval) if len(split.eval) else None,
         source_folds=folds,
-        callbacks=[CurvesCallback()],
+        callbacks=[CurvesCallback(), ConsoleCallback(_evaluation_cost(config, len(split.eval)))],
     )
 
 
@@ -160,16 +222,36 @@ def _model_config(source: Embeddings, config: TrainingConfig) -> BLIP3oDiTConfig
     )
 
 
-def _check_memory(config: TrainingConfig, model: BLIP3oDiTConfig, *, show: bool) -> None:
-    """Refuse (ValueError) a run that does not fit, before any of it is built; `show` the forecast."""
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _step_of(checkpoint: Path | None) -> int:
+    """The step that a checked checkpoint was written after; 0 for none."""
+    if checkpoint is None:
+        return 0
+    return int(read_json_object(checkpoint / TRAINER_STATE_FILE, non_finite=True)["global_step"])
+
+
+def _evaluation_cost(config: TrainingConfig, held_out: int) -> float:
+    """Steps that an evaluation takes as long as: its network calls, against the passes of a step."""
+    calls = SOLVERS[config.solver].calls_per_step * config.eval_inference_steps
+    network_calls = min(held_out, config.eval_loss_samples) + calls * min(held_out, config.eval_samples)
+    return network_calls / (PASSES_PER_STEP * global_batch(config, _processes()))
+
+
+def _check_memory(config: TrainingConfig, model: BLIP3oDiTConfig, *, table: bool) -> None:
+    """Refuse (ValueError) a run that does not fit, before any of it is built; otherwise say what it takes."""
     device = torch.device("cpu")
     if not use_cpu(config):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     room = room_on(device)
-    needed = forecast(config, model, device, processes=int(os.environ.get("WORLD_SIZE", "1")))
-    if show:
+    needed = forecast(config, model, device, processes=_processes())
+    if table:
         logger.info("memory of each process\n%s", needed.table(room))
     check_room(needed, room, ways_to_fit(config))
+    if not table:
+        logger.info(f"memory: at most {needed.total / GIB:.1f} of {room.size / GIB:.1f} GiB {room.where}")
 
 
 def _set_statistics(
@@ -178,7 +260,8 @@ def _set_statistics(
     """Stream these samples once on the first process; the others receive the result."""
     processes, found = Processes(arguments.process_index, arguments.world_size), None
     if processes.is_main:
-        track = partial(tqdm, desc="statistics of the training split", unit="batch", leave=False)
+        what = f"statistics of {len(indices)} training samples"
+        track = partial(progress, what=what, unit="batch")
         normalize = model.config.normalize_embeddings
         found = streamed_statistics(source, indices, normalize=normalize, progress=track)
     condition, target = processes.broadcast(found)
@@ -195,8 +278,11 @@ def _set_source(
     """Fit the ridges of an informed source on the first process; the others receive them."""
     processes, found = Processes(arguments.process_index, arguments.world_size), None
     if processes.is_main:
-        logger.info("fitting the %s source on at most %d samples", config.source, config.source_samples)
-        with threads_of_all(processes.count):
+        samples = min(config.source_samples, len(train))
+        what = f"fitting the {config.source} source on {samples} samples"
+        # Twice: principal components, then moments.
+        passes = 2 if model.config.flow.source_components else 1
+        with threads_of_all(processes.count), working(what, passes * samples, "sample") as count:
             found = fit_source(
                 model,
                 source,
@@ -204,6 +290,7 @@ def _set_source(
                 max_samples=config.source_samples,
                 seed=config.seed,
                 device=arguments.device,
+                count=count,
             )
     fitted, folds = processes.broadcast(found)
     model.set_source(**fitted)
@@ -213,22 +300,58 @@ def _set_source(
 def _first_step(trainer: BLIP3oTrainer) -> None:
     """Forward and backward of one batch, no update: whatever cannot work fails here.
 
-    The model is prepared as the Trainer does it, for the run's own precision and processes.
+    The model is prepared as the Trainer does it, for the run's own precision and processes. A quick step is
+    timed again: the first one also loads kernels.
     """
-    batch = next(iter(trainer.get_train_dataloader()))
-    # With FSDP the Trainer leaves the model on the CPU until it trains.
-    trainer.unwrapped_model.to(trainer.args.device).train()  # type: ignore[arg-type]
-    model, _ = trainer.accelerator.prepare(trainer.unwrapped_model, trainer.create_optimizer())
+    with working("trying the first step"):
+        batch = next(iter(trainer.get_train_dataloader()))
+        # With FSDP the Trainer leaves the model on the CPU until it trains.
+        trainer.unwrapped_model.to(trainer.args.device).train()  # type: ignore[arg-type]
+        model, _ = trainer.accelerator.prepare(trainer.unwrapped_model, trainer.create_optimizer())
+        loss, seconds = _timed_step(trainer, model, batch)
+        if seconds < QUICK:
+            _, seconds = _timed_step(trainer, model, batch)
+    seconds *= trainer.config.gradient_accumulation_steps
+    logger.info(_plan(trainer))
+    held_out: Any = trainer.eval_dataset or ()
+    cost = _evaluation_cost(trainer.config, len(held_out))
+    evaluations = evaluations_left(trainer.args, 0, _steps(trainer))
+    logger.info(estimate(_steps(trainer), seconds, evaluations, cost * seconds))
+    logger.info("dry run: data, model, loss (%.4g) and gradients work; nothing was trained or written", loss)
+
+
+def _timed_step(trainer: BLIP3oTrainer, model: nn.Module, batch: dict[str, Any]) -> tuple[float, float]:
+    """Loss and seconds of a forward and a backward pass."""
+    started = time.monotonic()
     with trainer.compute_loss_context_manager():
         loss = trainer.compute_loss(model, trainer._prepare_inputs(batch))
     trainer.accelerator.backward(loss)
-    logger.info(
-        "dry run: data, model, loss (%.4g) and gradients work; nothing was trained or written",
-        loss.item(),
+    synchronize(trainer.args.device)
+    return loss.item(), time.monotonic() - started
+
+
+def _steps(trainer: BLIP3oTrainer) -> int:
+    return total_steps(trainer.config, len(trainer.train_dataset), trainer.args.world_size)  # type: ignore[arg-type]
+
+
+def _plan(trainer: BLIP3oTrainer) -> str:
+    """One line: how long the run is, and how often it says and saves something."""
+    config, samples = trainer.config, len(trainer.train_dataset)  # type: ignore[arg-type]
+    batch, steps = global_batch(config, trainer.args.world_size), _steps(trainer)
+    intervals = [f"log every {config.logging_steps}", f"save {config.save_steps}"]
+    if trainer.eval_dataset is not None:
+        intervals.insert(1, f"evaluate {config.eval_steps}")
+    passes = steps / math.ceil(samples / batch)
+    return (
+        f"{steps} steps of {batch} samples, {passes:.3g} passes, warm-up {config.warmup_steps}; "
+        + ", ".join(intervals)
     )
 
 
-def _report(trainer: BLIP3oTrainer) -> None:
+def _report(trainer: BLIP3oTrainer, began_at: int) -> None:
+    taken = trainer.state.global_step - began_at
+    if not taken:
+        logger.info("all %d steps were taken already; nothing was left to train", began_at)
     logger.info("the trained model is in %s", trainer.args.output_dir)
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     if evaluations:
@@ -242,13 +365,13 @@ def _describe(
     config: TrainingConfig,
     model: BLIP3oDiTModel,
     source: Embeddings,
-    train: int,
-    held_out: int,
+    split: Split,
     arguments: TrainingArguments,
 ) -> None:
     logger.info(
         f"data: {source.path}, {source.num_samples} samples of {source.num_tokens} tokens, "
-        f"{source.condition_dim} -> {source.target_dim} wide; {train} to train on, {held_out} held out"
+        f"{source.condition_dim} -> {source.target_dim} wide; "
+        f"{len(split.train)} to train on, {len(split.eval)} held out"
     )
     precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "float32"
     if config.memory == "low":
@@ -258,6 +381,8 @@ def _describe(
         f"{precision} on {arguments.device.type}, {arguments.world_size} process(es) x "
         f"batch {config.batch_size} x accumulation {config.gradient_accumulation_steps}"
     )
+    if (config.num_workers or 0) > cores():
+        logger.info(f"num_workers {config.num_workers}: more than the {cores()} cores there are")
 
 
 def _check_no_run(output: Path, resume: Path | None) -> None:

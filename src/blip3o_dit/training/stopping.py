@@ -32,6 +32,7 @@ class StopRequest(TrainerCallback):
         self.reason: str | None = None
         self._until = None if max_hours is None else time.monotonic() + 3600.0 * max_hours
         self._max_hours = max_hours
+        self._complete = False  # the last step is taken
         self._group: Any = None
         self._asked: tuple[Any, torch.Tensor] | None = None  # on its way since the last step
 
@@ -58,7 +59,8 @@ class StopRequest(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._until is not None and time.monotonic() >= self._until:
             self.reason = self.reason or f"--max_hours {self._max_hours:g} are over"
-        if self._asked_anywhere() and state.global_step < state.max_steps:
+        self._complete = state.global_step >= state.max_steps
+        if self._asked_anywhere() and not self._complete:
             self.reason = self.reason or "another process was asked to stop"
             control.should_save = control.should_training_stop = True
 
@@ -85,10 +87,13 @@ class StopRequest(TrainerCallback):
         if self.reason is not None:
             os._exit(128 + number)
         self.reason = f"{signal.Signals(number).name} received"
-        # Not by way of logging, which the signal may have interrupted halfway through a line.
-        os.write(
-            2, f"{self.reason}: saving after this step, then stopping; once more stops at once\n".encode()
-        )
+        what = "saving after this step, then stopping"
+        if self._complete:
+            what = "all steps are taken: writing the model, then ending"
+        # Not by way of logging, which the signal may have interrupted halfway through a line. In a terminal
+        # that line may hold a bar.
+        start = "\r\x1b[K" if os.isatty(2) else ""
+        os.write(2, f"{start}{self.reason}: {what}; once more stops at once\n".encode())
 
 
 def outlive_stops(worker_id: int) -> None:

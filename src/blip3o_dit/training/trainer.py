@@ -24,6 +24,7 @@ from blip3o_dit.model.layers import has_native_matmul
 from blip3o_dit.training.base_trainer import ExactResumeTrainer
 from blip3o_dit.training.extension import extended_schedule
 from blip3o_dit.training.stopping import outlive_stops
+from blip3o_dit.utils.progress import progress
 from blip3o_dit.utils.stateless_random import stateless_permutation
 
 
@@ -69,7 +70,8 @@ class BLIP3oTrainer(ExactResumeTrainer):
         self.losses.add(output.loss, self.state.global_step + 1, inputs)
         if self._throughput is not None:
             self._throughput.count(len(inputs["index"]))
-        self.step_metrics.add(self.loss_fn, flow.sample, flow.source, prediction, output)
+        mean = None if self.unwrapped_model.config.standardize else self.unwrapped_model.target_mean.float()
+        self.step_metrics.add(self.loss_fn, flow.sample, flow.source, prediction, output, mean)
         return (output.loss, prediction) if return_outputs else output.loss
 
     def loss_again(self, batch: dict[str, Any]) -> Tensor:
@@ -112,13 +114,16 @@ class BLIP3oTrainer(ExactResumeTrainer):
         loader = DataLoader(
             dataset,
             batch_sampler=own_pieces,
-            num_workers=self.config.num_workers,
+            num_workers=self.config.num_workers or 0,
             collate_fn=whole_batch,  # type: ignore[arg-type]
             worker_init_fn=outlive_stops,
         )
         self.callback_handler.eval_dataloader = loader
         total = torch.zeros(2, dtype=torch.float64)  # of the losses, and of the samples
-        for batch, counted in zip(loader, counts, strict=True):
+        shown = progress(
+            zip(loader, counts, strict=True), "held-out loss", "batch", len(own_pieces), lasting=False
+        )
+        for batch, counted in shown:
             with torch.no_grad(), self.accelerator.autocast():
                 flow = self.flow_batch(self._prepare_inputs(batch), training=False)
                 loss = self.loss_fn(flow.predict(self.unwrapped_model), flow.sample).loss
@@ -136,7 +141,8 @@ class BLIP3oTrainer(ExactResumeTrainer):
         sums = FidelitySums(model.target_mean)
         # Where bfloat16 is emulated, autocast would take many times as long.
         native = has_native_matmul(torch.bfloat16, self.args.device)
-        for piece, counted in self.processes.shard(list(batches(wanted, self.config.eval_batch_size))):
+        own_pieces = list(self.processes.shard(list(batches(wanted, self.config.eval_batch_size))))
+        for piece, counted in progress(own_pieces, "generating held-out samples", "batch", lasting=False):
             eva, clip = dataset.source.fetch(piece)
             with self.accelerator.autocast() if native else nullcontext():
                 generated = model.generate(

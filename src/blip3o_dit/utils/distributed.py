@@ -159,3 +159,8 @@ def launched_processes() -> tuple[str, int]:
     if not value.isdecimal():
         raise ValueError(f"{name}: expected a number of processes, found {value!r}")
     return name, int(value)
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
