@@ -17,7 +17,8 @@ from blip3o_dit.cli.generate import GenerationConfig
 from blip3o_dit.cli.main import COMMANDS, main
 from blip3o_dit.extraction.config import ExtractionConfig
 from blip3o_dit.inference.pipeline import BLIP3oInference
-from blip3o_dit.training.config import NOTED, DistillationConfig, TrainingConfig
+from blip3o_dit.training.config import NOTED, TrainingConfig
+from blip3o_dit.training.distillation_config import DistillationConfig
 from blip3o_dit.utils.settings import setting
 
 SETTINGS: dict[str, Any] = {
@@ -122,4 +123,6 @@ def test_help_shows_the_default(capsys: pytest.CaptureFixture[str]) -> None:
     assert "an integer --pair" in shown and "a switch --name" in shown
     with pytest.raises(SystemExit):
         main(["distill", "--help"])
-    assert "optimizer steps (default: 1000)" in " ".join(capsys.readouterr().out.split())
+    assert "solver steps of a whole path of the teacher (default: 8)" in " ".join(
+        capsys.readouterr().out.split()
+    )

@@ -6,18 +6,24 @@ import argparse
 from pathlib import Path
 
 from blip3o_dit.cli.arguments import add_flags, given_settings
-from blip3o_dit.training.config import DistillationConfig
+from blip3o_dit.training.distillation_config import DistillationConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="the teacher: output folder of a training run")
     parser.add_argument("embeddings", type=Path, help="embedding store or documented pickle it learned from")
-    parser.add_argument("--output_dir", type=Path, help="default: the teacher's name with -N-steps")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        help="default: the teacher's name with -N-steps; a distillation that was stopped there is continued",
+    )
     add_flags(parser, DistillationConfig)
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train (default: auto)"
     )
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace a model that is there")
+    parser.add_argument(
+        "--overwrite_output_dir", action="store_true", help="replace a model or an unfinished run there"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -152,11 +152,13 @@ class Throughput:
         self._samples, self._waited, self._apart = 0, 0.0, 0.0
 
 
-def measure_throughput(model: BLIP3oDiTModel, config: TrainingConfig, device: torch.device) -> Throughput:
+def measure_throughput(
+    model: BLIP3oDiTModel, config: TrainingConfig, device: torch.device, flops_per_sample: float
+) -> Throughput:
     """A `Throughput` for this run, for which the device's arithmetic is measured."""
     dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else model.compute_dtype
     rate = matmul_rate(model.config, config.batch_size, device, dtype)
-    return Throughput(PASSES_PER_STEP * forward_flops(model.config), rate)
+    return Throughput(flops_per_sample, rate)
 
 
 def forward_flops(config: BLIP3oDiTConfig, condition_tokens: int | None = None) -> float:
