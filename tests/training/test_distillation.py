@@ -92,7 +92,7 @@ def test_a_student_learns_to_do_in_one_call_what_its_teacher_does_in_many(tmp_pa
         return float((model.generate(eva, num_inference_steps=1, solver="euler") - expected).square().mean())
 
     config = DistillationConfig(
-        steps=1, train_steps=60, batch_size=16, learning_rate=2e-3, ema_decay=0.0, save_steps=60
+        steps=1, train_steps=60, batch_size=16, learning_rate=2e-3, ema_decay=0.0, teacher_steps=3
     )
     trainer = taught(teacher, store, config, tmp_path / "student")
     student = trainer.unwrapped_model.eval()

@@ -89,20 +89,18 @@ def _distill(
     source = open_embeddings(embeddings)
     check_sizes(source, sizes.data_sizes, model_path)
     train = run.split(source).train
-    seen = _samples_seen(model_path, run, len(train))
     config = replace(
-        config.resolved(run, samples=len(train), samples_seen=seen),
+        config.resolved(run, samples=len(train), samples_seen=_samples_seen(model_path, run, len(train))),
         teacher=str(model_path),
         teacher_checksum=" ".join(sha256(file) for file in weights_files(model_path, variant)),
         data_fingerprint=RunIdentity.of(source, run, 1).fingerprint,
     )
-    finish_model(output)
-    if not overwrite and (output / "config.json").is_file() and not config.differences(output):
+    if not overwrite and _is_finished(output, config):
         _remove_checkpoints(output)
         logger.info("%s: this student is finished; --overwrite_output_dir trains it again", output)
         return output
-    resume = _checkpoint(output, config, overwrite=overwrite)
     taught = _settings_of_student(run, config, output)
+    resume = _checkpoint(output, config, overwrite=overwrite)
     if resume is not None:
         student = as_student(copy.deepcopy(sizes), config.steps)
         check_checkpoint(resume, student, RunIdentity.of(source, taught, 1))
@@ -191,6 +189,15 @@ def _samples_seen(model_path: Path, run: TrainingConfig, samples: int) -> float:
     if run.max_steps > 0:
         return float(run.max_steps * run.batch_size * run.gradient_accumulation_steps)
     return (run.num_epochs or 0.0) * samples
+
+
+def _is_finished(output: Path, config: DistillationConfig) -> bool:
+    """Whether the folder holds this very student. Raises ValueError when its files were altered."""
+    finish_model(output)
+    if not (output / "config.json").is_file() or config.differences(output):
+        return False
+    pick_weights(output, "auto")
+    return True
 
 
 def _checkpoint(output: Path, config: DistillationConfig, *, overwrite: bool) -> Path | None:
