@@ -53,13 +53,7 @@ from blip3o_dit.training.config import TRAINING_CONFIG_FILE, TrainingConfig
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.fit_source import SourceFolds, load_folds
 from blip3o_dit.training.fsdp import check_sharding, keep_the_dtype_rule, let_generate
-from blip3o_dit.training.metrics import (
-    PASSES_PER_STEP,
-    Throughput,
-    TrainingMetrics,
-    forward_flops,
-    measure_throughput,
-)
+from blip3o_dit.training.metrics import Throughput, TrainingMetrics, measure_throughput
 from blip3o_dit.training.optimizer_state import gathered_state, load_optimizer, save_optimizer, unwrapped
 from blip3o_dit.training.stopping import StopRequest, outlive_stops
 from blip3o_dit.utils.atomic import written_aside
@@ -94,8 +88,8 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
     Args:
         model: with its statistics set; `model.config.flow` says what is trained.
         args: see `training_arguments`.
-        train_dataset, eval_dataset: the two sides of the split, which get the noise of a training unless they
-            have some; evaluation is skipped without the second.
+        train_dataset, eval_dataset: the two sides of the split, with noise of their own or without;
+            evaluation is skipped without the second.
         source_folds: what an informed source starts from in training; a checkpoint brings its own.
     """
 
@@ -159,19 +153,6 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
     def loss_again(self, batch: dict[str, Any]) -> Tensor:
         """The training loss of a batch by the unwrapped model, with nothing noted of it: for a diagnosis."""
 
-    def flops_per_sample(self) -> float:
-        """Floating point operations of a step for one sample."""
-        return PASSES_PER_STEP * forward_flops(self.unwrapped_model.config)
-
-    def write_records(self, folder: Path) -> None:
-        """What lies beside weights: the settings of the run, and the towers of its data."""
-        (folder / TRAINING_CONFIG_FILE).write_bytes(self.config.to_json())
-        write_towers(self.train_dataset.source, folder)  # type: ignore[union-attr]
-
-    def read_records(self, checkpoint: Path) -> None:
-        """What a continued run takes from beside the weights: the maps that its paths start from."""
-        self.source_folds = load_folds(checkpoint, self.unwrapped_model)
-
     # The data ------------------------------------------------------------------------------------------
 
     @overrides_trainer
@@ -200,9 +181,7 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The stock one, and how long the batches of an optimizer step were waited for."""
         if self._throughput is None:
-            self._throughput = measure_throughput(
-                self.unwrapped_model, self.config, self.args.device, self.flops_per_sample()
-            )
+            self._throughput = measure_throughput(self.unwrapped_model, self.config, self.args.device)
         with self._throughput.waiting():
             return super().get_batch_samples(*args, **kwargs)
 
@@ -411,7 +390,8 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         folder = output_dir or self.args.output_dir or ""
         super()._save(folder, state_dict)
         if self.args.should_save:
-            self.write_records(Path(folder))
+            Path(folder, TRAINING_CONFIG_FILE).write_bytes(self.config.to_json())
+            write_towers(self.train_dataset.source, Path(folder))  # type: ignore[union-attr]
             Path(folder, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
@@ -438,7 +418,7 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
             set_model_state_dict(self.unwrapped_model, weights, options=options)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.read_records(Path(resume_from_checkpoint))
+        self.source_folds = load_folds(Path(resume_from_checkpoint), self.unwrapped_model)
         if self.ema is not None:
             self.ema.load(resume_from_checkpoint)
 
@@ -464,6 +444,5 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
 
 
 def _with_noise(dataset: EmbeddingDataset, seed: int, stream: str) -> EmbeddingDataset:
-    if dataset.batch_noise is not None:
-        return dataset
-    return EmbeddingDataset(dataset.source, dataset.indices, BatchNoise(seed, stream))
+    noise = dataset.batch_noise or BatchNoise(seed, stream)
+    return EmbeddingDataset(dataset.source, dataset.indices, noise)

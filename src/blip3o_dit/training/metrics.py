@@ -153,12 +153,13 @@ class Throughput:
 
 
 def measure_throughput(
-    model: BLIP3oDiTModel, config: TrainingConfig, device: torch.device, flops_per_sample: float
+    model: BLIP3oDiTModel, config: TrainingConfig, device: torch.device, passes: float = PASSES_PER_STEP
 ) -> Throughput:
-    """A `Throughput` for this run, for which the device's arithmetic is measured."""
+    """A `Throughput` for this run, for which the device's arithmetic is measured; a step takes as long as so
+    many forward passes."""
     dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else model.compute_dtype
     rate = matmul_rate(model.config, config.batch_size, device, dtype)
-    return Throughput(flops_per_sample, rate)
+    return Throughput(passes * forward_flops(model.config), rate)
 
 
 def forward_flops(config: BLIP3oDiTConfig, condition_tokens: int | None = None) -> float:

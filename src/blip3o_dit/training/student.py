@@ -26,7 +26,7 @@ from transformers.training_args import OptimizerNames
 
 from blip3o_dit.data.dataset import BatchNoise, EmbeddingDataset, ShuffledSampler
 from blip3o_dit.data.embeddings import Embeddings
-from blip3o_dit.data.towers import copy_towers
+from blip3o_dit.data.towers import TOWERS_FILE, copy_towers
 from blip3o_dit.flow.path import FlowBatch, PathPoint, make_path, time_grid
 from blip3o_dit.flow.predictions import convert_prediction
 from blip3o_dit.flow.solvers import SOLVERS, Velocity
@@ -35,9 +35,9 @@ from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.training.arguments import training_arguments
 from blip3o_dit.training.base_trainer import ExactResumeTrainer
 from blip3o_dit.training.callbacks import CurvesCallback
-from blip3o_dit.training.config import TRAINING_CONFIG_FILE, TrainingConfig
+from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.distillation_config import DISTILLATION_CONFIG_FILE, DistillationConfig
-from blip3o_dit.training.metrics import PASSES_PER_STEP, forward_flops
+from blip3o_dit.training.metrics import PASSES_PER_STEP, measure_throughput
 from blip3o_dit.utils.stateless_random import stateless_permutation
 
 
@@ -99,24 +99,25 @@ class StudentTrainer(ExactResumeTrainer):
     def loss_again(self, batch: dict[str, Any]) -> Tensor:
         return self._loss(self.unwrapped_model, batch)
 
-    def flops_per_sample(self) -> float:
-        """The teacher's whole path, and the student's steps forward and backward."""
-        calls = teacher_calls(self.lessons) + PASSES_PER_STEP * self.lessons.steps
-        return calls * forward_flops(self.unwrapped_model.config)
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """A step is the teacher's whole path, and the student's steps forward and backward."""
+        if self._throughput is None:
+            passes = teacher_calls(self.lessons) + PASSES_PER_STEP * self.lessons.steps
+            self._throughput = measure_throughput(self.unwrapped_model, self.config, self.args.device, passes)
+        return super().get_batch_samples(*args, **kwargs)
 
     def save_final_model(self) -> None:
         self.unwrapped_model.to(self.teacher.dtype)  # it learned in float32
         super().save_final_model()
 
-    def write_records(self, folder: Path) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The student takes the conditions that its teacher takes, whatever data it learned on."""
-        (folder / TRAINING_CONFIG_FILE).write_bytes(self.config.to_json())
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.config.output_dir)
         (folder / DISTILLATION_CONFIG_FILE).write_bytes(self.lessons.to_json())
+        (folder / TOWERS_FILE).unlink(missing_ok=True)
         if self.lessons.teacher:
             copy_towers(Path(self.lessons.teacher), folder)
-
-    def read_records(self, checkpoint: Path) -> None:
-        """None: paths start where the teacher's do."""
 
     def _loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Mean squared error of the velocity, in the flow's units."""
