@@ -35,9 +35,10 @@ from blip3o_dit.evaluation.samplers import ModelSampler, Sampler
 from blip3o_dit.evaluation.scores import score
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.training import run as training_run
-from blip3o_dit.training.config import PAPER_RECIPE, DistillationConfig, TrainingConfig
+from blip3o_dit.training.config import PAPER_RECIPE, TrainingConfig
 from blip3o_dit.training.console import ConsoleCallback
 from blip3o_dit.training.distillation import train_student
+from blip3o_dit.training.distillation_config import DistillationConfig
 from blip3o_dit.training.trainer import BLIP3oTrainer
 
 Row = dict[str, Any]
@@ -252,10 +253,12 @@ METHODS: dict[str, Callable[..., BLIP3oDiTModel]] = {"direct": direct, "progress
 def _taught(
     teacher: BLIP3oDiTModel, data: MemorySource, train: np.ndarray, config: DistillationConfig
 ) -> BLIP3oDiTModel:
-    student, average = train_student(teacher, data, train, config, progress=False)
-    assert average is not None
-    average.copy_into(student)
-    return student
+    with tempfile.TemporaryDirectory() as folder:
+        run = TrainingConfig(output_dir=folder, device="cpu")
+        trainer = train_student(teacher, data, train, config, run)
+    assert trainer.ema is not None
+    trainer.ema.copy_into(trainer.unwrapped_model)
+    return trainer.unwrapped_model.eval()
 
 
 def few_calls(

@@ -16,7 +16,8 @@ from blip3o_dit.cli.parser import CommandParser
 from blip3o_dit.evaluation.config import EvaluationConfig
 from blip3o_dit.extraction.config import ExtractionConfig
 from blip3o_dit.inference.pipeline import BLIP3oInference
-from blip3o_dit.training.config import NOTED, DistillationConfig, TrainingConfig
+from blip3o_dit.training.config import NOTED, TrainingConfig
+from blip3o_dit.training.distillation_config import DistillationConfig
 from blip3o_dit.utils.settings import setting
 
 SETTINGS: dict[str, Any] = {

@@ -20,8 +20,8 @@ from blip3o_dit.extraction.config import ExtractionConfig
 from blip3o_dit.extraction.extract import extract
 from blip3o_dit.extraction.sources.listing import list_images
 from blip3o_dit.inference import generated_store
-from blip3o_dit.training.config import DistillationConfig
 from blip3o_dit.training.distillation import distill
+from blip3o_dit.training.distillation_config import DistillationConfig
 from tests.helpers.training import train_model
 
 FAST = ["--num_inference_steps", "2", "--dtype", "float32", "--device", "cpu"]

@@ -19,8 +19,9 @@ from blip3o_dit.model import transformer
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.training import memory
-from blip3o_dit.training.config import DistillationConfig, TrainingConfig
+from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.distillation import distill
+from blip3o_dit.training.distillation_config import DistillationConfig
 from blip3o_dit.training.memory import GIB, Activations, Room, forecast
 from blip3o_dit.training.run import train
 from tests.conftest import tiny_config

@@ -14,8 +14,8 @@ from blip3o_dit.cli.command import INTERRUPTED, USER_ERROR
 from blip3o_dit.cli.train import main
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.training import distillation
-from blip3o_dit.training.config import DistillationConfig
 from blip3o_dit.training.distillation import distill
+from blip3o_dit.training.distillation_config import DistillationConfig
 from blip3o_dit.training.output_folder import output_folder
 from blip3o_dit.training.run import train
 from blip3o_dit.training.trainer import BLIP3oTrainer
@@ -130,13 +130,10 @@ def test_a_distillation_holds_its_folder(
             distill(teacher, store.path, student, config, overwrite=True)
         return plain(*args, **kwargs)
 
-    plain = distillation.train_student
-    monkeypatch.setattr(distillation, "train_student", note)
+    plain = distillation.teach
+    monkeypatch.setattr(distillation, "teach", note)
     distill(teacher, store.path, student, config, progress=False)
     assert found == ["a distillation"] and not (student / LOCK_FILE).exists()
-    with pytest.raises(ValueError, match=r"found one: give overwrite=True to replace it, or another"):
-        distill(teacher, store.path, student, config)
-    distill(teacher, store.path, student, config, overwrite=True, progress=False)
 
 
 def test_only_the_first_process_holds_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

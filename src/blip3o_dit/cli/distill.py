@@ -7,7 +7,7 @@ from pathlib import Path
 
 from blip3o_dit.cli.arguments import add_flags, given_settings
 from blip3o_dit.cli.parser import CommandParser
-from blip3o_dit.training.config import DistillationConfig
+from blip3o_dit.training.distillation_config import DistillationConfig
 
 EXAMPLES = ("blip3o-dit distill checkpoints/run embeddings/store --steps 2",)
 
@@ -16,11 +16,14 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("model", type=Path, help="the teacher: output folder of a training run")
     parser.add_argument("embeddings", type=Path, help="embedding store or documented pickle it learned from")
     parser.add_argument(
-        "--output_dir", type=Path, help="folder of the student (default: the teacher's name with -N-steps)"
+        "--output_dir",
+        type=Path,
+        help="folder of the student, where one that was stopped is continued (default: the teacher's name "
+        "with -N-steps)",
     )
     add_flags(parser, DistillationConfig)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
-    parser.add_argument("--overwrite", action="store_true", help="replace a model that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model or an unfinished run there")
     parser.add_former_name("overwrite_output_dir", "overwrite")
 
 

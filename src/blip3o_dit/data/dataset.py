@@ -167,6 +167,7 @@ class ShuffledSampler(Sampler):
     def __init__(self, num_samples: int, *, seed: int, global_batch: int = 1) -> None:
         self.num_samples = num_samples
         self.seed = seed
+        self.global_batch = global_batch
         self.num_repeated = -num_samples % global_batch
         self.epoch = 0
 

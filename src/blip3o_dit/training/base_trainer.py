@@ -90,7 +90,8 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
     Args:
         model: with its statistics set; `model.config.flow` says what is trained.
         args: see `training_arguments`.
-        train_dataset, eval_dataset: the two sides of the split; evaluation is skipped without the second.
+        train_dataset, eval_dataset: the two sides of the split, with noise of their own or without;
+            evaluation is skipped without the second.
         source_folds: what an informed source starts from in training; a checkpoint brings its own.
     """
 
@@ -448,4 +449,5 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
 
 
 def _with_noise(dataset: EmbeddingDataset, seed: int, stream: str) -> EmbeddingDataset:
-    return EmbeddingDataset(dataset.source, dataset.indices, BatchNoise(seed, stream))
+    noise = dataset.batch_noise or BatchNoise(seed, stream)
+    return EmbeddingDataset(dataset.source, dataset.indices, noise)

@@ -1,11 +1,11 @@
-"""One training run, or one distillation: settings and recipes."""
+"""One training run: settings and recipes."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,6 @@ from blip3o_dit.utils.settings import check_settings, setting
 from blip3o_dit.utils.validation import (
     check_integer,
     check_known,
-    check_name,
     check_range,
     check_size,
     error_context,
@@ -428,40 +427,3 @@ def launcher_precision() -> dict[str, Any]:
     """The mixed precision that `accelerate launch` asks for, as the flag that says the same."""
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     return {precision: True} if precision in ("bf16", "fp16") else {}
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillationConfig:
-    """How a student is trained: the flags of `blip3o-dit distill`; their meanings are the help texts.
-
-    The teacher's steps are shared out over the student's intervals, at least one in each. `device`: "cpu",
-    "cuda", ...
-    """
-
-    steps: int = setting(
-        MISSING,
-        "network calls of the student, which are Euler steps: 1, 2, 4, ...",
-        group="student and teacher",
-    )
-    train_steps: int = setting(1000, "optimizer steps", group="optimisation")
-    batch_size: int = setting(32, "conditions per step; each gives one training target per student step")
-    learning_rate: float = setting(
-        1e-3, "peak learning rate (AdamW), after a warm-up over a twentieth of the steps, then cosine to 0"
-    )
-    teacher_solver: str = setting(
-        "heun", "solver of the teacher's paths", group="student and teacher", choices=SOLVER_NAMES
-    )
-    teacher_steps: int = setting(8, "solver steps of a whole path of the teacher")
-    ema_decay: float = setting(0.999, "decay of the averaged weights; 0: none", group="optimisation")
-    max_grad_norm: float = 1.0
-    seed: int = setting(0, "seed of the order of conditions and of the noise")
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "train_steps", "batch_size", "teacher_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
-        check_name("teacher_solver", self.teacher_solver, SOLVER_NAMES)
-        check_range("learning_rate", self.learning_rate, 0.0, math.inf)
-        check_range("ema_decay", self.ema_decay, 0.0, 1.0)
-        check_range("max_grad_norm", self.max_grad_norm, 0.0, math.inf)

@@ -1,45 +1,51 @@
-"""Distil a trained model into one that needs a few network calls.
+"""Distil a trained model into one that needs a few network calls: check, train, save; how: `student.py`.
 
-A student of n Euler steps carries x from t_k to t_(k+1) in one call, so what it has to predict at (x, t_k) is
-the teacher's average velocity over the interval,
-
-    u = (x(t_(k+1)) - x(t_k)) / (t_(k+1) - t_k),  x(t) the teacher's own path through x at t_k.
-
-It is found by several teacher steps inside the interval, on states that the teacher reaches: knowledge
-distillation (Luhman and Luhman, arXiv 2101.02388), cut into n pieces.
+A distillation has checkpoints as a training has, and the same command goes on with one that was stopped.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
-from dataclasses import asdict, replace
-from itertools import pairwise
+import shutil
+from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from tqdm.auto import tqdm
-from transformers import get_cosine_schedule_with_warmup
 
 from blip3o_dit.data.embeddings import Embeddings, check_sizes, open_embeddings
-from blip3o_dit.data.towers import copy_towers
-from blip3o_dit.flow.path import FlowBatch, PathPoint, make_path, time_grid
-from blip3o_dit.flow.predictions import convert_prediction
-from blip3o_dit.flow.solvers import SOLVERS, Velocity
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
-from blip3o_dit.model.loading import EMA_FILE, EMA_VARIANT, check_is_model, pick_weights
-from blip3o_dit.training.config import TRAINING_CONFIG_FILE, DistillationConfig, TrainingConfig
-from blip3o_dit.training.ema import ExponentialMovingAverage
-from blip3o_dit.training.memory import check_room, distillation_forecast, room_on
+from blip3o_dit.model.loading import (
+    EMA_VARIANT,
+    check_is_model,
+    finish_model,
+    pick_weights,
+    weights_files,
+)
+from blip3o_dit.training.checkpoint import (
+    TRAINER_STATE_FILE,
+    RunIdentity,
+    check_checkpoint,
+    checkpoints,
+    newest_whole,
+    remove_leftovers,
+)
+from blip3o_dit.training.config import TrainingConfig
+from blip3o_dit.training.console import ConsoleCallback, closing_bar
+from blip3o_dit.training.distillation_config import DistillationConfig
+from blip3o_dit.training.memory import check_room, count_weights, distillation_forecast, room_on
 from blip3o_dit.training.output_folder import output_folder
-from blip3o_dit.utils.atomic import written_aside
+from blip3o_dit.training.student import StudentTrainer, as_student, teacher_calls
+from blip3o_dit.utils.checksums import sha256
 from blip3o_dit.utils.distributed import check_alone
-from blip3o_dit.utils.stateless_random import stateless_normal, stateless_permutation
+from blip3o_dit.utils.errors import StoppedEarly
+from blip3o_dit.utils.json_files import read_json_object
+from blip3o_dit.utils.logging import quiet_transformers
+from blip3o_dit.utils.validation import is_number
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +62,14 @@ def distill(
     """Teach a student on the training side of the teacher's own split, and save it; returns the folder.
 
     The student is an ordinary model folder whose `generate` takes `config.steps` Euler steps, no more and no
-    fewer, without guidance: its targets have none.
+    fewer, without guidance: its targets have none. A distillation that was stopped in that folder is
+    continued, and ends with the bits of one that was not; one that is finished stays as it is, unless
+    `overwrite` asks for it again.
 
     Raises:
         FileNotFoundError, ValueError: one line naming what was expected and found.
+        WriteError: when the disk is full; the last checkpoint is whole.
+        StoppedEarly: on SIGTERM, SIGINT or at `max_hours`; a checkpoint was saved.
     """
     check_alone("distill")
     check_is_model(Path(model_path))  # before a folder is made
@@ -79,40 +89,39 @@ def _distill(
     progress: bool,
 ) -> Path:
     """`distill` into a folder that is held."""
-    if (output / "config.json").exists() and not overwrite:
-        raise ValueError(
-            f"{output}: expected no model there, found one: give overwrite=True to replace it, or "
-            "another --output_dir"
-        )
-    source = open_embeddings(embeddings)
     variant = EMA_VARIANT if pick_weights(model_path, "auto") == "ema" else None
-    run = TrainingConfig.from_folder(model_path)
-    device, sizes = torch.device(config.device), BLIP3oDiTConfig.from_pretrained(model_path)
-    needed = distillation_forecast(
-        sizes, device, batch=config.batch_size, targets=config.steps, averages=config.ema_decay > 0
-    )
-    check_room(needed, room_on(device), "less is taken with a smaller --batch_size, --ema_decay 0")
-    teacher: Any = BLIP3oDiTModel.from_pretrained(model_path, variant=variant)
-    check_sizes(source, teacher.config.data_sizes, model_path)
+    run, sizes = TrainingConfig.from_folder(model_path), BLIP3oDiTConfig.from_pretrained(model_path)
+    _check_teacher(sizes, config)
+    _check_apart(model_path, output)
+    source = open_embeddings(embeddings)
+    check_sizes(source, sizes.data_sizes, model_path)
     train = run.split(source).train
-    student, average = train_student(
-        teacher.to(config.device).eval(), source, train, config, progress=progress
+    config = replace(
+        config.resolved(run, samples=len(train), samples_seen=_samples_seen(model_path, run, len(train))),
+        teacher=str(model_path),
+        teacher_checksum=" ".join(sha256(file) for file in weights_files(model_path, variant)),
+        data_fingerprint=RunIdentity.of(source, run, 1).fingerprint,
     )
-    taught = replace(
-        run,
-        output_dir=str(output),
-        solver="euler",
-        num_inference_steps=config.steps,
-        ema_decay=config.ema_decay,
-    )
-    student.to(teacher.dtype)  # it learned in float32
-    with written_aside(output, files_only=True, replaces=[EMA_FILE]) as aside:
-        student.save_pretrained(aside)
-        if average is not None:
-            average.save(student, aside, dtype=teacher.dtype)
-        (aside / TRAINING_CONFIG_FILE).write_bytes(taught.to_json())
-        copy_towers(Path(model_path), aside)
-    logger.info("the student, %d network calls a sample, is in %s", config.steps, output)
+    if not overwrite and _is_finished(output, config):
+        _remove_checkpoints(output)
+        logger.info("%s: this student is finished; --overwrite trains it again", output)
+        return output
+    taught = _settings_of_student(run, config, output)
+    resume = _checkpoint(output, config, overwrite=overwrite)
+    if resume is not None:
+        student = as_student(copy.deepcopy(sizes), config.steps)
+        check_checkpoint(resume, student, RunIdentity.of(source, taught, 1))
+    _check_memory(sizes, taught, torch.device(config.device))
+    _describe(model_path, sizes, config, len(train), resume)
+    remove_leftovers(output, all_checkpoints=resume is None)
+    try:
+        teacher = BLIP3oDiTModel.from_pretrained(model_path, variant=variant)
+        teach(StudentTrainer(teacher, source, train, config, taught), resume, progress=progress)
+    except KeyboardInterrupt:
+        if resume is None:
+            raise
+        raise StoppedEarly(f"interrupted: {resume} stays, and the same command continues") from None
+    logger.info("the student, %s a sample, is in %s", _calls(config.steps), output)
     return output
 
 
@@ -121,136 +130,159 @@ def train_student(
     source: Embeddings,
     train: np.ndarray,
     config: DistillationConfig,
-    *,
-    progress: bool = True,
-) -> tuple[BLIP3oDiTModel, ExponentialMovingAverage | None]:
-    """The student in memory, and its averaged weights, in float32 whatever the teacher's weights are.
-
-    Bfloat16 weights would lose most updates of AdamW, which are smaller than half a step of theirs. A teacher
-    that predicts the noise is refused: it has no velocity at t = 0.
+    run: TrainingConfig,
+) -> StudentTrainer:
+    """A student of a teacher in memory, trained and in `run.output_dir`; returns its trainer.
 
     Raises:
-        ValueError: for a teacher that predicts the noise, which has no velocity at t = 0, for a student asked
-            to teach otherwise than by its own steps, and when the loss is not finite.
+        FileNotFoundError, ValueError: as `distill`.
     """
-    flow = teacher.config.flow
-    fixed = flow.fixed_sampling
+    _check_teacher(teacher.config, config)
+    config = config.resolved(run, samples=len(train), samples_seen=0.0)
+    taught = _settings_of_student(run, config, Path(run.output_dir))
+    trainer = StudentTrainer(teacher, source, train, config, taught)
+    teach(trainer, None, progress=False)
+    return trainer
+
+
+def teach(trainer: StudentTrainer, resume: Path | None, *, progress: bool) -> None:
+    """Train to the end and save the student; its checkpoints, which nothing can go on from, are removed.
+
+    Raises:
+        StoppedEarly, WriteError: as `distill`.
+    """
+    if progress:
+        trainer.add_callback(ConsoleCallback())
+    with quiet_transformers(), trainer.stop_request.watching(), closing_bar(trainer):
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        if trainer.stop_request.cut_short(trainer.state):
+            raise StoppedEarly(
+                f"{trainer.stop_request.reason}: stopped after step {trainer.state.global_step} of "
+                f"{trainer.state.max_steps} and saved it: the same command continues"
+            )
+        trainer.save_final_model()
+        _remove_checkpoints(Path(trainer.config.output_dir))
+
+
+def _check_teacher(teacher: BLIP3oDiTConfig, config: DistillationConfig) -> None:
+    """Refuse (ValueError) one that predicts the noise, which has no velocity at t = 0, and a student asked to
+    teach otherwise than by its own steps."""
+    fixed = teacher.flow.fixed_sampling
     if fixed is not None and fixed != (config.teacher_solver, config.teacher_steps):
         raise ValueError(
             f"distill: expected a teacher that is not distilled, found a student of {fixed[1]} steps "
             f"(it can only teach with teacher_solver {fixed[0]} and teacher_steps {fixed[1]})"
         )
-    if not flow.prediction.gives_mean_at_noise:
+    if not teacher.flow.prediction.gives_mean_at_noise:
+        found = teacher.flow.prediction_type
+        raise ValueError(f"distill: expected a teacher that does not predict the noise, found {found}")
+
+
+def _check_apart(model_path: Path, output: Path) -> None:
+    """Refuse (ValueError) an output folder that is the teacher's, or that the teacher is a checkpoint in."""
+    if model_path.resolve() in (output.resolve(), *(path.resolve() for path in checkpoints(output))):
         raise ValueError(
-            f"distill: expected a teacher that does not predict the noise, found {flow.prediction_type}"
+            f"{output}: expected another folder than the teacher's, found {model_path} in it: give another "
+            "--output_dir"
         )
-    student = copy.deepcopy(teacher).float().train()
-    student.config.default_solver, student.config.default_steps = "euler", config.steps
-    flow = replace(flow, student_steps=config.steps, condition_dropout=0.0)
-    student.config.flow_matching = asdict(flow)
-    average = ExponentialMovingAverage(student, config.ema_decay) if config.ema_decay > 0 else None
-    optimizer = torch.optim.AdamW(student.parameters(), lr=config.learning_rate, weight_decay=0.0)
-    warm_up = max(1, config.train_steps // 20)
-    schedule = get_cosine_schedule_with_warmup(optimizer, warm_up, config.train_steps)
-    batches = _batches(train, config)
-    bar = tqdm(range(config.train_steps), desc="distilling", unit="step", disable=not progress)
-    for step in bar:
-        loss = _loss(student, _targets(teacher, source, next(batches), step, config))
-        if not torch.isfinite(loss):
-            raise ValueError(f"step {step + 1}: expected a finite loss, found {loss.item()} (lower the rate)")
-        optimizer.zero_grad()
-        loss.backward()
-        if config.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        if average is not None:
-            average.update(student, step + 1)
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.4g}")
-    return student.eval(), average
 
 
-def _targets(
-    teacher: BLIP3oDiTModel,
-    source: Embeddings,
-    indices: np.ndarray,
-    step: int,
-    config: DistillationConfig,
-) -> FlowBatch[PathPoint]:
-    """The targets at all of the student's steps, for the conditions of one batch."""
-    eva = source.fetch(indices)[0].to(teacher.device)
-    condition = teacher.normalize_condition(eva)
-    start = teacher.source_distribution(condition)
-    shape = (teacher.config.num_tokens, teacher.config.in_channels)
-    noise = stateless_normal(
-        indices.tolist(), shape, seed=config.seed, stream="distillation noise", counter=step
-    )
-    flow = teacher.config.flow
-    targets = trajectory_targets(
-        teacher.make_velocity_fn(condition, start),
-        make_path(flow).initial_point(noise.to(teacher.device)),
-        student_steps=config.steps,
-        teacher_steps=max(1, -(-config.teacher_steps // config.steps)),
-        solver=config.teacher_solver,
-        time_shift=flow.time_shift,
-    )
-    together = PathPoint(
-        t=torch.cat([target.t for target in targets]),
-        x_t=torch.cat([target.x_t for target in targets]),
-        velocity=torch.cat([target.velocity for target in targets]),
-    )
-    return FlowBatch(together, start.repeat(len(targets)), condition.repeat(len(targets), 1, 1))
+def _samples_seen(model_path: Path, run: TrainingConfig, samples: int) -> float:
+    """How many samples a model was trained on, over all passes: what its folder says, or what was planned."""
+    file = model_path / TRAINER_STATE_FILE
+    passes: Any = read_json_object(file, non_finite=True).get("epoch") if file.is_file() else None
+    if is_number(passes) and 0 < passes < inf:
+        return float(passes) * samples
+    if run.max_steps > 0:
+        return float(run.max_steps * run.batch_size * run.gradient_accumulation_steps)
+    return (run.num_epochs or 0.0) * samples
 
 
-@torch.no_grad()
-def trajectory_targets(
-    teacher: Velocity,
-    x_0: Tensor,
-    *,
-    student_steps: int,
-    teacher_steps: int,
-    solver: str = "heun",
-    time_shift: float = 1.0,
-) -> list[PathPoint]:
-    """Follow the teacher from noise x_0 [B, ...] to data, and note its average velocity over each interval of
-    the student's grid, `time_grid(student_steps, time_shift)`; inside each it takes `teacher_steps`.
+def _is_finished(output: Path, config: DistillationConfig) -> bool:
+    """Whether the folder holds this very student. Raises ValueError when its files were altered."""
+    finish_model(output)
+    if not (output / "config.json").is_file() or config.differences(output):
+        return False
+    pick_weights(output, "auto")
+    return True
 
-    Returns: `student_steps` batches of B points, with the velocity that the student has to predict there.
+
+def _checkpoint(output: Path, config: DistillationConfig, *, overwrite: bool) -> Path | None:
+    """The checkpoint in the output folder to continue from.
+
+    Raises:
+        ValueError: the folder holds something else, and is not to be overwritten.
     """
-    grid = time_grid(student_steps * teacher_steps, time_shift).to(x_0.device)
-    step, x = SOLVERS[solver].step, x_0.float()
-    targets = []
-    for first in range(0, len(grid) - 1, teacher_steps):
-        before, times = x, grid[first : first + teacher_steps + 1]
-        for t, after in pairwise(times):
-            x = step(teacher, x, t.expand(len(x)), after - t)
-        start, end = times[0], times[-1]
-        targets.append(PathPoint(start.expand(len(x)), before, (x - before) / (end - start)))
-    return targets
-
-
-def _loss(student: BLIP3oDiTModel, batch: FlowBatch[PathPoint]) -> Tensor:
-    """Mean squared error of the velocity, in the flow's units."""
-    flow, target = student.config.flow, batch.sample
-    velocity = convert_prediction(
-        batch.predict(student),
-        target.x_t,
-        target.t,
-        make_path(flow),
-        from_type=flow.prediction_type,
-        to_type="v_prediction",
+    begun = next(iter(checkpoints(output)), None)
+    if begun is not None and not config.differences(begun):
+        return newest_whole(output)
+    found = output if (output / "config.json").exists() else begun
+    if overwrite or found is None:
+        return None
+    what = "model" if found == output else "unfinished run"
+    raise ValueError(
+        f"{output}: expected no {what} there, found one: {'; '.join(config.differences(found))}: give "
+        "overwrite=True to replace it, or another --output_dir"
     )
-    return (velocity - target.velocity).square().mean()
 
 
-def _batches(train: np.ndarray, config: DistillationConfig) -> Iterator[np.ndarray]:
-    """Shuffled epochs over the training samples, without end; the last batch of each is left out if short."""
-    size, epoch = min(config.batch_size, len(train)), 0
-    while True:
-        order = stateless_permutation(
-            len(train), seed=config.seed, stream="distillation order", counter=epoch
-        )
-        for start in range(0, len(train) - size + 1, size):
-            yield train[order[start : start + size]]
-        epoch += 1
+def _settings_of_student(run: TrainingConfig, config: DistillationConfig, output: Path) -> TrainingConfig:
+    """The settings of the student's training: the teacher's, which name split, sizes and path, but for what
+    the distillation does in its own way."""
+    default = TrainingConfig()
+    usual = {name: getattr(default, name) for name in _NOT_OF_THE_TEACHER}
+    own = {name: getattr(config, name) for name in _OF_THE_DISTILLATION}
+    own |= {"max_steps": config.train_steps, "num_inference_steps": config.steps, "solver": "euler"}
+    own |= {"save_total_limit": 1, "num_workers": 0}
+    device = torch.device(config.device).type
+    return replace(run, **(usual | own), output_dir=str(output), device=device)
+
+
+_OF_THE_DISTILLATION = (
+    *("batch_size", "learning_rate", "warmup_steps", "ema_decay", "max_grad_norm"),
+    *("logging_steps", "save_steps", "max_hours"),
+)
+_NOT_OF_THE_TEACHER = (
+    *("gradient_accumulation_steps", "lr_scheduler_type", "weight_decay"),
+    *("memory", "fp16", "bf16", "compile", "selective_checkpointing", "deterministic"),
+    *("init_from", "init_statistics", "init_checksum", "wandb_project", "wandb_run_name"),
+    *("extend_epochs", "extend_steps", "extended_at", "extended_to", "extended_rate", "extended_warmup"),
+)
+
+
+def _check_memory(sizes: BLIP3oDiTConfig, taught: TrainingConfig, device: torch.device) -> None:
+    needed = distillation_forecast(
+        sizes,
+        device,
+        batch=taught.batch_size,
+        targets=taught.num_inference_steps,
+        averages=taught.ema_decay > 0,
+    )
+    check_room(needed, room_on(device), "less is taken with a smaller --batch_size, --ema_decay 0")
+
+
+def _describe(
+    model_path: Path, sizes: BLIP3oDiTConfig, config: DistillationConfig, samples: int, resume: Path | None
+) -> None:
+    weights, _ = count_weights(sizes)
+    logger.info(
+        "teacher: %s, %.4g million parameters, %d samples to learn from", model_path, weights / 1e6, samples
+    )
+    logger.info(
+        "student: %d steps x batch %d; network calls in each: teacher %d, student %d",
+        config.train_steps,
+        config.batch_size,
+        teacher_calls(config),
+        config.steps,
+    )
+    if resume is not None:
+        logger.info("continuing from %s", resume)
+
+
+def _calls(number: int) -> str:
+    return f"{number} network call{'' if number == 1 else 's'}"
+
+
+def _remove_checkpoints(output: Path) -> None:
+    for path in checkpoints(output):
+        shutil.rmtree(path)

@@ -84,13 +84,14 @@ class SourceFolds:
 
 
 def load_folds(folder: Path, model: BLIP3oDiTModel) -> SourceFolds | None:
-    """What `SourceFolds.save` wrote into a checkpoint; None for noise, or if it was written without.
+    """What `SourceFolds.save` wrote into a checkpoint; None for noise, for a student, whose paths start where
+    its teacher's do, or if it was written without.
 
     Raises:
         ValueError: when the file is damaged or does not fit the model.
     """
     file = folder / FOLDS_FILE
-    if model.config.flow.source == "noise":
+    if model.config.flow.source == "noise" or model.config.flow.student_steps:
         return None
     if not file.is_file():
         logger.info("%s: no %s: it was trained, and goes on, with one map for all", folder, FOLDS_FILE)

@@ -176,11 +176,14 @@ class Throughput:
         self._samples, self._steps, self._waited, self._apart = 0, 0, 0.0, 0.0
 
 
-def measure_throughput(model: BLIP3oDiTModel, config: TrainingConfig, device: torch.device) -> Throughput:
-    """A `Throughput` for this run, for which the device's arithmetic is measured."""
+def measure_throughput(
+    model: BLIP3oDiTModel, config: TrainingConfig, device: torch.device, passes: float = PASSES_PER_STEP
+) -> Throughput:
+    """A `Throughput` for this run, for which the device's arithmetic is measured; a step takes as long as so
+    many forward passes."""
     dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else model.compute_dtype
     rate = matmul_rate(model.config, config.batch_size, device, dtype)
-    return Throughput(PASSES_PER_STEP * forward_flops(model.config), rate)
+    return Throughput(passes * forward_flops(model.config), rate)
 
 
 def forward_flops(config: BLIP3oDiTConfig, condition_tokens: int | None = None) -> float:
