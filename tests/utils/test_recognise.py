@@ -279,6 +279,10 @@ def test_hostile_files_and_folders_are_recognised_quickly(tmp_path: Path) -> Non
     assert "a model of another kind (None)" in str(refusal(tmp_path / "list", EMBEDDINGS))
     os.mkfifo(tmp_path / "pipe")
     assert "found a pipe" in str(refusal(tmp_path / "pipe", EMBEDDINGS))
+    (tmp_path / "pipes").mkdir()
+    for name in (CONFIG_FILE, MANIFEST):
+        os.mkfifo(tmp_path / "pipes" / name)  # reading one waits for ever
+    assert "a folder with a manifest.json that is not a store's" in str(refusal(tmp_path / "pipes", MODEL))
 
 
 def test_the_names_are_those_that_are_written() -> None:

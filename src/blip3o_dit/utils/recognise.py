@@ -208,7 +208,7 @@ def _store(path: Path, names: Sequence[str]) -> Found | None:
 
 
 def _model(path: Path, names: Sequence[str]) -> Found | None:
-    if "config.json" not in names or "adapter_config.json" in names:
+    if not (path / "config.json").is_file() or "adapter_config.json" in names:
         return None
     try:
         config: Any = read_json(path / "config.json")
@@ -277,5 +277,7 @@ def _several(below: Mapping[str, list[str]]) -> Found | None:
 
 
 def _beginning(file: Path) -> bytes:
+    if not file.is_file():  # a pipe would be waited for
+        return b""
     with open(file, "rb") as opened:
         return opened.read(READ_AT_ONCE)
