@@ -110,6 +110,7 @@ TESTED_IN = {
     "evaluation/predictions.py": "evaluation/test_scores.py",
     "evaluation/reference.py": "evaluation/test_scores.py",
     "evaluation/report.py": "evaluation/test_evaluate.py",
+    "evaluation/samples.py": "evaluation/test_evaluate.py",
     "evaluation/samplers.py": "evaluation/test_evaluate.py",
     "extraction/conditions.py": "inference/test_from_conditions.py",
     "extraction/encoders.py": "extraction/test_vision_towers.py",
@@ -150,6 +151,7 @@ TESTED_IN = {
     "utils/errors.py": "training/test_resume.py",
     "utils/kept_state.py": "inference/test_unfinished.py",
     "utils/pca_colors.py": "extraction/test_inspection.py",
+    "utils/ticking.py": "evaluation/test_kept.py",
     "utils/settings.py": "cli/test_arguments.py",
 }
 

@@ -23,12 +23,10 @@ from blip3o_dit.inference.output import POOLED, TOKENS, check_output, is_file_ou
 from blip3o_dit.inference.progress import SampleBar
 from blip3o_dit.inference.unfinished import Unfinished, file_claimed
 from blip3o_dit.metrics.fidelity import FidelitySums
-from blip3o_dit.utils.kept_state import KeptState
+from blip3o_dit.utils.kept_state import NOTHING_KEPT, KeptState
 
 if TYPE_CHECKING:
     from blip3o_dit.inference.pipeline import BLIP3oInference
-
-NOTHING_KEPT = KeptState(None)
 
 
 def check_apart(output: Path | None, source: Embeddings) -> None:

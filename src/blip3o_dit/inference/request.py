@@ -34,8 +34,9 @@ from blip3o_dit.utils.validation import check_name, checked_integer
 SPLITS = ("all", "train", "eval")
 
 NOTED = "noted"
-# What is said of a value that is a digest.
-_DIGESTS = {"model.sha256": "another model", "data.sha256": "other data", "data.chosen": "other samples"}
+# What is said of a digest, by its name and by what it is of.
+_DIGESTS = ("sha256", "chosen")
+_OTHERS = {"data": "other data", "fitted": "other data to fit on", "code": "another version of the code"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,14 +135,18 @@ def differences(found: Any, wanted: dict[str, Any], *, leave_out: Sequence[str] 
     there, here = (_flat(values) for values in (found, wanted))
     names = [name for name in here if there.get(name) != here[name]]
     names = [name for name in names if name.partition(".")[0] not in leave_out]
-    shown = [name for name in names if name not in _DIGESTS]
-    if shown:  # they say more than a digest does
-        names = [name for name in names if name in shown or name == "model.sha256"]
-    return [
-        _DIGESTS.get(name)
-        or f"{name.rpartition('.')[2]} is {short_repr(there.get(name))} there, {short_repr(here[name])} here"
-        for name in names
-    ]
+    digests = [name for name in names if name.rpartition(".")[2] in _DIGESTS]
+    shown = [name for name in names if name not in digests]
+    if shown:  # it says more than a digest does
+        digests = [name for name in digests if name.startswith("model")]
+    return [_difference(name, there, here) for name in (*shown, *digests)]
+
+
+def _difference(name: str, there: dict[str, Any], here: dict[str, Any]) -> str:
+    of, last = name.partition(".")[0], name.rpartition(".")[2]
+    if last in _DIGESTS:
+        return "other samples" if last == "chosen" else _OTHERS.get(of, "another model")
+    return f"{last} is {short_repr(there.get(name))} there, {short_repr(here[name])} here"
 
 
 def noted_changes(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

@@ -122,9 +122,11 @@ def file_claimed(output: Path, request: dict[str, Any], *, overwrite: bool, size
     """
     unfinished = Unfinished(output)
     unfinished.find(request, overwrite=overwrite)  # before a folder is made
-    with held_folder(unfinished.folder, "generation"):
-        found = unfinished.find(request, overwrite=overwrite)
-        with unfinished.going_on(found, request, size=size):
-            yield
-    with suppress(OSError):  # a stopped one's, which this one went on with
-        unfinished.folder.rmdir()
+    try:
+        with held_folder(unfinished.folder, "generation"):
+            found = unfinished.find(request, overwrite=overwrite)
+            with unfinished.going_on(found, request, size=size):
+                yield
+    finally:
+        with suppress(OSError):  # a stopped one's, which this one went on with
+            unfinished.folder.rmdir()

@@ -31,7 +31,8 @@ class KeptState:
 
     def __init__(self, file: Path | None) -> None:
         self.file = file
-        self._due = time.monotonic() + KEEP_EVERY
+        self._began = time.monotonic()
+        self._due = self._began + KEEP_EVERY
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What was kept, in memory of its own; None when nothing was, or it cannot be read."""
@@ -40,17 +41,20 @@ class KeptState:
         try:
             with safe_open(self.file, framework="pt") as tensors:
                 found = {name: tensors.get_tensor(name).clone() for name in tensors.keys()}  # noqa: SIM118
-            return found, parse_json(self.file, bytes(found.pop(_ABOUT).numpy()))
+            return found, parse_json(self.file, bytes(found.pop(_ABOUT).numpy()), non_finite=True)
         except (SafetensorError, OSError, ValueError, KeyError):
             return None
 
-    def keep(self, state: Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Any]]]) -> None:
-        """Write the state if it is time to.
+    def keep(
+        self, state: Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Any]]], *, last: bool = False
+    ) -> None:
+        """Write the state if it is time to; the last one unless all of it took little time.
 
         Raises:
             WriteError: when it cannot be written; what was kept before is there still.
         """
-        if self.file is None or time.monotonic() < self._due:
+        due = self._began + KEEP_EVERY / 10 if last else self._due
+        if self.file is None or time.monotonic() < due:
             return
         started = time.monotonic()
         tensors, about = state()
@@ -63,3 +67,6 @@ class KeptState:
     def remove(self) -> None:
         if self.file is not None:
             remove_files_and_folders([self.file])
+
+
+NOTHING_KEPT = KeptState(None)
