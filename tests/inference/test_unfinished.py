@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -20,10 +21,13 @@ from blip3o_dit.inference import generated_store
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.inference.unfinished import Unfinished
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.utils import kept_state
 from blip3o_dit.utils.durations import in_words
 from blip3o_dit.utils.errors import WriteError
 from tests.conftest import randomize, tiny_config
+from tests.helpers.inference_jobs import stop_and_go_on
+from tests.helpers.processes import launch
 from tests.helpers.stores import write_linear_store
 
 SAMPLE = 9 * (12 + 8) * 4  # bytes
@@ -324,6 +328,25 @@ def test_from_python_too(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         inference.generate_from_dataset(root / "data", output_path=tmp_path / "out.npz", seed=1, **options)
     inference.generate_from_dataset(root / "data", output_path=tmp_path / "out.npz", **options)
     assert contents(tmp_path / "out.npz") == contents(root / "out.npz")
+
+
+@pytest.mark.slow
+def test_several_processes_go_on(root: Path, tmp_path: Path) -> None:
+    """24 samples in 6 batches; two processes have done two each, or one of two samples a condition."""
+    write_linear_store(tmp_path / "data", samples=24)
+    shutil.copytree(root / "model", tmp_path / "model")
+    config = TrainingConfig(embeddings_path=str(tmp_path / "data"), output_dir="x", eval_split=0.5)
+    (tmp_path / "model" / "training_config.json").write_bytes(config.to_json())
+    (tmp_path / "one").mkdir()
+    assert stop_and_go_on(tmp_path / "model", tmp_path / "data", tmp_path / "one") == [2, 4, 2, 4, 2, 6]
+    found = launch(stop_and_go_on, 2, tmp_path / "model", tmp_path / "data", tmp_path / "two")
+    assert found == [[2, 1, 2, 1, 2, 2]] * 2
+    one, two = (EmbeddingStore(tmp_path / name / "store").fetch(range(24)) for name in ("one", "two"))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert contents(tmp_path / "one" / "out.npz") == contents(tmp_path / "two" / "out.npz")
+    files = [tmp_path / name / "report" / "metrics.json" for name in ("one", "two")]
+    scores = [[method["metrics"] for method in json.loads(f.read_text())["methods"]] for f in files]
+    assert scores[0] == scores[1]
 
 
 @pytest.mark.parametrize(
