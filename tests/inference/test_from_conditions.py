@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from blip3o_dit.cli import generate as command
 from blip3o_dit.cli.main import main
 from blip3o_dit.data.safe_unpickler import load_pickle
 from blip3o_dit.data.store import EmbeddingStore
@@ -20,8 +21,10 @@ from blip3o_dit.extraction.config import ExtractionConfig
 from blip3o_dit.extraction.extract import extract
 from blip3o_dit.extraction.sources.listing import list_images
 from blip3o_dit.inference import generated_store
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.training.distillation import distill
 from blip3o_dit.training.distillation_config import DistillationConfig
+from blip3o_dit.utils import kept_state
 from tests.helpers.training import train_model
 
 FAST = ["--num_inference_steps", "2", "--dtype", "float32", "--device", "cpu"]
@@ -91,6 +94,56 @@ def test_tokens_are_those_of_extract_and_generate(
     assert made_by["num_samples"] == 7 and made_by["pictures"] == str(root / "images")
     skipped = skipped_in(tmp_path / "b" / "skipped.jsonl")
     assert {image["key"] for image in skipped} == set(BROKEN) and all(image["reason"] for image in skipped)
+
+
+@pytest.mark.parametrize(("output", "words"), [("out", []), ("out.pkl", []), ("out.npz", ["--pooled"])])
+def test_a_stopped_generation_goes_on(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, words: list[str], capsys: Any
+) -> None:
+    """The 7 readable pictures, by 2, in shards of 4; what was read is not read again."""
+    monkeypatch.setattr(generated_store, "MAX_SHARD_BYTES", 4 * 16 * (64 + 48) * 4)
+    monkeypatch.setattr(kept_state, "KEEP_EVERY", 0.0)
+    monkeypatch.setattr(kept_state, "KEEP_SHARE", 0)
+    words = [*words, "--batch_size", "2"]
+    assert generate(root, root / "images", tmp_path / "whole" / output, *words) == 0
+    capsys.readouterr()
+    decode, prepared = tower_conditions.ImageConditions._prepared, []
+    monkeypatch.setattr(
+        tower_conditions.ImageConditions,
+        "_prepared",
+        lambda *image: prepared.append(image[2].key) or decode(*image),
+    )
+    sample, batches = BLIP3oDiTModel.generate, []
+
+    def generated(*arguments: Any, **options: Any) -> Any:
+        batches.append(1)
+        if len(batches) % 2 == 0:
+            raise KeyboardInterrupt
+        return sample(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BLIP3oDiTModel, "generate", generated)
+        for _ in range(3):
+            assert generate(root, root / "images", tmp_path / output, *words) == 75
+            assert "what is generated is kept" in capsys.readouterr().err
+            assert generate(root, root / "images", tmp_path / output, *words, "--seed", "1") == 2
+            assert "seed is 0 there, 1 here" in capsys.readouterr().err
+    prepared.clear()
+    assert generate(root, root / "images", tmp_path / output, *words) == 0
+    assert prepared == ["08.png"]
+    found, expected = (
+        {str(file.relative_to(at)): file.read_bytes() for file in at.rglob("*") if file.is_file()}
+        for at in (tmp_path, tmp_path / "whole")
+    )
+    assert {name: data for name, data in found.items() if not name.startswith("whole")} == expected
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "_load", None)
+        assert generate(root, root / "images", tmp_path / output, *words) == 0
+        assert "finished already" in capsys.readouterr().err
+        shutil.copytree(root / "images", tmp_path / "images")
+        (tmp_path / "images" / "09.png").write_bytes(b"one more")
+        assert generate(root, tmp_path / "images", tmp_path / output, *words) == 2
+        assert "count is 9 there, 10 here" in capsys.readouterr().err
 
 
 def test_into_files_and_pooled(root: Path, tmp_path: Path) -> None:

@@ -76,33 +76,6 @@ def test_the_store_holds_what_is_returned_in_memory(inference: BLIP3oInference, 
     assert written.manifest["encoders"]["clip"]["generated_by"]["num_samples"] == 30
 
 
-@pytest.mark.parametrize("last", [1, 4])
-def test_an_interrupted_generation_leaves_no_store(
-    inference: BLIP3oInference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int
-) -> None:
-    data = write_linear_store(tmp_path / "data", samples=30)
-    calls: list[int] = []
-    whole = inference.generate
-
-    def generate(eva: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-        calls.append(len(eva))
-        if len(calls) > last:
-            raise KeyboardInterrupt
-        return whole(eva, *arguments, **options)
-
-    options: dict[str, Any] = dict(batch_size=4, num_inference_steps=1, progress=False)
-    output = tmp_path / "output"
-    with monkeypatch.context() as patch:
-        patch.setattr(inference, "generate", generate)
-        with pytest.raises(KeyboardInterrupt):
-            inference.generate_from_dataset(data.path, output_path=output, **options)
-    assert not list(tmp_path.glob("output*"))
-    with pytest.raises((FileNotFoundError, ValueError)):
-        EmbeddingStore(output)
-    inference.generate_from_dataset(data.path, output_path=output, **options)
-    EmbeddingStore(output).verify()
-
-
 def test_a_store_that_is_there_is_refused_before_anything_is_generated(
     inference: BLIP3oInference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,7 +100,7 @@ def test_an_error_leaves_what_was_there(place: Path) -> None:
     store = GeneratedStore(place / "store", SIZES)
 
     def interrupted() -> None:
-        with store.claimed(overwrite=True):
+        with store.claimed({}, 4, overwrite=True):
             (store.aside / "shard-00000.safetensors").write_bytes(b"half")
             raise KeyboardInterrupt
 
@@ -112,13 +112,13 @@ def test_an_error_leaves_what_was_there(place: Path) -> None:
     )
 
 
-def test_what_a_killed_generation_left_goes_and_nothing_else(place: Path) -> None:
+def test_what_another_writer_left_goes_and_nothing_else(place: Path) -> None:
     store = GeneratedStore(place / "new", SIZES)
     store.aside.mkdir(parents=True)
     (store.aside / "shard-00007.jsonl").write_text("left")
 
     def interrupted() -> None:
-        with store.claimed():
+        with store.claimed({}, 4):
             assert not list(store.aside.iterdir())
             raise KeyboardInterrupt
 
@@ -129,7 +129,7 @@ def test_what_a_killed_generation_left_goes_and_nothing_else(place: Path) -> Non
     with pytest.raises(
         ValueError, match=r"expected an empty folder, or a store to replace, found \['mine.txt'\]"
     ):
-        store.claimed().__enter__()
+        store.claimed({}, 4).__enter__()
     assert [file.name for file in (place / "new").iterdir()] == ["mine.txt"]
 
 
@@ -137,7 +137,7 @@ def test_two_generations_of_one_store(place: Path) -> None:
     store = GeneratedStore(place / "new", SIZES)
     (place / "new").mkdir()
     with folder_lock(place / "new", "generation"), pytest.raises(FolderInUseError, match="generation by"):
-        store.claimed().__enter__()
+        store.claimed({}, 4).__enter__()
 
 
 def test_a_file_that_memory_does_not_hold_is_refused(

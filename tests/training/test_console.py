@@ -14,8 +14,8 @@ import pytest
 
 from blip3o_dit.cli.train import main
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.training.curves import LOG_FILE, read_log
 from blip3o_dit.training.console import COLUMNS, ConsoleCallback, estimate, evaluations_left, log_line
+from blip3o_dit.training.curves import LOG_FILE, read_log
 from blip3o_dit.training.stopping import StopRequest
 from tests.helpers.stores import write_linear_store
 

@@ -30,9 +30,9 @@ from blip3o_dit.flow.solvers import integrate
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.loading import EMA_FILE
-from blip3o_dit.training.curves import CURVES_FILE, LOG_FILE, read_log
 from blip3o_dit.training.checkpoint import TRAINER_STATE_FILE, checkpoints
 from blip3o_dit.training.config import TrainingConfig
+from blip3o_dit.training.curves import CURVES_FILE, LOG_FILE, read_log
 from blip3o_dit.training.distillation import _samples_seen, distill, train_student
 from blip3o_dit.training.distillation_config import DISTILLATION_CONFIG_FILE, DistillationConfig
 from blip3o_dit.training.ema import ExponentialMovingAverage

@@ -57,7 +57,7 @@ def run_command(command: Callable[[], None]) -> int:
     """Run a command; returns the exit status.
 
     0: done. 2: a user's mistake, for which the library raises ValueError or OSError. 74: the disk is full or
-    cannot be written, or what is read from fails. 75: a training was stopped as asked, with a checkpoint to
+    cannot be written, or what is read from fails. 75: stopped as asked, with something to
     continue from. 130: interrupted (control-C) where there is nothing to save. Each but the first comes with
     one line on standard error; set BLIP3O_DIT_TRACEBACK=1 to see where it came from. 141, without a line:
     whoever read our output (`| head`) has seen enough.

@@ -11,6 +11,7 @@ from pathlib import Path
 from blip3o_dit.cli.arguments import add_flags, add_tf32, given_settings, use_tf32
 from blip3o_dit.cli.parser import CommandParser
 from blip3o_dit.evaluation.config import EvaluationConfig
+from blip3o_dit.utils.errors import StoppedEarly
 from blip3o_dit.utils.json_files import escaped
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from blip3o_dit.data.embeddings import open_embeddings
     from blip3o_dit.evaluation.evaluate import evaluate_models
+    from blip3o_dit.evaluation.kept import has_parts
     from blip3o_dit.extraction.image_decoding import pictures_by_key
     from blip3o_dit.extraction.shown_images import images_of_store
 
@@ -65,18 +67,24 @@ def run(arguments: argparse.Namespace) -> None:
         use_tf32(config.device)
     asked_for = pictures_by_key(arguments.pictures) if arguments.pictures else None
     source = open_embeddings(arguments.embeddings)
-    result = evaluate_models(
-        [arguments.model, *arguments.compare],
-        source,
-        arguments.output_dir,
-        config,
-        pictures=asked_for or images_of_store(getattr(source, "manifest", {})),
-        command=shlex.join(["blip3o-dit", *sys.argv[1:]]),
-    )
+    folder = arguments.output_dir or arguments.model
+    try:
+        result = evaluate_models(
+            [arguments.model, *arguments.compare],
+            source,
+            arguments.output_dir,
+            config,
+            pictures=asked_for or images_of_store(getattr(source, "manifest", {})),
+            command=shlex.join(["blip3o-dit", *sys.argv[1:]]),
+        )
+    except KeyboardInterrupt as error:
+        if not has_parts(folder):
+            raise
+        message = f"{folder}: what is measured is kept: the same command goes on"
+        raise StoppedEarly(message) from error
     if not result:  # the first of several processes has it
         return
     sys.stdout.writelines(escaped(line) + "\n" for line in result["summary"])
-    folder = arguments.output_dir or arguments.model
     logger.info("the report: %s", folder / "report.html")
 
 

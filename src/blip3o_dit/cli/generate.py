@@ -8,16 +8,19 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from blip3o_dit.cli.arguments import add_flags, add_tf32, given_settings, use_tf32
 from blip3o_dit.cli.parser import CommandParser
 from blip3o_dit.data.choices import DTYPE_NAMES
 from blip3o_dit.flow.config import SOLVER_NAMES
 from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER
+from blip3o_dit.utils.errors import StoppedEarly
 from blip3o_dit.utils.settings import setting
 
 if TYPE_CHECKING:
+    import torch
+
     from blip3o_dit.inference.pipeline import BLIP3oInference
 
 COMPUTING = "weights, device and precision"
@@ -115,43 +118,62 @@ def _add_computing(parser: CommandParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Generate, write, and print the metrics as JSON."""
-    from blip3o_dit.inference.output import check_output
+    """Generate, write, and print the metrics as JSON; what was begun is gone on with."""
+    from blip3o_dit.inference.output import check_output, finished_generation
 
     if arguments.tf32:
         use_tf32(arguments.device)
     given = given_settings(arguments, GenerationConfig)
-    kept = {name: given.get(name, False) for name in ("pooled", "overwrite")}
-    check_output(arguments.output, **kept)  # before a model is loaded
-    if _are_pictures(arguments.embeddings):
-        _generate_for_pictures(arguments, given)
-    else:
-        _generate_for_embeddings(arguments, given)
+    finished = finished_generation(arguments.output)
+    replaces = given.get("overwrite", False) or finished is not None
+    check_output(arguments.output, overwrite=replaces, pooled=given.get("pooled", False))
+    generate = _generate_for_pictures if _are_pictures(arguments.embeddings) else _generate_for_embeddings
+    try:
+        generate(arguments, given, None if given.get("overwrite") else finished)
+    except KeyboardInterrupt as error:
+        _say_how_to_go_on(arguments.output, error)
 
 
-def _generate_for_embeddings(arguments: argparse.Namespace, given: dict[str, Any]) -> None:
-    from blip3o_dit.data.embeddings import open_embeddings
+def _generate_for_embeddings(
+    arguments: argparse.Namespace, given: dict[str, Any], finished: dict[str, Any] | None
+) -> None:
+    from blip3o_dit.data.embeddings import check_sizes, open_embeddings
+    from blip3o_dit.inference.from_dataset import check_apart
+    from blip3o_dit.inference.request import choose_indices, describe_data
+    from blip3o_dit.model.config import BLIP3oDiTConfig
+    from blip3o_dit.model.loading import find_weights
 
     unused = given_settings(arguments, TowerConfig)
     if unused:
         raise ValueError(
             f"--{next(iter(unused))}: expected pictures, found embeddings: {arguments.embeddings}"
         )
-    opened = open_embeddings(arguments.embeddings)  # before a model is loaded
+    find_weights(arguments.model, arguments.weights)
+    sizes = BLIP3oDiTConfig.from_pretrained(arguments.model).data_sizes
+    source = open_embeddings(arguments.embeddings)
+    check_sizes(source, sizes, arguments.model)
+    check_apart(arguments.output, source)
+    choice = {"split": given.get("split", "all"), "num_samples": given.get("num_samples")}
+    indices = choose_indices(arguments.model, source, **choice)
+    if _is_finished(arguments, given, finished, describe_data(source, indices, **choice), metrics=True):
+        return
+    _check_room(arguments.output, len(indices), sizes, given, true_tokens=True)
     inference = _load(arguments)
-    source = inference.open(opened)
-    count = len(inference.choose(source, given.get("split", "all"), given.get("num_samples")))
-    _check_room(arguments.output, count, inference, given, true_tokens=True)
     results = inference.generate_from_dataset(source, output_path=arguments.output, **given)
     if results:  # on the first of several processes
-        sys.stdout.write(json.dumps(results["generation_metrics"], indent=2) + "\n")
+        _print_metrics(results["generation_metrics"])
 
 
-def _generate_for_pictures(arguments: argparse.Namespace, given: dict[str, Any]) -> None:
+def _generate_for_pictures(
+    arguments: argparse.Namespace, given: dict[str, Any], finished: dict[str, Any] | None
+) -> None:
     from blip3o_dit.data.towers import read_towers
     from blip3o_dit.extraction.conditions import ImageConditions, open_tower
+    from blip3o_dit.extraction.identity import describe_images
     from blip3o_dit.extraction.sources.listing import list_images
     from blip3o_dit.inference.from_conditions import generate_for_conditions
+    from blip3o_dit.model.config import BLIP3oDiTConfig
+    from blip3o_dit.model.loading import find_weights
     from blip3o_dit.utils.distributed import check_alone
 
     for name in CHOICES_OF_SAMPLES:
@@ -159,12 +181,19 @@ def _generate_for_pictures(arguments: argparse.Namespace, given: dict[str, Any])
             raise ValueError(f"--{name}: expected none with pictures: all of them are read")
     check_alone("generate from pictures (not from a store, see extract)")
     images = list_images(arguments.embeddings, progress=True)
+    find_weights(arguments.model, arguments.weights)
+    sizes = BLIP3oDiTConfig.from_pretrained(arguments.model).data_sizes
+    towers, flags = read_towers(arguments.model), given_settings(arguments, TowerConfig)
+    data = {
+        "pictures": describe_images(images, images.digest(), progress=True),
+        "tower": {"flags": flags, "recorded": (towers or {}).get("encoders", {}).get("eva")},
+    }
+    if _is_finished(arguments, given, finished, data, metrics=False):
+        return
+    _check_room(arguments.output, len(images), sizes, given, true_tokens=False)
     inference = _load(arguments)
-    _check_room(arguments.output, len(images), inference, given, true_tokens=False)
-    sizes = inference.model.config.data_sizes
-    flags = given_settings(arguments, TowerConfig)
     tower = open_tower(
-        read_towers(arguments.model),
+        towers,
         sizes,
         arguments.model,
         name=flags.get("eva"),
@@ -174,7 +203,9 @@ def _generate_for_pictures(arguments: argparse.Namespace, given: dict[str, Any])
     )
     conditions = ImageConditions(images, tower, num_tokens=sizes[0], skipped=list(images.skipped))
     about = {"pictures": str(arguments.embeddings), "tower": tower.name}
-    results = generate_for_conditions(inference, conditions, arguments.output, about=about, **given)
+    results = generate_for_conditions(
+        inference, conditions, arguments.output, data=data, about=about, **given
+    )
     skipped = _list_skipped(arguments.output, conditions.skipped)
     logger.info(
         "%s: %d pictures%s; no true tokens: no metrics",
@@ -182,6 +213,80 @@ def _generate_for_pictures(arguments: argparse.Namespace, given: dict[str, Any])
         results["config"]["num_samples"],
         f", {len(conditions.skipped)} skipped, see {skipped}" if conditions.skipped else "",
     )
+
+
+def _is_finished(
+    arguments: argparse.Namespace,
+    given: dict[str, Any],
+    finished: dict[str, Any] | None,
+    data: dict[str, Any],
+    *,
+    metrics: bool,
+) -> bool:
+    """Whether the output holds what is asked for, whole; looked at before a model is loaded.
+
+    Args:
+        finished: what `finished_generation` found, if it is not to be replaced.
+        data: what tells the samples from others.
+
+    Raises:
+        ValueError: when another generation, finished or not, is there.
+    """
+    from dataclasses import fields
+
+    from blip3o_dit.inference.pipeline import pick_dtype
+    from blip3o_dit.inference.request import (
+        NOTED,
+        Sampling,
+        describe_model,
+        describe_request,
+        differences,
+    )
+    from blip3o_dit.inference.unfinished import Unfinished
+    from blip3o_dit.model.config import BLIP3oDiTConfig
+    from blip3o_dit.model.loading import find_weights
+    from blip3o_dit.utils.distributed import pick_device
+
+    device, folder = pick_device(arguments.device), arguments.model
+    sampling = Sampling(**{each.name: given[each.name] for each in fields(Sampling) if each.name in given})
+    request = describe_request(
+        describe_model(folder, find_weights(folder, arguments.weights)),
+        data,
+        sampling.resolved(BLIP3oDiTConfig.from_pretrained(folder)),
+        dtype=pick_dtype(_dtype(arguments), device),
+        device=device,
+        batch_size=given.get("batch_size", GenerationConfig.batch_size),
+        pooled=given.get("pooled", False),
+        metrics=metrics,
+    )
+    unfinished = Unfinished(arguments.output)
+    if finished is None:
+        unfinished.find(request, overwrite=given.get("overwrite", False))
+        return False
+    different = differences(finished["request"], request, leave_out=(NOTED, "version"))
+    if different:
+        raise ValueError(
+            f"{arguments.output}: holds a finished generation with another request "
+            f"({'; '.join(different[:4])}): choose another output, or replace it (--overwrite)"
+        )
+    unfinished.clear()  # of a process that was killed in the last moment
+    logger.info("%s: this generation is finished already", arguments.output)
+    _print_metrics(finished["metrics"])
+    return True
+
+
+def _print_metrics(metrics: dict[str, float] | None) -> None:
+    if metrics is not None:
+        sys.stdout.write(json.dumps(metrics, indent=2) + "\n")
+
+
+def _say_how_to_go_on(output: Path, error: KeyboardInterrupt) -> NoReturn:
+    """Raises what ends the command: that samples are kept, where there are any."""
+    from blip3o_dit.inference.unfinished import Unfinished
+
+    if not Unfinished(output).has_samples():
+        raise error
+    raise StoppedEarly(f"{output}: what is generated is kept: the same command goes on") from error
 
 
 def _are_pictures(path: Path) -> bool:
@@ -211,22 +316,27 @@ def _list_skipped(output: Path, skipped: list[dict[str, str]]) -> Path:
     return file
 
 
-def _load(arguments: argparse.Namespace) -> BLIP3oInference:
+def _dtype(arguments: argparse.Namespace) -> torch.dtype | None:
     import torch
 
+    return getattr(torch, arguments.dtype) if arguments.dtype else None
+
+
+def _load(arguments: argparse.Namespace) -> BLIP3oInference:
     from blip3o_dit.inference.pipeline import BLIP3oInference
 
+    logger.info("loading the model %s", arguments.model)
     return BLIP3oInference(
         arguments.model,
         device=arguments.device,
-        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+        dtype=_dtype(arguments),
         weights=arguments.weights,
         compile=arguments.compile,
     )
 
 
 def _check_room(
-    output: Path, count: int, inference: BLIP3oInference, given: dict[str, Any], *, true_tokens: bool
+    output: Path, count: int, sizes: tuple[int, int, int], given: dict[str, Any], *, true_tokens: bool
 ) -> None:
     """Refuse one file of more samples than this machine's memory holds, which a store would not need."""
     import torch
@@ -236,7 +346,6 @@ def _check_room(
 
     if not is_file_output(output):
         return
-    sizes = inference.model.config.data_sizes
     needed = bytes_in_file(count, sizes, pooled=given.get("pooled", False), true_tokens=true_tokens)
     room = room_on(torch.device("cpu"))
     free = max(0, room.size - resident())

@@ -28,6 +28,9 @@ from blip3o_dit.utils.json_files import read_json, show_names
 # What file systems, file managers and git leave in a folder that counts as empty; nothing touches them.
 IGNORED = {".DS_Store", ".gitkeep", "Thumbs.db", "desktop.ini", "lost+found", LOCK_FILE}
 
+# In a store's folder while tokens are generated for it: see `inference/unfinished.py`.
+GENERATION_PARTS = "generation.parts"
+
 _SHARD_NAME = re.compile(r"shard-\d+\.(safetensors|jsonl)")
 _EXTRACTION_NAME = re.compile(r"extraction\.json|shard-\d+\.entry\.json")
 
@@ -35,20 +38,27 @@ _EXTRACTION_NAME = re.compile(r"extraction\.json|shard-\d+\.entry\.json")
 class StoreFolder:
     """A folder claimed for a store: a new or empty one, or that of a store with `overwrite`.
 
+    Args:
+        parts: a folder in it that belongs to whoever claims it, if it is there.
+        goes_on: what was written aside before stays.
+
     Raises:
         ValueError: for any other, saying what is there.
     """
 
-    def __init__(self, path: Path, *, overwrite: bool = False) -> None:
+    def __init__(
+        self, path: Path, *, overwrite: bool = False, parts: str | None = None, goes_on: bool = False
+    ) -> None:
         self.path = path
         self.aside = path / STORE_ASIDE
         check_is_folder(path)
         self._is_new = not path.exists()
         if not self._is_new:
             finish_publishing(self.aside, path, MANIFEST)
-            check_claim(path, overwrite)
-            remove_unpublished(path)
-        self.aside.mkdir(parents=True)
+            check_claim(path, overwrite, parts)
+            if not goes_on:
+                remove_unpublished(path)
+        self.aside.mkdir(parents=True, exist_ok=goes_on)
 
     def publish(self) -> None:
         """The store that was written aside, manifest and all, takes the place of what was there."""
@@ -111,14 +121,20 @@ def stored_files(path: Path) -> set[str]:
     return _shard_names(names) | {MANIFEST} | ({"skipped.jsonl"} if "skipped" in manifest else set())
 
 
-def check_claim(path: Path, overwrite: bool) -> None:
-    names = {file.name for file in path.iterdir()} - IGNORED - {STORE_ASIDE}
+def check_claim(path: Path, overwrite: bool, parts: str | None = None) -> None:
+    """See `StoreFolder`."""
+    names = {file.name for file in path.iterdir()} - IGNORED - {STORE_ASIDE, parts}
     stored = stored_files(path)
     if not names:
         return
     if any(_EXTRACTION_NAME.fullmatch(name) for name in names) and MANIFEST not in stored:
         raise ValueError(
             f"{path}: expected an empty folder, found an unfinished extraction: "
+            "repeat its command, or choose another folder"
+        )
+    if GENERATION_PARTS in names:
+        raise ValueError(
+            f"{path}: expected an empty folder, found an unfinished generation: "
             "repeat its command, or choose another folder"
         )
     if MANIFEST not in stored:

@@ -108,10 +108,18 @@ class NearestNeighbours:
 
     @classmethod
     def fit(
-        cls, source: Embeddings, indices: np.ndarray, *, k: int = 10, seed: int = 0, batch_size: int = 32
+        cls,
+        source: Embeddings,
+        indices: np.ndarray,
+        *,
+        k: int = 10,
+        seed: int = 0,
+        batch_size: int = 32,
+        progress: Progress = lambda items, name: items,
     ) -> NearestNeighbours:
         """Keeps the mean condition token of each sample, [n, C_eva]; cosines are about their mean."""
-        pooled = torch.cat([source.fetch(piece)[0].mean(dim=1) for piece in batches(indices, batch_size)])
+        pieces = progress(list(batches(indices, batch_size)), "fitting nearest neighbours")
+        pooled = torch.cat([source.fetch(piece)[0].mean(dim=1) for piece in pieces])
         centre = pooled.mean(dim=0)
         bank = F.normalize(pooled - centre, dim=-1)
         return cls(source, bank, np.asarray(indices), centre, min(k, len(indices)), seed)
@@ -304,14 +312,14 @@ def fit_baselines(
         ("procrustes", Procrustes, "rotation and scale of each condition token"),
     ]
     samplers: list[Sampler] = []
-    for name, kind, about in progress(kinds, "baselines"):
+    for name, kind, about in progress(kinds, "fitting baselines"):
         if issubclass(kind, TokenRidge):
             final, on_fit = kind.fit_with_holdout(source, fit, validation=validation)
             about += f", penalty {final.penalty:g} chosen on {len(validation)} validation samples"
             samplers.append(gaussian(name, about, final, on_fit))
         else:
             samplers.append(gaussian(name, about, kind.fit(source, both), kind.fit(source, fit)))
-    samplers.append(NearestNeighbours.fit(source, both, seed=seed))
+    samplers.append(NearestNeighbours.fit(source, both, seed=seed, progress=progress))
     if network is not None and network_steps:
         regression = NetworkRegression.fit(
             network,

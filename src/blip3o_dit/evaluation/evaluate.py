@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +14,29 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from blip3o_dit.data.dataset import split_samples
-from blip3o_dit.data.embeddings import Embeddings, TransformedEmbeddings, generated_by, said_of_generated
+from blip3o_dit.data.embeddings import Embeddings, generated_by, said_of_generated
 from blip3o_dit.evaluation import report, scores
 from blip3o_dit.evaluation.baselines import fit_baselines
 from blip3o_dit.evaluation.config import EvaluationConfig
+from blip3o_dit.evaluation.kept import NOWHERE, Kept, describe_evaluation, going_on
 from blip3o_dit.evaluation.predictions import Predictions, collect_predictions
 from blip3o_dit.evaluation.reference import Progress, ReferenceSet, collect_reference, fit_probe
 from blip3o_dit.evaluation.samplers import ModelSampler, Sampler
+from blip3o_dit.evaluation.samples import (
+    check_comparable,
+    fitting_samples,
+    held_out_samples,
+    samples_of_sources,
+)
 from blip3o_dit.evaluation.summary import summarize
 from blip3o_dit.inference.output import check_writable
 from blip3o_dit.inference.pipeline import BLIP3oInference, target_statistics
-from blip3o_dit.training.config import TRAINING_CONFIG_FILE, TrainingConfig
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.utils.distributed import SINGLE_PROCESS, Processes, join_processes
+from blip3o_dit.utils.durations import in_words
 from blip3o_dit.utils.json_files import escaped
 from blip3o_dit.utils.stateless_random import stateless_choice
+from blip3o_dit.utils.ticking import progress_bars, working
 
 FORMAT = "blip3o-dit evaluation"
 FORMAT_VERSION = 1
@@ -69,50 +79,63 @@ def evaluate_models(
     processes = join_processes(config.device)
     if processes.is_main and (output_dir is not None or folder.is_dir()):  # else loading says what is there
         check_writable(folder / report.METRICS_FILE)
-    dtype = getattr(torch, config.dtype)
-    loaded = [
-        BLIP3oInference(path, device=config.device, dtype=dtype, weights=config.weights) for path in models
-    ]
-    _check_comparable(loaded, config)
-    opened = loaded[0].open(embeddings)
-    for other in loaded[1:]:
-        other.open(opened)
-    source, indices, available = _held_out(loaded[0], opened, config)
+    loaded = _load(models, config, progress and processes.is_main)
+    source, indices, available = held_out_samples(loaded, embeddings, config)
     samplers = _model_samplers(loaded, config)
     if not processes.is_main:
         _help_sampling(samplers, source, indices, config, processes)
         return {}
-    fit_on, train = _fit_source(loaded, source, config)
-    # Of the data, not of a model: scores must not depend on which model is named first.
-    statistics = target_statistics(fit_on, train, seed=config.seed)
-    result, samples = evaluate_samplers(
-        samplers,
-        source,
-        indices,
-        fit_source=(fit_on, train),
-        config=config,
-        statistics=(statistics.mean, statistics.std),
-        source_samples=_source_samples(loaded),
-        available=available,
-        regression_like=loaded[0],
-        pictures=pictures,
-        progress=progress,
-        processes=processes,
-    )
-    result["command"] = command
-    made_by = generated_by(opened)
-    if made_by is not None:
-        result["data"]["generated_by"] = dict(made_by)
-        said = said_of_generated(made_by)
-        result["summary"].insert(0, f"The tokens that all methods are measured against are {said}.")
-    result["models"] = [
-        report.describe_model(sampler.name, found) for sampler, found in zip(samplers, loaded, strict=True)
-    ]
+    fit_on, train = fitting_samples(loaded, source, config)
+    request = describe_evaluation(loaded, (source, indices), (fit_on, train), config)
+    with going_on(folder, request) as kept:
+        # Of the data, not of a model: scores must not depend on which model is named first.
+        statistics = target_statistics(fit_on, train, seed=config.seed)
+        result, samples = evaluate_samplers(
+            samplers,
+            source,
+            indices,
+            fit_source=(fit_on, train),
+            config=config,
+            statistics=(statistics.mean, statistics.std),
+            source_samples=samples_of_sources(loaded),
+            available=available,
+            regression_like=loaded[0],
+            pictures=pictures,
+            progress=progress,
+            processes=processes,
+            kept=kept,
+        )
+        result["command"] = command
+        made_by = generated_by(source)
+        if made_by is not None:
+            result["data"]["generated_by"] = dict(made_by)
+            said = said_of_generated(made_by)
+            result["summary"].insert(0, f"The tokens that all methods are measured against are {said}.")
+        result["models"] = [
+            report.describe_model(sampler.name, found)
+            for sampler, found in zip(samplers, loaded, strict=True)
+        ]
+        with working("drawing the figures and writing the report", shown=progress):
+            _write(result, folder, samples)
+    return result
+
+
+def _load(models: Sequence[str | Path], config: EvaluationConfig, progress: bool) -> list[BLIP3oInference]:
+    loaded = []
+    for path in models:
+        with working(f"loading the model {escaped(str(path))}", shown=progress):
+            dtype = getattr(torch, config.dtype)
+            loaded.append(BLIP3oInference(path, device=config.device, dtype=dtype, weights=config.weights))
+    check_comparable(loaded, config)
+    return loaded
+
+
+def _write(result: dict[str, Any], folder: Path, samples: report.ShownSamples | None) -> None:
+    """Each file takes its old one's place when it is whole."""
     report.write_metrics(result, folder)
     report.write_report(result, folder, samples)
     if not report.write_card(result, folder):
         logger.warning("%s: kept, as it was not written by an evaluation", folder / report.CARD_FILE)
-    return result
 
 
 def evaluate_samplers(
@@ -129,6 +152,7 @@ def evaluate_samplers(
     pictures: Callable[[list[str]], list[Any]] | None = None,
     progress: bool = True,
     processes: Processes = SINGLE_PROCESS,
+    kept: Kept = NOWHERE,
 ) -> tuple[dict[str, Any], report.ShownSamples | None]:
     """Measure any samplers beside the baselines.
 
@@ -138,58 +162,121 @@ def evaluate_samplers(
         source_samples: training samples that a sampler's own ridge was fitted on, if it has one.
         available: samples that `indices` were chosen from; None means no others.
         processes: collective: ranks > 0 must be inside `_help_sampling` at the same time.
+        kept: where what was measured is kept, and was by a stopped evaluation.
 
     Returns: the content of metrics.json, and the samples for the page.
     """
-    bars = _progress_bars(progress)
-    mean, std = (value.float().cpu() for value in statistics)
-    reference = collect_reference(source, indices, mean=mean, std=std, config=config, progress=bars)
-    fit_on, train = fit_source
-    if fit_on is source:
-        fit_probe(reference, train, bars)
-    real_vs_real = scores.real_vs_real(reference, fit_on, train) if len(train) >= 2 else None
-    fitted = min(len(train), config.fit_samples or max(MIN_FIT_SAMPLES, source_samples))
-    baselines: list[Sampler] = []
-    if len(train):
-        baselines = fit_baselines(
-            fit_on,
-            train,
-            std=std,
-            max_samples=fitted,
-            seed=config.seed,
-            progress=bars,
-            network=regression_like.model if regression_like else None,
-            network_steps=config.regression_steps,
-        )
-    everything = [*samplers, *baselines]
-    described, kept = [], []
-    for number, sampler in enumerate(everything):
-        shared = processes if number < len(samplers) else SINGLE_PROCESS
-        predictions = collect_predictions(sampler, reference, bars, shared)
-        described.append(scores.score(predictions, reference))
-        kept.append(replace(predictions, pooled=torch.empty(0), tokens=torch.empty(0)))  # only `score` needs
-    result: dict[str, Any] = {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
-        "summary": [],
-        "models": [],
-        "data": {
-            **report.describe_data(reference),
-            "available_samples": available or len(reference.indices),
-            "fitted_on": str(fit_on.path),
-            "fitted_samples": fitted,
-            "source_samples": min(len(train), source_samples),
-        },
-        "settings": report.describe_settings(config),
-        "versions": report.describe_versions(),
-        "methods": described,
-        "floor": real_vs_real,
-        "differences": _differences(kept, reference),
-        "curve": _curves(samplers, reference, bars, processes),
-        "command": None,
-    }
-    result["summary"] = summarize(result)
+    with progress_bars(progress) as bars:
+        mean, std = (value.float().cpu() for value in statistics)
+        reference = collect_reference(source, indices, mean=mean, std=std, config=config, progress=bars)
+        fit_on, train = fit_source
+        if fit_on is source:
+            fit_probe(reference, train, bars)
+        floor = scores.real_vs_real(reference, fit_on, train, progress=bars) if len(train) >= 2 else None
+        fitted = min(len(train), config.fit_samples or max(MIN_FIT_SAMPLES, source_samples))
+        network = regression_like.model if regression_like else None
+        baselines = _baselines(fit_on, train, fitted, network, reference, bars)
+        everything = [*samplers, *baselines]
+        say = _Estimate(samplers, reference, processes) if progress else None
+        described, predicted = _measure(everything, len(samplers), reference, bars, processes, kept, say)
+        result: dict[str, Any] = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "summary": [],
+            "models": [],
+            "data": {
+                **report.describe_data(reference),
+                "available_samples": available or len(reference.indices),
+                "fitted_on": str(fit_on.path),
+                "fitted_samples": fitted,
+                "source_samples": min(len(train), source_samples),
+            },
+            "settings": report.describe_settings(config),
+            "versions": report.describe_versions(),
+            "methods": described,
+            "floor": floor,
+            "differences": _differences(predicted, reference),
+            "curve": _curves(samplers, reference, bars, processes, kept),
+            "command": None,
+        }
+        result["summary"] = summarize(result)
     return result, _shown(everything, reference, pictures)
+
+
+def _baselines(
+    source: Embeddings,
+    train: np.ndarray,
+    fitted: int,
+    network: BLIP3oDiTModel | None,
+    reference: ReferenceSet,
+    progress: Progress,
+) -> list[Sampler]:
+    """Fitted on `fitted` of the samples at `train`; none where there are no samples."""
+    if not len(train):
+        return []
+    return fit_baselines(
+        source,
+        train,
+        std=reference.std,
+        max_samples=fitted,
+        seed=reference.config.seed,
+        progress=progress,
+        network=network,
+        network_steps=reference.config.regression_steps,
+    )
+
+
+def _measure(
+    samplers: Sequence[Sampler],
+    models: int,
+    reference: ReferenceSet,
+    progress: Progress,
+    processes: Processes,
+    kept: Kept,
+    say: _Estimate | None,
+) -> tuple[list[dict[str, Any]], list[Predictions]]:
+    """Each sampler's scores, and its predictions but for the vectors that only these need.
+
+    The processes share out the sampling from the first ones, which are the models.
+    """
+    described, predicted = [], []
+    for number, sampler in enumerate(samplers):
+        is_model = number < models
+        predictions = collect_predictions(
+            sampler,
+            reference,
+            progress,
+            processes if is_model else SINGLE_PROCESS,
+            kept=kept.method(number),
+            first=partial(say, number) if say is not None and is_model else None,
+        )
+        described.append(scores.score(predictions, reference, progress=progress))
+        predicted.append(replace(predictions, pooled=torch.empty(0), tokens=torch.empty(0)))
+    return described, predicted
+
+
+class _Estimate:
+    """One line with how much is sampled and about how long that takes, when the first batch was."""
+
+    def __init__(self, samplers: Sequence[Sampler], reference: ReferenceSet, processes: Processes) -> None:
+        self.models = [sampler for sampler in samplers if isinstance(sampler, ModelSampler)]
+        self.reference, self.processes = reference, processes
+        self._said = False
+
+    def __call__(self, number: int, seconds_per_sample: float) -> None:
+        """Of the model of this number; those before it are measured already."""
+        if self._said or number >= len(self.models):
+            return
+        self._said = True
+        model, config = self.models[number], self.reference.config
+        count, draws = len(self.reference.indices), int(self.reference.drawn.sum()) * (config.draws - 1)
+        points = scores.curve_settings(model, config)
+        curve = 2 * min(count, config.curve_samples) * sum(calls for _, calls in points)
+        calls = ((count + draws) * model.calls + curve) * (len(self.models) - number)
+        seconds = seconds_per_sample / model.calls * calls / self.processes.count
+        what = f"sampling {count + draws} times, {model.calls} network call{'s' * (model.calls > 1)} each"
+        with tqdm.external_write_mode(file=sys.stderr):
+            logger.info("%s%s: about %s", what, ", and a cost curve" if points else "", in_words(seconds))
 
 
 def _help_sampling(
@@ -200,33 +287,38 @@ def _help_sampling(
     processes: Processes,
 ) -> None:
     """What `evaluate_samplers` shares out, in its order, for a process that is not the first."""
+    none = scores.no_bar
     zeros = torch.zeros(source.target_dim)  # statistics are for measuring, which the first process does
-    bars = _progress_bars(False)
-    reference = collect_reference(source, indices, mean=zeros, std=zeros, config=config, progress=bars)
+    reference = collect_reference(source, indices, mean=zeros, std=zeros, config=config, progress=none)
     for sampler in samplers:
-        collect_predictions(sampler, reference, bars, processes)
-    _curves(samplers, reference, bars, processes)
+        collect_predictions(sampler, reference, none, processes)
+    _curves(samplers, reference, none, processes, NOWHERE)
 
 
-def _differences(kept: Sequence[Predictions], reference: ReferenceSet) -> dict[str, Any]:
+def _differences(predicted: Sequence[Predictions], reference: ReferenceSet) -> dict[str, Any]:
     """Model -> other sampler -> metric -> paired difference."""
     return {
         model.sampler.name: {
             other.sampler.name: scores.paired_differences(model, other, reference)
-            for other in kept
+            for other in predicted
             if other is not model
         }
-        for model in kept
+        for model in predicted
         if model.sampler.is_model
     }
 
 
 def _curves(
-    samplers: Sequence[Sampler], reference: ReferenceSet, progress: Progress, processes: Processes
+    samplers: Sequence[Sampler],
+    reference: ReferenceSet,
+    progress: Progress,
+    processes: Processes,
+    kept: Kept,
 ) -> dict[str, Any]:
+    how: dict[str, Any] = {"progress": progress, "processes": processes}
     return {
-        sampler.name: scores.quality_curve(sampler, reference, progress=progress, processes=processes)
-        for sampler in samplers
+        sampler.name: scores.quality_curve(sampler, reference, kept=kept.curve(number), **how)
+        for number, sampler in enumerate(samplers)
         if isinstance(sampler, ModelSampler)
     }
 
@@ -261,107 +353,6 @@ def _shown(
     )
 
 
-def _check_comparable(loaded: Sequence[BLIP3oInference], config: EvaluationConfig) -> None:
-    """Refuse models whose held-out samples or units differ: their scores would not be comparable."""
-    first, *others = loaded
-    for other in others:
-        if other.model.config.normalize_embeddings != first.model.config.normalize_embeddings:
-            raise ValueError(
-                f"{other.model_path}: expected normalize_embeddings "
-                f"{first.model.config.normalize_embeddings} as in {first.model_path}, found "
-                f"{other.model.config.normalize_embeddings}: their tokens have other units"
-            )
-        if config.split == "all":
-            continue
-        mine, theirs = (TrainingConfig.from_folder(model.model_path) for model in (first, other))
-        for name in ("eval_split", "seed", "split_by"):
-            if getattr(mine, name) != getattr(theirs, name):
-                raise ValueError(
-                    f"{other.model_path}: expected {name} {getattr(mine, name)} as in {first.model_path}, "
-                    f"found {getattr(theirs, name)}: it was trained on other samples (--split all on "
-                    "embeddings that neither has seen compares them)"
-                )
-
-
-def _held_out(
-    model: BLIP3oInference, source: Embeddings, config: EvaluationConfig
-) -> tuple[Embeddings, np.ndarray, int]:
-    """The embeddings, the samples to measure, and how many there were to choose from."""
-    indices = np.asarray(model.choose(source, config.split, None))
-    available = len(indices)
-    if config.num_samples is not None:
-        stream = "evaluated samples"
-        chosen = stateless_choice(available, config.num_samples, seed=config.seed, stream=stream)
-        indices = np.sort(indices[chosen])
-    return _as_trained_on(model, source), indices, available
-
-
-def _fit_source(
-    loaded: Sequence[BLIP3oInference],
-    source: Embeddings,
-    config: EvaluationConfig,
-) -> tuple[Embeddings, np.ndarray]:
-    """(embeddings, indices) for baselines, statistics, probe and `real_vs_real`: nothing that is measured."""
-    embeddings = source.path
-    runs = [
-        TrainingConfig.from_folder(model.model_path)
-        for model in loaded
-        if (model.model_path / TRAINING_CONFIG_FILE).is_file()
-    ]
-    path = config.fit_on
-    if path is None and config.split == "all":
-        path = _training_embeddings(runs, embeddings)
-    fitted, side = source, "eval" if config.split == "train" else "train"
-    if path is not None and Path(path).resolve() != Path(embeddings).resolve():
-        fitted, side = _as_trained_on(loaded[0], loaded[0].open(path)), "train"
-    elif config.split == "all":
-        raise ValueError(
-            f"{embeddings}: --split all would measure baselines on samples they were fitted on; "
-            "expected other embeddings in --fit_on"
-        )
-    splits = {(run.eval_split, run.seed, run.split_by) for run in runs}
-    if len(splits) != 1:  # models of several splits, or of none: no side is theirs
-        return fitted, np.arange(fitted.num_samples)
-    eval_split, seed, split_by = splits.pop()
-    if side == "eval" and not eval_split:
-        raise ValueError(
-            f"{embeddings}: --split train would measure baselines on samples they were fitted on, as nothing "
-            "was held out (eval_split 0); expected other embeddings in --fit_on"
-        )
-    sides = split_samples(fitted, eval_split=eval_split, seed=seed, split_by=split_by)
-    return fitted, getattr(sides, side)
-
-
-def _training_embeddings(runs: Sequence[TrainingConfig], embeddings: Path) -> str:
-    """The embeddings that all the models were trained on."""
-    paths = sorted({run.embeddings_path for run in runs})
-    if len(paths) != 1 or not Path(paths[0]).exists():
-        raise ValueError(
-            f"{embeddings}: with --split all the baselines need embeddings to be fitted on (--fit_on), "
-            f"found {'none' if len(paths) != 1 else 'none at ' + paths[0]}"
-            + (f"; the models were trained on {', '.join(paths)}" if len(paths) > 1 else "")
-        )
-    return paths[0]
-
-
-def _source_samples(loaded: Sequence[BLIP3oInference]) -> int:
-    """Most training samples that the ridge source of any of these models was fitted on; 0 without sources."""
-    counts = [0]
-    for found in loaded:
-        if found.model.config.flow.source != "noise":
-            known = (found.model_path / TRAINING_CONFIG_FILE).is_file()
-            run = TrainingConfig.from_folder(found.model_path) if known else TrainingConfig()
-            counts.append(run.source_samples)
-    return max(counts)
-
-
-def _as_trained_on(model: BLIP3oInference, source: Embeddings) -> Embeddings:
-    if not model.model.config.normalize_embeddings:
-        return source
-    normalize = model.model.l2_normalize_if_configured
-    return TransformedEmbeddings(source, normalize, normalize)
-
-
 def _model_samplers(loaded: Sequence[BLIP3oInference], config: EvaluationConfig) -> list[ModelSampler]:
     names = ["DiT"] if len(loaded) == 1 else _unique([found.model_path.resolve() for found in loaded])
     return [
@@ -384,7 +375,3 @@ def _unique(paths: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     raise ValueError(f"--compare: expected different models, found {paths[0]} more than once")
-
-
-def _progress_bars(shown: bool) -> Progress:
-    return lambda items, name: tqdm(items, desc=escaped(name), unit="", leave=False, disable=not shown)

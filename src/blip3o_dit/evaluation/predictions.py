@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,6 +26,10 @@ from blip3o_dit.evaluation.samplers import ModelSampler, Sampler
 from blip3o_dit.metrics.conditional import spread_and_error
 from blip3o_dit.metrics.fidelity import FidelitySums
 from blip3o_dit.utils.distributed import SINGLE_PROCESS, Processes
+from blip3o_dit.utils.kept_state import NOTHING_KEPT, KeptState
+
+_TENSORS = ("pooled", "tokens", "position_residuals", "position_cosines")
+_COLUMNS = ("values", "bins")
 
 
 @dataclass
@@ -47,6 +51,45 @@ class Predictions:
     bins: dict[str, np.ndarray] = field(default_factory=dict)
     seconds: float = 0.0
     batch_milliseconds: list[float] = field(default_factory=list)
+
+    @classmethod
+    def none_yet(cls, sampler: Sampler, reference: ReferenceSet) -> Predictions:
+        width = reference.tokens.shape[1]
+        return cls(
+            sampler,
+            sums={},
+            pooled=torch.empty_like(reference.pooled),
+            tokens=torch.empty_like(reference.tokens),
+            position_residuals=torch.zeros(reference.source.num_tokens, width, dtype=torch.float64),
+            position_cosines=torch.zeros(reference.source.num_tokens, dtype=torch.float64),
+        )
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All of it, to be kept."""
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        tensors |= {f"sums.{name}": sums.state for name, sums in self.sums.items()}
+        for group in _COLUMNS:
+            columns = getattr(self, group).items()
+            tensors |= {f"{group}.{name}": torch.from_numpy(values) for name, values in columns}
+        return tensors, {"seconds": self.seconds, "batch_milliseconds": self.batch_milliseconds}
+
+    def go_on(self, kept: KeptState, reference: ReferenceSet) -> int:
+        """Take in what was kept; returns how many batches that are."""
+        found = kept.load()
+        if found is None:
+            return 0
+        tensors, about = found
+        for name in _TENSORS:
+            setattr(self, name, tensors.pop(name))
+        for name, values in tensors.items():
+            group, _, key = name.partition(".")
+            if group == "sums":
+                self.sums[key] = FidelitySums(reference.mean)
+                self.sums[key].state = values
+            else:
+                getattr(self, group)[key] = values.numpy()
+        self.seconds, self.batch_milliseconds = about["seconds"], about["batch_milliseconds"]
+        return len(self.batch_milliseconds)
 
 
 @dataclass(frozen=True)
@@ -82,36 +125,33 @@ def predict_batch(sampler: Sampler, reference: ReferenceSet, piece: range) -> Pr
 
 @torch.no_grad()
 def collect_predictions(
-    sampler: Sampler, reference: ReferenceSet, progress: Progress, processes: Processes = SINGLE_PROCESS
+    sampler: Sampler,
+    reference: ReferenceSet,
+    progress: Progress,
+    processes: Processes = SINGLE_PROCESS,
+    *,
+    kept: KeptState = NOTHING_KEPT,
+    first: Callable[[float], None] | None = None,
 ) -> Predictions:
     """Predict every held-out sample; the processes share out the sampling, and the first one gets all.
+
+    Args:
+        kept: where a stopped evaluation left its predictions, and this one keeps them.
+        first: called once with the seconds that a sample of the first batch took.
 
     Raises:
         ValueError: for NaN or infinity among the predictions, naming sampler and sample.
     """
-    width = reference.tokens.shape[1]
-    predictions = Predictions(
-        sampler,
-        sums={},
-        pooled=torch.empty_like(reference.pooled),
-        tokens=torch.empty_like(reference.tokens),
-        position_residuals=torch.zeros(reference.source.num_tokens, width, dtype=torch.float64),
-        position_cosines=torch.zeros(reference.source.num_tokens, dtype=torch.float64),
-    )
-    pieces = progress(reference.batches(), sampler.name)
+    predictions = Predictions.none_yet(sampler, reference)
+    done = processes.broadcast(predictions.go_on(kept, reference) if processes.is_main else 0)
+    pieces = progress(reference.batches()[done:], sampler.name)
     for piece, batch in processes.map_in_order(pieces, partial(predict_batch, sampler, reference)):
-        indices = reference.indices[piece.start : piece.stop]
-        predictions.seconds += batch.seconds
-        predictions.batch_milliseconds.append(1000 * batch.seconds / len(indices))
-        check_finite(f"{sampler.name}: generated tokens", batch.generated, indices)
-        keep_vectors(reference, piece, batch.generated, predictions.pooled, predictions.tokens)
-        inputs = _add_tokens(predictions, reference, piece, "sample", batch.generated, batch.clip)
-        predictions.position_cosines += inputs.tokens.cosine.sum(dim=0)
-        predictions.position_residuals += inputs.tokens.squares.sum(dim=0)
-        if batch.best_guess is not None:
-            check_finite(f"{sampler.name}: best guess", batch.best_guess, indices)
-            _add_tokens(predictions, reference, piece, "best_guess", batch.best_guess, batch.clip)
-        _add_conditional(predictions, reference, piece, batch)
+        if first is not None:
+            first(batch.seconds / len(piece))
+            first = None
+        _add(predictions, reference, piece, batch)
+        kept.keep(predictions.state)
+    kept.keep(predictions.state, last=True)
     return predictions
 
 
@@ -121,6 +161,22 @@ def peak_memory_mib(sampler: Sampler | None = None) -> float:
         return torch.cuda.max_memory_allocated(sampler.model.device) / 2**20
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def _add(predictions: Predictions, reference: ReferenceSet, piece: range, batch: PredictedBatch) -> None:
+    """Take in one batch."""
+    name, indices = predictions.sampler.name, reference.indices[piece.start : piece.stop]
+    predictions.seconds += batch.seconds
+    predictions.batch_milliseconds.append(1000 * batch.seconds / len(indices))
+    check_finite(f"{name}: generated tokens", batch.generated, indices)
+    keep_vectors(reference, piece, batch.generated, predictions.pooled, predictions.tokens)
+    inputs = _add_tokens(predictions, reference, piece, "sample", batch.generated, batch.clip)
+    predictions.position_cosines += inputs.tokens.cosine.sum(dim=0)
+    predictions.position_residuals += inputs.tokens.squares.sum(dim=0)
+    if batch.best_guess is not None:
+        check_finite(f"{name}: best guess", batch.best_guess, indices)
+        _add_tokens(predictions, reference, piece, "best_guess", batch.best_guess, batch.clip)
+    _add_conditional(predictions, reference, piece, batch)
 
 
 def _add_tokens(

@@ -6,6 +6,7 @@ Every sampler is measured on the same samples, tokens and resamples, so that dif
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from blip3o_dit.data.embeddings import Embeddings, batches
+from blip3o_dit.evaluation.config import EvaluationConfig
 from blip3o_dit.evaluation.metric_tables import (
     METRICS,
     TABLES,
@@ -32,12 +34,19 @@ from blip3o_dit.metrics.bootstrap import MIN_SAMPLES, Estimate, from_half_sample
 from blip3o_dit.metrics.conditional import energy_score
 from blip3o_dit.metrics.fidelity import FidelitySums
 from blip3o_dit.utils.distributed import SINGLE_PROCESS, Processes
+from blip3o_dit.utils.kept_state import NOTHING_KEPT, KeptState
 from blip3o_dit.utils.stateless_random import stateless_choice
 
 SPREAD_BINS = 10
 
 
-def score(predictions: Predictions, reference: ReferenceSet) -> dict[str, Any]:
+def no_bar(items: Iterable[Any], name: str) -> Iterable[Any]:
+    return items
+
+
+def score(
+    predictions: Predictions, reference: ReferenceSet, *, progress: Progress = no_bar
+) -> dict[str, Any]:
     """Everything the report says of one sampler, ready for JSON; see docs/evaluation.md."""
     gallery = GalleryInputs(predictions.pooled[reference.gallery], reference.pooled[reference.gallery])
     values = predictions.values | values_at("gallery", gallery)
@@ -50,7 +59,8 @@ def score(predictions: Predictions, reference: ReferenceSet) -> dict[str, Any]:
     metrics = {}
     for table in TABLES:
         if table.group in sets:
-            metrics[table.group] = _set_distances(table, reference, *sets[table.group])
+            what = f"{sampler.name}: distances of {table.group}"
+            metrics[table.group] = _set_distances(table, reference, *sets[table.group], progress, what)
         elif table.group != "best_guess" or "best_guess" in predictions.sums:
             metrics[table.group] = _sample_scores(table, values, predictions, reference, context)
     total = reference.position_squares
@@ -75,7 +85,9 @@ def score(predictions: Predictions, reference: ReferenceSet) -> dict[str, Any]:
     }
 
 
-def real_vs_real(reference: ReferenceSet, source: Embeddings, train: np.ndarray) -> dict[str, Any]:
+def real_vs_real(
+    reference: ReferenceSet, source: Embeddings, train: np.ndarray, *, progress: Progress = no_bar
+) -> dict[str, Any]:
     """Distances between held-out vectors and as many training ones, both real; `train` in `source`.
 
     Two independent sets of real vectors: what a perfect sampler without the condition would reach.
@@ -94,7 +106,10 @@ def real_vs_real(reference: ReferenceSet, source: Embeddings, train: np.ndarray)
     }
     tables = [table for table in TABLES if table.group in sets]
     found: dict[str, Any] = {
-        table.group: _set_distances(table, reference, *sets[table.group]) for table in tables
+        table.group: _set_distances(
+            table, reference, *sets[table.group], progress, f"true tokens: distances of {table.group}"
+        )
+        for table in tables
     }
     return found | {"samples": count}
 
@@ -117,28 +132,36 @@ def quality_curve(
     *,
     progress: Progress,
     processes: Processes = SINGLE_PROCESS,
+    kept: KeptState = NOTHING_KEPT,
 ) -> list[dict[str, Any]]:
     """Quality against network calls for each solver, on some held-out samples chosen by the seed.
 
     Sampling is shared out over the processes, and the first one gets the curve. A distilled model has one
-    point: the steps that it was trained for.
+    point: the steps that it was trained for. Points that were kept are not measured again.
     """
     config = reference.config
     count, stream = config.curve_samples, "curve samples"
     chosen = stateless_choice(len(reference.indices), count, seed=config.seed, stream=stream)
     indices = reference.indices[chosen]
-    pairs = [
+    pairs = curve_settings(sampler, config)
+    there = kept.load() if processes.is_main else None
+    points: list[dict[str, Any]] = processes.broadcast([] if there is None else there[1]["points"])
+    for solver, count in progress(pairs[len(points) :], f"{sampler.name}: cost curve"):
+        points.append(_curve_point(sampler.with_calls(solver, count), reference, indices, processes))
+        kept.keep(lambda: ({}, {"points": points}))
+    return points
+
+
+def curve_settings(sampler: ModelSampler, config: EvaluationConfig) -> list[tuple[str, int]]:
+    """Solver and network calls of each point of a model's curve."""
+    fixed = sampler.model.config.flow.fixed_sampling
+    if fixed is not None:
+        return [fixed]
+    return [
         (name, count)
         for name, solver in SOLVERS.items()
         for count in config.curve_calls
         if count >= solver.calls_per_step and count % solver.calls_per_step == 0
-    ]
-    fixed = sampler.model.config.flow.fixed_sampling
-    if fixed is not None:
-        pairs = [fixed]
-    return [
-        _curve_point(sampler.with_calls(solver, count), reference, indices, processes)
-        for solver, count in progress(pairs, f"{sampler.name}: network calls")
     ]
 
 
@@ -195,7 +218,13 @@ def _sample_scores(
 
 
 def _set_distances(
-    table: MetricTable, reference: ReferenceSet, real: Tensor, generated: Tensor, owners: np.ndarray
+    table: MetricTable,
+    reference: ReferenceSet,
+    real: Tensor,
+    generated: Tensor,
+    owners: np.ndarray,
+    progress: Progress,
+    what: str,
 ) -> dict[str, Any]:
     """Distances between two sets of vectors; halves of the owning samples give the intervals."""
     config = reference.config
@@ -209,7 +238,7 @@ def _set_distances(
     values = values_of(table.metrics, whole)
     replicates = [
         values_of(table.metrics, whole.subset(np.flatnonzero(np.isin(owners, samples[half]))))
-        for half in (halves if len(samples) >= MIN_SAMPLES else ())
+        for half in (progress(halves, what) if len(samples) >= MIN_SAMPLES else ())
     ]
     return {
         metric.name: from_half_samples(

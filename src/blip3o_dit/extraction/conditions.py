@@ -36,12 +36,14 @@ class ImageConditions:
 
     Args:
         num_tokens: L, into which the tower's grid is pooled.
+        read: images that are done with.
     """
 
     images: Sequence[ImageRef]
     tower: VisionEncoder
     num_tokens: int
     skipped: list[dict[str, str]] = field(default_factory=list)
+    read: int = 0
 
     @property
     def most(self) -> int:
@@ -54,20 +56,23 @@ class ImageConditions:
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, list[Record]]]:
         """Conditions and records of the images that can be read, in batches that all but the last are full.
 
+        After each batch `read` and `skipped` say where it ended; set to these, others go on from there.
+
         Raises:
             ValueError: when none of the images can be read.
             ReadError: when the disk that the images are on cannot be read.
         """
         source = Source.of(self.images)
-        done, pixels, images = 0, [], []
-        for number, image in enumerate(self.images, start=1):
+        done, pixels, images = self.read, [], []
+        for number in range(self.read + 1, len(self.images) + 1):
+            image = self.images[number - 1]
             prepared = self._prepared(source, image)
             if prepared is not None:
                 pixels.append(prepared)
                 images.append(image)
             if images and (len(images) == batch_size or number == len(self.images)):
                 tokens, records = self._encode(pixels, images)
-                done, pixels, images = done + len(records), [], []
+                done, pixels, images, self.read = done + len(records), [], [], number
                 if records:
                     yield tokens, records
         if not done:

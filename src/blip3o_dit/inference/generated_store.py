@@ -1,26 +1,32 @@
-"""Generation in bounded memory: samples are generated piece by piece, and a piece is written as a shard."""
+"""The store that generated tokens go to, shard by shard, and which of its shards are whole."""
 
 from __future__ import annotations
 
+import json
+import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from blip3o_dit.data.checks import Record, check_pair, check_square
-from blip3o_dit.data.embeddings import Embeddings, batches
-from blip3o_dit.data.manifest import DTYPES, STORE_ASIDE, write_manifest
+from blip3o_dit.data.manifest import DTYPES, STORE_ASIDE, check_shard_entry, write_manifest
 from blip3o_dit.data.shard_writer import json_line, to_disk, write_shard
-from blip3o_dit.data.store_folder import StoreFolder, writing_alone
+from blip3o_dit.data.store_folder import GENERATION_PARTS, StoreFolder, writing_alone
+from blip3o_dit.inference.unfinished import Unfinished
+from blip3o_dit.utils.atomic import write_atomically
+from blip3o_dit.utils.checksums import sha256
+from blip3o_dit.utils.json_files import finite_or_none, read_json
 
 DTYPE = "float32"
 # Size of a shard at most, give or take a batch; a process holds one shard at a time.
 MAX_SHARD_BYTES = 2**28
+
+logger = logging.getLogger(__name__)
 
 
 class GeneratedStore:
@@ -39,25 +45,33 @@ class GeneratedStore:
         self.aside = path / STORE_ASIDE
         self.sizes = sizes
         self.encoder = encoder
+        self.unfinished = Unfinished(path)
 
     @contextmanager
-    def claimed(self, *, overwrite: bool = False) -> Iterator[None]:
+    def claimed(self, request: dict[str, Any], size: int, *, overwrite: bool = False) -> Iterator[int]:
         """Hold the folder while the block writes; on one process, before others write.
 
-        When the block ends well the store takes its place, else what was there before stays.
+        When the block ends well the store takes its place, else what was there before stays, and what was
+        generated is kept for the same request. Yields the samples per shard: `size`, or as it was begun.
 
         Raises:
-            ValueError: see `StoreFolder`; also when another process writes to the same folder.
+            ValueError: see `StoreFolder` and `Unfinished.find`; also when another process writes to the same
+                folder.
         """
         check_square(self.path, self.sizes[0])
         with writing_alone(self.path, "generation"):
-            folder = StoreFolder(self.path, overwrite=overwrite)
+            found = self.unfinished.find(request, overwrite=overwrite)
+            folder = StoreFolder(
+                self.path, overwrite=overwrite, parts=GENERATION_PARTS, goes_on=found is not None
+            )
             try:
-                yield
+                with self.unfinished.going_on(found, request, size=size) as begun_size:
+                    yield begun_size
+                    folder.publish()
             except BaseException:
-                folder.abandon()
+                if not self.unfinished.has_samples():
+                    folder.abandon()
                 raise
-            folder.publish()
 
     def shard_size(self, count: int, *, batch_size: int, processes: int) -> int:
         """Samples per shard: a multiple of `batch_size` that gives each process equally many shards.
@@ -86,64 +100,52 @@ class GeneratedStore:
         stored_eva, stored_clip = (
             to_disk(self.path, tokens, name, DTYPE) for tokens, name in ((eva, "eva"), (generated, "clip"))
         )
-        return write_shard(self.aside, number, stored_eva, stored_clip, lines)
+        self._entry_file(number).unlink(missing_ok=True)
+        entry = write_shard(self.aside, number, stored_eva, stored_clip, lines)
+        write_atomically(self._entry_file(number), json.dumps(entry).encode())
+        return entry
 
-    def finish(self, entries: Sequence[Mapping[str, Any]], made_by: Mapping[str, Any]) -> None:
-        """Write the manifest, from the entries of all shards in order and how the tokens were made."""
+    def written(self, number: int) -> dict[str, Any] | None:
+        """The entry of a shard that was written and is whole; None for one that must be generated (again)."""
+        file = self._entry_file(number)
+        if not file.is_file():
+            return None
+        try:
+            entry: dict[str, Any] = read_json(file)
+            check_shard_entry(file, entry)
+            for name, digest in ((entry["file"], entry["sha256"]), (entry["table"], entry["table_sha256"])):
+                if sha256(self.aside / name) != digest:
+                    raise ValueError(f"{self.aside / name}: not what was written there")
+        except (OSError, ValueError) as error:
+            logger.warning("%s: shard %d is generated again", error, number)
+            return None
+        return entry
+
+    def tokens_of(self, entry: Mapping[str, Any]) -> Tensor:
+        """The generated tokens in a whole shard, [n, N, C]."""
+        with safe_open(self.aside / entry["file"], framework="pt") as tensors:
+            tokens: Tensor = tensors.get_tensor("clip").clone()
+        return tokens
+
+    def state_file(self, name: str) -> Path:
+        """Where samples are kept that are in no shard yet."""
+        return self.unfinished.folder / f"{name}.safetensors"
+
+    def finish(
+        self,
+        entries: Sequence[Mapping[str, Any]],
+        made_by: Mapping[str, Any],
+        request: Mapping[str, Any],
+        metrics: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write the manifest, from the entries of all shards in order, how the tokens were made, for which
+        request, and how good they are."""
         encoders: dict[str, Any] = {"clip": {"generated_by": made_by}}
         if self.encoder is not None:
             encoders["eva"] = dict(self.encoder)
-        about = {"encoders": encoders, "pooling": None, "normalization": "none"}
+        about: dict[str, Any] = {"encoders": encoders, "pooling": None, "normalization": "none"}
+        about["generation"] = {"request": request, "metrics": finite_or_none(metrics)}
         write_manifest(self.aside, self.sizes, DTYPE, entries, about)
 
-
-class Piece(NamedTuple):
-    """The result for a piece: its shard's manifest entry, each batch's metric sums, the tokens if kept."""
-
-    entry: dict[str, Any] | None
-    added: list[Tensor]
-    tokens: Tensor | None
-
-
-@dataclass(frozen=True)
-class PieceWork:
-    """Generates a piece of the samples batch by batch, then writes it as a shard, or keeps it, or both.
-
-    Args:
-        indices: all samples to generate, as indices of the source. batch_size: samples at a time.
-        size: samples per piece; the store's shard size if there is one.
-        generate: conditions and their indices -> tokens [n, N, C].
-        measure: generated and true tokens -> their sums for the metrics, or None.
-        keep: whether to return the tokens. pooled: as the mean over each sample's, [n, C].
-        advance: called with the size of each finished batch, for a progress bar.
-    """
-
-    source: Embeddings
-    indices: Sequence[int]
-    batch_size: int
-    size: int
-    generate: Callable[[Tensor, Sequence[int]], Tensor]
-    measure: Callable[[Tensor, Tensor], Tensor | None]
-    store: GeneratedStore | None
-    keep: bool
-    pooled: bool
-    advance: Callable[[int], Any]
-
-    def __call__(self, piece: range) -> Piece:
-        """Generate the samples at these positions of `indices`."""
-        indices = self.indices[piece.start : piece.stop]
-        conditions, parts, added = [], [], []
-        for batch in batches(indices, self.batch_size):
-            eva, clip = self.source.fetch(batch)
-            generated = self.generate(eva, batch)
-            added.append(self.measure(generated, clip))
-            parts.append(generated.mean(dim=1) if self.pooled else generated)
-            if self.store is not None:
-                conditions.append(eva)
-            self.advance(len(batch))
-        tokens, entry = torch.cat(parts), None
-        if self.store is not None:
-            number, records = piece.start // self.size, self.source.records(indices)
-            entry = self.store.write(number, piece.start, torch.cat(conditions), tokens, records)
-        measured = [values for values in added if values is not None]
-        return Piece(entry, measured, tokens if self.keep else None)
+    def _entry_file(self, number: int) -> Path:
+        return self.unfinished.folder / f"shard-{number:05d}.entry.json"

@@ -7,12 +7,16 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
 from blip3o_dit.data.array_embeddings import GENERATED, POOLED_VECTORS
-from blip3o_dit.data.store_folder import check_claim
-from blip3o_dit.utils.atomic import atomic_file, dump_atomically
+from blip3o_dit.data.manifest import MANIFEST, STORE_ASIDE
+from blip3o_dit.data.safe_unpickler import load_pickle
+from blip3o_dit.data.store_folder import GENERATION_PARTS, check_claim
+from blip3o_dit.utils.atomic import atomic_file, dump_atomically, finish_publishing
+from blip3o_dit.utils.json_files import read_json
 
 PICKLE_SUFFIXES, NPZ_SUFFIX = (".pkl", ".pickle"), ".npz"
 
@@ -23,6 +27,24 @@ TOKENS, POOLED = GENERATED, POOLED_VECTORS
 def is_file_output(path: Path) -> bool:
     """Whether a name asks for one file of arrays, a pickle or .npz; every other name asks for a store."""
     return path.suffix in (*PICKLE_SUFFIXES, NPZ_SUFFIX)
+
+
+def finished_generation(path: Path) -> dict[str, Any] | None:
+    """`request` and `metrics` of the generation that wrote what is there; None without."""
+    try:
+        if path.is_dir():
+            finish_publishing(path / STORE_ASIDE, path, MANIFEST)
+            found = read_json(path / MANIFEST).get("generation")
+        elif path.suffix == NPZ_SUFFIX:
+            with np.load(path, allow_pickle=False) as file:
+                config, metrics = (json.loads(bytes(file[name])) for name in ("config", "generation_metrics"))
+            found = {"request": config["request"], "metrics": metrics}
+        else:
+            content: Any = load_pickle(path)
+            found = {"request": content["config"]["request"], "metrics": content["generation_metrics"]}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, BadZipFile):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("request"), dict) else None
 
 
 def check_output(path: Path, *, overwrite: bool = False, pooled: bool = False) -> None:
@@ -91,4 +113,4 @@ def _check_folder(path: Path, overwrite: bool) -> None:
     if os.fsencode(path).decode(errors="replace") != str(path):
         raise ValueError(f"{path}: expected a name in UTF-8, which all tools can read shards from")
     if path.is_dir():
-        check_claim(path, overwrite)
+        check_claim(path, overwrite, GENERATION_PARTS)

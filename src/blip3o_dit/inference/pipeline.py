@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,25 @@ from tqdm.auto import tqdm
 from blip3o_dit.data.dataset import choose_samples
 from blip3o_dit.data.embeddings import Embeddings, batches, check_sizes, open_embeddings
 from blip3o_dit.data.statistics import ChannelStatistics, streamed_statistics
-from blip3o_dit.data.towers import towers_of
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
-from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER
-from blip3o_dit.inference.generated_store import GeneratedStore, PieceWork
-from blip3o_dit.inference.output import POOLED, TOKENS, check_output, is_file_output, write_arrays
+from blip3o_dit.inference.from_dataset import DatasetGeneration, check_apart
+from blip3o_dit.inference.output import is_file_output
+from blip3o_dit.inference.progress import SampleBar
+from blip3o_dit.inference.request import (
+    Sampling,
+    choose_indices,
+    describe_data,
+    describe_model,
+    describe_request,
+)
 from blip3o_dit.metrics.fidelity import FidelitySums
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.layers import has_native_matmul
 from blip3o_dit.model.loading import EMA_VARIANT, pick_weights
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.utils.distributed import Processes, join_processes, pick_device
-from blip3o_dit.utils.stateless_random import stateless_normal, stateless_permutation, stateless_uniform
-from blip3o_dit.utils.validation import check_name, checked_integer
-
-SPLITS = ("all", "train", "eval")
+from blip3o_dit.utils.stateless_random import stateless_normal, stateless_uniform
+from blip3o_dit.utils.validation import checked_integer
 
 # Most samples that the targets' mean and deviation are measured on, as in training by default.
 STATISTICS_SAMPLES = TrainingConfig.statistics_samples
@@ -69,10 +73,10 @@ class BLIP3oInference:
         self.processes = Processes(device=pick_device(device)) if alone else join_processes(device)
         self.device = self.processes.device
         self.weights = pick_weights(self.model_path, weights)
-        if dtype is None:
-            dtype = torch.bfloat16 if has_native_matmul(torch.bfloat16, self.device) else torch.float32
         model: Any = BLIP3oDiTModel.load_for_inference(
-            self.model_path, dtype=dtype, variant=EMA_VARIANT if self.weights == "ema" else None
+            self.model_path,
+            dtype=pick_dtype(dtype, self.device),
+            variant=EMA_VARIANT if self.weights == "ema" else None,
         )
         self.model: BLIP3oDiTModel = model.to(self.device)
         if compile:
@@ -149,69 +153,58 @@ class BLIP3oInference:
         Raises:
             FileNotFoundError, ValueError: one line naming what was expected and found.
         """
-        batch_size, seed = checked_integer("batch_size", batch_size, low=1), checked_integer("seed", seed)
-        source = self.open(dataset_path)
+        source, output = self.open(dataset_path), None if output_path is None else Path(output_path)
+        check_apart(output, source)
         indices = self.choose(source, split, num_samples)
-        output = None if output_path is None else Path(output_path)
-        store = None
-        if output is not None and output.resolve() == source.path.resolve():
-            raise ValueError(f"{output}: expected another place than that of the data, found the same")
-        if output is not None and not is_file_output(output):
-            store = GeneratedStore(output, self.model.config.data_sizes, encoder=_encoder_of(source))
-        sampling: dict[str, Any] = {
-            "solver": solver,
-            "guidance_scale": guidance_scale,
-            "guidance_interval": guidance_interval,
-            "seed": seed,
+        sampling = Sampling(
+            num_inference_steps=num_inference_steps,
+            solver=solver,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            seed=checked_integer("seed", seed),
+        )
+        data = describe_data(source, indices, split=split, num_samples=num_samples) if output else {}
+        how: dict[str, Any] = {
+            "batch_size": checked_integer("batch_size", batch_size, low=1),
+            "pooled": pooled,
         }
-        sums = FidelitySums(self._target_mean(source, split)) if compute_metrics else None
-        size, to_file = batch_size, output is not None and store is None
-        if store is not None:
-            size = store.shard_size(len(indices), batch_size=batch_size, processes=self.processes.count)
+        job = DatasetGeneration(
+            inference=self,
+            source=source,
+            indices=indices,
+            output=output,
+            request=self.request(data, sampling, metrics=compute_metrics, **how) if output else {},
+            generate=lambda eva, batch: self.generate(eva, sample_index=batch, **asdict(sampling)),
+            sums=FidelitySums(self._target_mean(source, split)) if compute_metrics else None,
+            overwrite=overwrite,
+            keep=output is None or is_file_output(output) if return_arrays is None else return_arrays,
+            **how,
+        )
+        about = self.describe_sampling(sampling) | {"split": split, "num_samples": len(indices)}
+        return job.run(about, lambda: self.sample_bar(len(indices), sampling, progress))
 
-        def generate(eva: Tensor, batch: Sequence[int]) -> Tensor:
-            return self.generate(eva, num_inference_steps, sample_index=batch, **sampling)
-
-        def measure(generated: Tensor, clip: Tensor) -> Tensor | None:
-            return None if sums is None else sums.of(generated, self.model.l2_normalize_if_configured(clip))
-
-        with self._claimed(output, store, overwrite, pooled), self.bar(len(indices), progress) as bar:
-            work = PieceWork(
-                source,
-                indices,
-                batch_size=batch_size,
-                size=size,
-                generate=generate,
-                measure=measure,
-                store=store,
-                keep=to_file or (store is None if return_arrays is None else return_arrays),
-                pooled=pooled,
-                advance=bar.update,
-            )
-            tokens, entries = self._collect(work, sums, bar)
-            if not self.processes.is_main:
-                return {}
-            results = _arrays(source, indices, tokens, pooled=pooled) if work.keep else {}
-            results["config"] = self.describe_sampling(num_inference_steps, **sampling) | {
-                "split": split,
-                "num_samples": len(indices),
-            }
-            results["generation_metrics"] = None if sums is None else sums.result()
-            if store is not None:
-                store.finish(entries, results["config"])
-            elif output is not None:
-                write_arrays(output, results)
-        return results
-
-    def describe_sampling(self, num_inference_steps: int | None, **sampling: Any) -> dict[str, Any]:
+    def describe_sampling(self, sampling: Sampling) -> dict[str, Any]:
         """How samples are taken, for the record beside them."""
+        taken = asdict(sampling.resolved(self.model.config))
+        steps = taken.pop("num_inference_steps")
         return {
             "model_path": str(self.model_path),
             "weights": self.weights,
-            **sampling,
-            **self._steps(sampling["solver"], num_inference_steps),
+            **{name: taken[name] for name in ("solver", "guidance_scale", "guidance_interval", "seed")},
+            "num_inference_steps": steps,
             "normalize_embeddings": self.model.config.normalize_embeddings,
         }
+
+    def request(self, data: dict[str, Any], sampling: Sampling, **how: Any) -> dict[str, Any]:
+        """What tells a generation by this model from others; see `describe_request`."""
+        return describe_request(
+            describe_model(self.model_path, self.weights),
+            data,
+            sampling.resolved(self.model.config),
+            dtype=self.model.dtype,
+            device=self.device,
+            **how,
+        )
 
     @torch.no_grad()
     def evaluate_model(
@@ -263,41 +256,6 @@ class BLIP3oInference:
             **sums.result(),
         }
 
-    def _collect(
-        self, work: PieceWork, sums: FidelitySums | None, bar: tqdm
-    ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-        """What is kept, [n, N, C] or pooled [n, C], and the entries of the shards; on the first process."""
-        source, count = work.source, len(work.indices)
-        kept = work.keep and self.processes.is_main
-        shape = (source.target_dim,) if work.pooled else (source.num_tokens, source.target_dim)
-        tokens = np.empty((count if kept else 0, *shape), dtype=np.float32)
-        entries = []
-        pieces = batches(range(count), work.size)
-        for number, (piece, found) in enumerate(self.processes.map_in_order(pieces, work)):
-            if found.entry is not None:
-                entries.append(found.entry)
-            for added in found.added:
-                assert sums is not None
-                sums.state += added
-            if found.tokens is not None:
-                tokens[piece.start : piece.stop] = found.tokens.numpy()
-            if number % self.processes.count:  # another process's, which does not show on this one's bar
-                bar.update(len(piece))
-        return tokens, entries
-
-    @contextmanager
-    def _claimed(
-        self, output: Path | None, store: GeneratedStore | None, overwrite: bool, pooled: bool
-    ) -> Iterator[None]:
-        """The output claimed by the first process before any process writes to it."""
-        with ExitStack() as claims:
-            if output is not None and self.processes.is_main:
-                check_output(output, overwrite=overwrite, pooled=pooled)
-                if store is not None:
-                    claims.enter_context(store.claimed(overwrite=overwrite))
-            self.processes.barrier()
-            yield
-
     def _target_mean(self, source: Embeddings, split: str) -> Tensor:
         """Mean of the training targets per channel, [C], which R2 is about: the model's own; for a model
         without statistics that of `source`, of its training side if `split` is one of the sides."""
@@ -310,16 +268,15 @@ class BLIP3oInference:
             found = target_statistics(source, train, normalize=normalize).mean
         return self.processes.broadcast(found)
 
-    def _steps(self, solver: str | None, num_inference_steps: int | None) -> dict[str, Any]:
-        """Solver and steps as they were taken, for the record."""
-        solver = solver or self.model.config.default_solver
-        if num_inference_steps is None and solver != ADAPTIVE_SOLVER:
-            num_inference_steps = self.model.config.default_steps
-        return {"solver": solver, "num_inference_steps": num_inference_steps}
-
     def bar(self, total: int, progress: bool) -> tqdm:
         hidden = not progress or not self.processes.is_main
         return tqdm(total=total, desc="generating", unit="sample", disable=hidden)
+
+    def sample_bar(self, total: int, sampling: Sampling, progress: bool) -> SampleBar:
+        """For a generation to the end: with a line that says how long it will take."""
+        shown = progress and self.processes.is_main
+        calls = sampling.calls(self.model.config)
+        return SampleBar(total, calls, processes=self.processes.count, shown=shown)
 
     def open(self, path: str | Path | Embeddings) -> Embeddings:
         """Embeddings at `path`, or open already, refused (ValueError) unless they have the model's sizes."""
@@ -328,29 +285,15 @@ class BLIP3oInference:
         return source
 
     def choose(self, source: Embeddings, split: str, num_samples: int | None) -> list[int]:
-        """Indices, ascending, of one side of the split that the training run made.
+        """See `choose_indices`."""
+        return choose_indices(self.model_path, source, split, num_samples)
 
-        `num_samples` of them are those that a fixed permutation puts first: neighbours in a store are often
-        alike. The seed of the noise has no part in it: other seeds give the same samples other noise.
-        """
-        check_name("split", split, SPLITS)
-        if num_samples is not None:
-            num_samples = checked_integer("num_samples", num_samples, low=1)
-        chosen: np.ndarray
-        if split == "all":
-            chosen = np.arange(source.num_samples)
-        else:
-            sides = TrainingConfig.from_folder(self.model_path).split(source)
-            chosen = sides.train if split == "train" else sides.eval
-        if not len(chosen):
-            raise ValueError(
-                f"{source.path}: expected samples in the {split} split, found none "
-                "(the model was trained with eval_split 0)"
-            )
-        if num_samples is not None:
-            order = stateless_permutation(len(chosen), seed=0, stream="chosen samples")
-            chosen = np.sort(chosen[order[:num_samples]])
-        return chosen.tolist()
+
+def pick_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
+    """Of the weights: as asked for, else bfloat16 where the device multiplies it."""
+    if dtype is not None:
+        return dtype
+    return torch.bfloat16 if has_native_matmul(torch.bfloat16, device) else torch.float32
 
 
 def target_statistics(
@@ -360,28 +303,3 @@ def target_statistics(
     `STATISTICS_SAMPLES`, chosen by the seed."""
     chosen = choose_samples(train, max_samples=STATISTICS_SAMPLES, seed=seed)
     return streamed_statistics(source, chosen, normalize=normalize)[1]
-
-
-def _arrays(
-    source: Embeddings, indices: Sequence[int], generated: np.ndarray, *, pooled: bool
-) -> dict[str, Any]:
-    """What was generated for these samples, with their keys and captions, and unless pooled their tokens."""
-    records = source.records(indices)
-    about = {
-        "keys": [record["key"] for record in records],
-        "captions": [record.get("caption") for record in records],
-    }
-    if pooled:
-        return {POOLED: generated, **about}
-    eva = np.empty((len(indices), source.num_tokens, source.condition_dim), dtype=np.float32)
-    clip = np.empty(generated.shape, dtype=np.float32)
-    for rows in batches(range(len(indices)), 256):
-        fetched = source.fetch(indices[rows.start : rows.stop])
-        eva[rows.start : rows.stop], clip[rows.start : rows.stop] = (side.numpy() for side in fetched)
-    return {TOKENS: generated, "eva_embeddings": eva, "target_clip_embeddings": clip, **about}
-
-
-def _encoder_of(source: Embeddings) -> dict[str, Any] | None:
-    """The tower that made the conditions, where the embeddings name it."""
-    towers = towers_of(source)
-    return None if towers is None else towers["encoders"]["eva"]

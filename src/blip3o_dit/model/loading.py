@@ -150,19 +150,28 @@ def pick_weights(path: Path, weights: str) -> str:
     """ "auto", "ema" or "raw" -> which of the last two a model folder gives; refuses altered files.
 
     Raises:
-        FileNotFoundError, ValueError: one line: no model there, no averaged weights, or files that were
-            altered since they were saved.
+        FileNotFoundError, ValueError: one line: see `find_weights`, or files that were altered since they
+            were saved.
+    """
+    chosen = find_weights(path, weights)
+    if is_sealed(path):
+        files = weights_files(path, EMA_VARIANT if chosen == "ema" else None)
+        verify(path, ["config.json", *(file.name for file in files)])
+    return chosen
+
+
+def find_weights(path: Path, weights: str) -> str:
+    """The same without reading them.
+
+    Raises:
+        FileNotFoundError, ValueError: one line: no model there, or no averaged weights.
     """
     check_name("weights", weights, ("auto", "ema", "raw"))
     check_is_model(path)
     has_ema = all(file.is_file() for file in weights_files(path, EMA_VARIANT))
     if weights == "ema" and not has_ema:
         raise ValueError(f"{path}: expected averaged weights ({EMA_FILE}), found none")
-    chosen = "raw" if weights == "raw" or not has_ema else "ema"
-    if is_sealed(path):
-        files = weights_files(path, EMA_VARIANT if chosen == "ema" else None)
-        verify(path, ["config.json", *(file.name for file in files)])
-    return chosen
+    return "raw" if weights == "raw" or not has_ema else "ema"
 
 
 def check_is_model(path: Path) -> None:
