@@ -133,6 +133,7 @@ TESTED_IN = {
     "training/callbacks.py": "training/test_trainer.py",
     "training/checkpoint.py": "training/test_resume.py",
     "training/config.py": "training/test_training_config.py",
+    "training/curves.py": "training/test_trainer.py",
     "training/ema.py": "training/test_trainer.py",
     "training/fsdp.py": "training/test_processes.py",
     "training/metrics.py": "training/test_speed_and_memory.py",

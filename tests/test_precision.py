@@ -25,8 +25,8 @@ from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.conversion import from_official_state_dict, to_official_state_dict
 from blip3o_dit.model.layers import BFLOAT16_VARIABLE, has_native_matmul
 from blip3o_dit.model.transformer import NextDiTBlock
-from blip3o_dit.training.callbacks import read_log
 from blip3o_dit.training.config import PAPER_RECIPE, DistillationConfig, TrainingConfig
+from blip3o_dit.training.curves import read_log
 from blip3o_dit.training.distillation import distill
 from blip3o_dit.training.run import train
 from tests.conftest import randomize, tiny_config

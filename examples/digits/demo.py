@@ -29,8 +29,8 @@ from blip3o_dit.extraction.extract import extract
 from blip3o_dit.extraction.image_decoding import pictures_by_key
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.ridge import TokenRidge
-from blip3o_dit.training.callbacks import LOG_FILE, read_log
 from blip3o_dit.training.config import TrainingConfig
+from blip3o_dit.training.curves import LOG_FILE, read_log
 from blip3o_dit.training.run import train
 from examples.digits.figure import draw_demo_figure
 from examples.digits.towers import ClipTower, EvaTower, digit_towers, load_digit_pictures, save_tower

@@ -18,8 +18,8 @@ from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.metrics.fidelity import FidelitySums
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
-from blip3o_dit.training.callbacks import read_log
 from blip3o_dit.training.config import PAPER_RECIPE, TrainingConfig
+from blip3o_dit.training.curves import read_log
 from blip3o_dit.training.run import build_trainer, train
 from blip3o_dit.utils.checksums import seal
 from tests.helpers.evaluation import small_evaluation

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.model.loading import EMA_FILE
-from blip3o_dit.training.callbacks import LOG_FILE, read_log
 from blip3o_dit.training.checkpoint import checkpoints
 from blip3o_dit.training.config import TrainingConfig
+from blip3o_dit.training.curves import LOG_FILE, read_log
 from blip3o_dit.training.resolve import resolve_config
 from blip3o_dit.training.run import train
 from blip3o_dit.training.trainer import BLIP3oTrainer

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.loading import EMA_FILE
-from blip3o_dit.training.callbacks import read_log
 from blip3o_dit.training.checkpoint import verify_checkpoint
+from blip3o_dit.training.curves import read_log
 from tests.helpers import training_jobs as jobs
 from tests.helpers.inference_jobs import generate_store
 from tests.helpers.processes import launch

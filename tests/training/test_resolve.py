@@ -12,9 +12,9 @@ import pytest
 
 from blip3o_dit.cli.train import main
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.training.callbacks import LOG_FILE, read_log
 from blip3o_dit.training.checkpoint import checkpoints
 from blip3o_dit.training.config import TrainingConfig
+from blip3o_dit.training.curves import LOG_FILE, read_log
 from blip3o_dit.training.run import train
 from blip3o_dit.utils.checksums import seal
 from tests.helpers.stores import write_linear_store

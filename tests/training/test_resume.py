@@ -23,9 +23,9 @@ from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model.loading import EMA_FILE
 from blip3o_dit.training import anomalies
 from blip3o_dit.training.anomalies import NonFiniteLossError
-from blip3o_dit.training.callbacks import LOG_FILE, read_log
 from blip3o_dit.training.checkpoint import checkpoints, keep_newest, newest_whole
 from blip3o_dit.training.config import TrainingConfig
+from blip3o_dit.training.curves import LOG_FILE, read_log
 from blip3o_dit.training.resolve import resolve_config
 from blip3o_dit.training.run import train
 from blip3o_dit.training.stopping import outlive_stops

@@ -26,8 +26,8 @@ from blip3o_dit.model.loading import EMA_FILE
 from blip3o_dit.model.transformer import NextDiTBlock
 from blip3o_dit.training import arguments
 from blip3o_dit.training.anomalies import HostCopy, LossMonitor, NonFiniteLossError
-from blip3o_dit.training.callbacks import read_log
 from blip3o_dit.training.config import TrainingConfig
+from blip3o_dit.training.curves import read_log
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.metrics import Throughput, forward_flops, matmul_rate
 from blip3o_dit.training.resolve import resolve_config

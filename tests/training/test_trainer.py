@@ -23,9 +23,9 @@ from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.loading import EMA_FILE
 from blip3o_dit.training.anomalies import NonFiniteLossError
 from blip3o_dit.training.arguments import training_arguments
-from blip3o_dit.training.callbacks import read_log
 from blip3o_dit.training.checkpoint import LoopState, best_saved, check_checkpoint
 from blip3o_dit.training.config import DistillationConfig
+from blip3o_dit.training.curves import read_log
 from blip3o_dit.training.distillation import distill
 from blip3o_dit.training.resolve import resolve_config
 from blip3o_dit.training.run import build_trainer, train

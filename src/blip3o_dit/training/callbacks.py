@@ -9,11 +9,9 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback, TrainerState, TrainingArguments
 
+from blip3o_dit.training.curves import CURVES_FILE, LOG_FILE, draw_curves, read_log
 from blip3o_dit.utils.atomic import write_atomically
 from blip3o_dit.utils.json_files import finite_or_none
-
-LOG_FILE = "training_log.jsonl"
-CURVES_FILE = "training_curves.png"
 
 logger = logging.getLogger(__name__)
 
@@ -63,16 +61,6 @@ class CurvesCallback(TrainerCallback):
         self.on_save(args, state)
 
 
-def read_log(file: Path) -> list[dict[str, Any]]:
-    """The entries of a `training_log.jsonl`, none when there is no such file.
-
-    The last line counts only if it ends: a killed run may have left a part of one.
-    """
-    if not file.is_file():
-        return []
-    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
-
-
 def format_log_line(step: int, logs: dict[str, Any]) -> str:
     """One line: the step, then name value pairs with four significant digits."""
     hidden = ("epoch", "total_flos", "eval_steps_per_second", "eval_samples_per_second")
@@ -83,33 +71,3 @@ def format_log_line(step: int, logs: dict[str, Any]) -> str:
     ]
     kind = "eval" if any(name.startswith("eval_") for name in logs) else "train"
     return f"[{kind}] step {step} epoch {logs.get('epoch', 0):.2f} | " + " | ".join(values)
-
-
-def draw_curves(log: list[dict[str, Any]], path: Path) -> None:
-    """Loss, one-call cosine, gradient norm and learning rate against the optimizer step, as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 6.5), layout="constrained")
-    for axes, (title, names) in zip(figure.subplots(2, 2).flat, _PANELS.items(), strict=True):
-        for name, color in zip(names, ("#0072b2", "#d55e00"), strict=False):
-            points = [(entry["step"], entry[name]) for entry in log if entry.get(name) is not None]
-            if points:
-                steps, values = zip(*points, strict=True)
-                label = "held out" if name.startswith("eval_") else "training"
-                axes.plot(steps, values, color=color, label=label, marker=".", linewidth=1.2)
-        axes.set(title=title, xlabel="optimizer step")
-        axes.grid(alpha=0.3)
-        if len(names) > 1 and axes.lines:
-            axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-
-
-_PANELS = {
-    "loss": ("loss", "eval_loss"),
-    "token cosine (training: one call; held out: generated)": (
-        "cosine_similarity",
-        "eval_cosine_similarity_mean",
-    ),
-    "gradient norm before clipping": ("grad_norm",),
-    "learning rate": ("learning_rate",),
-}
