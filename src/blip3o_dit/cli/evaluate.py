@@ -39,20 +39,19 @@ def run(arguments: argparse.Namespace) -> None:
     """Evaluate, write, and print the summary."""
     from blip3o_dit.data.embeddings import open_embeddings
     from blip3o_dit.evaluation.evaluate import evaluate_models
-    from blip3o_dit.extraction.image_decoding import pictures_by_key
-    from blip3o_dit.extraction.shown_images import images_of_store
+    from blip3o_dit.extraction.shown_images import pictures_of_store
 
     config = EvaluationConfig(**given_settings(arguments, EvaluationConfig))
     if arguments.tf32:
         use_tf32(config.device)
-    asked_for = pictures_by_key(arguments.pictures) if arguments.pictures else None
     source = open_embeddings(arguments.embeddings)
+    pictures = pictures_of_store(getattr(source, "manifest", {}), arguments.pictures)
     result = evaluate_models(
         [arguments.model, *arguments.compare],
         source,
         arguments.output_dir,
         config,
-        pictures=asked_for or images_of_store(getattr(source, "manifest", {})),
+        pictures=pictures,
         command=shlex.join(["blip3o-dit", *sys.argv[1:]]),
     )
     if not result:  # the first of several processes has it

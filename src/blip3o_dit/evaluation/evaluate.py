@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from blip3o_dit.evaluation.baselines import fit_baselines
 from blip3o_dit.evaluation.config import EvaluationConfig
 from blip3o_dit.evaluation.predictions import Predictions, collect_predictions
 from blip3o_dit.evaluation.reference import Progress, ReferenceSet, collect_reference, fit_probe
+from blip3o_dit.evaluation.sample_maps import ShownSamples
 from blip3o_dit.evaluation.samplers import ModelSampler, Sampler
 from blip3o_dit.evaluation.summary import summarize
 from blip3o_dit.inference.output import check_writable
@@ -55,7 +56,8 @@ def evaluate_models(
         models: folders of training runs or checkpoints; all are measured on the same samples.
         embeddings: store or documented pickle, or embeddings that are open already.
         output_dir: for metrics.json, report.html and README.md; None means the first model's folder.
-        pictures: keys -> RGB images or None, for the page; called once, at the end.
+        pictures: keys -> RGB images, or name -> image where there are several of one, or None, for the page;
+            called once, at the end.
         command: shown on the page.
 
     Returns: the content of metrics.json, whose schema is in docs/evaluation.md, on the first process; an
@@ -124,7 +126,7 @@ def evaluate_samplers(
     pictures: Callable[[list[str]], list[Any]] | None = None,
     progress: bool = True,
     processes: Processes = SINGLE_PROCESS,
-) -> tuple[dict[str, Any], report.ShownSamples | None]:
+) -> tuple[dict[str, Any], ShownSamples | None]:
     """Measure any samplers beside the baselines.
 
     Args:
@@ -181,6 +183,7 @@ def evaluate_samplers(
         "floor": real_vs_real,
         "differences": _differences(kept, reference),
         "curve": _curves(samplers, reference, bars, processes),
+        "curve_baseline": _curve_baseline(baselines, described, reference) if config.curve_calls else None,
         "command": None,
     }
     result["summary"] = summarize(result)
@@ -226,11 +229,22 @@ def _curves(
     }
 
 
+def _curve_baseline(
+    baselines: Sequence[Sampler], described: Sequence[dict[str, Any]], reference: ReferenceSet
+) -> dict[str, Any] | None:
+    """The energy score of the best baseline on the samples of the curves."""
+    scored = {found["name"]: found["metrics"]["conditional"]["energy_score"]["value"] for found in described}
+    best = min(baselines, key=lambda sampler: scored[sampler.name], default=None)
+    if best is None:
+        return None
+    return {"name": best.name, "energy_score": scores.curve_energy_score(best, reference)}
+
+
 def _shown(
     samplers: Sequence[Sampler],
     reference: ReferenceSet,
     pictures: Callable[[list[str]], list[Any]] | None,
-) -> report.ShownSamples | None:
+) -> ShownSamples | None:
     """Tokens of a few samples: the reference, two samples and the best guess of each model, and ridge's."""
     config = reference.config
     if not config.shown:
@@ -238,7 +252,7 @@ def _shown(
     rows = stateless_choice(len(reference.indices), config.shown, seed=config.seed, stream="shown samples")
     indices = reference.indices[rows]
     eva, clip = reference.source.fetch(indices)
-    shown = {"true": clip}
+    shown = {"true tokens": clip}
     for sampler in samplers:
         if sampler.is_model:
             shown[f"{sampler.name}, sample 1"] = sampler.sample(eva, indices.tolist(), 0)
@@ -249,11 +263,19 @@ def _shown(
                 shown[f"{sampler.name}, best guess"] = best_guess
     records = reference.source.records(indices)
     keys = [record["key"] for record in records]
-    return report.ShownSamples(
+    return ShownSamples(
         {name: tokens.numpy() for name, tokens in shown.items()},
-        [str(record.get("label") or key) for record, key in zip(records, keys, strict=True)],
-        pictures(keys) if pictures else None,
+        [
+            key + (f", label {record['label']}" if record.get("label") else "")
+            for key, record in zip(keys, records, strict=True)
+        ],
+        [_views(found) for found in pictures(keys)] if pictures else [],
     )
+
+
+def _views(picture: Any) -> Mapping[str, Any]:
+    """Name -> image, of what a caller's function gives for one sample."""
+    return picture if isinstance(picture, Mapping) else {} if picture is None else {"picture": picture}
 
 
 def _check_comparable(loaded: Sequence[BLIP3oInference], config: EvaluationConfig) -> None:
