@@ -1,4 +1,4 @@
-"""Every figure that the project draws: each axis with numbers says what they are, each panel what it shows."""
+"""Every figure that is drawn: each axis with numbers says what they are, each panel what it shows."""
 
 from __future__ import annotations
 

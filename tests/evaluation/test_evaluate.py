@@ -224,7 +224,7 @@ def test_spread_is_plotted_where_it_means_something(
     write_report(turned, tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert ("Spread against error" in page) == (samples >= 100)
-    assert "Quality against cost, lower is better, on 200 of the samples" in page
+    assert "Quality against cost, lower is better, on all 200 samples" in page
 
 
 def test_names_are_escaped(folder: Path, tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import yaml
-from PIL import Image
 
 from blip3o_dit.cli.command import user_message
 from blip3o_dit.cli.main import main

@@ -130,7 +130,7 @@ def test_others_with_the_same_names_are_refused(images: Path, change: Any) -> No
     """At once, before anything is measured."""
     manifest = manifest_of(images)
     change(images)
-    with pytest.raises(ValueError, match=r"expected the pictures that .* made from \(4\), found others"):
+    with pytest.raises(ValueError, match=r"expected the 4 pictures of .* found \d whose names"):
         pictures_of_store(manifest, str(images))
 
 

@@ -185,7 +185,7 @@ def _content(result: Mapping[str, Any], samples: ShownSamples | None) -> dict[st
         "differences": _difference_tables(result),
         "spread": _spread_plot(data["drawn_samples"], samplers),
         "curve": _curve_plot(result),
-        "curve_samples": min(result["settings"]["curve_samples"], data["num_samples"]),
+        "curve_samples": _part(min(result["settings"]["curve_samples"], data["num_samples"]), data),
         "positions": plots.position_plots(models),
         "costs": [_cost(sampler) for sampler in samplers],
         "methods": samplers,
@@ -205,6 +205,11 @@ def _curve_plot(result: Mapping[str, Any]) -> str:
     best = result.get("curve_baseline")
     line = (best["name"], best["energy_score"]["value"]) if best else None
     return plots.curve_plot(curves, line) if curves else ""
+
+
+def _part(samples: int, data: Mapping[str, Any]) -> str:
+    whole = data["num_samples"]
+    return f"{samples} of the {whole} samples" if samples < whole else f"all {whole} samples"
 
 
 def _measured(data: Mapping[str, Any]) -> str:

@@ -63,8 +63,8 @@ def _asked_for(manifest: Mapping[str, Any], where: str, views: Views) -> Shown:
         return lambda keys: _of_keys(images, keys, views)
     if "content_sha256" in recorded and not manifest.get("appended"):
         raise ValueError(
-            f"{printable(where)}: expected the pictures that the embeddings were made from "
-            f"({recorded.get('count')}), found others ({len(images)}), by names, captions, labels or sizes"
+            f"{printable(where)}: expected the {recorded.get('count')} pictures of these embeddings, "
+            f"found {len(images)} whose names, captions, labels or sizes differ"
         )
     logger.warning(
         "%s: the embeddings do not say which pictures they were made from: found by name", printable(where)
@@ -104,7 +104,7 @@ def _listing_options(manifest: Mapping[str, Any]) -> ListingOptions:
     options = {
         option.name: settings[option.name]
         for option in fields(ListingOptions)
-        if isinstance(settings, dict) and isinstance(settings.get(option.name), str | bool)
+        if isinstance(settings, dict) and isinstance(settings.get(option.name), str | int)
     }
     return ListingOptions(**options)
 

@@ -76,7 +76,7 @@ def draw_runs(logs: Mapping[str, Log], path: Path) -> None:
         axes.grid(alpha=0.3)
         if not axes.lines:
             axes.text(0.5, 0.5, "not logged", ha="center", va="center", transform=axes.transAxes, color="0.5")
-    kinds = (("training", "-", TRAINING), ("held out", "--", HELD_OUT))
+    kinds: Any = (("training", "-", TRAINING), ("held out", "--", HELD_OUT))
     handles = [
         Line2D([], [], color="0.3" if several else own, linestyle=style, label=kind)
         for kind, style, own in kinds
@@ -98,8 +98,12 @@ def _color(number: int, count: int) -> Any:
 
 def _plot(axes: Any, log: Log, name: str | None, **style: Any) -> None:
     """A figure of the log against the step; a single point is seen by its marker."""
-    numbers = (int, float)
-    points = [(e["step"], e[name]) for e in log if isinstance(e.get(name), numbers) and "step" in e]
+    here = [
+        entry
+        for entry in log
+        if name is not None and isinstance(entry.get(name), int | float) and "step" in entry
+    ]
+    points = [(entry["step"], entry[str(name)]) for entry in here]
     if points:
         steps, values = zip(*points, strict=True)
         axes.plot(steps, values, marker=".", markersize=4, linewidth=1.2, **style)
