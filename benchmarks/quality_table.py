@@ -144,12 +144,17 @@ def modes_table(rows: list[Row]) -> str:
 
 
 def plot(rows: list[Row], sets: list[str], path: Path) -> None:
-    """Energy score and R2 against the step, mean and range over seeds, with both ridges as lines."""
+    """Energy score and R2 against the step, mean and range over seeds, with both ridges as lines.
+
+    A point is what was measured; a curve without its first points was not measured there.
+    """
     figure = Figure(figsize=(3.4 * len(sets), 6.2), layout="constrained")
     panels = figure.subplots(2, len(sets), squeeze=False, sharex=True)
     for column, name in enumerate(sets):
-        for axes, (measure, title) in zip(
-            panels[:, column], (("energy", "energy score"), ("r2", "R2 of one call")), strict=True
+        for axes, (measure, label) in zip(
+            panels[:, column],
+            (("energy", "energy score (standard deviations)"), ("r2", "R2 of one call")),
+            strict=True,
         ):
             for kind in ("ridge", "ridge 3x3"):
                 value = average(chosen(rows, kind="ridge", set=name, recipe=kind), measure)
@@ -161,7 +166,7 @@ def plot(rows: list[Row], sets: list[str], path: Path) -> None:
                 low, high = [min(values) for values in seeds], [max(values) for values in seeds]
                 axes.plot(steps, means, color=COLORS[recipe], marker=".", label=recipe)
                 axes.fill_between(steps, low, high, color=COLORS[recipe], alpha=0.2, linewidth=0)
-            axes.set(title=f"{name}: {title}", xscale="log")
+            axes.set(title=name, xscale="log", ylabel=label)
             axes.grid(alpha=0.3)
             if measure == "r2":
                 axes.set(xlabel="optimizer step")

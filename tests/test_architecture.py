@@ -153,7 +153,6 @@ TESTED_IN = {
     "training/wandb_setup.py": "training/test_trainer.py",
     "utils/atomic.py": "data/test_store_folder.py",
     "utils/checksums.py": "training/test_damage.py",
-    "utils/durations.py": "inference/test_unfinished.py",
     "utils/distributed.py": "training/test_processes.py",
     "utils/file_kinds.py": "utils/test_recognise.py",
     "utils/errors.py": "training/test_resume.py",

@@ -26,7 +26,7 @@ from blip3o_dit.evaluation.config import EvaluationConfig
 from blip3o_dit.evaluation.evaluate import evaluate_models
 from blip3o_dit.extraction.config import ExtractionConfig
 from blip3o_dit.extraction.extract import extract
-from blip3o_dit.extraction.image_decoding import pictures_by_key
+from blip3o_dit.extraction.shown_images import pictures_of_store
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.ridge import TokenRidge
 from blip3o_dit.training.config import TrainingConfig
@@ -83,7 +83,7 @@ def main() -> None:
             batch_size=120,
             draw_samples=120,
         ),
-        pictures=pictures_by_key(str(output / "pictures" / "digits.jsonl")),
+        pictures=pictures_of_store(store.manifest),
         command="make demo",
     )
 

@@ -143,10 +143,11 @@ def _draw_curve(
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(axis="y", color=GRID, lw=0.8)
-    axes.set_xlabel("step", fontsize=TEXT_SIZE, color=INK)
+    axes.set_xlabel("optimizer step", fontsize=TEXT_SIZE, color=INK)
+    axes.set_ylabel("loss", fontsize=TEXT_SIZE, color=INK)
     axes.legend(frameon=False, fontsize=TEXT_SIZE, labelcolor=INK)
     _plain(axes)
-    _panel_title(figure, place, "Training loss")
+    _panel_title(figure, place, "Loss")
 
 
 def _draw_metrics(

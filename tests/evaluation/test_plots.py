@@ -8,13 +8,19 @@ import re
 import warnings
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from blip3o_dit.evaluation.plots import curve_plot, sample_plot
+from blip3o_dit.evaluation.plots import curve_plot, position_plots, spread_plot
 
-NAMES = ["$x_1^{2", "$\\frac{$", os.fsdecode(b"caf\xe9"), "a\x1b[2J\x00", "\u202eתصویر", "漢\U0001f600"]
+NAMES = [
+    '<b>"a"',
+    "$x_1^{2",
+    "$\\frac{$",
+    os.fsdecode(b"caf\xe9"),
+    "a\x1b[2J\x00",
+    "\u202eתصویر",
+    "漢\U0001f600",
+]
 
 
 def texts(element: str) -> str:
@@ -29,9 +35,17 @@ def test_any_name_is_drawn_as_it_is(name: str) -> None:
     point = {"network_calls": 1, "solver": "euler", "energy_score": {"value": 0.5}}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tokens = {name: np.random.default_rng(0).normal(size=(2, 4, 3)).astype(np.float32)}
-        tokens["true"] = tokens[name]
-        drawn = texts(sample_plot(tokens, [Image.new("RGB", (9, 9)), None], [name, "other"]))
+        sampler = {
+            "name": name,
+            "maps": {"cosine": [0.1, 0.2, 0.3, 0.4], "r2": [0.0, 0.0, 0.0, 0.0]},
+            "spread_error": [{"spread": 1.0, "error": 1.0}],
+        }
+        drawn = [
+            curve_plot({name: [point, point], "b": [point]}, (name, 0.4)),
+            spread_plot([sampler]),
+            *position_plots([sampler]),
+        ]
+    for plot in drawn:
+        assert name not in plot or not set(name) & set('<>"')
         if "$" in name:
-            assert name in drawn
-        curve_plot({name: [point, point], "b": [point]}, None)
+            assert name in texts(plot)

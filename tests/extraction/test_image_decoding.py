@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from blip3o_dit.extraction import image_decoding
-from blip3o_dit.extraction.image_decoding import SCALED, UnreadableImageError, decode_image, pictures_by_key
+from blip3o_dit.extraction.image_decoding import SCALED, UnreadableImageError, decode_image
 from tests.helpers.mixed_images import write_mixed_images
 
 
@@ -234,14 +234,6 @@ def test_too_little_memory_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image.Image, "convert", no_memory)
     with pytest.raises(UnreadableImageError, match="takes more memory than there is"):
         decode_image(WHOLE)
-
-
-def test_pictures_that_are_shown_are_small(tmp_path: Path) -> None:
-    Image.new("RGB", (1500, 30), "red").save(tmp_path / "long.png")
-    Image.new("RGB", (20, 30), "red").save(tmp_path / "small.png")
-    long, small, none = pictures_by_key(str(tmp_path))(["long.png", "small.png", "none"])
-    assert long is not None and long.size == (448, 9)
-    assert small is not None and small.size == (20, 30) and none is None
 
 
 def large_pictures(folder: Path) -> Iterator[Path]:

@@ -17,10 +17,8 @@ from blip3o_dit.data.store import EmbeddingStore, StoreWriter
 from blip3o_dit.extraction.inspection import (
     format_inspection,
     inspect_embeddings,
-    tower_crop,
     warnings_of,
 )
-from blip3o_dit.extraction.preprocessing import Preprocessing
 from blip3o_dit.utils.pca_colors import pca_colors
 
 
@@ -117,21 +115,6 @@ def test_what_float16_would_do_to_the_values_is_shown(tmp_path: Path) -> None:
     assert found.sides["eva"].largest == 70_000
     assert found.sides["clip"].mean_to_deviation == pytest.approx(60, rel=0.3)
     assert "largest value 7e+04 (float16 holds up to 65504)" in format_inspection(found)
-
-
-def test_the_picture_is_what_the_tower_saw() -> None:
-    wide = Image.new("RGB", (900, 300), "blue")
-    wide.paste("red", (300, 0, 600, 300))
-    for preprocessing, size, red in (
-        (Preprocessing(64).describe(), (224, 224), 1.0),
-        (Preprocessing(64, "squash").describe(), (224, 224), 1 / 3),
-        (None, (448, 149), 1 / 3),
-        ({"size": -1, "resize": "shortest"}, (448, 149), 1 / 3),
-        ({"size": 64, "resize": "shortest", "resize_to": 10**9}, (448, 149), 1 / 3),
-    ):
-        shown = tower_crop({"encoders": {"eva": {"preprocessing": preprocessing}}})(wide.copy())
-        assert shown.size == size
-        assert (np.asarray(shown)[..., 0] > 127).mean() == pytest.approx(red, abs=0.02)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,13 +60,12 @@ def run(arguments: argparse.Namespace) -> None:
     from blip3o_dit.data.embeddings import open_embeddings
     from blip3o_dit.evaluation.evaluate import evaluate_models
     from blip3o_dit.evaluation.kept import has_parts
-    from blip3o_dit.extraction.image_decoding import pictures_by_key
-    from blip3o_dit.extraction.shown_images import images_of_store
+    from blip3o_dit.extraction.shown_images import pictures_of_store
 
     if arguments.tf32:
         use_tf32(config.device)
-    asked_for = pictures_by_key(arguments.pictures) if arguments.pictures else None
     source = open_embeddings(arguments.embeddings)
+    pictures = pictures_of_store(getattr(source, "manifest", {}), arguments.pictures)
     folder = arguments.output_dir or arguments.model
     try:
         result = evaluate_models(
@@ -74,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
             source,
             arguments.output_dir,
             config,
-            pictures=asked_for or images_of_store(getattr(source, "manifest", {})),
+            pictures=pictures,
             command=shlex.join(["blip3o-dit", *sys.argv[1:]]),
         )
     except KeyboardInterrupt as error:

@@ -77,16 +77,18 @@ def _run_on_embeddings(arguments: argparse.Namespace) -> None:
 
     from blip3o_dit.data.embeddings import open_embeddings
     from blip3o_dit.extraction.inspection import format_inspection, inspect_embeddings
+    from blip3o_dit.extraction.shown_images import pictures_of_store
 
     source = open_embeddings(arguments.embeddings)
     if arguments.samples < 1:
         raise ValueError(f"--samples: expected at least 1, found {arguments.samples}")
+    pictures = pictures_of_store(getattr(source, "manifest", {}), arguments.pictures)
     inspection = inspect_embeddings(source, progress=partial(tqdm, unit="batch", desc="reading", leave=False))
     _write(asdict(inspection), format_inspection(inspection), arguments.json)
     if not arguments.no_picture:
         path = arguments.embeddings.resolve()
         target = arguments.picture or path.with_name(f"{path.stem}_inspection.png")
-        _draw(source, target, arguments)
+        _draw(source, target, arguments, pictures)
         logger.info("the picture: %s", target)
 
 
@@ -98,16 +100,20 @@ def _write(findings: dict[str, Any], text: str, json_file: str | None) -> None:
         Path(json_file).write_text(as_json)
 
 
-def _draw(source: Any, target: Path, arguments: argparse.Namespace) -> None:
-    from blip3o_dit.extraction.image_decoding import pictures_by_key
-    from blip3o_dit.extraction.inspection import draw_contact_sheet, tower_crop
+def _draw(source: Any, target: Path, arguments: argparse.Namespace, pictures: Any) -> None:
+    from blip3o_dit.extraction.inspection import draw_contact_sheet
     from blip3o_dit.utils.stateless_random import stateless_choice
 
     count, seed = arguments.samples, arguments.seed
     chosen = stateless_choice(source.num_samples, count, seed=seed, stream="contact sheet").tolist()
     records = source.records(chosen)
     eva, clip = source.fetch(chosen)
-    titles = [(record["key"][-28:], (record.get("caption") or "")[:28]) for record in records]
-    read = pictures_by_key(arguments.pictures, tower_crop(getattr(source, "manifest", {})))
-    images = read([record["key"] for record in records])
-    draw_contact_sheet(target, eva=eva, clip=clip, images=images, titles=titles)
+    titles = [(_cut(record["key"]), _cut(record.get("caption") or "")) for record in records]
+    found = pictures([record["key"] for record in records])
+    draw_contact_sheet(target, eva=eva, clip=clip, pictures=found, titles=titles)
+
+
+def _cut(text: str, length: int = 32) -> str:
+    """Beginning and end, where the whole does not fit beside the pictures."""
+    half = (length - 3) // 2
+    return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from blip3o_dit.evaluation.config import EvaluationConfig
 from blip3o_dit.evaluation.kept import NOWHERE, Kept, describe_evaluation, going_on
 from blip3o_dit.evaluation.predictions import Predictions, collect_predictions
 from blip3o_dit.evaluation.reference import Progress, ReferenceSet, collect_reference, fit_probe
+from blip3o_dit.evaluation.sample_maps import ShownSamples
 from blip3o_dit.evaluation.samplers import ModelSampler, Sampler
 from blip3o_dit.evaluation.samples import (
     check_comparable,
@@ -65,7 +66,8 @@ def evaluate_models(
         models: folders of training runs or checkpoints; all are measured on the same samples.
         embeddings: store or documented pickle, or embeddings that are open already.
         output_dir: for metrics.json, report.html and README.md; None means the first model's folder.
-        pictures: keys -> RGB images or None, for the page; called once, at the end.
+        pictures: keys -> RGB images, or name -> image where there are several of one, or None, for the page;
+            called once, at the end.
         command: shown on the page.
 
     Returns: the content of metrics.json, whose schema is in docs/evaluation.md, on the first process; an
@@ -130,7 +132,7 @@ def _load(models: Sequence[str | Path], config: EvaluationConfig, progress: bool
     return loaded
 
 
-def _write(result: dict[str, Any], folder: Path, samples: report.ShownSamples | None) -> None:
+def _write(result: dict[str, Any], folder: Path, samples: ShownSamples | None) -> None:
     """Each file takes its old one's place when it is whole."""
     report.write_metrics(result, folder)
     report.write_report(result, folder, samples)
@@ -153,7 +155,7 @@ def evaluate_samplers(
     progress: bool = True,
     processes: Processes = SINGLE_PROCESS,
     kept: Kept = NOWHERE,
-) -> tuple[dict[str, Any], report.ShownSamples | None]:
+) -> tuple[dict[str, Any], ShownSamples | None]:
     """Measure any samplers beside the baselines.
 
     Args:
@@ -197,6 +199,9 @@ def evaluate_samplers(
             "floor": floor,
             "differences": _differences(predicted, reference),
             "curve": _curves(samplers, reference, bars, processes, kept),
+            "curve_baseline": _curve_baseline(baselines, described, reference)
+            if config.curve_calls
+            else None,
             "command": None,
         }
         result["summary"] = summarize(result)
@@ -323,11 +328,22 @@ def _curves(
     }
 
 
+def _curve_baseline(
+    baselines: Sequence[Sampler], described: Sequence[dict[str, Any]], reference: ReferenceSet
+) -> dict[str, Any] | None:
+    """The energy score of the best baseline on the samples of the curves."""
+    scored = {found["name"]: found["metrics"]["conditional"]["energy_score"]["value"] for found in described}
+    best = min(baselines, key=lambda sampler: scored[sampler.name], default=None)
+    if best is None:
+        return None
+    return {"name": best.name, "energy_score": scores.curve_energy_score(best, reference)}
+
+
 def _shown(
     samplers: Sequence[Sampler],
     reference: ReferenceSet,
     pictures: Callable[[list[str]], list[Any]] | None,
-) -> report.ShownSamples | None:
+) -> ShownSamples | None:
     """Tokens of a few samples: the reference, two samples and the best guess of each model, and ridge's."""
     config = reference.config
     if not config.shown:
@@ -335,7 +351,7 @@ def _shown(
     rows = stateless_choice(len(reference.indices), config.shown, seed=config.seed, stream="shown samples")
     indices = reference.indices[rows]
     eva, clip = reference.source.fetch(indices)
-    shown = {"true": clip}
+    shown = {"true tokens": clip}
     for sampler in samplers:
         if sampler.is_model:
             shown[f"{sampler.name}, sample 1"] = sampler.sample(eva, indices.tolist(), 0)
@@ -346,11 +362,19 @@ def _shown(
                 shown[f"{sampler.name}, best guess"] = best_guess
     records = reference.source.records(indices)
     keys = [record["key"] for record in records]
-    return report.ShownSamples(
+    return ShownSamples(
         {name: tokens.numpy() for name, tokens in shown.items()},
-        [str(record.get("label") or key) for record, key in zip(records, keys, strict=True)],
-        pictures(keys) if pictures else None,
+        [
+            key + (f", label {record['label']}" if record.get("label") else "")
+            for key, record in zip(keys, records, strict=True)
+        ],
+        [_views(found) for found in pictures(keys)] if pictures else [],
     )
+
+
+def _views(picture: Any) -> Mapping[str, Any]:
+    """Name -> image, of what a caller's function gives for one sample."""
+    return picture if isinstance(picture, Mapping) else {} if picture is None else {"picture": picture}
 
 
 def _model_samplers(loaded: Sequence[BLIP3oInference], config: EvaluationConfig) -> list[ModelSampler]:

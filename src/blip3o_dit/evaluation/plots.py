@@ -5,31 +5,30 @@ from __future__ import annotations
 import base64
 import io
 import math
-import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, TypeVar, cast
 
 import numpy as np
+from markupsafe import escape
 
 from blip3o_dit.utils.json_files import escaped
-from blip3o_dit.utils.pca_colors import pca_colors
 
 # Okabe and Ito's palette, which color-blind readers can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-FAINT = "#8A8A8A"
+FAINT = "#6E6E6E"
 
-MAX_LABEL, MAX_TITLE = 40, 18
+MAX_LABEL = 40
 
-Plot = TypeVar("Plot", bound=Callable[..., str])
+Plot = TypeVar("Plot", bound=Callable[..., Any])
 
 
 def _plain_text(plot: Plot) -> Plot:
     """Names and keys are shown as they are: "$" begins no formula, and what no font has is no warning."""
 
     @wraps(plot)
-    def plain(*arguments: Any, **options: Any) -> str:
+    def plain(*arguments: Any, **options: Any) -> Any:
         import matplotlib
 
         with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
@@ -49,7 +48,7 @@ def _label(name: str) -> str:
 @_plain_text
 def curve_plot(curves: Mapping[str, Sequence[Mapping[str, Any]]], baseline: tuple[str, float] | None) -> str:
     """Energy score against network calls, one line for each model and solver."""
-    figure, axes = _figure(6.4, 3.6)
+    figure, axes = _figure(4.4, 3.2)
     for row, (name, points) in enumerate(curves.items()):
         for style, solver in enumerate(dict.fromkeys(point["solver"] for point in points)):
             of_solver = [point for point in points if point["solver"] == solver]
@@ -64,99 +63,100 @@ def curve_plot(curves: Mapping[str, Sequence[Mapping[str, Any]]], baseline: tupl
                 label=_label(f"{name}, {solver}" if len(curves) > 1 else solver),
             )
     if baseline is not None:
-        axes.axhline(baseline[1], color=FAINT, linewidth=1, linestyle=(0, (1, 2)), label=_label(baseline[0]))
+        axes.axhline(
+            baseline[1], color=FAINT, linewidth=1.5, linestyle=(0, (1, 1)), label=_label(baseline[0])
+        )
     axes.set_xscale("log", base=2)
     ticks = sorted({point["network_calls"] for points in curves.values() for point in points})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_xticks([], minor=True)
-    axes.set(xlabel="network calls per sample", ylabel="energy score (lower is better)")
-    axes.legend(frameon=False, fontsize=9)
-    return _image(figure, "Energy score against network calls")
+    axes.set(xlabel="network calls per sample", ylabel="energy score (standard deviations)")
+    _legend_below(figure, axes)
+    return _image(figure, f"Energy score against network calls of {', '.join(curves)}")
 
 
 @_plain_text
 def spread_plot(samplers: Sequence[Mapping[str, Any]]) -> str:
     """Error of the samples' mean against their spread, in bins of equal count; calibrated is the diagonal."""
-    figure, axes = _figure(4.6, 4.0)
-    high = 0.0
+    figure, axes = _figure(4.4, 4.2)
+    ends = []
     for row, sampler in enumerate(samplers):
         spread = [point["spread"] for point in sampler["spread_error"]]
         error = [point["error"] for point in sampler["spread_error"]]
-        high = max([high, *spread, *error])
+        ends += [*spread, *error]
         axes.plot(
             spread,
             error,
-            marker="o",
-            markersize=4,
+            linestyle="",
+            marker="os^Dvp"[row % 6],
+            markersize=5,
             color=COLORS[row % len(COLORS)],
             label=_label(sampler["name"]),
         )
-    ends = (0, 1.05 * high)
-    axes.plot(ends, ends, color=FAINT, linewidth=1, linestyle="--")
-    axes.set(xlim=ends, ylim=ends, aspect="equal")
-    axes.set(xlabel="spread of the samples", ylabel="error of their mean")
-    axes.legend(frameon=False, fontsize=9)
-    return _image(figure, "Error against spread")
+    margin = 0.05 * (max(ends) - min(ends)) or 0.05 * max(ends) or 1.0
+    limits = (max(0.0, min(ends) - margin), max(ends) + margin)
+    axes.plot(limits, limits, color=FAINT, linewidth=1, linestyle="--", label="calibrated")
+    axes.set(xlim=limits, ylim=limits, aspect="equal")
+    axes.set(xlabel="spread of the samples (standard deviations)", ylabel="error of their mean (same units)")
+    _legend_below(figure, axes)
+    return _image(figure, f"Error against spread of {', '.join(sampler['name'] for sampler in samplers)}")
+
+
+MAPS = (("cosine", "token cosine"), ("r2", "R2"))
 
 
 @_plain_text
-def position_plot(samplers: Sequence[Mapping[str, Any]]) -> str:
-    """Maps of token cosine and R2 over the grid, a row for each sampler."""
+def position_plots(samplers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Maps of token cosine and R2 over the grid, two for each sampler; equal colours are equal values."""
     side = math.isqrt(len(samplers[0]["maps"]["cosine"]))
-    figure, _ = _figure(6.4, 2.9 * len(samplers), axes=False)
-    places = figure.subplots(len(samplers), 2, squeeze=False)
-    for row, sampler in enumerate(samplers):
-        for axes, (name, label) in zip(places[row], (("cosine", "token cosine"), ("r2", "R2")), strict=True):
+    ends = {
+        name: (
+            min(min(sampler["maps"][name]) for sampler in samplers),
+            max(max(sampler["maps"][name]) for sampler in samplers),
+        )
+        for name, _ in MAPS
+    }
+    images = []
+    for sampler in samplers:
+        for name, label in MAPS:
+            figure, axes = _figure(3.3, 2.8, grid=False)
             values = np.array(sampler["maps"][name]).reshape(side, side)
-            image = axes.imshow(values, cmap="cividis")
-            axes.set(xticks=[], yticks=[])
-            axes.set_title(f"{_label(sampler['name'])}: {label}" if len(samplers) > 1 else label, fontsize=10)
-            figure.colorbar(image, ax=axes, shrink=0.85)
-    return _image(figure, "Token cosine and R2 over the grid")
+            low, high = ends[name]
+            image = axes.imshow(values, cmap="cividis", vmin=low, vmax=high)
+            bar = figure.colorbar(image, ax=axes, shrink=0.85)
+            bar.set_label(label)
+            axes.set(xlabel="column of the grid", ylabel="row of the grid")
+            axes.set(xticks=_grid_ticks(side), yticks=_grid_ticks(side))
+            axes.set_title(_label(sampler["name"]), fontsize=10)
+            images.append(_image(figure, f"{label} of {sampler['name']} over the grid"))
+    return images
 
 
-@_plain_text
-def sample_plot(rows: Mapping[str, np.ndarray], images: Sequence[Any] | None, titles: Sequence[str]) -> str:
-    """Token maps of a few samples, one row for each of `rows`, the reference tokens first.
-
-    rows: name -> tokens [k, N, C]. images: RGB images or None, one for each sample.
-    """
-    reference = next(iter(rows.values()))
-    count, side = len(reference), math.isqrt(reference.shape[1])
-    shown = images is not None and any(image is not None for image in images)
-    names = (["picture"] if shown else []) + list(rows)
-    figure, _ = _figure(1.25 + 1.15 * count, 1.2 * len(names) + 0.35, axes=False)
-    grid = figure.subplots(len(names), count, squeeze=False)
-    for place in grid.flat:
-        place.set(xticks=[], yticks=[])
-        place.spines[:].set_visible(False)
-    for column, title in enumerate(titles):
-        grid[0, column].set_title(escaped(title)[-MAX_TITLE:], fontsize=8)
-    for row, name in enumerate(names):
-        label = "\n".join(textwrap.wrap(_label(name), 18))
-        grid[row, 0].set_ylabel(label, fontsize=9, rotation=0, ha="right", va="center")
-        for column in range(count):
-            if name in rows:
-                colors = pca_colors(rows[name][column], reference).reshape(side, side, 3)
-                grid[row, column].imshow(colors, interpolation="nearest")
-            elif images is not None and images[column] is not None:
-                thumbnail = images[column].copy()
-                thumbnail.thumbnail((112, 112))  # at most: it is part of the page
-                grid[row, column].imshow(thumbnail.convert("RGB"))
-    return _image(figure, "Token maps of a few samples")
+def _grid_ticks(side: int) -> list[int]:
+    """At most eight of the positions 0..side-1, the first among them."""
+    return list(range(0, side, math.ceil(side / 8)))
 
 
-def _figure(width: float, height: float, *, axes: bool = True) -> tuple[Any, Any]:
+def _legend_below(figure: Any, axes: Any) -> None:
+    """A legend under the axes, where it covers nothing; the figure grows by its rows."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = 2 if max(map(len, labels)) <= 20 else 1
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.22 * math.ceil(len(labels) / columns))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=10)
+
+
+def _figure(width: float, height: float, *, grid: bool = True) -> tuple[Any, Any]:
+    """A figure as wide as a phone at most, in inches, and its axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    if not axes:
-        return figure, None
-    place = figure.subplots()
-    place.spines[["top", "right"]].set_visible(False)
-    place.grid(color="#E3E3E3", linewidth=0.6)
-    place.set_axisbelow(True)
-    return figure, place
+    axes = figure.subplots()
+    if grid:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#E3E3E3", linewidth=0.6)
+        axes.set_axisbelow(True)
+    return figure, axes
 
 
 def _image(figure: Any, description: str) -> str:
@@ -171,5 +171,5 @@ def _image(figure: Any, description: str) -> str:
         figure.savefig(buffer, format="svg", metadata=metadata, transparent=True)
     content = base64.b64encode(buffer.getvalue()).decode()
     width = round(96 * figure.get_size_inches()[0])  # CSS pixels
-    style = f"width:100%;max-width:{width}px;height:auto"
-    return f'<img src="data:image/svg+xml;base64,{content}" alt="{description}" style="{style}">'
+    alt = escape(escaped(description))
+    return f'<img src="data:image/svg+xml;base64,{content}" alt="{alt}" width="{width}">'

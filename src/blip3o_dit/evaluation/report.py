@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
@@ -20,7 +19,8 @@ from blip3o_dit.evaluation import plots
 from blip3o_dit.evaluation.config import EvaluationConfig
 from blip3o_dit.evaluation.metric_tables import METRICS, TABLES, Metric, MetricTable
 from blip3o_dit.evaluation.reference import ReferenceSet
-from blip3o_dit.evaluation.summary import MIN_SET_SAMPLES
+from blip3o_dit.evaluation.sample_maps import ShownSamples, blocks
+from blip3o_dit.evaluation.summary import MIN_SET_SAMPLES, compare, listed
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.utils.atomic import write_atomically
 from blip3o_dit.utils.json_files import escaped
@@ -41,15 +41,6 @@ MEASURE_OPTIONS = (
     "bootstrap",
     "half_samples",
 )
-
-
-@dataclass(frozen=True)
-class ShownSamples:
-    """A few samples for the page: name -> tokens [k, N, C] (the reference first), titles, images."""
-
-    rows: Mapping[str, np.ndarray]
-    titles: Sequence[str]
-    images: Sequence[Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -178,42 +169,47 @@ def write_card(result: Mapping[str, Any], folder: Path) -> bool:
 def _content(result: Mapping[str, Any], samples: ShownSamples | None) -> dict[str, Any]:
     samplers, data = result["methods"], result["data"]
     models = [sampler for sampler in samplers if sampler["is_model"]]
-    names = " and ".join(model["folder"] for model in result["models"])
-    baselines = [m for m in samplers if not m["is_model"]]
-    best = min(
-        ((m["name"], m["metrics"]["conditional"]["energy_score"]["value"]) for m in baselines),
-        key=lambda pair: pair[1],
-        default=None,
-    )
-    curves = {name: points for name, points in result["curve"].items() if points}
+    tables = [_table(table, result) for table in TABLES]
     return {
-        "title": f"Evaluation of {names}",
+        "title": f"Evaluation of {listed([model['folder'] for model in result['models']])}",
         "subtitle": (
             f"{_measured(data)} of {data['path']} ({data['split']} split), "
             f"{data['num_tokens']} tokens of {data['target_dim']} numbers given {data['num_tokens']} "
             f"of {data['condition_dim']}"
         ),
         "summary": result["summary"],
-        "samples": samples and plots.sample_plot(samples.rows, samples.images, samples.titles),
-        "tables": [_table(table, result) for table in TABLES],
+        "blocks": list(blocks(samples)) if samples else [],
+        "titles": samples.titles if samples else [],
+        "tables": tables,
+        "some_are_best": any(cell.best for table in tables for row in table.rows for cell in row.cells),
         "differences": _difference_tables(result),
-        "spread": _spread_plot(data["num_samples"], models, baselines),
-        "curve": plots.curve_plot(curves, best) if curves else "",
-        "curve_samples": min(result["settings"]["curve_samples"], data["num_samples"]),
-        "positions": plots.position_plot(models),
+        "spread": _spread_plot(data["drawn_samples"], samplers),
+        "curve": _curve_plot(result),
+        "curve_samples": _part(min(result["settings"]["curve_samples"], data["num_samples"]), data),
+        "positions": plots.position_plots(models),
         "costs": [_cost(sampler) for sampler in samplers],
         "methods": samplers,
         "settings": _settings(result),
     }
 
 
-def _spread_plot(
-    samples: int, models: Sequence[Mapping[str, Any]], baselines: Sequence[Mapping[str, Any]]
-) -> str:
+def _spread_plot(samples: int, samplers: Sequence[Mapping[str, Any]]) -> str:
     """The plot, or nothing where its bins would hold too few samples to show more than noise."""
-    if samples < MIN_SET_SAMPLES:
-        return ""
-    return plots.spread_plot([*models, *(sampler for sampler in baselines if sampler["name"] == "ridge")])
+    shown = [sampler for sampler in samplers if sampler["is_model"] or sampler["name"] == "ridge"]
+    return plots.spread_plot(shown) if samples >= MIN_SET_SAMPLES else ""
+
+
+def _curve_plot(result: Mapping[str, Any]) -> str:
+    """The plot, beside the best baseline's score on the same samples; nothing where none was measured."""
+    curves = {name: points for name, points in result["curve"].items() if points}
+    best = result.get("curve_baseline")
+    line = (best["name"], best["energy_score"]["value"]) if best else None
+    return plots.curve_plot(curves, line) if curves else ""
+
+
+def _part(samples: int, data: Mapping[str, Any]) -> str:
+    whole = data["num_samples"]
+    return f"{samples} of the {whole} samples" if samples < whole else f"all {whole} samples"
 
 
 def _measured(data: Mapping[str, Any]) -> str:
@@ -225,7 +221,7 @@ def _table(table: MetricTable, result: Mapping[str, Any]) -> Table:
     group = table.group
     rows = [(m["name"], m["is_model"], m["metrics"]) for m in result["methods"]]
     rows = [(name, is_model, metrics[group]) for name, is_model, metrics in rows if group in metrics]
-    best = {metric.name: _best(metric, [scores for _, _, scores in rows]) for metric in table.metrics}
+    best = {metric.name: _best(metric, rows, result["differences"]) for metric in table.metrics}
     real: dict[str, Any] = {}
     if group in ("tokens", "pooled") and result["floor"]:
         real = result["floor"][group]
@@ -252,17 +248,28 @@ def _table(table: MetricTable, result: Mapping[str, Any]) -> Table:
     )
 
 
-def _best(metric: Metric, rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """The value that a column sets off: the best, if its interval meets no other's; None where they tie."""
-    found = [scores[metric.name] for scores in rows if scores.get(metric.name, {}).get("value") is not None]
+def _best(metric: Metric, rows: Sequence[tuple[str, bool, Any]], differences: Any) -> float | None:
+    """The value that a column sets off: the best, if it is told apart from every other; None for a tie."""
+    found = {name: scores[metric.name] for name, _, scores in rows if metric.name in scores}
+    found = {name: estimate for name, estimate in found.items() if estimate["value"] is not None}
     if metric.better == "none" or len(found) < 2:
         return None
     badness = {"up": lambda value: -value, "down": lambda value: value, "one": lambda value: abs(value - 1)}
-    first, *others = sorted(found, key=lambda estimate: badness[metric.better](estimate["value"]))
-    return first["value"] if all(_apart(first, other) for other in others) else None
+    first, *others = sorted(found, key=lambda name: badness[metric.better](found[name]["value"]))
+    for other in others:
+        pairs = (
+            differences.get(a, {}).get(b, {}).get(metric.key) for a, b in ((first, other), (other, first))
+        )
+        difference = next((pair for pair in pairs if pair), None)
+        if not _apart(found[first], found[other], difference):
+            return None
+    return found[first]["value"]
 
 
-def _apart(first: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def _apart(first: Mapping[str, Any], other: Mapping[str, Any], difference: Mapping[str, Any] | None) -> bool:
+    """By their paired difference where there is one, as the sentences say it, else by their own intervals."""
+    if difference:
+        return compare(difference) != "equal"
     ends = (first["low"], first["high"], other["low"], other["high"])
     return None not in ends and (first["high"] < other["low"] or other["high"] < first["low"])
 
@@ -274,6 +281,10 @@ def _cell(estimate: Mapping[str, Any] | None, *, best: float | None = None) -> C
     if estimate["low"] is not None and estimate["high"] is not None:
         interval = f"{number(estimate['low'])} to {number(estimate['high'])}"
     return Cell(number(estimate["value"]), interval, best=estimate["value"] == best)
+
+
+def _in_card(cell: Cell) -> str:
+    return f"{cell.text} ({cell.interval})" if cell.interval else cell.text
 
 
 def number(value: float) -> str:
@@ -354,7 +365,7 @@ def _card_text(result: Mapping[str, Any]) -> str:
         lines += [f"### {made.title}", "", "| | " + " | ".join(made.columns) + " |"]
         lines.append("|---" * (len(made.columns) + 1) + "|")
         lines += [
-            f"| {markdown(row.name)} | " + " | ".join(c.text for c in row.cells) + " |" for row in made.rows
+            f"| {markdown(row.name)} | " + " | ".join(map(_in_card, row.cells)) + " |" for row in made.rows
         ]
         lines.append("")
     lines += [
@@ -364,7 +375,7 @@ def _card_text(result: Mapping[str, Any]) -> str:
         "from blip3o_dit import BLIP3oInference",
         "",
         'inference = BLIP3oInference("path/to/this/folder")',
-        "clip = inference.generate(eva_embeddings, num_inference_steps=50)",
+        "clip = inference.generate(eva_embeddings)",
         "```",
         "",
     ]

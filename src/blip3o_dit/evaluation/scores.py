@@ -27,7 +27,7 @@ from blip3o_dit.evaluation.metric_tables import (
 )
 from blip3o_dit.evaluation.predictions import Predictions, peak_memory_mib
 from blip3o_dit.evaluation.reference import Progress, ReferenceSet, keep_vectors
-from blip3o_dit.evaluation.samplers import ModelSampler
+from blip3o_dit.evaluation.samplers import ModelSampler, Sampler
 from blip3o_dit.flow.solvers import SOLVERS
 from blip3o_dit.metrics import distances
 from blip3o_dit.metrics.bootstrap import MIN_SAMPLES, Estimate, from_half_samples, half_samples
@@ -139,10 +139,7 @@ def quality_curve(
     Sampling is shared out over the processes, and the first one gets the curve. A distilled model has one
     point: the steps that it was trained for. Points that were kept are not measured again.
     """
-    config = reference.config
-    count, stream = config.curve_samples, "curve samples"
-    chosen = stateless_choice(len(reference.indices), count, seed=config.seed, stream=stream)
-    indices = reference.indices[chosen]
+    config, indices = reference.config, _curve_indices(reference)
     pairs = curve_settings(sampler, config)
     there = kept.load() if processes.is_main else None
     points: list[dict[str, Any]] = processes.broadcast([] if there is None else there[1]["points"])
@@ -163,6 +160,25 @@ def curve_settings(sampler: ModelSampler, config: EvaluationConfig) -> list[tupl
         for count in config.curve_calls
         if count >= solver.calls_per_step and count % solver.calls_per_step == 0
     ]
+
+
+@torch.no_grad()
+def curve_energy_score(sampler: Sampler, reference: ReferenceSet) -> dict[str, Any]:
+    """Any sampler's energy score on the samples of the curve, from as many draws."""
+    values = []
+    for piece in batches(_curve_indices(reference), reference.config.batch_size):
+        eva, clip = reference.source.fetch(piece)
+        samples = torch.stack([sampler.sample(eva, piece.tolist(), number) for number in range(2)])
+        flat = reference.standardize(samples).flatten(2), reference.standardize(clip).flatten(1)
+        values.append(energy_score(*flat).numpy())
+    found = np.concatenate(values)
+    return reference.bootstrap(len(found)).mean(found).to_json()
+
+
+def _curve_indices(reference: ReferenceSet) -> np.ndarray:
+    count, config = reference.config.curve_samples, reference.config
+    chosen = stateless_choice(len(reference.indices), count, seed=config.seed, stream="curve samples")
+    return reference.indices[chosen]
 
 
 def _curve_point(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 LINEAR = ("ridge", "ridge 3x3")
@@ -19,24 +19,31 @@ def summarize(result: Mapping[str, Any]) -> list[str]:
     zero, and fewer than `MIN_SAMPLES` samples tell nothing apart.
     """
     models = [sampler for sampler in result["methods"] if sampler["is_model"]]
-    samples = result["data"]["num_samples"]
-    if samples < MIN_SAMPLES:
-        names = " and ".join(model["name"] for model in models)
-        return [
-            f"{names}: not told apart from the baselines with {count(samples, 'held-out sample')}; "
-            f"measure at least {MIN_SAMPLES}, better {MIN_SET_SAMPLES} or more."
-        ]
-    lines = []
+    if result["data"]["drawn_samples"] < MIN_SAMPLES:
+        return [_too_few(result, models)]
+    lines = [
+        *(_against_best_baseline(result, model) for model in models),
+        *_between_models(result, models),
+    ]
     for model in models:
         lines += [
-            _against_best_baseline(result, model),
             _against_ridge(result, model),
             _calibration(model),
             _distribution(result, model),
             _downstream(result, model),
             _cost(result, model),
         ]
-    return [*(line for line in lines if line), *_between_models(result, models), *_warnings(result)]
+    return [*(line for line in lines if line), *_warnings(result)]
+
+
+def _too_few(result: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> str:
+    names = listed([model["name"] for model in models])
+    found = count(result["data"]["drawn_samples"], "held-out sample")
+    are = "is" if len(models) == 1 else "are"
+    return (
+        f"With {found}, {names} {are} not told apart from other methods: measure at least {MIN_SAMPLES}, "
+        f"better {MIN_SET_SAMPLES} or more."
+    )
 
 
 def _against_best_baseline(result: Mapping[str, Any], model: Mapping[str, Any]) -> str:
@@ -60,7 +67,7 @@ def _against_best_baseline(result: Mapping[str, Any], model: Mapping[str, Any]) 
             f"{name} is worse than {other} on this data ({scores}): train longer, or use {other}, "
             "which costs next to nothing."
         )
-    samples = count(result["data"]["num_samples"], "sample")
+    samples = count(result["data"]["drawn_samples"], "sample")
     return f"{name} is not told apart from the best baseline, {other}, with {samples} ({scores})."
 
 
@@ -75,8 +82,9 @@ def _against_ridge(result: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     if linear is None or linear >= 1.0:
         return ""
     share = (r2 - linear) / (1 - linear)
-    verdict = compare(result["differences"][model["name"]][best["name"]]["best_guess.r2"], lower=False)
-    scores = f"R2 {r2:.3f} against {linear:.3f}"
+    difference = result["differences"][model["name"]][best["name"]]["best_guess.r2"]
+    verdict, digits = compare(difference, lower=False), _digits(difference["value"])
+    scores = f"R2 {r2:.{digits}f} against {linear:.{digits}f}; {_difference(difference, digits)}"
     if verdict == "better":
         return (
             f"As a best guess, one call of {model['name']} explains {share:.0%} of what {best['name']} "
@@ -95,45 +103,67 @@ def _calibration(model: Mapping[str, Any]) -> str:
     ratio, low, high = (found.get(name) for name in ("value", "low", "high"))
     if ratio is None or low is None or high is None:
         return ""
-    if ratio < 0.9 and high < 1:
-        word = "over-confident: its samples of one condition differ too little"
-    elif ratio > 1.1 and low > 1:
-        word = "under-confident: its samples of one condition differ too much"
-    elif low >= 0.9 and high <= 1.1:
+    little = "a little too" if abs(ratio - 1) < 0.1 else "too"
+    if low >= 0.9 and high <= 1.1:
         word = "calibrated to within a tenth"
+    elif high < 1:
+        word = f"over-confident: its samples of one condition differ {little} little"
+    elif low > 1:
+        word = f"under-confident: its samples of one condition differ {little} much"
     else:
         word = "calibrated as far as these samples tell"
     return f"{model['name']} is {word} (spread over error {ratio:.2f}, {low:.2f} to {high:.2f}; 1 is right)."
 
 
 def _distribution(result: Mapping[str, Any], model: Mapping[str, Any]) -> str:
-    found = _value(model, "tokens", "frechet")
-    real_vs_real = (result.get("floor") or {}).get("tokens", {}).get("frechet", {}).get("value")
-    if found is None or real_vs_real is None or result["data"]["num_samples"] < MIN_SET_SAMPLES:
+    """Nothing where there are too few vectors, or fewer true ones in the second set than in the first."""
+    data, floor = result["data"], result.get("floor") or {}
+    found = model["metrics"].get("tokens", {}).get("frechet")
+    true = floor.get("tokens", {}).get("frechet")
+    vectors = min(data["num_samples"], result["settings"]["measure_distribution_samples"])
+    if not found or not true or vectors < MIN_SET_SAMPLES or floor["samples"] < data["num_samples"]:
         return ""
-    if found <= real_vs_real:
-        return (
-            f"As a set, its tokens are as close to the true ones as other true ones are "
-            f"(Frechet distance {found:.3g}, true against true {real_vs_real:.3g})."
-        )
-    if real_vs_real <= 0.0:  # true tokens that do not vary
-        return f"As a set, its tokens are at Frechet distance {found:.3g}, where other true ones are at 0."
-    return (
-        f"As a set, its tokens are {found / real_vs_real:.1f} times as far from the true ones as other true "
-        f"ones are (Frechet distance {found:.3g} against {real_vs_real:.3g})."
-    )
+    if None in (found["low"], found["high"], true["low"], true["high"]):
+        return ""
+    word = "as close to the true ones as other true ones are, as far as these samples tell"
+    if found["low"] > true["high"]:
+        word = "farther from the true ones than other true ones are"
+    elif found["high"] < true["low"]:
+        word = "closer to the true ones than other true ones are"
+    distances = [
+        f"{each['value']:.3g}, 95 % interval {each['low']:.3g} to {each['high']:.3g}"
+        for each in (found, true)
+    ]
+    figures = "; against ".join(distances)
+    return f"As a set, the tokens of {model['name']} are {word} (Frechet distance {figures})."
 
 
 def _downstream(result: Mapping[str, Any], model: Mapping[str, Any]) -> str:
-    recall, samples = _value(model, "use", "recall_at_1"), result["data"]["gallery_samples"]
-    parts = [f"A sample finds its own picture first among {samples} for {recall:.0%} of them"]
-    accuracy, real = _value(model, "use", "probe_accuracy"), result["data"].get("probe_accuracy_of_truth")
-    if accuracy is not None and real:
+    """Nothing where there are too few samples for intervals."""
+    use, samples = model["metrics"].get("use", {}), result["data"]["gallery_samples"]
+    parts = []
+    recall, accuracy = use.get("recall_at_1"), use.get("probe_accuracy")
+    if recall and recall["low"] is not None:
         parts.append(
-            f"a linear classifier fitted on true tokens is right on {accuracy:.1%} of the samples and on "
-            f"{real['value']:.1%} of the true tokens"
+            f"A sample of {model['name']} finds its own picture first among {samples} for {_share(recall)} "
+            "of them"
         )
-    return "; ".join(parts) + "."
+    real = result["data"].get("probe_accuracy_of_truth")
+    if accuracy and real and accuracy["low"] is not None:
+        parts.append(
+            f"a linear classifier fitted on true tokens is right on {_share(accuracy)} of "
+            f"{'its samples' if parts else 'the samples of ' + model['name']} and on {_share(real)} of the "
+            "true tokens"
+        )
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+def _share(estimate: Mapping[str, Any]) -> str:
+    """A share with its interval, where the samples are not all alike (resamples of these are, too)."""
+    low, high = estimate["low"], estimate["high"]
+    interval = "" if low == high else f" ({low:.1%} to {high:.1%})"
+    return f"{estimate['value']:.1%}{interval}"
 
 
 def _cost(result: Mapping[str, Any], model: Mapping[str, Any]) -> str:
@@ -147,20 +177,21 @@ def _cost(result: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     )
     cost = model["cost"]
     line = (
-        f"A sample took {count(cost['network_calls'], 'network call')} and "
+        f"A sample of {model['name']} took {count(cost['network_calls'], 'network call')} and "
         f"{cost['milliseconds_per_sample']:.3g} ms in this run"
     )
-    if enough["network_calls"] < max_calls:
+    samples = min(result["settings"]["curve_samples"], result["data"]["num_samples"])
+    if enough["network_calls"] < max_calls and samples >= MIN_SAMPLES:
         line += (
             f"; with {enough['solver']}, {count(enough['network_calls'], 'call')} came within 2 % of the "
-            f"energy score of {max_calls}"
+            f"energy score of {max_calls}, on {count(samples, 'sample')}"
         )
     return line + "."
 
 
 def _between_models(result: Mapping[str, Any], models: list[Mapping[str, Any]]) -> list[str]:
     lines = []
-    for first, second in pairwise(models):
+    for first, second in combinations(models, 2):
         difference = result["differences"][first["name"]][second["name"]]["conditional.energy_score"]
         word = {"better": "better than", "worse": "worse than", "equal": "not told apart from"}
         lines.append(
@@ -186,10 +217,12 @@ def _warnings(result: Mapping[str, Any]) -> list[str]:
             f"The baselines were fitted on {fitted} samples, the model's own ridge source on {source}: a "
             "difference between them may be no more than that (--fit_samples)."
         )
-    if result["data"]["num_samples"] < MIN_SET_SAMPLES:
+    measured, drawn = (result["data"][name] for name in ("num_samples", "drawn_samples"))
+    if drawn < MIN_SET_SAMPLES:
+        some = " with several draws (--draw_samples)" if drawn < measured else ""
         lines.append(
-            f"Only {result['data']['num_samples']} samples were measured: the figures are rough, "
-            "distribution distances above all."
+            f"Only {drawn} samples were measured{some}: the figures are rough, distribution distances above "
+            "all."
         )
     return lines
 
@@ -200,6 +233,11 @@ def compare(difference: Mapping[str, float | None], *, lower: bool = True) -> st
     if low is None or high is None or low <= 0 <= high:
         return "equal"
     return "better" if (high < 0) == lower else "worse"
+
+
+def listed(names: Sequence[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 
 def count(number: int, thing: str) -> str:

@@ -13,15 +13,12 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from blip3o_dit.extraction.config import MAX_PIXELS
 from blip3o_dit.extraction.sources.formats import picture_formats
-from blip3o_dit.extraction.sources.listing import list_images
 from blip3o_dit.utils.json_files import one_line
 
 # Larger ones are decoded at half their size: the format's decoder takes 20 bytes a pixel
 MAX_JPEG2000_PIXELS = 2**25
 # Pixels that are converted at a time where that takes more memory than the picture
 TILE_PIXELS = 2**18
-# Longest side of a picture that is shown
-THUMBNAIL_PIXELS = 448
 # In a decoded image's `info`: how grey values of more than 8 bits were scaled
 SCALED = "grey values scaled"
 
@@ -178,31 +175,3 @@ def _tiles(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
     for top in range(0, image.height, rows):
         for left in range(0, image.width, columns):
             yield left, top, min(left + columns, image.width), min(top + rows, image.height)
-
-
-def thumbnail(image: Image.Image) -> Image.Image:
-    """The whole image, at most `THUMBNAIL_PIXELS` a side."""
-    image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-    return image
-
-
-def pictures_by_key(
-    where: str | None, prepare: Callable[[Image.Image], Image.Image] = thumbnail
-) -> Callable[[list[str]], list[Image.Image | None]]:
-    """A function from keys to small RGB images, None for those that are not at `where` or cannot be read.
-
-    Args:
-        prepare: what becomes of each image before the next is read.
-
-    Raises:
-        FileNotFoundError, ValueError: when nothing can be listed at `where`.
-    """
-    refs = {ref.key: ref for ref in list_images(where)} if where else {}
-
-    def read(key: str) -> Image.Image | None:
-        try:
-            return prepare(decode_image(refs[key].read())) if key in refs else None
-        except (OSError, ValueError):
-            return None
-
-    return lambda keys: [read(key) for key in keys]

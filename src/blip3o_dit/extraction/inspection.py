@@ -17,15 +17,11 @@ from torch import Tensor
 
 from blip3o_dit.data.embeddings import Embeddings, batches
 from blip3o_dit.data.statistics import ChannelAccumulator
-from blip3o_dit.extraction.image_decoding import thumbnail
-from blip3o_dit.extraction.preprocessing import MAX_SIDE, Preprocessing
 from blip3o_dit.utils.json_files import printable
 from blip3o_dit.utils.pca_colors import pca_colors
 
 # Outliers listed per kind
 SHOWN = 3
-# Pixels a side of the pictures beside the maps
-PICTURE_SIZE = 224
 FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
@@ -200,54 +196,46 @@ def draw_contact_sheet(
     *,
     eva: Tensor,
     clip: Tensor,
-    images: Sequence[Image.Image | None],
+    pictures: Sequence[Mapping[str, Image.Image] | None],
     titles: Sequence[Sequence[str]],
 ) -> None:
-    """A PNG with one row per sample: the image, and PCA-to-RGB maps of its EVA and CLIP tokens.
+    """A PNG with one row per sample: its picture, and PCA-to-RGB maps of its EVA and CLIP tokens.
 
     Args:
         eva, clip: [k, N, C]; the principal components and the color scale are those of all k samples.
-        images: None where the image is not known. titles: lines of any text, by sample.
+        pictures: name -> view of each sample's picture, None where it is not known.
+        titles: lines of any text, by sample.
     """
     from matplotlib.figure import Figure
 
     rows = len(titles)
-    figure = Figure(figsize=(7.5, 2.3 * rows + 0.5), layout="constrained")
-    grid = figure.subplots(rows, 3, squeeze=False)
-    for column, heading in enumerate(("picture", "EVA tokens", "CLIP tokens")):
-        grid[0, column].set_title(heading)
-    maps = (_color_maps(eva), _color_maps(clip))
+    views = list(dict.fromkeys(name for known in pictures for name in known or ())) or ["picture"]
+    maps = {"EVA tokens": _color_maps(eva), "CLIP tokens": _color_maps(clip)}
+    figure = Figure(figsize=(0.9 + 2.2 * (len(views) + 2), 2.3 * rows + 0.9), layout="constrained")
+    figure.suptitle(
+        "Samples of a store: equal colours mean nearly equal tokens of one side\n"
+        "(three principal components of the tokens shown)",
+        fontsize=9,
+    )
+    grid = figure.subplots(rows, len(views) + 2, squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+    for axes, heading in zip(grid[0], [*views, *maps], strict=True):
+        axes.set_title(heading.replace(", ", ",\n"), fontsize=10)
     for row in range(rows):
-        for axes in grid[row]:
-            axes.set_xticks([])
-            axes.set_yticks([])
-        image = images[row]
-        if image is None:
-            grid[row, 0].text(0.5, 0.5, "not known", ha="center", va="center", color="0.5")
-        else:
-            grid[row, 0].imshow(np.asarray(image))
         title = "\n".join(printable(line) for line in titles[row])
         grid[row, 0].set_ylabel(title, fontsize=8, parse_math=False)
-        for column, colors in enumerate(maps, start=1):
-            grid[row, column].imshow(colors[row], interpolation="nearest")
+        for axes, name in zip(grid[row], views, strict=False):
+            image = (pictures[row] or {}).get(name)
+            if image is None:
+                axes.text(0.5, 0.5, "not known", ha="center", va="center", color="0.4")
+            else:
+                axes.imshow(np.asarray(image))
+        for axes, colors in zip(grid[row, len(views) :], maps.values(), strict=True):
+            axes.imshow(colors[row], interpolation="nearest")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # glyphs that the font lacks are drawn as boxes
         figure.savefig(path, dpi=110)
-
-
-def tower_crop(manifest: Mapping[str, Any]) -> Callable[[Image.Image], Image.Image]:
-    """What the store's EVA tower saw of an image, as its map shows it; all of it where that is not known."""
-    encoders = manifest.get("encoders")
-    tower = encoders.get("eva") if isinstance(encoders, dict) else None
-    said = tower.get("preprocessing") if isinstance(tower, dict) else None
-    if not isinstance(said, dict) or said.get("resize") not in ("shortest", "squash"):
-        return thumbnail
-    size: Any = said.get("size")
-    to = said.get("resize_to") or size
-    if not all(isinstance(number, int) and 1 <= number <= MAX_SIDE for number in (size, to)):
-        return thumbnail
-    prepare = Preprocessing(size, said["resize"], resize_to=to).at(PICTURE_SIZE)
-    return lambda image: Image.fromarray(prepare.pixels(image).permute(1, 2, 0).numpy())
 
 
 def _color_maps(tokens: Tensor) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Images beside the samples that a command shows, where the store says which images it was made from."""
+"""Pictures beside the samples of a store: those that it was made from, as its towers saw them."""
 
 from __future__ import annotations
 
@@ -11,31 +11,45 @@ from typing import Any
 from PIL import Image
 
 from blip3o_dit.extraction.image_decoding import decode_image
+from blip3o_dit.extraction.sources.image_list import ImageList
 from blip3o_dit.extraction.sources.image_ref import ImageRef
 from blip3o_dit.extraction.sources.listing import list_images
 from blip3o_dit.extraction.sources.options import ListingOptions
+from blip3o_dit.extraction.tower_views import Views, tower_views
 from blip3o_dit.utils.json_files import one_line, printable
 
 # Without being asked, a command lists no more images than this to show a few.
 MAX_LISTED = 200_000
-THUMBNAIL_PIXELS = 448  # a side
 
 logger = logging.getLogger(__name__)
 
+# From keys to views of their pictures by name (`tower_views`), None for what cannot be shown.
+Shown = Callable[[list[str]], list[dict[str, Image.Image] | None]]
 
-def images_of_store(manifest: Mapping[str, Any]) -> Callable[[list[str]], list[Image.Image | None]]:
-    """A function from keys to the images that a store was made from, None for those that cannot be read.
 
-    There are none unless all of them are where they were. Nobody asked for them: they are looked for when a
-    few are shown, and whatever is wrong is one line of the log.
+def pictures_of_store(manifest: Mapping[str, Any], where: str | None = None) -> Shown:
+    """The pictures at `where`, or by default those that the store was made from.
+
+    Those of another set with the same names are never shown: `where` has to hold the pictures that the store
+    records, by their keys, captions, labels and sizes. Embeddings without such a record can only be matched
+    by name, and the views' names say so.
+
+    Nobody asked for the default: it is looked for when a few are shown, and whatever is wrong is one line of
+    the log.
+
+    Raises:
+        FileNotFoundError, ValueError: for `where`: nothing can be listed there, or it holds other pictures.
     """
+    views = tower_views(manifest)
+    if where is not None:
+        return _asked_for(manifest, where, views)
 
-    def of_keys(keys: list[str]) -> list[Image.Image | None]:
-        where = manifest.get("pictures")
-        if not keys or not isinstance(where, str):
+    def of_keys(keys: list[str]) -> list[dict[str, Image.Image] | None]:
+        recorded = manifest.get("pictures")
+        if not keys or not isinstance(recorded, str):
             return [None] * len(keys)
         try:
-            return _of_keys(_unchanged(manifest, where), keys)
+            return _of_keys(_unchanged(manifest, recorded), keys, views)
         except (OSError, ValueError) as error:
             logger.info("the pictures are not shown (--pictures shows others): %s", one_line(error))
             return [None] * len(keys)
@@ -43,37 +57,70 @@ def images_of_store(manifest: Mapping[str, Any]) -> Callable[[list[str]], list[I
     return of_keys
 
 
-def _unchanged(manifest: Mapping[str, Any], where: str) -> Sequence[ImageRef]:
+def _asked_for(manifest: Mapping[str, Any], where: str, views: Views) -> Shown:
+    images = list_images(where, _listing_options(manifest))
+    recorded = _recorded(manifest)
+    if recorded.get("content_sha256") == images.digest():
+        return lambda keys: _of_keys(images, keys, views)
+    if "content_sha256" in recorded and not manifest.get("appended"):
+        raise ValueError(
+            f"{printable(where)}: expected the {recorded.get('count')} pictures of these embeddings, "
+            f"found {len(images)} whose names, captions, labels or sizes differ"
+        )
+    logger.warning(
+        "%s: the embeddings do not say which pictures they were made from: found by name", printable(where)
+    )
+
+    def by_name(picture: Image.Image) -> dict[str, Image.Image]:
+        return {f"{name}, found by its name": view for name, view in views(picture).items()}
+
+    return lambda keys: _of_keys(images, keys, by_name)
+
+
+def _unchanged(manifest: Mapping[str, Any], where: str) -> ImageList:
     """The images at `where`. Raises OSError or ValueError unless they are those of the store."""
-    extraction = manifest.get("extraction")
-    recorded = extraction.get("pictures") if isinstance(extraction, dict) else None
-    count = recorded.get("count") if isinstance(recorded, dict) else None
-    if not Path(where).is_absolute() or recorded is None or not isinstance(count, int):
+    recorded = _recorded(manifest)
+    count = recorded.get("count")
+    if not Path(where).is_absolute() or not isinstance(count, int):
         raise ValueError(f"{printable(where)}: the store does not say which they were")
     if count > MAX_LISTED:
         raise ValueError(f"{printable(where)}: there are {count}, and listing them takes long")
-    settings = extraction.get("settings") if isinstance(extraction, dict) else None
-    options = {
-        option.name: settings[option.name]
-        for option in fields(ListingOptions)
-        if isinstance(settings, dict) and isinstance(settings.get(option.name), str | bool)
-    }
-    images = list_images(where, ListingOptions(**options))
+    images = list_images(where, _listing_options(manifest))
     if images.digest() != recorded.get("content_sha256"):
         raise ValueError(f"{printable(where)}: not the pictures that the store was made from")
     return images
 
 
-def _of_keys(images: Sequence[ImageRef], keys: list[str]) -> list[Image.Image | None]:
+def _recorded(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What the store says of the pictures that it was made from."""
+    extraction = manifest.get("extraction")
+    recorded = extraction.get("pictures") if isinstance(extraction, dict) else None
+    return recorded if isinstance(recorded, dict) else {}
+
+
+def _listing_options(manifest: Mapping[str, Any]) -> ListingOptions:
+    """Those that the store's extraction listed with."""
+    extraction = manifest.get("extraction")
+    settings = extraction.get("settings") if isinstance(extraction, dict) else None
+    options = {
+        option.name: settings[option.name]
+        for option in fields(ListingOptions)
+        if isinstance(settings, dict) and isinstance(settings.get(option.name), str | int)
+    }
+    return ListingOptions(**options)
+
+
+def _of_keys(
+    images: Sequence[ImageRef], keys: list[str], views: Views
+) -> list[dict[str, Image.Image] | None]:
     wanted = set(keys)
     found = {image.key: image for image in images if image.key in wanted}
-    return [_read(found[key]) if key in found else None for key in keys]
+    return [_read(found[key], views) if key in found else None for key in keys]
 
 
-def _read(image: ImageRef) -> Image.Image | None:
+def _read(image: ImageRef, views: Views) -> dict[str, Image.Image] | None:
+    """Each is made small before the next is read."""
     try:
-        picture = decode_image(image.read())
+        return views(decode_image(image.read()))
     except (OSError, ValueError):
         return None
-    picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-    return picture

@@ -73,6 +73,7 @@ def draw_runs(logs: Mapping[str, Log], path: Path) -> None:
         axes.title.set_fontsize(10)
         axes.tick_params(labelbottom=True)
         axes.ticklabel_format(useOffset=False)
+        axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
         if not axes.lines:
             axes.text(0.5, 0.5, "not logged", ha="center", va="center", transform=axes.transAxes, color="0.5")
