@@ -174,3 +174,16 @@ def test_names_in_another_encoding(tmp_path: Path) -> None:
         archive.addfile(tarfile.TarInfo("./é.jpg"))
     image = list_images(tmp_path)[0]
     assert image.key == "a/\\xe9" and image.location.encode()
+
+
+def test_what_a_tar_does_not_hold_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tar(tmp_path / "a.tar", [("0.jpg", b"x"), ("0.json", b"{"), ("1.jpg", b"y"), ("1.json", b"[1]")])
+    tar(tmp_path / "b.tar", [])
+    with caplog.at_level("INFO"):
+        assert list_images(tmp_path).ignored == {"tars without a member": 1}
+    assert "2 JSON texts that hold no object" in caplog.text
+    caplog.clear()
+    write(tmp_path / "tree", {"0.jpg": b"x", "0.json": "{"})
+    with caplog.at_level("INFO"):
+        assert keys(tmp_path / "tree") == ["0.jpg"]
+    assert "1 JSON texts that hold no object" in caplog.text
