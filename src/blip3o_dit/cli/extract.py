@@ -22,9 +22,10 @@ logger = logging.getLogger(__name__)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "pictures",
-        nargs="?",
-        default="images",
-        help="folder, list, tars, tables or a pattern of them: docs/inputs.md (default: images)",
+        nargs="*",
+        default=["images"],
+        help="folder, list, tars, tables or a pattern of them, or several of one kind: docs/inputs.md "
+        "(default: images)",
     )
     parser.add_argument("--output", type=Path, help=f"default: {DEFAULT_STORE}, or {DEFAULT_PICKLE}")
     parser.add_argument(
@@ -41,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     output: Path = arguments.output or (DEFAULT_PICKLE if as_pickle else DEFAULT_STORE)
     store_path = output.with_suffix(".store") if as_pickle else output
     settings = given_settings(arguments, ExtractionConfig) | {
-        "images": arguments.pictures,
+        "images": arguments.pictures[0] if len(arguments.pictures) == 1 else tuple(arguments.pictures),
         "output": str(store_path),
     }
     store = extract(ExtractionConfig(**settings))

@@ -54,7 +54,7 @@ def unknown_images(store: EmbeddingStore, refs: Sequence[ImageRef], bars: bool) 
     return unknown
 
 
-def add_to_store(aside: Path, output: Path, images: str) -> None:
+def add_to_store(aside: Path, output: Path, images: str | list[str]) -> None:
     """Add what was extracted aside from `images`, and list what was skipped there."""
     before = {image["key"]: image for image in read_skipped(output)}
     skipped, added = before | {image["key"]: image for image in read_skipped(aside)}, 0

@@ -13,7 +13,7 @@ from PIL import Image
 from blip3o_dit.extraction.image_decoding import decode_image
 from blip3o_dit.extraction.sources.image_list import ListingOptions
 from blip3o_dit.extraction.sources.image_ref import ImageRef
-from blip3o_dit.extraction.sources.listing import list_images
+from blip3o_dit.extraction.sources.listing import list_images, named
 from blip3o_dit.utils.json_files import one_line, printable
 
 # Without being asked, a command lists no more images than this to show a few.
@@ -31,8 +31,8 @@ def images_of_store(manifest: Mapping[str, Any]) -> Callable[[list[str]], list[I
     """
 
     def of_keys(keys: list[str]) -> list[Image.Image | None]:
-        where = manifest.get("pictures")
-        if not keys or not isinstance(where, str):
+        where: Any = manifest.get("pictures")
+        if not keys or not (isinstance(where, str) or _are_names(where)):
             return [None] * len(keys)
         try:
             return _of_keys(_unchanged(manifest, where), keys)
@@ -43,24 +43,31 @@ def images_of_store(manifest: Mapping[str, Any]) -> Callable[[list[str]], list[I
     return of_keys
 
 
-def _unchanged(manifest: Mapping[str, Any], where: str) -> Sequence[ImageRef]:
+def _are_names(where: Any) -> bool:
+    return isinstance(where, list) and bool(where) and all(isinstance(place, str) for place in where)
+
+
+def _unchanged(manifest: Mapping[str, Any], where: str | list[str]) -> Sequence[ImageRef]:
     """The images at `where`. Raises OSError or ValueError unless they are those of the store."""
     extraction = manifest.get("extraction")
     recorded = extraction.get("pictures") if isinstance(extraction, dict) else None
     count = recorded.get("count") if isinstance(recorded, dict) else None
-    if not Path(where).is_absolute() or recorded is None or not isinstance(count, int):
-        raise ValueError(f"{printable(where)}: the store does not say which they were")
+    shown = printable(named(where))
+    absolute = all(Path(place).is_absolute() for place in ([where] if isinstance(where, str) else where))
+    if not absolute or recorded is None or not isinstance(count, int):
+        raise ValueError(f"{shown}: the store does not say which they were")
     if count > MAX_LISTED:
-        raise ValueError(f"{printable(where)}: there are {count}, and listing them takes long")
+        raise ValueError(f"{shown}: there are {count}, and listing them takes long")
     settings = extraction.get("settings") if isinstance(extraction, dict) else None
     options = {
         option.name: settings[option.name]
         for option in fields(ListingOptions)
-        if isinstance(settings, dict) and isinstance(settings.get(option.name), str | bool)
+        if isinstance(settings, dict) and isinstance(settings.get(option.name), str | int)
     }
     images = list_images(where, ListingOptions(**options))
-    if images.digest() != recorded.get("content_sha256"):
-        raise ValueError(f"{printable(where)}: not the pictures that the store was made from")
+    same_starts = "samples" not in recorded or images.samples() == recorded["samples"]
+    if not same_starts or images.digest() != recorded.get("content_sha256"):
+        raise ValueError(f"{shown}: not the pictures that the store was made from")
     return images
 
 

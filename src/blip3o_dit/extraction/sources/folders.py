@@ -50,11 +50,14 @@ def list_folder(found: Collector) -> None:
     saved = chain.from_iterable(tree.saved.values())
     huggingface.refuse_splits(found, [*tree.tars, *tree.tables, *saved])
     for name in tree.tars:
-        list_tar(found, name)
+        if not found.is_full:
+            list_tar(found, name)
     for name in tree.tables:
-        list_table(found, name)
+        if not found.is_full:
+            list_table(found, name)
     for folder in sorted(tree.saved):
-        huggingface.list_saved(found, folder, tree.saved[folder])
+        if not found.is_full:
+            huggingface.list_saved(found, folder, tree.saved[folder])
 
 
 @dataclass(slots=True)

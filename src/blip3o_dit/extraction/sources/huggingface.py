@@ -48,7 +48,8 @@ def list_saved(found: Collector, folder: str, tables: Sequence[str]) -> None:
         _list_selected(found, names, indices)
     else:
         for name in names:
-            list_table(found, name)
+            if not found.is_full:
+                list_table(found, name)
 
 
 def _file_names(found: Collector, folder: str, entries: Any) -> list[str]:

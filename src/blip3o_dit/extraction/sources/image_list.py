@@ -11,6 +11,8 @@ from typing import overload
 
 from blip3o_dit.extraction.sources.image_ref import ImageRef
 
+# Images of a list that are looked into, to tell it from others
+SAMPLES = 16
 # Separators that are easier to name than to type.
 SEPARATOR_NAMES = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "space": " "}
 
@@ -24,6 +26,7 @@ class ListingOptions:
         image_field: of webdataset samples, "jpg" or "seg.png"; several in order, separated by ";".
         csv_separator: of list files with a header; None takes the one that its header is written with.
         skip_links: do not enter linked folders.
+        limit: only the first so many images of the list.
         strict: whatever would be skipped is an error.
     """
 
@@ -32,6 +35,7 @@ class ListingOptions:
     image_field: str | None = None
     csv_separator: str | None = None
     skip_links: bool = False
+    limit: int | None = None
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -40,6 +44,8 @@ class ListingOptions:
             expected = f"one character or {', '.join(SEPARATOR_NAMES)}"
             raise ValueError(f"csv_separator: expected {expected}, found {self.csv_separator!r}")
         object.__setattr__(self, "csv_separator", separator)
+        if self.limit is not None and (not isinstance(self.limit, int) or self.limit < 1):
+            raise ValueError(f"limit: expected a number of pictures from 1 on, found {self.limit!r}")
 
 
 @dataclass(frozen=True)
@@ -73,3 +79,12 @@ class ImageList(Sequence[ImageRef]):
             values = [ref.key, ref.caption, ref.label, ref.size, ref.row]
             digest.update(json.dumps(values).encode() + b"\n")
         return digest.hexdigest()
+
+    def samples(self) -> dict[str, str]:
+        """Digests of what a few of the images begin with, by their place; not of those that cannot be read.
+
+        They tell sets apart whose names and sizes are the same, as uncompressed pictures' may be.
+        """
+        places = range(0, len(self.refs), max(1, len(self.refs) // SAMPLES))
+        starts = {str(place): self.refs[place].start() for place in places}
+        return {place: hashlib.sha256(start).hexdigest() for place, start in starts.items() if start}

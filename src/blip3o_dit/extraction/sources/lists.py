@@ -53,6 +53,8 @@ def list_file(found: Collector, name: str) -> None:
     given: dict[str, int] = {}
     rows = rows_of(found, name, lambda column: column_named([column], image_names) is not None)
     for number, row in rows:
+        if found.is_full:
+            return
         found.bar.update()
         path = first_value(row, image_names)
         if not isinstance(path, str) or not path.strip():
