@@ -143,6 +143,7 @@ TESTED_IN = {
     "utils/atomic.py": "data/test_store_folder.py",
     "utils/checksums.py": "training/test_damage.py",
     "utils/distributed.py": "training/test_processes.py",
+    "utils/durations.py": "extraction/test_plan.py",
     "utils/errors.py": "training/test_resume.py",
     "utils/pca_colors.py": "extraction/test_inspection.py",
     "utils/settings.py": "cli/test_arguments.py",

@@ -255,7 +255,7 @@ def test_other_pictures_with_the_same_names_and_sizes(
     config = request.getfixturevalue(state)
     for file in images.rglob("*.bmp"):
         Image.new("RGB", (40, 50), "blue").save(file)
-    with pytest.raises(ValueError, match=r"another extraction \(another set .* same names and sizes\): repeat"):
+    with pytest.raises(ValueError, match=r"another extraction \(another set .* names and sizes\): repeat"):
         extract(config, progress=False)
 
 

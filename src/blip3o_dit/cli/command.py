@@ -83,7 +83,7 @@ def user_message(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return escaped(f"{error.filename}: {error.strerror}")
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
+        return str(error) or "interrupted"
     return escaped(" ".join(str(error).split())) or type(error).__name__
 
 

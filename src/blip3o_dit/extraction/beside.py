@@ -60,6 +60,7 @@ def add_to_store(aside: Path, output: Path, images: str | list[str]) -> None:
     skipped, added = before | {image["key"]: image for image in read_skipped(aside)}, 0
     if is_finished(aside):
         more = EmbeddingStore(aside)
+        logger.info("%s: adding %d pictures", output, len(more))
         added = append_store(output, aside, keep_first=True).added
         for record in more.records():
             skipped.pop(record["key"], None)

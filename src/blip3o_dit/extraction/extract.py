@@ -70,7 +70,7 @@ def extract(config: ExtractionConfig, *, progress: bool = True) -> EmbeddingStor
     processes = join_processes(config.device)
     bars = progress and processes.is_main
     # One process lists: others might see other images, in copies of their own or a folder that is filled.
-    images = processes.broadcast(_list(config, bars) if processes.is_main else None)
+    images = processes.broadcast(list_for(config, bars) if processes.is_main else None)
     pictures = describe_images(images, progress=bars) if processes.is_main else {}
     job = Job(config, Path(config.output), processes, bars, images, pictures, images.skipped)
     if (config.append or config.retry_skipped) and processes.broadcast(is_finished(job.output)):
@@ -82,12 +82,16 @@ def extract(config: ExtractionConfig, *, progress: bool = True) -> EmbeddingStor
     return EmbeddingStore(job.output) if processes.is_main else None
 
 
-def _list(config: ExtractionConfig, bars: bool) -> ImageList:
+def list_for(config: ExtractionConfig, bars: bool) -> ImageList:
+    """The pictures that are asked for. Raises what `extract` does of them."""
     with listing(named(config.images)):
         images = list_images(config.images, config.listing, progress=bars)
     if images.skipped:  # an archive counts as one
         files = len({ref.file for ref in images}) + len(images.skipped)
         SkipLimit(config, files).add(images.skipped)
+    cut = config.limit is not None and len(images) == config.limit
+    first, why = ("the first ", " (--limit)") if cut else ("", "")
+    logger.info("%s: %s%d pictures%s", named(config.images), first, len(images), why)
     return images
 
 
@@ -200,6 +204,8 @@ class Job:
         self.processes.barrier()
         extractor = Extractor(self.config, self.output, self.refs, towers, self.processes.device)
         extractor.run(self.processes.rank, self.processes.count, progress=self.bars)
+        if self.processes.count > 1:
+            logger.info("waiting for the other processes")
         self.processes.barrier()
         if self.processes.is_main:
             self._finish(identity, extractor)

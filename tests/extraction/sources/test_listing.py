@@ -204,10 +204,14 @@ class TestSeveralPlaces:
         sources(tmp_path)
         places = sorted((tmp_path / "tars").glob("*.tar"))
         together, folder = list_images(places), list_images(tmp_path / "tars")
-        assert [ref.key for ref in together] == [ref.key for ref in folder] == [
-            *(f"0/{name}" for name in "abc"),
-            *(f"1/{name}" for name in "defg"),
-        ]
+        assert (
+            [ref.key for ref in together]
+            == [ref.key for ref in folder]
+            == [
+                *(f"0/{name}" for name in "abc"),
+                *(f"1/{name}" for name in "defg"),
+            ]
+        )
         assert together.digest() == folder.digest() and together.skipped == folder.skipped
         assert [entry["key"] for entry in together.skipped] == ["2.tar"]
         backwards = list_images(places[::-1])

@@ -104,18 +104,17 @@ class Collector:
             logger.info("%s: ignored: %s", where, _counted(self.ignored))
         if not self.refs:
             raise ValueError(f"{where}: expected at least one picture, found none{self._why()}")
-        self._cut(where)
+        self._cut()
         self._check_unique(where)
         root = Path(where) if os.path.exists(where) else self.root
         self.skipped.sort(key=lambda entry: entry["key"])
         return ImageList(self.refs, self.skipped, dict(self.ignored), root)
 
-    def _cut(self, where: str) -> None:
+    def _cut(self) -> None:
         """With a limit, what comes after the last image that it allows was not listed."""
         limit = self.options.limit
         if limit is None or not self.is_full:
             return
-        logger.info("%s: the first %d pictures (--limit)", where, limit)
         self.refs = self.refs[:limit]
         self.skipped = [
             entry for entry, before in zip(self.skipped, self._listed_before, strict=True) if before < limit
