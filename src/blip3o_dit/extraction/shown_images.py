@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from blip3o_dit.extraction.image_decoding import decode_image
+from blip3o_dit.extraction.image_decoding import SHOWN_AT, decode_image, thumbnail
 from blip3o_dit.extraction.sources.image_list import ListingOptions
 from blip3o_dit.extraction.sources.image_ref import ImageRef
 from blip3o_dit.extraction.sources.listing import list_images, named
@@ -18,7 +18,6 @@ from blip3o_dit.utils.json_files import one_line, printable
 
 # Without being asked, a command lists no more images than this to show a few.
 MAX_LISTED = 200_000
-THUMBNAIL_PIXELS = 448  # a side
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +78,7 @@ def _of_keys(images: Sequence[ImageRef], keys: list[str]) -> list[Image.Image | 
 
 def _read(image: ImageRef) -> Image.Image | None:
     try:
-        picture = decode_image(image.read())
+        picture = decode_image(image.read(), shown_at=SHOWN_AT)
     except (OSError, ValueError):
         return None
-    picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-    return picture
+    return thumbnail(picture)
