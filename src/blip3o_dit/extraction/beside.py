@@ -42,7 +42,8 @@ def replace_store(aside: Path, output: Path) -> None:
 def unknown_images(store: EmbeddingStore, refs: Sequence[ImageRef], bars: bool) -> list[ImageRef]:
     """Those whose keys the store does not have."""
     known: set[str] = set()
-    for start, stop in tqdm(pairwise(store.shard_starts.tolist()), desc="keys", delay=2, disable=not bars):
+    shards = list(pairwise(store.shard_starts.tolist()))
+    for start, stop in tqdm(shards, desc="keys", unit=" shards", delay=2, disable=not bars):
         known.update(record["key"] for record in store.records(range(start, stop)))
     unknown = [ref for ref in refs if ref.key not in known]
     logger.info(

@@ -121,7 +121,7 @@ class Extractor:
     def _unfinished(self, units: Sequence[int], *, progress: bool) -> list[int]:
         """Those without an entry, or with other files than were written; what the others skipped counts."""
         unfinished = []
-        for unit in tqdm(units, desc="what is there", unit="shard", delay=2, disable=not progress):
+        for unit in tqdm(units, desc="what is there", unit=" shards", delay=2, disable=not progress):
             entry = read_entry(self.output, unit, verify=True)
             if entry is None:
                 unfinished.append(unit)

@@ -36,13 +36,13 @@ _SAMPLES = "pictures.samples."
 
 def describe_images(images: ImageList, *, progress: bool = False) -> dict[str, Any]:
     """Of listed images: their number, two digests, and digests of what a few of them begin with."""
-    found = {"content_sha256": images.digest(), "samples": images.samples()}
+    found = {"content_sha256": images.digest(progress=progress), "samples": images.samples()}
     return count_images(images, progress=progress) | found
 
 
 def count_images(refs: Iterable[ImageRef], *, progress: bool = False) -> dict[str, Any]:
     digest, count = hashlib.sha256(), 0
-    for ref in tqdm(refs, desc="names", unit="picture", delay=2, disable=not progress):
+    for ref in tqdm(refs, desc="names", unit=" pictures", delay=2, disable=not progress):
         digest.update(json.dumps([ref.key, ref.caption, ref.label]).encode() + b"\n")
         count += 1
     return {"count": count, "sha256": digest.hexdigest()}

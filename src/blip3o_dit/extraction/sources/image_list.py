@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import overload
 
+from tqdm.auto import tqdm
+
 from blip3o_dit.extraction.sources.image_ref import ImageRef
 
 # Images of a list that are looked into, to tell it from others
@@ -72,10 +74,10 @@ class ImageList(Sequence[ImageRef]):
     def __getitem__(self, index: int | slice) -> ImageRef | list[ImageRef]:
         return self.refs[index]
 
-    def digest(self) -> str:
+    def digest(self, *, progress: bool = False) -> str:
         """SHA-256 of every key, caption, label and stored size: not of paths, so that a folder may move."""
         digest = hashlib.sha256()
-        for ref in self.refs:
+        for ref in tqdm(self.refs, desc="sizes", unit=" pictures", delay=2, disable=not progress):
             values = [ref.key, ref.caption, ref.label, ref.size, ref.row]
             digest.update(json.dumps(values).encode() + b"\n")
         return digest.hexdigest()
