@@ -141,6 +141,18 @@ class TestAppend:
         extract(replace(config, append=True), progress=False)
         assert len(keys(EmbeddingStore(config.output))) == 8
 
+    def test_retry_skipped_adds_those_and_no_others(self, config: ExtractionConfig, images: Path) -> None:
+        again = replace(config, retry_skipped=True)
+        before = content(Path(config.output))
+        extract(again, progress=False)
+        assert content(Path(config.output)) == before
+        (images / "b" / "06.png").write_bytes((images / "b" / "07.png").read_bytes())
+        assert keys(extract(again, progress=False))[7:] == ["b/06.png"]
+        assert Path(config.output, SKIPPED_FILE).read_text() == ""
+        write_images(images, count=9, broken={})
+        with pytest.raises(ValueError, match=r"found 1 others, the first b/08\.png: --append adds them"):
+            extract(again, progress=False)
+
     @pytest.mark.parametrize("changes", [{"seed": 1}, {"tokens": 16}, {"store_dtype": "float32"}])
     def test_other_towers_tokens_or_numbers(
         self, config: ExtractionConfig, tmp_path: Path, changes: dict[str, Any]

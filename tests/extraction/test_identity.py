@@ -20,6 +20,7 @@ from blip3o_dit.extraction import extractor as engine
 from blip3o_dit.extraction.config import ExtractionConfig
 from blip3o_dit.extraction.extract import extract
 from blip3o_dit.extraction.identity import describe_extraction
+from blip3o_dit.extraction.shown_images import images_of_store
 from blip3o_dit.extraction.vision_towers import tiny_encoder
 from blip3o_dit.utils.folder_lock import FolderInUseError, folder_lock
 from tests.helpers.extraction import content, settings, write_images
@@ -241,3 +242,73 @@ def test_what_counts_as_an_empty_folder(images: Path, tmp_path: Path) -> None:
     (tmp_path / "store").symlink_to("nowhere")
     with pytest.raises(ValueError, match="found a file or a broken link"):
         extract(settings(images, tmp_path / "store"), progress=False)
+
+
+@pytest.mark.parametrize("state", ["begun", "finished"])
+def test_other_pictures_with_the_same_names_and_sizes(
+    state: str, images: Path, request: Any, tmp_path: Path
+) -> None:
+    """As uncompressed pictures of two data sets are."""
+    for file in images.rglob("*.png"):
+        Image.new("RGB", (40, 50), "red").save(file.with_suffix(".bmp"))
+        file.unlink()
+    config = request.getfixturevalue(state)
+    for file in images.rglob("*.bmp"):
+        Image.new("RGB", (40, 50), "blue").save(file)
+    with pytest.raises(ValueError, match=r"another extraction \(another set .* names and sizes\): repeat"):
+        extract(config, progress=False)
+
+
+def test_what_cannot_be_looked_into_is_not_compared(
+    images: Path, finished: ExtractionConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blip3o_dit.extraction.sources.image_ref.ImageRef.start", lambda _: b"")
+    extract(finished, progress=False)
+
+
+class TestLimit:
+    def test_the_first_pictures_and_the_others_later(self, images: Path, tmp_path: Path) -> None:
+        some = settings(images, tmp_path / "store", limit=3)
+        store = extract(some, progress=False)
+        assert store is not None and len(store) == 3
+        before = content(tmp_path / "store")
+        extract(some, progress=False)  # is complete
+        extract(replace(some, limit=3, images=str(images)), progress=False)
+        assert content(tmp_path / "store") == before
+        with pytest.raises(
+            ValueError, match=r"another extraction .*settings\.limit is 3 there, None here.*--append"
+        ):
+            extract(replace(some, limit=None), progress=False)
+        more = extract(replace(some, limit=6, append=True), progress=False)
+        assert more is not None and len(more) == 6
+        whole = extract(replace(some, limit=None, append=True), progress=False)
+        assert whole is not None and len(whole) == 8
+
+    def test_one_that_cuts_nothing_is_none(self, images: Path, finished: ExtractionConfig) -> None:
+        before = content(Path(finished.output))
+        extract(replace(finished, limit=99), progress=False)
+        assert content(Path(finished.output)) == before
+
+    def test_it_continues(self, begun: ExtractionConfig, images: Path) -> None:
+        with pytest.raises(ValueError, match=r"settings\.limit is None there, 7 here"):
+            extract(replace(begun, limit=7), progress=False)
+        store = extract(replace(begun, limit=8), progress=False)
+        assert store is not None and len(store) == 8
+
+    def test_the_pictures_of_such_a_store_are_shown(self, images: Path, tmp_path: Path) -> None:
+        store = extract(settings(images, tmp_path / "store", limit=3), progress=False)
+        assert store is not None
+        assert images_of_store(store.manifest)(["a/01.png", "b/07.png"])[0] is not None
+
+
+def test_several_places_are_one_extraction(images: Path, tmp_path: Path) -> None:
+    both = (str(images / "a"), str(images / "b"))
+    config = replace(settings(images, tmp_path / "store"), images=both)
+    store = extract(config, progress=False)
+    assert store is not None and len(store) == 8
+    assert store.manifest["pictures"] == list(both)
+    assert images_of_store(store.manifest)(["b/05.png"])[0] is not None
+    extract(config, progress=False)
+    write_images(tmp_path / "more", count=9, broken={})
+    more = extract(replace(config, images=str(tmp_path / "more"), append=True), progress=False)
+    assert more is not None and len(more) == 9

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from blip3o_dit.extraction import image_decoding
 from blip3o_dit.extraction.image_decoding import SCALED, UnreadableImageError, decode_image
@@ -275,3 +275,44 @@ def test_no_picture_takes_more_than_four_times_its_bytes_and_some(tmp_path: Path
         check=True,
     )
     assert found.stdout.splitlines() == [f"{file.name}: ok" for file in files]
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "smaller"),
+    [
+        ("JPEG", "RGB", True),
+        ("JPEG", "CMYK", True),
+        ("JPEG", "L", True),
+        ("PNG", "RGB", True),
+        ("PNG", "RGBA", False),
+        ("PNG", "P", False),
+        ("TIFF", "RGB", True),
+    ],
+)
+def test_a_picture_to_be_shown_is_smaller_and_the_same(kind: str, mode: str, smaller: bool) -> None:
+    picture = Image.new("RGB", (640, 400), (200, 40, 40))
+    picture.paste((20, 60, 220), (320, 0, 640, 400))
+    picture.paste((250, 250, 250), (0, 0, 200, 100))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    out = BytesIO()
+    picture.convert(mode).save(out, kind, exif=exif)
+    whole, shown = decode_image(out.getvalue()), decode_image(out.getvalue(), shown_at=100)
+    assert whole.size == (400, 640)
+    assert (shown.size != whole.size) == smaller and min(shown.size) >= 100 and shown.mode == "RGB"
+    ours, theirs = (np.asarray(each.resize((40, 64))).astype(int) for each in (shown, whole))
+    assert np.abs(ours - theirs).mean() < 3
+
+
+def test_a_picture_to_be_shown_takes_little_memory(tmp_path: Path) -> None:
+    """Decoded whole, these 24 million pixels take 190 MB."""
+    Image.new("RGB", (6000, 4000), "red").save(tmp_path / "large.jpg")
+    code = (
+        "import sys; from pathlib import Path; "
+        "from blip3o_dit.extraction.image_decoding import pictures_by_key; "
+        "usage = lambda: int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]); "
+        "before = usage(); "
+        "shown = pictures_by_key(sys.argv[1])(['large.jpg'])[0]; "
+        "assert max(shown.size) == 448; assert usage() - before < 50_000, usage() - before"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)

@@ -11,7 +11,7 @@ from blip3o_dit.cli.arguments import add_flags, given_settings
 from blip3o_dit.cli.main import run_script
 from blip3o_dit.cli.parser import CommandParser
 from blip3o_dit.extraction.config import ExtractionConfig
-from blip3o_dit.extraction.sources.patterns import one_place
+from blip3o_dit.utils.json_files import escaped
 
 DEFAULT_STORE = Path("embeddings/store")
 DEFAULT_PICKLE = Path("embeddings/blip3o_grid_embeddings.pkl")
@@ -29,7 +29,8 @@ def add_arguments(parser: CommandParser) -> None:
         "pictures",
         nargs="*",
         default=["images"],
-        help="folder, list, table, tars, tables, or a pattern of them: docs/inputs.md (default: images)",
+        help="folder, list, table, tars, tables, a pattern of them, or several of one kind: docs/inputs.md "
+        "(default: images)",
     )
     add_flags(parser, ExtractionConfig)
     store = parser.group("store")
@@ -39,35 +40,53 @@ def add_arguments(parser: CommandParser) -> None:
     store.add_argument(
         "--format", choices=("store", "pickle"), default="store", help="pickle also keeps the store beside it"
     )
+    store.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="say what would be done, how long it takes and how large it gets, and write nothing",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
     as_pickle = arguments.format == "pickle"
     output: Path = arguments.output or (DEFAULT_PICKLE if as_pickle else DEFAULT_STORE)
     store_path = output.with_suffix(".store") if as_pickle else output
+    places = arguments.pictures
     settings = given_settings(arguments, ExtractionConfig) | {
-        "images": one_place(arguments.pictures),
+        "images": places[0] if len(places) == 1 else tuple(places),
         "output": str(store_path),
     }
-    config = ExtractionConfig(**settings)  # a value may be refused, before the libraries are imported
+    config = ExtractionConfig(**settings)
+    try:
+        if arguments.dry_run:
+            _show_plan(config)
+        else:
+            _extract(config, output if as_pickle else None)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted: what was done is kept, the same command continues") from None
 
+
+def _show_plan(config: ExtractionConfig) -> None:
+    logger.info("a dry run: nothing is written and nothing is downloaded")
+    from blip3o_dit.extraction.plan import plan
+
+    sys.stdout.write(plan(config) or "")
+
+
+def _extract(config: ExtractionConfig, pickle: Path | None) -> None:
+    logger.info("starting")
     from blip3o_dit.data.pickle_format import write_pickle
     from blip3o_dit.extraction.extract import extract
 
     store = extract(config)
     if store is None:
         return
-    logger.info(
-        "%s: %d pictures, %d tokens of %d and %d",
-        store.path,
-        store.num_samples,
-        store.num_tokens,
-        store.condition_dim,
-        store.target_dim,
-    )
-    if as_pickle:
-        write_pickle(store, output)
-        logger.info("%s: the same as the documented pickle", output)
+    sizes = f"{store.num_tokens} tokens of {store.condition_dim} and {store.target_dim}"
+    sys.stdout.write(escaped(f"{store.path}: {store.num_samples} pictures, {sizes}") + "\n")
+    if pickle is not None:
+        logger.info("writing the documented pickle")
+        write_pickle(store, pickle)
+        sys.stdout.write(escaped(f"{pickle}: the same as the documented pickle") + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -185,7 +185,7 @@ def _generate_for_pictures(
     sizes = BLIP3oDiTConfig.from_pretrained(arguments.model).data_sizes
     towers, flags = read_towers(arguments.model), given_settings(arguments, TowerConfig)
     data = {
-        "pictures": describe_images(images, images.digest(), progress=True),
+        "pictures": describe_images(images, progress=True),
         "tower": {"flags": flags, "recorded": (towers or {}).get("encoders", {}).get("eva")},
     }
     if _is_finished(arguments, given, finished, data, metrics=False):

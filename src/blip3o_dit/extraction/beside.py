@@ -42,7 +42,8 @@ def replace_store(aside: Path, output: Path) -> None:
 def unknown_images(store: EmbeddingStore, refs: Sequence[ImageRef], bars: bool) -> list[ImageRef]:
     """Those whose keys the store does not have."""
     known: set[str] = set()
-    for start, stop in tqdm(pairwise(store.shard_starts.tolist()), desc="keys", delay=2, disable=not bars):
+    shards = list(pairwise(store.shard_starts.tolist()))
+    for start, stop in tqdm(shards, desc="keys", unit=" shards", delay=2, disable=not bars):
         known.update(record["key"] for record in store.records(range(start, stop)))
     unknown = [ref for ref in refs if ref.key not in known]
     logger.info(
@@ -54,12 +55,13 @@ def unknown_images(store: EmbeddingStore, refs: Sequence[ImageRef], bars: bool) 
     return unknown
 
 
-def add_to_store(aside: Path, output: Path, images: str) -> None:
+def add_to_store(aside: Path, output: Path, images: str | list[str]) -> None:
     """Add what was extracted aside from `images`, and list what was skipped there."""
     before = {image["key"]: image for image in read_skipped(output)}
     skipped, added = before | {image["key"]: image for image in read_skipped(aside)}, 0
     if is_finished(aside):
         more = EmbeddingStore(aside)
+        logger.info("%s: adding %d pictures", output, len(more))
         added = append_store(output, aside, keep_first=True).added
         for record in more.records():
             skipped.pop(record["key"], None)

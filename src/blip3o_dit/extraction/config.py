@@ -21,7 +21,7 @@ MAX_PIXELS = 178_956_970  # Pillow refuses more than this by itself
 class ExtractionConfig:
     """What to extract, from what, into what: the flags of `blip3o-dit extract`, explained by their help.
 
-    `images`: any source of docs/inputs.md. `output`: the store's folder. The towers are named as
+    `images`: any source of docs/inputs.md, or several. `output`: the store's folder. The towers are named as
     `load_encoder` takes them.
 
     A field that `decides` what is written cannot change between a run and its continuation (and the towers'
@@ -31,7 +31,7 @@ class ExtractionConfig:
         ValueError: names the field, what it expects and what it found.
     """
 
-    images: str
+    images: str | tuple[str, ...]
     output: str
     eva: str = setting(
         DEFAULT_EVA, "tower of the conditions: a folder, a name on the hub, timm:NAME, ...", group="towers"
@@ -69,7 +69,9 @@ class ExtractionConfig:
     max_skipped: float = setting(
         0.05, f"stop when more than this share of the pictures (and more than {FEW_SKIPPED}) cannot be used"
     )
-    retry_skipped: bool = setting(False, "continuing, try pictures again that could not be read")
+    retry_skipped: bool = setting(
+        False, "try pictures again that could not be read; a finished store: all that were skipped"
+    )
     max_pixels: int = setting(MAX_PIXELS, "refuse larger pictures, before they are decoded", noted=True)
     append: bool = setting(
         False, "add the pictures whose keys are not in the finished store yet", group="store"
@@ -94,6 +96,11 @@ class ExtractionConfig:
         "of list files with a header: tab, comma, semicolon or a character (default: the header's)",
     )
     skip_links: bool = setting(False, "do not enter linked folders")
+    limit: int | None = setting(
+        None,
+        "extract the first so many pictures of the list only; --append adds others later (default: all)",
+        decides=True,
+    )
     seed: int = setting(0, "seed of towers from scratch", group="towers")
 
     def __post_init__(self) -> None:

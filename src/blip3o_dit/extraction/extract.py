@@ -22,6 +22,7 @@ from blip3o_dit.extraction.beside import add_to_store, check_replaceable, replac
 from blip3o_dit.extraction.config import ExtractionConfig
 from blip3o_dit.extraction.extractor import Extractor
 from blip3o_dit.extraction.identity import (
+    count_images,
     describe_extraction,
     describe_images,
     describe_towers,
@@ -40,14 +41,15 @@ from blip3o_dit.extraction.resume import (
     read_skipped,
     remove_working_files,
 )
-from blip3o_dit.extraction.skipping import TOO_LARGE, SkipLimit, Skipped, kind_of
+from blip3o_dit.extraction.skipping import TOO_LARGE, SkipLimit, Skipped
 from blip3o_dit.extraction.sources.image_list import ImageList
 from blip3o_dit.extraction.sources.image_ref import ImageRef
-from blip3o_dit.extraction.sources.listing import list_images
+from blip3o_dit.extraction.sources.listing import list_images, named
 from blip3o_dit.extraction.tokens import Towers, load_towers
 from blip3o_dit.extraction.vision_towers import digest_of_weights
 from blip3o_dit.utils.atomic import ASIDE, remove_files_and_folders
 from blip3o_dit.utils.distributed import Processes, join_processes
+from blip3o_dit.utils.json_files import printable
 
 # Where the images to add to a store are extracted.
 MORE_ASIDE = f"more{ASIDE}"
@@ -68,10 +70,10 @@ def extract(config: ExtractionConfig, *, progress: bool = True) -> EmbeddingStor
     processes = join_processes(config.device)
     bars = progress and processes.is_main
     # One process lists: others might see other images, in copies of their own or a folder that is filled.
-    images = processes.broadcast(_list(config, bars) if processes.is_main else None)
-    pictures = describe_images(images, images.digest(), progress=bars) if processes.is_main else {}
+    images = processes.broadcast(list_for(config, bars) if processes.is_main else None)
+    pictures = describe_images(images, progress=bars) if processes.is_main else {}
     job = Job(config, Path(config.output), processes, bars, images, pictures, images.skipped)
-    if config.append and processes.broadcast(is_finished(job.output)):
+    if (config.append or config.retry_skipped) and processes.broadcast(is_finished(job.output)):
         job.append()
     elif config.overwrite and processes.broadcast(bool(other_files(job.output))):
         job.overwrite()
@@ -80,12 +82,16 @@ def extract(config: ExtractionConfig, *, progress: bool = True) -> EmbeddingStor
     return EmbeddingStore(job.output) if processes.is_main else None
 
 
-def _list(config: ExtractionConfig, bars: bool) -> ImageList:
-    with listing(config.images):
+def list_for(config: ExtractionConfig, bars: bool) -> ImageList:
+    """The pictures that are asked for. Raises what `extract` does of them."""
+    with listing(named(config.images)):
         images = list_images(config.images, config.listing, progress=bars)
     if images.skipped:  # an archive counts as one
         files = len({ref.file for ref in images}) + len(images.skipped)
         SkipLimit(config, files).add(images.skipped)
+    cut = config.limit is not None and len(images) == config.limit
+    first, why = ("the first ", " (--limit)") if cut else ("", "")
+    logger.info("%s: %s%d pictures%s", named(config.images), first, len(images), why)
     return images
 
 
@@ -133,16 +139,22 @@ class Job:
                 replace_store(aside.output, self.output)
 
     def append(self) -> None:
-        """Extract aside the images whose keys the store lacks, and add them to it."""
+        """Extract aside the images whose keys the store lacks, and add them to it.
+
+        With --retry_skipped alone those are images that it skipped; others are refused.
+        """
         with self._held():
             store = EmbeddingStore(self.output)
             _check_same_numbers(store, self.config)
-            unknown = unknown_images(store, self.refs, self.bars) if self.processes.is_main else None
+            unknown = None
+            if self.processes.is_main:
+                unknown = unknown_images(store, self.refs, self.bars)
+                if not self.config.append:
+                    self._check_skipped(unknown)
             refs = self.processes.broadcast(unknown)
             if not refs:
                 return
-            content = self.pictures.get("content_sha256", "")
-            pictures = describe_images(refs, content) if self.processes.is_main else {}
+            pictures = self.pictures | count_images(refs) if self.processes.is_main else {}
             aside = replace(
                 self,
                 output=self.output / MORE_ASIDE,
@@ -153,7 +165,17 @@ class Job:
             )
             aside.run()
             if self.processes.is_main:
-                add_to_store(aside.output, self.output, os.path.abspath(self.config.images))
+                add_to_store(aside.output, self.output, _absolute(self.config.images))
+
+    def _check_skipped(self, unknown: Sequence[ImageRef]) -> None:
+        """Refuse (ValueError) images that the store neither holds nor skipped."""
+        skipped = {image["key"] for image in read_skipped(self.output)}
+        others = [ref for ref in unknown if ref.key not in skipped]
+        if others:
+            raise ValueError(
+                f"{self.output}: --retry_skipped: expected the pictures of this store, found {len(others)} "
+                f"others, the first {printable(others[0].key)}: --append adds them"
+            )
 
     @contextmanager
     def _held(self) -> Iterator[None]:
@@ -182,6 +204,8 @@ class Job:
         self.processes.barrier()
         extractor = Extractor(self.config, self.output, self.refs, towers, self.processes.device)
         extractor.run(self.processes.rank, self.processes.count, progress=self.bars)
+        if self.processes.count > 1:
+            logger.info("waiting for the other processes")
         self.processes.barrier()
         if self.processes.is_main:
             self._finish(identity, extractor)
@@ -211,7 +235,7 @@ class Job:
                 "pooling": _pooling(self.config.tokens, extractor.towers),
                 "normalization": "none",
                 "extraction": identity,
-                "pictures": os.path.abspath(self.config.images),
+                "pictures": _absolute(self.config.images),
             },
             more_skipped=self.skipped,
             limit=SkipLimit(self.config, len(self.refs) + len(self.skipped)),
@@ -230,8 +254,6 @@ class Job:
         )
         skipped = read_skipped(self.output)
         SkipLimit(replace(self.config, max_skipped=1.0), len(self.refs)).add(skipped)
-        if self.config.retry_skipped and any(kind_of(image) == NOT_READ for image in skipped):
-            logger.warning("%s: a finished store takes the pictures that it lacks with --append", self.output)
         remove_working_files(self.output)
 
 
@@ -260,6 +282,10 @@ def _check_same_towers(store: EmbeddingStore, identity: dict[str, Any]) -> None:
     different = differences({"towers": store.manifest.get("encoders", {})}, {"towers": identity["towers"]})
     if different:
         raise ValueError(f"{store.path}: expected the towers of this store, found others: {different[0]}")
+
+
+def _absolute(images: str | tuple[str, ...]) -> str | list[str]:
+    return os.path.abspath(images) if isinstance(images, str) else [os.path.abspath(each) for each in images]
 
 
 def _pooling(tokens: int, towers: Towers) -> str:

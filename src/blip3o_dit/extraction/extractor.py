@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,13 @@ from blip3o_dit.extraction.resume import forget_entry, read_entry, write_entry
 from blip3o_dit.extraction.skipping import SkipLimit, Skipped
 from blip3o_dit.extraction.sources.image_ref import ImageRef
 from blip3o_dit.extraction.tokens import Towers, storable, tower_tokens
+from blip3o_dit.utils.durations import in_words
 from blip3o_dit.utils.json_files import escaped
+
+# Of these, all but the first tell how long the others will take.
+BATCHES_MEASURED = 3
+# Seconds from which on it is said how long an extraction will take.
+LONG = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +42,32 @@ class Unit:
     clip: list[Tensor] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     skipped: dict[int, Skipped] = field(default_factory=dict)
+
+
+@dataclass
+class Pace:
+    """How long an image takes, from decoding to tokens, once the first batch is through."""
+
+    started: float = field(default_factory=time.monotonic)
+    times: list[float] = field(default_factory=list)  # when each of the first batches was through
+    counts: list[int] = field(default_factory=list)
+
+    def note(self, images: int) -> None:
+        """A batch of so many images is through."""
+        if len(self.times) < BATCHES_MEASURED:
+            self.times.append(time.monotonic())
+            self.counts.append(images)
+
+    @property
+    def is_known(self) -> bool:
+        return len(self.times) == BATCHES_MEASURED
+
+    @property
+    def seconds_per_image(self) -> float:
+        """Without the first batch, in which workers start and memory is found, if there is another."""
+        if len(self.times) < 2:
+            return (self.times[-1] - self.started) / sum(self.counts)
+        return (self.times[-1] - self.times[0]) / sum(self.counts[1:])
 
 
 class Extractor:
@@ -57,6 +90,7 @@ class Extractor:
         self.num_units = math.ceil(len(refs) / config.shard_size)
         self.limit = SkipLimit(config, len(refs))
         self.scaled: list[str] = []  # images of more than 8 bits, and how their values were scaled
+        self.pace = Pace()
 
     def run(self, rank: int, world_size: int, *, progress: bool) -> None:
         """Write every unfinished unit whose number is `rank` modulo `world_size`."""
@@ -64,8 +98,9 @@ class Extractor:
         unfinished = self._unfinished(units, progress=progress)
         indices = [index for unit in unfinished for index in self._indices(unit)]
         total = sum(len(self._indices(unit)) for unit in units)
-        bar = tqdm(total=total, initial=total - len(indices), unit="picture", disable=not progress)
+        bar = tqdm(total=total, initial=total - len(indices), unit=" pictures", disable=not progress)
         written = 0
+        self.pace = Pace()
         with bar:
             for number, decoded in itertools.groupby(self._decoded(indices), key=self._unit_of):
                 written += self._write_unit(number, self._encode(decoded, bar))
@@ -77,10 +112,16 @@ class Extractor:
                 escaped(self.scaled[0]),
             )
 
+    def measure(self, indices: Sequence[int]) -> float | None:
+        """Seconds an image takes, measured on these; None when none can be read. Nothing is written."""
+        self.pace = Pace()
+        self._encode(self._decoded(indices), tqdm(disable=True))
+        return self.pace.seconds_per_image if self.pace.times else None
+
     def _unfinished(self, units: Sequence[int], *, progress: bool) -> list[int]:
         """Those without an entry, or with other files than were written; what the others skipped counts."""
         unfinished = []
-        for unit in tqdm(units, desc="what is there", unit="shard", delay=2, disable=not progress):
+        for unit in tqdm(units, desc="what is there", unit=" shards", delay=2, disable=not progress):
             entry = read_entry(self.output, unit, verify=True)
             if entry is None:
                 unfinished.append(unit)
@@ -121,15 +162,26 @@ class Extractor:
             batch.append(image)
             if len(batch) == self.config.batch_size:
                 self._run_towers(batch, unit)
+                self._note_pace(len(batch), bar)
                 batch = []
         if batch:
             self._run_towers(batch, unit)
+            self._note_pace(len(batch), bar)
         return unit
 
     def _skip(self, unit: Unit, index: int, reason: str) -> None:
         ref = self.refs[index]
         unit.skipped[index] = {"key": ref.key, "location": ref.location, "reason": reason}
         self.limit.add([unit.skipped[index]])
+
+    def _note_pace(self, images: int, bar: tqdm) -> None:
+        """Say how long the others will take, once that is known."""
+        known = self.pace.is_known
+        self.pace.note(images)
+        left = (bar.total or 0) - bar.n
+        seconds = self.pace.seconds_per_image * left
+        if self.pace.is_known and not known and seconds > LONG:
+            logger.info("%d pictures left: about %s", left, in_words(seconds))
 
     def _run_towers(self, batch: Sequence[Decoded], unit: Unit) -> None:
         """Tokens of a batch of images, pooled, checked and in the dtype of the store."""

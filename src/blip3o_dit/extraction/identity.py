@@ -4,7 +4,8 @@ Kept as `extraction.json` while the extraction is unfinished, then in the manife
 
     version     of this package: noted, not compared
     settings    the flags that decide what is written
-    pictures    their number, a digest of keys, captions and labels, and one that includes sizes
+    pictures    their number, a digest of keys, captions and labels, one that includes sizes, and `samples`:
+                by their place digests of what a few of them begin with
     towers      what each says of itself, with a digest of its weights
 
 So another folder with the same names is told from the same folder at another place.
@@ -23,22 +24,28 @@ from tqdm.auto import tqdm
 from blip3o_dit import __version__
 from blip3o_dit.extraction.config import ExtractionConfig
 from blip3o_dit.extraction.encoders import VisionEncoder
+from blip3o_dit.extraction.sources.image_list import ImageList
 from blip3o_dit.extraction.sources.image_ref import ImageRef
 from blip3o_dit.utils.json_files import short_repr
 
 # Where the weights are known, the tower is: wherever it was loaded from.
 _WHERE_FROM = ("name", "revision", "commit")
 _NAMES, _CONTENT = "pictures.sha256", "pictures.content_sha256"
+_SAMPLES = "pictures.samples."
 
 
-def describe_images(
-    refs: Iterable[ImageRef], content_digest: str, *, progress: bool = False
-) -> dict[str, Any]:
+def describe_images(images: ImageList, *, progress: bool = False) -> dict[str, Any]:
+    """Of listed images: their number, two digests, and digests of what a few of them begin with."""
+    found = {"content_sha256": images.digest(progress=progress), "samples": images.samples()}
+    return count_images(images, progress=progress) | found
+
+
+def count_images(refs: Iterable[ImageRef], *, progress: bool = False) -> dict[str, Any]:
     digest, count = hashlib.sha256(), 0
-    for ref in tqdm(refs, desc="names", unit="picture", delay=2, disable=not progress):
+    for ref in tqdm(refs, desc="names", unit=" pictures", delay=2, disable=not progress):
         digest.update(json.dumps([ref.key, ref.caption, ref.label]).encode() + b"\n")
         count += 1
-    return {"count": count, "sha256": digest.hexdigest(), "content_sha256": content_digest}
+    return {"count": count, "sha256": digest.hexdigest()}
 
 
 def describe_extraction(config: ExtractionConfig, pictures: dict[str, Any]) -> dict[str, Any]:
@@ -76,6 +83,8 @@ def differences(found: Any, wanted: dict[str, Any]) -> list[str]:
             "another set of pictures with the same names: their sizes differ",
             *_shown(names, there, here),
         ]
+    if "pictures.count" not in names and any(name.startswith(_SAMPLES) for name in names):
+        return ["another set of pictures with the same names and sizes", *_shown(names, there, here)]
     return _shown(names, there, here)
 
 
@@ -91,6 +100,8 @@ def _decides(name: str, there: dict[str, Any], here: dict[str, Any]) -> bool:
     if kind == "settings":
         if rest == "seed":
             return here["settings.towers_from_scratch"]
+        if rest == "limit":  # of fewer pictures than it allows it is none
+            return there.get(_CONTENT) != here.get(_CONTENT)
         return any(each.name == rest and each.metadata.get("decides") for each in fields(ExtractionConfig))
     if kind == "towers":
         side, _, what = rest.partition(".")
@@ -103,7 +114,7 @@ def _shown(names: list[str], there: dict[str, Any], here: dict[str, Any]) -> lis
     return [
         f"{name} is {short_repr(there[name])} there, {short_repr(here[name])} here"
         for name in names
-        if name not in (_NAMES, _CONTENT)
+        if name not in (_NAMES, _CONTENT) and not name.startswith(_SAMPLES)
     ]
 
 

@@ -19,6 +19,8 @@ from blip3o_dit.utils.json_files import one_line
 MAX_JPEG2000_PIXELS = 2**25
 # Pixels that are converted at a time where that takes more memory than the picture
 TILE_PIXELS = 2**18
+# Pixels that a picture to be shown keeps a side, at least, before it gets its size
+SHOWN_AT = 896
 # In a decoded image's `info`: how grey values of more than 8 bits were scaled
 SCALED = "grey values scaled"
 
@@ -53,7 +55,7 @@ class UnreadableImageError(ValueError):
     """The bytes cannot be decoded to an image; the message is the reason, without a file name."""
 
 
-def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, shown_at: int | None = None) -> Image.Image:
     """RGB, 8 bits a channel, upright (EXIF orientation applied), first frame, transparency over white.
 
     Takes at most 4 times the bytes of the decoded pixels (1 to 4 a pixel) and 200 MB. Grey values of more
@@ -61,6 +63,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
     Args:
         max_pixels: larger images are refused by their header, before anything is decoded.
+        shown_at: for people only: smaller where that saves memory, but at least so many pixels a side.
 
     Raises:
         UnreadableImageError: with the reason in one short line.
@@ -74,8 +77,10 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
                 _check_size(image, max_pixels)
                 if image.format == "JPEG2000" and image.width * image.height > MAX_JPEG2000_PIXELS:
                     image.reduce = 1  # type: ignore[assignment, method-assign]
+                if shown_at:
+                    image.draft(None, (shown_at, shown_at))  # what the format's decoder can leave out
                 image.load()
-                rgb = _to_rgb(_upright(image))
+                rgb = _to_rgb(_upright(image, shown_at))
             rgb.info = {SCALED: rgb.info[SCALED]} if SCALED in rgb.info else {}
             return rgb
     except UnreadableImageError:
@@ -90,6 +95,16 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise UnreadableImageError(f"damaged: {one_line(error, max_length=120)}") from error
 
 
+def _reduced(image: Image.Image, least: int) -> Image.Image:
+    """Means over squares of pixels, at least so many a side; the image's own pixels are freed."""
+    factor = min(image.size) // least
+    if factor < 2 or image.mode not in ("RGB", "L", "CMYK") or "transparency" in image.info:
+        return image
+    reduced = image.reduce(factor)
+    image.close()
+    return reduced
+
+
 def _check_size(image: Image.Image, max_pixels: int) -> None:
     width, height = image.size
     if width < 1 or height < 1:
@@ -98,12 +113,14 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
         raise UnreadableImageError(f"too large: {width} x {height} is above {max_pixels} pixels")
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _upright(image: Image.Image, shown_at: int | None) -> Image.Image:
     """As the EXIF or XMP orientation says. A damaged one is none: the picture itself was read."""
     try:
         method = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except (*_UNREADABLE, AssertionError):
-        return image
+        method = None
+    if shown_at:
+        image = _reduced(image, shown_at)
     if method is None:
         return image
     turned = image.transpose(method)

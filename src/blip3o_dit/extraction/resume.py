@@ -56,9 +56,11 @@ def find_extraction(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | No
     if not different and not finished and is_of_earlier_version(found):
         different = ["it was begun by an earlier version, which did not note sizes and weights"]
     if different:
+        adds = finished and all("pictures." in one or "limit" in one for one in different)
         raise ValueError(
-            f"{output}: holds an extraction with other settings ({'; '.join(different[:4])}): "
-            "repeat its command, choose another folder, or replace it (overwrite=True)"
+            f"{output}: holds another extraction ({'; '.join(different[:4])}): repeat its command, "
+            f"{'add the pictures that it lacks (--append), ' * adds}choose another folder (--output), or "
+            "replace it (overwrite=True)"
         )
     return found
 

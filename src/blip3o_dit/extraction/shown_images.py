@@ -10,12 +10,12 @@ from typing import Any
 
 from PIL import Image
 
-from blip3o_dit.extraction.image_decoding import decode_image
+from blip3o_dit.extraction.image_decoding import SHOWN_AT, decode_image
 from blip3o_dit.extraction.sources.image_list import ImageList
 from blip3o_dit.extraction.sources.image_ref import ImageRef
-from blip3o_dit.extraction.sources.listing import list_images
+from blip3o_dit.extraction.sources.listing import list_images, named
 from blip3o_dit.extraction.sources.options import ListingOptions
-from blip3o_dit.extraction.tower_views import Views, tower_views
+from blip3o_dit.extraction.tower_views import are_scaled, tower_views
 from blip3o_dit.utils.json_files import one_line, printable
 
 # Without being asked, a command lists no more images than this to show a few.
@@ -23,7 +23,9 @@ MAX_LISTED = 200_000
 
 logger = logging.getLogger(__name__)
 
-# From keys to views of their pictures by name (`tower_views`), None for what cannot be shown.
+# A picture's bytes -> views of it by name (`tower_views`)
+Views = Callable[[bytes], dict[str, Image.Image]]
+# From keys to views of their pictures, None for what cannot be shown.
 Shown = Callable[[list[str]], list[dict[str, Image.Image] | None]]
 
 
@@ -40,13 +42,13 @@ def pictures_of_store(manifest: Mapping[str, Any], where: str | None = None) -> 
     Raises:
         FileNotFoundError, ValueError: for `where`: nothing can be listed there, or it holds other pictures.
     """
-    views = tower_views(manifest)
+    views = _views(manifest)
     if where is not None:
         return _asked_for(manifest, where, views)
 
     def of_keys(keys: list[str]) -> list[dict[str, Image.Image] | None]:
-        recorded = manifest.get("pictures")
-        if not keys or not isinstance(recorded, str):
+        recorded: Any = manifest.get("pictures")
+        if not keys or not (isinstance(recorded, str) or _are_names(recorded)):
             return [None] * len(keys)
         try:
             return _of_keys(_unchanged(manifest, recorded), keys, views)
@@ -57,38 +59,55 @@ def pictures_of_store(manifest: Mapping[str, Any], where: str | None = None) -> 
     return of_keys
 
 
+def _views(manifest: Mapping[str, Any]) -> Views:
+    """As `tower_views`, of a picture's bytes, which are decoded no larger than the views need."""
+    views, shown_at = tower_views(manifest), SHOWN_AT if are_scaled(manifest) else None
+    return lambda data: views(decode_image(data, shown_at=shown_at))
+
+
 def _asked_for(manifest: Mapping[str, Any], where: str, views: Views) -> Shown:
     images = list_images(where, _listing_options(manifest))
     recorded = _recorded(manifest)
-    if recorded.get("content_sha256") == images.digest():
+    if _are_the_same(images, recorded):
         return lambda keys: _of_keys(images, keys, views)
     if "content_sha256" in recorded and not manifest.get("appended"):
         raise ValueError(
             f"{printable(where)}: expected the {recorded.get('count')} pictures of these embeddings, "
-            f"found {len(images)} whose names, captions, labels or sizes differ"
+            f"found {len(images)} whose names, captions, labels, sizes or contents differ"
         )
     logger.warning(
         "%s: the embeddings do not say which pictures they were made from: found by name", printable(where)
     )
 
-    def by_name(picture: Image.Image) -> dict[str, Image.Image]:
-        return {f"{name}, found by its name": view for name, view in views(picture).items()}
+    def by_name(data: bytes) -> dict[str, Image.Image]:
+        return {f"{name}, found by its name": view for name, view in views(data).items()}
 
     return lambda keys: _of_keys(images, keys, by_name)
 
 
-def _unchanged(manifest: Mapping[str, Any], where: str) -> ImageList:
+def _are_names(where: Any) -> bool:
+    return isinstance(where, list) and bool(where) and all(isinstance(place, str) for place in where)
+
+
+def _unchanged(manifest: Mapping[str, Any], where: str | list[str]) -> ImageList:
     """The images at `where`. Raises OSError or ValueError unless they are those of the store."""
-    recorded = _recorded(manifest)
+    recorded, shown = _recorded(manifest), printable(named(where))
     count = recorded.get("count")
-    if not Path(where).is_absolute() or not isinstance(count, int):
-        raise ValueError(f"{printable(where)}: the store does not say which they were")
+    absolute = all(Path(place).is_absolute() for place in ([where] if isinstance(where, str) else where))
+    if not absolute or not isinstance(count, int):
+        raise ValueError(f"{shown}: the store does not say which they were")
     if count > MAX_LISTED:
-        raise ValueError(f"{printable(where)}: there are {count}, and listing them takes long")
+        raise ValueError(f"{shown}: there are {count}, and listing them takes long")
     images = list_images(where, _listing_options(manifest))
-    if images.digest() != recorded.get("content_sha256"):
-        raise ValueError(f"{printable(where)}: not the pictures that the store was made from")
+    if not _are_the_same(images, recorded):
+        raise ValueError(f"{shown}: not the pictures that the store was made from")
     return images
+
+
+def _are_the_same(images: ImageList, recorded: Mapping[str, Any]) -> bool:
+    """By names, captions, labels and sizes, and the starts of a few where a store noted them."""
+    starts = "samples" not in recorded or images.samples() == recorded["samples"]
+    return starts and images.digest() == recorded.get("content_sha256")
 
 
 def _recorded(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,6 +140,6 @@ def _of_keys(
 def _read(image: ImageRef, views: Views) -> dict[str, Image.Image] | None:
     """Each is made small before the next is read."""
     try:
-        return views(decode_image(image.read()))
+        return views(image.read())
     except (OSError, ValueError):
         return None

@@ -17,8 +17,8 @@ from blip3o_dit.data.shard_writer import to_disk
 from blip3o_dit.extraction.config import ExtractionConfig
 from blip3o_dit.extraction.encoders import VisionEncoder
 from blip3o_dit.extraction.skipping import NO_FIT
-from blip3o_dit.extraction.vision_towers import load_encoder, tiny_encoder
-from blip3o_dit.utils.json_files import one_line
+from blip3o_dit.extraction.vision_towers import load_encoder, local_files, tiny_encoder
+from blip3o_dit.utils.json_files import one_line, printable
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +35,14 @@ def load_towers(config: ExtractionConfig, device: torch.device) -> Towers:
     else:
         towers = {}
         for side in ("eva", "clip"):
-            with _one_line(f"{side} tower {getattr(config, side)}", config.dtype):
+            name, revision = getattr(config, side), getattr(config, f"{side}_revision")
+            away = " (from the hub)" if local_files(name, revision) is None else ""
+            logger.info("loading the %s tower %s%s", side, printable(name), away)
+            with _one_line(f"{side} tower {name}", config.dtype):
                 towers[side] = load_encoder(
-                    getattr(config, side),
+                    name,
                     dtype=dtype,
-                    revision=getattr(config, f"{side}_revision"),
+                    revision=revision,
                     preprocessing=getattr(config, f"{side}_preprocessing"),
                     size=getattr(config, f"{side}_size"),
                 )

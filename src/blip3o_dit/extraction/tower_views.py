@@ -34,6 +34,12 @@ def tower_views(manifest: Mapping[str, Any]) -> Views:
     return lambda picture: {name: _view(picture, found) for name, found in named.items()}
 
 
+def are_scaled(manifest: Mapping[str, Any]) -> bool:
+    """Whether all views are made by scaling, so that a smaller picture of the same scene gives the same."""
+    seen = [_preprocessing(manifest, side) for side in SIDES]
+    return all(found is None or found.resize in ("shortest", "squash") for found in seen)
+
+
 def _preprocessing(manifest: Mapping[str, Any], side: str) -> Preprocessing | None:
     """What decides which pixels a tower saw; None where that is not known."""
     encoders = manifest.get("encoders")

@@ -117,6 +117,25 @@ def digest_of_weights(spec: str, revision: str | None = None) -> str | None:
     return weights_digest(weight_files(_find_folder(spec, revision)[0]))
 
 
+def local_files(spec: str, revision: str | None = None) -> list[Path] | None:
+    """The weight files of a tower that is on this disk; None for one that would be downloaded.
+
+    Raises:
+        ValueError, OSError: as `load_encoder`, for what is neither.
+    """
+    if spec.startswith(("timm:", "open_clip:")):
+        return None
+    if not is_hub_id(spec) or spec.count("/") != 1 or Path(spec).exists():
+        return weight_files(_find_folder(spec, revision)[0])
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return weight_files(Path(snapshot_download(spec, revision=revision, local_files_only=True)))
+    except (LocalEntryNotFoundError, ValueError):  # nothing of it, or not all of its weights
+        return None
+
+
 def tiny_encoder(side: str, *, seed: int = 0) -> VisionEncoder:
     """A small random tower of the real classes, to try the pipeline without weights.
 

@@ -47,7 +47,7 @@ def parse_json(where: str | Path, content: bytes, *, non_finite: bool = False) -
         raise ValueError(f"{where}: expected fewer lists and objects, found {containers} in the file")
     try:
         constant = float if non_finite else _no_constant
-        return json.loads(content, object_pairs_hook=_unique, parse_constant=constant)
+        return json.loads(content, object_pairs_hook=unique_names, parse_constant=constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not readable JSON: {one_line(error)}") from error
 
@@ -61,7 +61,8 @@ def finite_or_none(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these members, for `json.loads`. Raises ValueError for a name that comes twice."""
     values = dict(pairs)
     if len(values) != len(pairs):
         names = [name for name, _ in pairs]

@@ -142,7 +142,11 @@ def test_metadata_of_an_image_folder(tmp_path: Path, caplog: pytest.LogCaptureFi
     found = [(image.key, image.caption, image.label) for image in images]
     assert found == [("a.png", "one", "3"), ("sub/b.png", "two", None), ("sub/c.png", "three", None)]
     assert images.ignored == {"named by another column of a metadata file": 1}
-    assert [entry["key"] for entry in images.skipped] == ["gone.png", "metadata.jsonl", "metadata.jsonl"]
+    assert [entry["key"] for entry in images.skipped] == [
+        "gone.png",
+        "metadata.jsonl:4",
+        "metadata.jsonl:5",
+    ]
     assert "1 rows of metadata files that name a picture again" in caplog.text
     assert keys(tmp_path, image_column="mask") == ["m.png", "sub/c.png"]
     with pytest.raises(ValueError, match=r"metadata\.jsonl: expected one of the columns"):
@@ -156,3 +160,25 @@ def test_metadata_of_sub_folders_and_strangers(tmp_path: Path) -> None:
     assert found == [("test/a.png", None, None), ("train/a.png", "one", None)]
     write(tmp_path, {"metadata.jsonl": "[1]\n"})
     assert keys(tmp_path) == ["test/a.png", "train/a.png"]
+
+
+def test_rows_of_metadata_that_name_nothing_are_listed(tmp_path: Path) -> None:
+    rows = [{"text": "x"}, {"file_name": "a.png", "mask_file_name": None}, {"file_name": ""}, {"text": "y"}]
+    write(tmp_path, {"a.png": "x", "metadata.jsonl": "\n".join(map(json.dumps, rows))})
+    assert keys(tmp_path) == ["a.png"]
+    assert list(reasons(tmp_path)) == ["metadata.jsonl:1", "metadata.jsonl:3", "metadata.jsonl:4"]
+    write(tmp_path, {"metadata.jsonl": '{"text": "about something else"}'})
+    assert list_images(tmp_path).ignored == {".jsonl": 1} and not reasons(tmp_path)
+    write(tmp_path, {"metadata.jsonl": "", "metadata.csv": "file_name,text\na.png,one\na.png\n"})
+    assert [image.caption for image in list_images(tmp_path)] == ["one"]
+    assert list(reasons(tmp_path)) == ["metadata.csv:3"]
+    write(tmp_path, {"metadata.csv": "file_name,text,text\na.png,one,two\n"})
+    assert "'text' more than once" in reasons(tmp_path)["metadata.csv"]
+
+
+def test_selected_rows_that_are_not_there_are_listed(tmp_path: Path) -> None:
+    stream(tmp_path / "a.arrow", {"image": [b"x", b"y"]})
+    stream(tmp_path / "indices.arrow", {"indices": [1, 2, None, -1, 0]})
+    state(tmp_path, ["a.arrow"], ["indices.arrow"])
+    assert keys(tmp_path) == ["a/1", "a/0"]
+    assert list(reasons(tmp_path)) == ["indices.arrow:1", "indices.arrow:2", "indices.arrow:3"]

@@ -15,6 +15,7 @@ import pytest
 
 from blip3o_dit.extraction.sources.listing import list_images
 from blip3o_dit.extraction.sources.options import ListingOptions
+from blip3o_dit.extraction.sources.webdataset import list_tar
 from tests.helpers.sources import write
 
 
@@ -143,3 +144,109 @@ def test_without_pyarrow_parquet_names_the_extra(tmp_path: Path, monkeypatch: py
     write(tmp_path, {"a.parquet": "x"})
     with pytest.raises(ValueError, match=r"pip install pyarrow$"):
         list_images(tmp_path)
+
+
+def sources(root: Path) -> dict[str, Path | str]:
+    """Seven pictures in each kind of source."""
+    (root / "tars").mkdir()
+    pictures = {f"{name}.png": f"picture {name}" for name in "abcdefg"}
+    write(root / "tree" / "sub", pictures)
+    write(root / "tree", {"readme.md": "x", "z/readme.md": "x"})
+    (root / "tree" / "z" / "z.png").symlink_to("nothing")
+    write(root, {"l.txt": "".join(f"tree/sub/{name}\n" for name in [*pictures, "gone.png"])})
+    write(root, {"l.csv": 'path\ntree/sub/a.png\n""\n' + "".join(f"tree/sub/{n}\n" for n in pictures)})
+    for first, some in (("0", "abc"), ("1", "defg")):
+        tar(root / "tars" / f"{first}.tar", {f"{name}.png": name.encode() for name in some})
+    write(root / "tars", {"2.tar": "damaged"})
+    for part, table in enumerate((seven_rows().slice(0, 3), seven_rows().slice(3))):
+        (root / "tables").mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(table, root / "tables" / f"{part}.parquet")
+    places = {name: root / name for name in ("tree", "l.txt", "l.csv", "tars", "tables")}
+    return places | {"pattern": f"{root}/tars/{{0,1,2}}.tar"}
+
+
+@pytest.mark.parametrize("kind", ["tree", "l.txt", "l.csv", "tars", "tables", "pattern"])
+def test_a_limit_takes_the_first_of_the_list(kind: str, tmp_path: Path) -> None:
+    where = sources(tmp_path)[kind]
+    whole = list_images(where)
+    for limit in (1, 3, 4, 6):
+        some = list_images(where, ListingOptions(limit=limit))
+        assert some.refs == whole.refs[:limit]
+        assert not [entry for entry in some.skipped if entry["key"] != "l.csv:3"]  # what comes later
+    assert list_images(where, ListingOptions(limit=99)).refs == whole.refs
+    assert list_images(where, ListingOptions(limit=99)).skipped == whole.skipped
+    with pytest.raises(ValueError, match="limit: expected a number of pictures from 1 on, found 0"):
+        ListingOptions(limit=0)
+
+
+def test_a_limit_reads_no_further_than_it_must(tmp_path: Path, monkeypatch: Any) -> None:
+    sources(tmp_path)
+    module = "blip3o_dit.extraction.sources"
+    for name in (f"{module}.folders.list_tar", f"{module}.listing.list_tar"):
+        monkeypatch.setattr(name, spy := Spy(list_tar))
+        places = [tmp_path / "tars" / f"{number}.tar" for number in range(3)]
+        where = tmp_path / "tars" if "folders" in name else places
+        assert len(list_images(where, ListingOptions(limit=2))) == 2
+        assert spy.names == ["0.tar"]
+
+
+class Spy:
+    def __init__(self, list_tar: Any) -> None:
+        self.list_tar, self.names = list_tar, []  # type: ignore[var-annotated]
+
+    def __call__(self, found: Any, name: str) -> None:
+        self.names.append(name)
+        self.list_tar(found, name)
+
+
+class TestSeveralPlaces:
+    def test_tars_as_the_shell_expands_them(self, tmp_path: Path) -> None:
+        sources(tmp_path)
+        places = sorted((tmp_path / "tars").glob("*.tar"))
+        together, folder = list_images(places), list_images(tmp_path / "tars")
+        assert (
+            [ref.key for ref in together]
+            == [ref.key for ref in folder]
+            == [
+                *(f"0/{name}" for name in "abc"),
+                *(f"1/{name}" for name in "defg"),
+            ]
+        )
+        assert together.digest() == folder.digest() and together.skipped == folder.skipped
+        assert [entry["key"] for entry in together.skipped] == ["2.tar"]
+        backwards = list_images(places[::-1])
+        assert [ref.key for ref in backwards][:4] == [f"1/{name}" for name in "defg"]  # as given
+        assert [ref.read() for ref in backwards][:1] == [b"d"]
+
+    def test_folders_keep_their_names_in_the_keys(self, tmp_path: Path) -> None:
+        write(tmp_path, {"cats/1.png": "c", "cats/1.txt": "a cat", "more/dogs/1.png": "d"})
+        write(tmp_path, {"more/dogs/gone.txt": "x", "more/dogs/.hidden.png": "x"})
+        images = list_images([tmp_path / "cats", tmp_path / "more" / "dogs"])
+        assert [(ref.key, ref.caption) for ref in images] == [
+            ("cats/1.png", "a cat"),
+            ("more/dogs/1.png", None),
+        ]
+        assert images.ignored == {".txt": 1, "hidden .png": 1} and images.root == tmp_path
+
+    def test_lists_and_pictures(self, tmp_path: Path) -> None:
+        write(tmp_path, {"x.png": "X", "y.png": "Y", "a.txt": "x.png\nno.png\n", "b.txt": "y.png\n"})
+        images = list_images([tmp_path / "a.txt", tmp_path / "b.txt"])
+        assert [ref.key for ref in images] == ["x.png", "y.png"]
+        assert [entry["key"] for entry in images.skipped] == ["no.png"]
+        pictures = list_images([tmp_path / "y.png", tmp_path / "x.png"])
+        assert [ref.key for ref in pictures] == ["y.png", "x.png"]
+
+    @pytest.mark.parametrize(
+        ("names", "message"),
+        [
+            (["x.png", "x.txt"], "x.png and 1 more: expected places of one kind, found 1 pictures, 1 lists"),
+            (["sub", "x.png", "notes.md"], "found 1 folders, 1 pictures, 1 other files: name those of one"),
+            (["x.png", "x.png"], "key 'x.png' belongs to both"),
+            (["x.png", "gone.png"], "gone.png: expected pictures, found nothing there"),
+            ([], "nothing: expected places of one kind, found none"),
+        ],
+    )
+    def test_what_does_not_go_together(self, tmp_path: Path, names: list[str], message: str) -> None:
+        write(tmp_path, {"sub/0.png": "x", "x.png": "x", "x.txt": "x.png", "notes.md": "x"})
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            list_images([tmp_path / name for name in names])

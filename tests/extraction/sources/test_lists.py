@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,65 @@ def test_a_picture_may_come_twice_and_a_key_may_not(pictures: Path) -> None:
     write(pictures, {"l.txt": "x.png\nx.png\nx.png\n", "l.jsonl": '{"path": "x.png", "key": "\\ud800"}\n'})
     assert keys(pictures / "l.txt") == ["x.png", "x.png#2", "x.png#3"]
     assert keys(pictures / "l.jsonl") == ["\\ud800"]
+
+
+ROWS = "path,caption\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "captions", "skipped"),
+    [
+        ("x.png,one,two\nx.png,one\n", ["one"], {2: "expected 2 cells, found 3"}),
+        ("x.png\nx.png,one\n", ["one"], {2: "expected 2 cells, found 1"}),
+        ("x.png,one,,  \n", ["one"], {}),  # nothing is lost with empty cells
+        ("\n   \nx.png,one\n\n", ["one"], {}),
+        (",\n,,,\nx.png,one\n", ["one"], {2: "no path", 3: "no path"}),
+        ('x.png,"two\nlines"\nx.png,one\n', ["two\nlines", "one"], {}),
+        ('x.png,"open\nx.png,one\nx.png,two\n', ["one", "two"], {2: "unexpected end of data (a quote"}),
+        ('x.png,"open\nx.png,"one"\nx.png,"two"\n', ["one", "two"], {2: "expected after"}),
+        ('x.png,"one"\nx.png,"open', ["one", "open"], {}),  # the last row is whole
+        ("x.png,one\n\ufeffx.png,two\n", ["one"], {}),  # files joined by cat: no such file
+        ("x.png,a,b\n" * 2 + "x.png,one\n", ["one"], {2: "found 3", 3: "found 3"}),
+    ],
+)
+def test_no_row_is_lost(pictures: Path, text: str, captions: list[str], skipped: dict[int, str]) -> None:
+    write(pictures, {"l.csv": ROWS + text})
+    assert [caption for _, caption, _ in listed(pictures / "l.csv")] == captions
+    found = reasons(pictures / "l.csv")
+    assert [key for key in found if "\ufeff" not in key] == [f"l.csv:{line}" for line in skipped]
+    assert ("\ufeff" in text) == (found.pop("\ufeffx.png", None) is not None)
+    for line, reason in skipped.items():
+        assert reason in found[f"l.csv:{line}"] and f"line {line}:" in found[f"l.csv:{line}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("l.csv", "path,caption,caption\nx.png,a,b\n", "line 1: expected each column once, found 'caption'"),
+        ("l.tsv", "path\tpath\nx.png\tx.png\n", "found 'path' more than once"),
+        ("l.jsonl", '{"path": "x.png", "path": "y/z.png"}\n', "line 1: expected each name once"),
+        ("l.csv", '"path,caption\nx.png,a\n', "line 1: no readable header: unexpected end"),
+    ],
+)
+def test_a_name_that_comes_twice_is_not_chosen_from(
+    pictures: Path, name: str, text: str, message: str
+) -> None:
+    write(pictures, {name: text})
+    with pytest.raises(ValueError, match=message):
+        list_images(pictures / name)
+
+
+def test_columns_without_a_name_may_be_several(pictures: Path) -> None:
+    write(pictures, {"l.csv": ",,path\n0,a,x.png\n"})
+    assert keys(pictures / "l.csv") == ["x.png"]
+
+
+def test_any_key_that_is_given_is_taken(pictures: Path) -> None:
+    write(pictures, {"l.jsonl": '{"path": "x.png", "key": 0}\n{"path": "x.png", "key": null}\n'})
+    assert keys(pictures / "l.jsonl") == ["0", "x.png"]
+
+
+def test_a_long_list_with_one_open_quote_is_read_once(pictures: Path) -> None:
+    write(pictures, {"l.csv": ROWS + 'x.png,"open\n' + "x.png,one\n" * 20_000})
+    started = time.monotonic()
+    assert len(keys(pictures / "l.csv")) == 20_000 and time.monotonic() - started < 10

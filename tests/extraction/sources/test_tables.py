@@ -119,3 +119,19 @@ def test_img2dataset_columns(tmp_path: Path) -> None:
     assert listed(tmp_path) == [("a/0", "a", b"A"), ("a/2", "c", b"C")]
     assert list_images(tmp_path).ignored == {"failed downloads": 1}
     assert keys(tmp_path, image_column="jpg", caption_column="key") == ["a/0", "a/2"]
+
+
+@pytest.mark.parametrize("names", [["image", "image", "text"], ["image", "text", "text"]])
+def test_a_column_that_comes_twice_is_not_chosen_from(tmp_path: Path, names: list[str]) -> None:
+    arrays = [pyarrow.array([b"x"]), pyarrow.array([b"y"]), pyarrow.array(["z"])]
+    pyarrow.parquet.write_table(pyarrow.table(arrays, names=names), tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"image": [b"x"]}), tmp_path / "b.parquet")
+    assert keys(tmp_path) == ["b/0"]
+    assert "expected each column once" in reasons(tmp_path)["a.parquet"]
+
+
+def test_a_table_without_rows_is_counted(tmp_path: Path) -> None:
+    table = pyarrow.table({"image": [b"x"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(table.slice(0, 0), tmp_path / "b.parquet")
+    assert list_images(tmp_path).ignored == {"tables without a row": 1}

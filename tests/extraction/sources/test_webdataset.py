@@ -12,7 +12,6 @@ import pytest
 
 from blip3o_dit.extraction.sources.listing import list_images
 from blip3o_dit.extraction.sources.options import ListingOptions
-from blip3o_dit.extraction.sources.patterns import one_place
 from tests.helpers.sources import keys, listed, reasons, tar, write
 
 SAMPLE = [
@@ -177,29 +176,14 @@ def test_names_in_another_encoding(tmp_path: Path) -> None:
     assert image.key == "a/\\xe9" and image.location.encode()
 
 
-def test_the_files_that_a_shell_made_of_a_pattern_are_listed_as_by_the_pattern(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("t/a.tar", "t/b.tar", "t/[1] *.tar", "o[2]/a.tar", "o[2]/b.tar", "o[2]/c.tar.gz"):
-        tar(tmp_path / name, [("0.jpg", b"picture")])
-    monkeypatch.chdir(tmp_path)
-    assert one_place(["t/a.tar"]) == "t/a.tar"
-    assert one_place(["t/[1] *.tar", "t/a.tar", "t/b.tar"]) == "t/*.tar"
-    assert keys(one_place(["t/[1] *.tar", "t/a.tar", "t/b.tar"])) == keys("t/*.tar")
-    assert one_place(["t/a.tar", "t/b.tar"]) == "t/{a.tar,b.tar}"
-    assert keys(one_place(["t/a.tar", "t/b.tar", "t/a.tar"])) == ["a/0", "b/0"]
-    assert keys(one_place(["t/b.tar", "t/[1] *.tar"])) == ["b/0", "[1] */0"]
-    assert keys(one_place([str(tmp_path / "t/a.tar"), "t/b.tar"])) == ["a/0", "b/0"]
-    assert keys(one_place(["t/a.tar", "o[2]/a.tar"])) == ["t/a/0", "o[2]/a/0"]
-    assert len(keys(one_place(["o[2]/a.tar", "o[2]/b.tar"]))) == 2
-    monkeypatch.chdir(tmp_path / "t")
-    assert keys(one_place(["a.tar", "b.tar"])) == ["a/0", "b/0"]
-
-
-@pytest.mark.parametrize("other", ["folder", "none.tar", "a,b.tar"])
-def test_other_places_come_one_at_a_time(tmp_path: Path, other: str) -> None:
-    (tmp_path / "folder").mkdir()
-    for name in ("a.tar", "a,b.tar"):
-        tar(tmp_path / name, [("0.jpg", b"picture")])
-    with pytest.raises(ValueError, match=f"{other}: expected one place, or several tars.* found it among 2"):
-        one_place([str(tmp_path / "a.tar"), str(tmp_path / other)])
+def test_what_a_tar_does_not_hold_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tar(tmp_path / "a.tar", [("0.jpg", b"x"), ("0.json", b"{"), ("1.jpg", b"y"), ("1.json", b"[1]")])
+    tar(tmp_path / "b.tar", [])
+    with caplog.at_level("INFO"):
+        assert list_images(tmp_path).ignored == {"tars without a member": 1}
+    assert "2 JSON texts that hold no object" in caplog.text
+    caplog.clear()
+    write(tmp_path / "tree", {"0.jpg": b"x", "0.json": "{"})
+    with caplog.at_level("INFO"):
+        assert keys(tmp_path / "tree") == ["0.jpg"]
+    assert "1 JSON texts that hold no object" in caplog.text

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import stat
-import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -30,16 +30,31 @@ logger = logging.getLogger(__name__)
 class Collector:
     """One listing. `root` is the folder that names and keys are relative to."""
 
-    def __init__(self, root: Path, options: ListingOptions, *, progress: bool = False) -> None:
+    def __init__(self, root: Path, options: ListingOptions, bar: tqdm) -> None:
         self.root = root
         self.folder = str(root)
         self.options = options
         self.refs: list[ImageRef] = []
         self.skipped: list[dict[str, str]] = []
+        self._listed_before: list[int] = []  # how many images were, when each of those was skipped
         self.ignored: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
-        self.bar = tqdm(desc="listing", unit="file", delay=SILENT_SECONDS, disable=not progress)
-        self._started = time.monotonic()
+        self.bar = bar
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as many images are listed as were asked for."""
+        return self.options.limit is not None and len(self.refs) >= self.options.limit
+
+    def add_all(self, part: Collector) -> None:
+        """What was listed at a place below the root; its keys begin there."""
+        below = os.path.relpath(os.path.abspath(part.root), os.path.abspath(self.root))
+        prefix = "" if below == os.curdir else valid_text(below) + "/"
+        self._listed_before += [len(self.refs) + count for count in part._listed_before]
+        self.refs += [replace(ref, key=prefix + ref.key) for ref in part.refs] if prefix else part.refs
+        self.skipped += [entry | {"key": prefix + entry["key"]} for entry in part.skipped]
+        self.ignored.update(part.ignored)
+        self.notes.update(part.notes)
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name) if name else self.folder
@@ -53,6 +68,7 @@ class Collector:
         if self.options.strict:
             raise ValueError(f"{printable(location)}: {printable(reason)} (--strict)")
         self.skipped.append({"key": key or valid_text(name), "location": location, "reason": reason})
+        self._listed_before.append(len(self.refs))
 
     def unreadable(self, name: str, error: Exception) -> None:
         """Skip a file for the error of reading it. Raises what is no fault of this file."""
@@ -77,10 +93,11 @@ class Collector:
             return
         self.refs.append(ImageRef(key, caption, label, self.folder, name, status.st_size))
 
-    def finish(self, where: str) -> ImageList:
-        """Say what was ignored; refuse a place without images, and keys that two images have."""
-        self.bar.close()
-        seconds = time.monotonic() - self._started
+    def finish(self, where: str, seconds: float) -> ImageList:
+        """Say what was ignored; refuse a place without images, and keys that two images have.
+
+        `seconds`: how long listing took.
+        """
         if self.bar.disable and seconds > SILENT_SECONDS:
             logger.info("%s: %d pictures listed in %.0f s", where, len(self.refs), seconds)
         for note, count in self.notes.items():
@@ -91,10 +108,21 @@ class Collector:
             raise refusal(where, PICTURES)
         if not self.refs:
             raise ValueError(f"{where}: expected at least one picture, found none{self._why()}")
+        self._cut()
         self._check_unique(where)
         root = Path(where) if os.path.exists(where) else self.root
         self.skipped.sort(key=lambda entry: entry["key"])
         return ImageList(self.refs, self.skipped, dict(self.ignored), root)
+
+    def _cut(self) -> None:
+        """With a limit, what comes after the last image that it allows was not listed."""
+        limit = self.options.limit
+        if limit is None or not self.is_full:
+            return
+        self.refs = self.refs[:limit]
+        self.skipped = [
+            entry for entry, before in zip(self.skipped, self._listed_before, strict=True) if before < limit
+        ]
 
     def _why(self) -> str:
         parts = [f"{printable(entry['key'])}: {printable(entry['reason'])}" for entry in self.skipped[:3]]

@@ -17,6 +17,7 @@ from blip3o_dit.extraction.sources.text import (
     CAPTION_NAMES,
     LABEL_NAMES,
     MAX_TEXT_BYTES,
+    NO_OBJECT,
     decode_text,
     first_value,
     parse_object,
@@ -49,11 +50,14 @@ def list_folder(found: Collector) -> None:
     saved = chain.from_iterable(tree.saved.values())
     huggingface.refuse_splits(found, [*tree.tars, *tree.tables, *saved])
     for name in tree.tars:
-        list_tar(found, name)
+        if not found.is_full:
+            list_tar(found, name)
     for name in tree.tables:
-        list_table(found, name)
+        if not found.is_full:
+            list_table(found, name)
     for folder in sorted(tree.saved):
-        huggingface.list_saved(found, folder, tree.saved[folder])
+        if not found.is_full:
+            huggingface.list_saved(found, folder, tree.saved[folder])
 
 
 @dataclass(slots=True)
@@ -244,7 +248,10 @@ class _Tree:
             self.found.notes["captions that are no UTF-8, read as Windows-1252"] += 1
         if suffix_of(file) != ".json":
             return text_or_none(text.strip()), None
-        values = parse_object(text) or {}
+        values = parse_object(text)
+        if values is None:
+            self.found.notes[NO_OBJECT] += 1
+            return None, None
         return text_or_none(first_value(values, CAPTION_NAMES)), text_or_none(
             first_value(values, LABEL_NAMES)
         )

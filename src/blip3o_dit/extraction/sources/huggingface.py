@@ -48,7 +48,8 @@ def list_saved(found: Collector, folder: str, tables: Sequence[str]) -> None:
         _list_selected(found, names, indices)
     else:
         for name in names:
-            list_table(found, name)
+            if not found.is_full:
+                list_table(found, name)
 
 
 def _file_names(found: Collector, folder: str, entries: Any) -> list[str]:
@@ -70,8 +71,15 @@ def _list_selected(found: Collector, names: Sequence[str], indices: Sequence[str
     except (OSError, ValueError, LookupError) as error:
         found.unreadable(indices[0], error)
         return
+    for place, row in enumerate(chosen):
+        if not isinstance(row, int) or not 0 <= row < sum(counts):
+            found.skip(
+                f"{indices[0]}:{place}",
+                f"expected the number of a row below {sum(counts)}, found {short_repr(row)}",
+            )
+    rows = [row for row in chosen if isinstance(row, int)]
     for name, (start, stop) in zip(names, pairwise(accumulate(counts, initial=0)), strict=True):
-        list_table(found, name, [row - start for row in chosen if start <= row < stop])
+        list_table(found, name, [row - start for row in rows if start <= row < stop])
 
 
 # Splits
@@ -153,19 +161,23 @@ class Metadata:
     def _read_file(self, found: Collector, name: str) -> None:
         captions = (found.options.caption_column,) if found.options.caption_column else CAPTION_NAMES
         column: str | None = None
-        for _, row in _rows(found, name):
+        unnamed: list[int] = []  # rows before the first that names a picture
+        for number, row in _rows(found, name):
             if column is None:
                 column = _file_column(found, name, row)
                 if column is None:
-                    return
+                    unnamed.append(number)
+                    continue
                 self.files.append(name)
+                for earlier in unnamed:
+                    _skip_row(found, name, earlier, None)
             about = text_or_none(first_value(row, captions)), text_or_none(first_value(row, LABEL_NAMES))
-            for path in _paths(found, name, row, column):
+            for path in _paths(found, name, number, row.get(column)):
                 if self.rows.setdefault(path, about) is not about:
                     found.notes["rows of metadata files that name a picture again: the first is taken"] += 1
             for other in row:
-                if other != column and _names_files(other):
-                    self.aside.update(_paths(found, name, row, other))
+                if other != column and _names_files(other) and row[other] not in (None, ""):
+                    self.aside.update(_paths(found, name, number, row[other]))
 
     def of(self, name: str) -> tuple[str | None, str | None]:
         """Caption and label; each picture is asked for once."""
@@ -204,10 +216,9 @@ def _file_column(found: Collector, name: str, row: dict[str, Any]) -> str | None
     return column or (columns[0] if columns else None)
 
 
-def _paths(found: Collector, name: str, row: dict[str, Any], column: str) -> Iterator[str]:
+def _paths(found: Collector, name: str, number: int, values: Any) -> Iterator[str]:
     """Names below the root; a metadata file names what is beside or below it, nothing else."""
     folder = posixpath.dirname(name)
-    values = row.get(column)
     for value in values if isinstance(values, list) else [values]:
         path = posixpath.normpath(posixpath.join(folder, value)) if isinstance(value, str) and value else ".."
         if (
@@ -215,6 +226,11 @@ def _paths(found: Collector, name: str, row: dict[str, Any], column: str) -> Ite
             or path.split("/")[0] == ".."
             or (folder and not path.startswith(f"{folder}/"))
         ):
-            found.skip(name, f"expected the name of a picture below it, found {short_repr(value)}")
+            _skip_row(found, name, number, value)
         else:
             yield path
+
+
+def _skip_row(found: Collector, name: str, number: int, value: Any) -> None:
+    reason = f"expected the name of a picture below it, found {short_repr(value)}: row {number}"
+    found.skip(f"{name}:{number}", reason)

@@ -9,7 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import overload
 
+from tqdm.auto import tqdm
+
 from blip3o_dit.extraction.sources.image_ref import ImageRef
+
+# Images of a list that are looked into, to tell it from others
+SAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -36,10 +41,19 @@ class ImageList(Sequence[ImageRef]):
     def __getitem__(self, index: int | slice) -> ImageRef | list[ImageRef]:
         return self.refs[index]
 
-    def digest(self) -> str:
+    def digest(self, *, progress: bool = False) -> str:
         """SHA-256 of every key, caption, label and stored size: not of paths, so that a folder may move."""
         digest = hashlib.sha256()
-        for ref in self.refs:
+        for ref in tqdm(self.refs, desc="sizes", unit=" pictures", delay=2, disable=not progress):
             values = [ref.key, ref.caption, ref.label, ref.size, ref.row]
             digest.update(json.dumps(values).encode() + b"\n")
         return digest.hexdigest()
+
+    def samples(self) -> dict[str, str]:
+        """Digests of what a few of the images begin with, by their place; not of those that cannot be read.
+
+        They tell sets apart whose names and sizes are the same, as uncompressed pictures' may be.
+        """
+        places = range(0, len(self.refs), max(1, len(self.refs) // SAMPLES))
+        starts = {str(place): self.refs[place].start() for place in places}
+        return {place: hashlib.sha256(start).hexdigest() for place, start in starts.items() if start}

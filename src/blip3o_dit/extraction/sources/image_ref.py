@@ -15,6 +15,9 @@ OF_ONE_FILE = frozenset(
     [errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP]
 )
 
+# Of an image, enough to tell it from another of its name and size.
+START_BYTES = 2**16
+
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
@@ -66,6 +69,17 @@ class ImageRef:
         if stream_opener(self.name) is not None:
             return read_stream(self.file, self.offset, self.size)
         return read_file(self.file, self.offset, self.size)
+
+    def start(self) -> bytes:
+        """Its first bytes, or its file's where only reading in order leads to it; none where that fails."""
+        at = 0 if self.is_read_in_order else max(self.offset, 0)
+        try:
+            descriptor = os.open(self.file, os.O_RDONLY | os.O_NONBLOCK)
+            with open(descriptor, "rb") as file:
+                file.seek(at)
+                return file.read(min(self.size, START_BYTES))
+        except OSError:
+            return b""
 
 
 def is_fault_of_file(error: OSError, root: Path) -> bool:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import unicodedata
+from collections import deque
 from collections.abc import Callable, Iterator
 from io import TextIOWrapper
 from typing import Any
@@ -26,7 +27,7 @@ from blip3o_dit.extraction.sources.text import (
     text_or_none,
     valid_text,
 )
-from blip3o_dit.utils.json_files import one_line, short_repr
+from blip3o_dit.utils.json_files import one_line, short_repr, unique_names
 
 LIST_SUFFIXES = (".txt", ".tsv", ".csv", ".jsonl")
 SEPARATORS = ("\t", ",", ";", "|")
@@ -52,6 +53,8 @@ def list_file(found: Collector, name: str) -> None:
     given: dict[str, int] = {}
     rows = rows_of(found, name, lambda column: column_named([column], image_names) is not None)
     for number, row in rows:
+        if found.is_full:
+            return
         found.bar.update()
         path = first_value(row, image_names)
         if not isinstance(path, str) or not path.strip():
@@ -59,7 +62,7 @@ def list_file(found: Collector, name: str) -> None:
             continue
         if is_url(path) and not found.refs:
             raise ValueError(f"{file}: line {number}: {_url_reason(path)}")
-        if row.get("key"):
+        if row.get("key") not in (None, ""):
             key = str(row["key"])
             if key in given:
                 raise ValueError(
@@ -157,31 +160,76 @@ def _separator(header: str, names_image: Callable[[str], bool], given: str | Non
     return None
 
 
+class _CsvLines:
+    """The lines of a csv file, numbered; those of the row being read can be given back."""
+
+    def __init__(self, lines: Iterator[tuple[int, str]]) -> None:
+        self._lines = lines
+        self._again: deque[tuple[int, str]] = deque()
+        self.row: list[tuple[int, str]] = []
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._again.popleft() if self._again else next(self._lines)
+        self.row.append(line)
+        return line[1]
+
+    def give_back(self) -> None:
+        """Read the lines of the row again, but for its first."""
+        self._again.extendleft(reversed(self.row[1:]))
+
+
 def _csv_rows(found: Collector, name: str, lines: Iterator[tuple[int, str]], separator: str) -> Iterator[Row]:
     csv.field_size_limit(MAX_CELL)
-    before = 0
+    numbered = _CsvLines(lines)
+    reader = csv.reader(numbered, delimiter=separator)
+    header: list[str] = []
+    while True:
+        numbered.row.clear()
+        try:
+            cells = next(reader, None)
+            if len(numbered.row) > 1:  # a quote that nobody closed would swallow the lines behind it
+                list(csv.reader([line for _, line in numbered.row], delimiter=separator, strict=True))
+                found.notes["rows of several lines, in quotes"] += 1
+        except csv.Error as error:
+            number = numbered.row[0][0]
+            reason = f"{one_line(error)} (a quote that is not closed?)"
+            if not header:
+                where = f"{found.path(name)}: line {number}"
+                raise ValueError(f"{where}: no readable header: {reason}") from error
+            _skip_row(found, name, number, reason)
+            numbered.give_back()
+            continue
+        if cells is None:
+            return
+        number = numbered.row[0][0]
+        if not header:
+            header = _checked_header(found, name, number, cells)
+            continue
+        cells = [*cells[: len(header)], *filter(str.strip, cells[len(header) :])]
+        if len(cells) == len(header):
+            yield number, dict(zip(header, cells, strict=True))
+        elif len(cells) > 1 or any(map(str.strip, cells)):
+            _skip_row(found, name, number, f"expected {len(header)} cells, found {len(cells)}")
 
-    def texts() -> Iterator[str]:
-        nonlocal before
-        for number, line in lines:
-            before = number  # of the last line of the row being read
-            yield line
 
-    rows = csv.reader(texts(), delimiter=separator)
-    try:
-        header = [column.strip() for column in next(rows)]
-        for wanted in (found.options.image_column, found.options.caption_column):
-            if wanted and wanted not in header:
-                raise ValueError(
-                    f"{found.path(name)}: expected a column {wanted}, found {short_repr(header)}"
-                )
-        for row in rows:
-            if row:
-                yield before, dict(zip(header, row, strict=False))
-    except csv.Error as error:
-        raise ValueError(
-            f"{found.path(name)}: line {before}: not a readable CSV: {one_line(error)}"
-        ) from error
+def _checked_header(found: Collector, name: str, number: int, cells: list[str]) -> list[str]:
+    """The columns. Raises ValueError when one that was asked for is missing, or one is there twice."""
+    header = [column.strip() for column in cells]
+    where = f"{found.path(name)}: line {number}"
+    for wanted in (found.options.image_column, found.options.caption_column):
+        if wanted and wanted not in header:
+            raise ValueError(f"{where}: expected a column {wanted}, found {short_repr(header)}")
+    twice = next((column for column in header if column and header.count(column) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{where}: expected each column once, found {short_repr(twice)} more than once")
+    return header
+
+
+def _skip_row(found: Collector, name: str, number: int, reason: str) -> None:
+    found.skip(f"{name}:{number}", f"not a readable row: line {number}: {reason}")
 
 
 def _json_rows(found: Collector, name: str) -> Iterator[Row]:
@@ -189,7 +237,7 @@ def _json_rows(found: Collector, name: str) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=unique_names)
         except (ValueError, RecursionError) as error:
             found.skip(f"{name}:{number}", f"not readable JSON: line {number}: {one_line(error)}")
             continue

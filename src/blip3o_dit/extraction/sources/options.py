@@ -17,6 +17,7 @@ class ListingOptions:
         image_field: of webdataset samples, "jpg" or "seg.png"; several in order, separated by ";".
         csv_separator: of list files with a header; None takes the one that its header is written with.
         skip_links: do not enter linked folders.
+        limit: only the first so many images of the list.
         strict: whatever would be skipped is an error.
     """
 
@@ -25,6 +26,7 @@ class ListingOptions:
     image_field: str | None = None
     csv_separator: str | None = None
     skip_links: bool = False
+    limit: int | None = None
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -33,3 +35,5 @@ class ListingOptions:
             expected = f"one character or {', '.join(SEPARATOR_NAMES)}"
             raise ValueError(f"csv_separator: expected {expected}, found {self.csv_separator!r}")
         object.__setattr__(self, "csv_separator", separator)
+        if self.limit is not None and (not isinstance(self.limit, int) or self.limit < 1):
+            raise ValueError(f"limit: expected a number of pictures from 1 on, found {self.limit!r}")

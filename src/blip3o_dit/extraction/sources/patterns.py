@@ -5,8 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 
 MAX_NAMES = 1_000_000
 
@@ -30,32 +29,6 @@ def expand(pattern: str) -> tuple[str, list[str]] | None:
         if len(names) > MAX_NAMES:
             raise ValueError(f"{pattern}: expected at most {MAX_NAMES} names, found more")
     return root or ".", list(names)
-
-
-def one_place(names: Sequence[str]) -> str:
-    """Several files as one pattern, the one that a shell made them of where that is plain.
-
-    Raises:
-        ValueError: for several names of which one is no file, or cannot be part of a pattern.
-    """
-    if len(names) == 1:
-        return names[0]
-    for name in names:
-        if not os.path.isfile(name) or re.search("[{},]", name):
-            raise ValueError(
-                f"{name}: expected one place, or several tars, tables or pictures without braces and commas "
-                f"in their names, found it among {len(names)}: extract one by one, then blip3o-dit merge"
-            )
-    folders, suffixes = {os.path.dirname(name) for name in names}, {Path(name).suffix for name in names}
-    if len(folders) == len(suffixes) == 1:
-        pattern = os.path.join(glob.escape(*folders), f"*{glob.escape(*suffixes)}")
-        if sorted(glob.glob(pattern)) == sorted(names):
-            return pattern
-    if len({os.path.isabs(name) for name in names}) > 1:
-        names = [os.path.abspath(name) for name in names]
-    root = os.path.commonpath([os.path.dirname(name) for name in names])
-    below = ",".join(glob.escape(os.path.relpath(name, root or ".")) for name in names)
-    return os.path.join(glob.escape(root), f"{{{below}}}")
 
 
 def _alternatives(pattern: str) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,24 +65,39 @@ def is_table(name: str) -> bool:
 
 
 def open_table(file: str) -> Table:
-    """Raises ValueError for what is no table, OSError when it cannot be read."""
+    """Raises ValueError for what is no table or names a column twice, OSError when it cannot be read."""
     arrow = pyarrow()
     try:
-        if file.lower().endswith(".parquet"):
-            parquet = arrow.parquet.ParquetFile(file)
-            schema = parquet.schema_arrow
-            return Table(
-                schema.names,
-                parquet.metadata.num_rows,
-                schema,
-                lambda c: parquet.read([c]).column(0).to_pylist(),
-            )
-        table = arrow_table(file)
-        return Table(table.schema.names, table.num_rows, table.schema, lambda c: table.column(c).to_pylist())
+        table = _open_parquet(file) if file.lower().endswith(".parquet") else _open_arrow(file)
     except arrow.ArrowException as error:
         raise ValueError(f"not a readable table: {one_line(error)}") from error
     except OSError as error:
         raise content_error(error) from error
+    twice = next((name for name, count in Counter(table.names).items() if count > 1), None)
+    if twice is not None:
+        raise ValueError(f"expected each column once, found {short_repr(twice)} more than once")
+    return table
+
+
+def _open_parquet(file: str) -> Table:
+    parquet = pyarrow().parquet.ParquetFile(file)
+    schema = parquet.schema_arrow
+    return Table(
+        schema.names,
+        parquet.metadata.num_rows,
+        schema,
+        lambda column: parquet.read([column]).column(0).to_pylist(),
+    )
+
+
+def _open_arrow(file: str) -> Table:
+    table = arrow_table(file)
+    return Table(
+        table.schema.names,
+        table.num_rows,
+        table.schema,
+        lambda column: table.column(column).to_pylist(),
+    )
 
 
 def list_table(found: Collector, name: str, rows: Iterable[int] | None = None) -> None:
@@ -95,6 +111,8 @@ def list_table(found: Collector, name: str, rows: Iterable[int] | None = None) -
     except (ValueError, OSError) as error:
         found.unreadable(name, error)
         return
+    if not table.num_rows:
+        found.ignored["tables without a row"] += 1
     stem = os.path.splitext(name)[0]
     size = os.stat(found.path(name)).st_size
     paths = table.read(image) if _holds_text(table, image) else None

@@ -17,6 +17,8 @@ LABEL_NAMES = ("label", "cls", "class")
 
 # A caption file is text of a sentence or a page; only as much of one is read.
 MAX_TEXT_BYTES = 2**20
+# A note of the listing
+NO_OBJECT = "JSON texts that hold no object: no caption or label from them"
 
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8"),

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from blip3o_dit.extraction.sources.collector import Collector
 from blip3o_dit.extraction.sources.formats import image_suffixes, kind_of, suffix_of, what_is_missing
@@ -26,6 +26,7 @@ from blip3o_dit.extraction.sources.text import (
     CAPTION_NAMES,
     LABEL_NAMES,
     MAX_TEXT_BYTES,
+    NO_OBJECT,
     decode_text,
     first_value,
     parse_object,
@@ -80,6 +81,7 @@ class _Sample:
 def list_tar(found: Collector, name: str) -> None:
     """Add the samples of one tar; one that cannot be read to its end is skipped as a whole."""
     reader = _TarReader(_wanted_fields(found.options.image_field))
+    member = None
     try:
         for tar, member in _members(found.path(name)):
             found.bar.update()
@@ -91,6 +93,9 @@ def list_tar(found: Collector, name: str) -> None:
             found.skip(name, f"not a whole tar: {one_line(error)}")
         return
     found.ignored.update(reader.ignored)
+    found.notes.update(reader.notes)
+    if member is None:
+        found.ignored["tars without a member"] += 1
     for key, sample in reader.samples.items():
         _add_sample(found, name, key, sample, reader.wanted)
 
@@ -167,6 +172,7 @@ class _TarReader:
         self.wanted = wanted
         self.samples: dict[str, _Sample] = {}
         self.ignored: Counter[str] = Counter()
+        self.notes: Counter[str] = Counter()
 
     def note(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         key, part = _field_of(member.name)
@@ -179,7 +185,8 @@ class _TarReader:
         elif part == "json" or part in (*_CAPTION_FIELDS, *_LABEL_FIELDS):
             sample = self.samples.setdefault(key, _Sample())
             sample.others.append(part)
-            _note_text(sample, part, _text_of(tar, member))
+            if not _note_text(sample, part, _text_of(tar, member)):
+                self.notes[NO_OBJECT] += 1
         else:
             self.ignored[_kind_of_field(part)] += 1
 
@@ -204,20 +211,24 @@ def _text_of(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
     return decode_text(file.read(MAX_TEXT_BYTES))[0].strip() if file else ""
 
 
-def _note_text(sample: _Sample, part: str, text: str) -> None:
-    """A caption or label, whatever the order of the members."""
+def _note_text(sample: _Sample, part: str, text: str) -> bool:
+    """A caption or label, whatever the order of the members; False for a JSON text without an object."""
     if part in _LABEL_FIELDS:
         sample.label = text_or_none(text)
-        return
-    values = {"caption": text}
+        return True
+    values: dict[str, Any] = {"caption": text}
     rank = _CAPTION_FIELDS.index(part) if part != "json" else len(_CAPTION_FIELDS)
     if part == "json":
-        values = parse_object(text) or {}
+        found = parse_object(text)
+        if found is None:
+            return False
+        values = found
         if sample.label is None:
             sample.label = text_or_none(first_value(values, LABEL_NAMES))
     caption = text_or_none(first_value(values, CAPTION_NAMES))
     if caption is not None and rank < sample.caption_rank:
         sample.caption, sample.caption_rank = caption, rank
+    return True
 
 
 def _add_sample(found: Collector, name: str, key: str, sample: _Sample, wanted: tuple[str, ...]) -> None:
