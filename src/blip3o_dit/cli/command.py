@@ -23,6 +23,8 @@ TRACEBACK_VARIABLE = "BLIP3O_DIT_TRACEBACK"
 USER_ERROR, INPUT_OUTPUT, STOPPED = 2, 74, 75
 INTERRUPTED, READER_GONE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
+logger = logging.getLogger(__name__)
+
 
 def command_module(name: str) -> Any:
     """The module of a command: `add_arguments(parser)` and `run(arguments)`."""
@@ -36,7 +38,10 @@ def run_named(name: str, argv: Sequence[str] | None, *, prog: str, description: 
         command = command_module(name)
         parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
         command.add_arguments(parser)
-        command.run(parser.parse_args(argv))
+        arguments = parser.parse_args(argv)
+        if "torch" not in sys.modules:  # importing it takes seconds
+            logger.info("%s: starting", prog)
+        command.run(arguments)
 
     set_up_logging()
     return run_command(run)
