@@ -192,7 +192,9 @@ def test_the_program_of_the_wheel_answers(installed: Installed) -> None:
 
 @pytest.mark.slow
 def test_every_command_runs(every_command: list[Outcome]) -> None:
-    run = {outcome.command.split()[1] for outcome in every_command if outcome.command.startswith("blip3o-dit")}
+    run = {
+        outcome.command.split()[1] for outcome in every_command if outcome.command.startswith("blip3o-dit")
+    }
     assert run == set(COMMANDS), "a new command: how it is run here belongs into BESIDE"
     assert not [(outcome.command, outcome.text[-2000:]) for outcome in every_command if outcome.status]
 

@@ -126,7 +126,9 @@ def silences(written: list[tuple[float, str, str]], end: float) -> list[tuple[fl
     """The seconds after each thing that was written, and what it was, the longest first."""
     seen = [(0.0, "the start"), *((when, text.strip()[-80:]) for when, _, text in written if text.strip())]
     ends = [when for when, _ in seen[1:]] + [end]
-    return sorted(((until - when, text) for (when, text), until in zip(seen, ends, strict=True)), reverse=True)
+    return sorted(
+        ((until - when, text) for (when, text), until in zip(seen, ends, strict=True)), reverse=True
+    )
 
 
 def run_words(words: list[str]) -> int:
