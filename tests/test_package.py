@@ -1,4 +1,4 @@
-"""pyproject.toml beside what the code imports, what its messages name and what the matrix of versions tests."""
+"""pyproject.toml beside what the code imports, what its messages name, and the Pythons that are tested."""
 
 from __future__ import annotations
 
@@ -57,10 +57,8 @@ def test_every_import_is_a_requirement() -> None:
 def test_packages_that_messages_name_are_in_an_extra() -> None:
     """Under the name that `pip install` takes; each extra is for something that a message asks for."""
     texts = "".join(file.read_text() for file in SOURCES)
-    asked = re.findall(r"package_missing\(.*?\"([\w-]+)\"\)", texts) + re.findall(
-        r"\bpip install ([\w-]+)", texts
-    )
-    asked += re.findall(r"package_missing\(spec, \"([\w-]+)\"", texts)
+    asked = re.findall(r"package_missing\(.*?\"([\w-]+)\"\)", texts)
+    asked += re.findall(r"\bpip install ([\w-]+)", texts)
     assert len(asked) >= 5
     assert {name.lower().replace("_", "-") for name in asked} <= NEEDED | EXTRAS
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from blip3o_dit.cli.main import COMMANDS
 from tests.acceptance.commands import FOREIGN_VARIABLES, json_of
@@ -192,9 +191,8 @@ def test_the_program_of_the_wheel_answers(installed: Installed) -> None:
 
 @pytest.mark.slow
 def test_every_command_runs(every_command: list[Outcome]) -> None:
-    run = {
-        outcome.command.split()[1] for outcome in every_command if outcome.command.startswith("blip3o-dit")
-    }
+    words = [outcome.command.split() for outcome in every_command]
+    run = {command for program, command, *_ in words if program == "blip3o-dit"}
     assert run == set(COMMANDS), "a new command: how it is run here belongs into BESIDE"
     assert not [(outcome.command, outcome.text[-2000:]) for outcome in every_command if outcome.status]
 

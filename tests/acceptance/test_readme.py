@@ -49,7 +49,7 @@ def commands(block: str) -> list[list[str]]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder like the repository's root after its path: pictures, a store of narrow tokens, a run."""
+    """A working folder like the repository's root after the path, of narrow tokens."""
     for name in ("src", "train_blip3o_dit.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     generator = np.random.default_rng(0)
@@ -113,7 +113,7 @@ def launch(words: list[str]) -> None:
 @pytest.mark.slow
 def test_every_snippet_runs_in_order(folder: Path) -> None:
     assert len(BLOCKS) >= 10
-    trained = (folder / "checkpoints/run/training_log.jsonl").read_bytes()
+    trained = (folder / "checkpoints/run/model.safetensors").read_bytes()
     for language, block in BLOCKS:
         if language == "python":
             exec(narrow(block), {})
@@ -124,7 +124,7 @@ def test_every_snippet_runs_in_order(folder: Path) -> None:
     for produced in (*made, "checkpoints/base/model.safetensors"):
         assert (folder / produced).is_file(), produced
     # A finished run is found as it is.
-    assert (folder / "checkpoints/run/training_log.jsonl").read_bytes() == trained
+    assert (folder / "checkpoints/run/model.safetensors").read_bytes() == trained
     assert not (folder / "checkpoints/small").exists()
 
 
