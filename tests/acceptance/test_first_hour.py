@@ -210,7 +210,7 @@ def test_no_command_is_silent(every_command: list[Outcome]) -> None:
 
 
 @pytest.mark.slow
-def test_every_line_is_ours(every_command: list[Outcome], installed: Installed) -> None:
+def test_every_line_is_ours(every_command: list[Outcome]) -> None:
     """Written by this package, by its logger, or by a bar that it made."""
     foreign = [
         f"{outcome.command}: {writer}: {text!r}"
@@ -219,9 +219,14 @@ def test_every_line_is_ours(every_command: list[Outcome], installed: Installed) 
         if text.strip() and not writer.startswith("blip3o_dit")
     ]
     assert not foreign, "\n".join(foreign[:20])
-    # What the terminal showed beside that went past Python: a library in C, or in another process.
+
+
+@pytest.mark.slow
+def test_nothing_is_written_past_the_streams(every_command: list[Outcome]) -> None:
+    """By a library in C, by a handler that kept an older stream, or by another process."""
     for outcome in every_command:
-        assert not lines_of(outcome.text) - lines_of("".join(text for _, text in outcome.written))
+        known = lines_of("".join(text for _, text in outcome.written))
+        assert not lines_of(outcome.text) - known, outcome.command
 
 
 @pytest.mark.slow

@@ -114,6 +114,8 @@ def _writer() -> str:
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
         nearest = nearest or name
+        if name == "logging" and "record" in frame.f_locals:
+            return frame.f_locals["record"].name  # type: ignore[no-any-return]
         if name.split(".")[0] not in CARRIERS:
             return name
         if name.startswith("warnings"):
