@@ -81,11 +81,11 @@ class FastClock:
                 sleep(POLL)
             return event.is_set()
 
-        threading.Event.wait = wait  # type: ignore[method-assign, assignment]
+        threading.Event.wait = wait
         begun, monotonic = time.time(), time.monotonic()
-        time.time = tqdm.std.time = lambda: begun + self.seconds()  # type: ignore[attr-defined]
+        time.time = tqdm.std.time = lambda: begun + self.seconds()
         time.monotonic = time.perf_counter = lambda: monotonic + self.seconds()
-        machinery = importlib._bootstrap  # type: ignore[attr-defined]
+        machinery = importlib._bootstrap
         machinery._find_and_load = self.slowly(machinery._find_and_load)
         drawing: list[tuple[Any, str]] = [(matplotlib.pyplot, "subplots"), (matplotlib.axes.Axes, "__init__")]
         drawing += [(matplotlib.axes.Axes, name) for name in ("imshow", "plot", "tick_params", "legend")]
@@ -115,12 +115,12 @@ def _writer() -> str:
         name = frame.f_globals.get("__name__", "")
         nearest = nearest or name
         if name == "logging" and "record" in frame.f_locals:
-            return frame.f_locals["record"].name  # type: ignore[no-any-return]
+            return frame.f_locals["record"].name
         if name.split(".")[0] not in CARRIERS:
             return name
         if name.startswith("warnings"):
             return nearest
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return nearest
 
 
@@ -147,7 +147,7 @@ def run_words(words: list[str]) -> int:
 
 def in_child(request: dict[str, Any], report: str) -> None:
     """What the fork does; it never returns to the server's loop."""
-    status, written = 1, []  # type: ignore[var-annotated]
+    status, written = 1, []
     clock = FastClock(request["pace"])
     try:
         os.chdir(request["folder"])
@@ -155,8 +155,8 @@ def in_child(request: dict[str, Any], report: str) -> None:
             if importlib.util.find_spec(module):
                 setattr(importlib.import_module(module), name, value)
         clock.install()
-        sys.stdout = Watched(open(1, "w", closefd=False), clock, written)  # type: ignore[assignment]  # noqa: SIM115
-        sys.stderr = Watched(open(2, "w", closefd=False), clock, written)  # type: ignore[assignment]  # noqa: SIM115
+        sys.stdout = Watched(open(1, "w", closefd=False), clock, written)  # noqa: SIM115
+        sys.stderr = Watched(open(2, "w", closefd=False), clock, written)  # noqa: SIM115
         status = run_words(request["words"])
     except SystemExit as stop:
         status = int(stop.code or 0)
