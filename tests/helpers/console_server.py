@@ -29,6 +29,8 @@ COLUMNS = 80
 POLL = 0.002
 # What takes the same time whatever the data: imports, and the drawing of figures.
 FIXED = 1.0
+# Not there after `pip install` of the package alone. torchao stays: it is the one that has much to say.
+EXTRAS = ("wandb", "pyarrow", "torchdiffeq", "sklearn", "scipy", "pandas", "diffusers", "peft", "argcomplete")
 # Whose words a stream carries is asked of whoever called these.
 CARRIERS = ("logging", "tqdm", "contextlib", "warnings", __name__)
 
@@ -195,6 +197,16 @@ def run_on_terminal(request: dict[str, Any]) -> dict[str, Any]:
         return {"status": status, "text": text} | json.loads(Path(report.name).read_text())
 
 
+def hide(names: tuple[str, ...]) -> None:
+    """As if these packages were not installed."""
+    find = importlib.machinery.PathFinder.find_spec
+
+    def find_others(name: str, path: Any = None, target: Any = None) -> Any:
+        return None if name.split(".")[0] in names else find(name, path, target)
+
+    importlib.machinery.PathFinder.find_spec = find_others
+
+
 def import_everything() -> None:
     """All modules, as a command would: after its logging is set up."""
     import blip3o_dit
@@ -225,6 +237,7 @@ def outputs_in(file: Any) -> Iterator[None]:
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
+    hide(EXTRAS)
     with tempfile.TemporaryFile() as file:
         with outputs_in(file):
             import_everything()
