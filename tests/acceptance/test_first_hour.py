@@ -27,9 +27,9 @@ ROOT = Path(__file__).parents[2]
 PICTURES = 24
 CHANGES = [("blip3o_dit.training.lengths", "LEAST_STEPS", 10)]
 # As on a machine so much slower, or with so much more data (console_server.py).
-PACE = 10
+PACE = 4
 SILENCE = 2.0  # seconds
-UNFINISHED_BAR = re.compile(r"\b(?!100%)\d+%\||\d\d:\d\d")
+UNFINISHED_BAR = re.compile(r"(?<!\d)\d?\d%\||: \d\d:\d\d$")
 
 # Commands that are not on the README's path, run after it in the same folder, each once.
 BESIDE = {

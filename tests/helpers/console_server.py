@@ -13,6 +13,7 @@ import json
 import os
 import pkgutil
 import pty
+import re
 import struct
 import sys
 import tempfile
@@ -20,13 +21,14 @@ import termios
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 COLUMNS = 80
 POLL = 0.002
+MOVES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # of the cursor, and colours
 # What takes the same time whatever the data: imports, and the drawing of figures.
 FIXED = 1.0
 # Not there after `pip install` of the package alone. torchao stays: it is the one that has much to say.
@@ -106,6 +108,9 @@ class Watched:
         self._written.append((self._clock.seconds(), _writer(), text))
         return self._stream.write(text)
 
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
@@ -128,7 +133,8 @@ def _writer() -> str:
 
 def silences(written: list[tuple[float, str, str]], end: float) -> list[tuple[float, str]]:
     """The seconds after each thing that was written, and what it was, the longest first."""
-    seen = [(0.0, "the start"), *((when, text.strip()[-80:]) for when, _, text in written if text.strip())]
+    plain = [(when, MOVES.sub("", text).strip()[-COLUMNS:]) for when, _, text in written]
+    seen = [(0.0, "the start"), *((when, text) for when, text in plain if text)]
     ends = [when for when, _ in seen[1:]] + [end]
     return sorted(
         ((until - when, text) for (when, text), until in zip(seen, ends, strict=True)), reverse=True
