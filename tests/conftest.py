@@ -47,6 +47,7 @@ LONGEST = (
     "test_known_answer",
     "test_processes",
     "test_readme",
+    "test_first_hour",
     "test_precision",
     "test_training_commands",
     "test_resume",

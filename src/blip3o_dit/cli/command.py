@@ -27,6 +27,8 @@ TRACEBACK_VARIABLE = "BLIP3O_DIT_TRACEBACK"
 USER_ERROR, INPUT_OUTPUT, STOPPED = 2, 74, 75
 INTERRUPTED, READER_GONE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
+logger = logging.getLogger(__name__)
+
 
 def command_module(name: str) -> Any:
     """The module of a command: `EXAMPLES`, `add_arguments(parser)` and `run(arguments)`."""
@@ -47,6 +49,8 @@ def run_named(name: str, argv: Sequence[str] | None, *, prog: str, description: 
 
     def run() -> None:
         arguments = command_parser(name, prog, description).parse_args(argv)
+        if "torch" not in sys.modules:  # importing it takes seconds
+            logger.info("%s: starting", prog)
         command_module(name).run(arguments)
 
     set_up_logging()

@@ -74,7 +74,6 @@ def _show_plan(config: ExtractionConfig) -> None:
 
 
 def _extract(config: ExtractionConfig, pickle: Path | None) -> None:
-    logger.info("starting")
     from blip3o_dit.data.pickle_format import write_pickle
     from blip3o_dit.extraction.extract import extract
 

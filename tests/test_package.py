@@ -1,0 +1,81 @@
+"""pyproject.toml beside what the code imports, what its messages name, and the Pythons that are tested."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.matrix import PYTHONS
+
+tomllib: Any = pytest.importorskip("tomllib", reason="Python 3.11")
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SOURCES = sorted((ROOT / "src/blip3o_dit").rglob("*.py"))
+# For a user to read: messages, docs and examples.
+TEXTS = [*SOURCES, ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.py")]
+# What a requirement cannot do without, imported for a class of its own.
+COME_WITH = {"huggingface-hub": "transformers", "markupsafe": "jinja2"}
+# Imported under another name than the package's, where the package may not be here to say so.
+PACKAGES = {"open_clip": "open-clip-torch", "pillow_heif": "pillow-heif", "pillow_jxl": "pillow-jxl-plugin"}
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {re.split(r"[<>=!~;\[ ]", line)[0].lower().replace("_", "-") for line in requirements}
+
+
+NEEDED = names(PROJECT["dependencies"])
+EXTRAS = names([line for extra in PROJECT["optional-dependencies"].values() for line in extra])
+
+
+def imported(file: Path) -> set[str]:
+    """First words of all absolute imports, those inside functions as well."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            found.add(node.module.split(".")[0])
+    return found - sys.stdlib_module_names - {"blip3o_dit"}
+
+
+def test_every_import_is_a_requirement() -> None:
+    """Of the package or of an extra."""
+    owners = {module: owner[0] for module, owner in packages_distributions().items()}
+    owners |= PACKAGES
+    packages = names([owners.get(module, module) for file in SOURCES for module in imported(file)])
+    assert set(COME_WITH.values()) <= NEEDED
+    assert packages <= NEEDED | EXTRAS | set(COME_WITH)
+
+
+def test_packages_that_messages_name_are_in_an_extra() -> None:
+    """Under the name that `pip install` takes; each extra is for something that a message asks for."""
+    texts = "".join(file.read_text() for file in SOURCES)
+    asked = re.findall(r"package_missing\(.*?\"([\w-]+)\"\)", texts)
+    asked += re.findall(r"\bpip install ([\w-]+)", texts)
+    assert len(asked) >= 5
+    assert {name.lower().replace("_", "-") for name in asked} <= NEEDED | EXTRAS
+
+
+def test_nothing_sends_a_user_to_an_index_for_this_package() -> None:
+    """The name is not registered there: anybody may take it."""
+    sent = re.compile(rf"install\S*(?: -\S+)* ['\"]?{PROJECT['name']}\b")
+    assert not [str(file) for file in TEXTS if sent.search(file.read_text())]
+
+
+def test_the_pythons_that_are_named_are_those_that_are_tested() -> None:
+    said = {line.split(" :: ")[-1] for line in PROJECT["classifiers"] if "Python :: 3." in line}
+    assert said == set(PYTHONS)
+    assert PROJECT["requires-python"] == f">={PYTHONS[0]}"
+    assert f"Python {PYTHONS[0]} to {PYTHONS[-1]}" in (ROOT / "README.md").read_text()
+
+
+def test_requirements_of_the_path_are_not_extras() -> None:
+    """Each command of the README's path runs without one: see also tests/acceptance/test_first_hour.py."""
+    assert {"torch", "transformers", "accelerate", "pillow", "matplotlib", "jinja2"} <= NEEDED
