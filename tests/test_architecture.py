@@ -158,7 +158,6 @@ TESTED_IN = {
     "utils/errors.py": "training/test_resume.py",
     "utils/kept_state.py": "inference/test_unfinished.py",
     "utils/pca_colors.py": "extraction/test_inspection.py",
-    "utils/ticking.py": "evaluation/test_kept.py",
     "utils/settings.py": "cli/test_arguments.py",
 }
 

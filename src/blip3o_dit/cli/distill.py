@@ -8,6 +8,7 @@ from pathlib import Path
 from blip3o_dit.cli.arguments import add_flags, given_settings
 from blip3o_dit.cli.parser import CommandParser
 from blip3o_dit.training.distillation_config import DistillationConfig
+from blip3o_dit.utils.progress import working
 
 EXAMPLES = ("blip3o-dit distill checkpoints/run embeddings/store --steps 2",)
 
@@ -28,8 +29,9 @@ def add_arguments(parser: CommandParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from blip3o_dit.training.distillation import distill
-    from blip3o_dit.utils.distributed import pick_device
+    with working("loading torch and transformers"):
+        from blip3o_dit.training.distillation import distill
+        from blip3o_dit.utils.distributed import pick_device
 
     model = arguments.model
     default = model.absolute().parent / f"{model.resolve().name}-{arguments.steps}-steps"

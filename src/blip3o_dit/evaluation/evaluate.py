@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from blip3o_dit.data.embeddings import Embeddings, generated_by, said_of_generated
 from blip3o_dit.evaluation import report, scores
@@ -36,8 +34,8 @@ from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.utils.distributed import SINGLE_PROCESS, Processes, join_processes
 from blip3o_dit.utils.durations import in_words
 from blip3o_dit.utils.json_files import escaped
+from blip3o_dit.utils.progress import progress_bars, working
 from blip3o_dit.utils.stateless_random import stateless_choice
-from blip3o_dit.utils.ticking import progress_bars, working
 
 FORMAT = "blip3o-dit evaluation"
 FORMAT_VERSION = 1
@@ -280,8 +278,7 @@ class _Estimate:
         calls = ((count + draws) * model.calls + curve) * (len(self.models) - number)
         seconds = seconds_per_sample / model.calls * calls / self.processes.count
         what = f"sampling {count + draws} times, {model.calls} network call{'s' * (model.calls > 1)} each"
-        with tqdm.external_write_mode(file=sys.stderr):
-            logger.info("%s%s: about %s", what, ", and a cost curve" if points else "", in_words(seconds))
+        logger.info("%s%s: about %s", what, ", and a cost curve" if points else "", in_words(seconds))
 
 
 def _help_sampling(

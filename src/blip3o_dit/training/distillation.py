@@ -36,7 +36,9 @@ from blip3o_dit.training.checkpoint import (
 )
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.console import ConsoleCallback, closing_bar
+from blip3o_dit.training.disk import check_disk
 from blip3o_dit.training.distillation_config import DistillationConfig
+from blip3o_dit.training.lengths import with_lengths
 from blip3o_dit.training.memory import check_room, count_weights, distillation_forecast, room_on
 from blip3o_dit.training.output_folder import output_folder
 from blip3o_dit.training.student import StudentTrainer, as_student, teacher_calls
@@ -45,6 +47,7 @@ from blip3o_dit.utils.distributed import check_alone
 from blip3o_dit.utils.errors import StoppedEarly
 from blip3o_dit.utils.json_files import read_json_object
 from blip3o_dit.utils.logging import quiet_transformers
+from blip3o_dit.utils.progress import working
 from blip3o_dit.utils.validation import is_number
 
 logger = logging.getLogger(__name__)
@@ -89,33 +92,38 @@ def _distill(
     progress: bool,
 ) -> Path:
     """`distill` into a folder that is held."""
-    variant = EMA_VARIANT if pick_weights(model_path, "auto") == "ema" else None
+    with working(f"checking {model_path}"):
+        variant = EMA_VARIANT if pick_weights(model_path, "auto") == "ema" else None
+        checksum = " ".join(sha256(file) for file in weights_files(model_path, variant))
     run, sizes = TrainingConfig.from_folder(model_path), BLIP3oDiTConfig.from_pretrained(model_path)
     _check_teacher(sizes, config)
     _check_apart(model_path, output)
-    source = open_embeddings(embeddings)
-    check_sizes(source, sizes.data_sizes, model_path)
-    train = run.split(source).train
+    with working(f"opening {embeddings}"):
+        source = open_embeddings(embeddings)
+        check_sizes(source, sizes.data_sizes, model_path)
+        train = run.split(source).train
     config = replace(
         config.resolved(run, samples=len(train), samples_seen=_samples_seen(model_path, run, len(train))),
         teacher=str(model_path),
-        teacher_checksum=" ".join(sha256(file) for file in weights_files(model_path, variant)),
+        teacher_checksum=checksum,
         data_fingerprint=RunIdentity.of(source, run, 1).fingerprint,
     )
     if not overwrite and _is_finished(output, config):
         _remove_checkpoints(output)
         logger.info("%s: this student is finished; --overwrite trains it again", output)
         return output
-    taught = _settings_of_student(run, config, output)
+    taught = _settings_of_student(run, config, output, len(train))
     resume = _checkpoint(output, config, overwrite=overwrite)
     if resume is not None:
         student = as_student(copy.deepcopy(sizes), config.steps)
         check_checkpoint(resume, student, RunIdentity.of(source, taught, 1))
     _check_memory(sizes, taught, torch.device(config.device))
+    check_disk(taught, sizes, taught.max_steps)
     _describe(model_path, sizes, config, len(train), resume)
     remove_leftovers(output, all_checkpoints=resume is None)
     try:
-        teacher = BLIP3oDiTModel.from_pretrained(model_path, variant=variant)
+        with working("loading the teacher"):
+            teacher = BLIP3oDiTModel.from_pretrained(model_path, variant=variant)
         teach(StudentTrainer(teacher, source, train, config, taught), resume, progress=progress)
     except KeyboardInterrupt:
         if resume is None:
@@ -139,7 +147,7 @@ def train_student(
     """
     _check_teacher(teacher.config, config)
     config = config.resolved(run, samples=len(train), samples_seen=0.0)
-    taught = _settings_of_student(run, config, Path(run.output_dir))
+    taught = _settings_of_student(run, config, Path(run.output_dir), len(train))
     trainer = StudentTrainer(teacher, source, train, config, taught)
     teach(trainer, None, progress=False)
     return trainer
@@ -226,7 +234,9 @@ def _checkpoint(output: Path, config: DistillationConfig, *, overwrite: bool) ->
     )
 
 
-def _settings_of_student(run: TrainingConfig, config: DistillationConfig, output: Path) -> TrainingConfig:
+def _settings_of_student(
+    run: TrainingConfig, config: DistillationConfig, output: Path, samples: int
+) -> TrainingConfig:
     """The settings of the student's training: the teacher's, which name split, sizes and path, but for what
     the distillation does in its own way."""
     default = TrainingConfig()
@@ -235,7 +245,7 @@ def _settings_of_student(run: TrainingConfig, config: DistillationConfig, output
     own |= {"max_steps": config.train_steps, "num_inference_steps": config.steps, "solver": "euler"}
     own |= {"save_total_limit": 1, "num_workers": 0}
     device = torch.device(config.device).type
-    return replace(run, **(usual | own), output_dir=str(output), device=device)
+    return with_lengths(replace(run, **(usual | own), output_dir=str(output), device=device), samples)
 
 
 _OF_THE_DISTILLATION = (
@@ -243,8 +253,8 @@ _OF_THE_DISTILLATION = (
     *("logging_steps", "save_steps", "max_hours"),
 )
 _NOT_OF_THE_TEACHER = (
-    *("gradient_accumulation_steps", "lr_scheduler_type", "weight_decay"),
-    *("memory", "fp16", "bf16", "compile", "selective_checkpointing", "deterministic"),
+    *("num_epochs", "eval_steps", "gradient_accumulation_steps", "lr_scheduler_type", "weight_decay"),
+    *("memory", "fp16", "bf16", "compile", "cuda_graphs", "selective_checkpointing", "deterministic"),
     *("init_from", "init_statistics", "init_checksum", "wandb_project", "wandb_run_name"),
     *("extend_epochs", "extend_steps", "extended_at", "extended_to", "extended_rate", "extended_warmup"),
 )

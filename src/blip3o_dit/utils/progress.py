@@ -11,11 +11,12 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from blip3o_dit.utils.durations import in_words
+from blip3o_dit.utils.json_files import escaped
 
 EVERY = 1.0  # seconds: what ends sooner shows nothing
 
@@ -48,6 +49,15 @@ class Bar:
             if self._bar is not None:
                 self._bar.update(count)
 
+    def found(self, count: int) -> None:
+        """So many were done before: they took no time now."""
+        with self._lock:
+            if self._bar is None:
+                self._settings["initial"] += count
+            else:
+                self._bar.initial += count
+                self._bar.update(count)
+
     def close(self) -> None:
         """Leave nothing of it on the screen."""
         self._over.set()
@@ -78,14 +88,14 @@ def has_terminal() -> bool:
 
 @contextmanager
 def working(
-    what: str, total: int | None = None, unit: str = "", *, lasting: bool = True
+    what: str, total: int | None = None, unit: str = "", *, lasting: bool = True, shown: bool = True
 ) -> Iterator[Callable[[int], None]]:
     """Around work; gives the function that counts what is done of `total`.
 
     In a terminal it ends with a line that says how long it took, elsewhere it begins with one; neither for
-    what takes less than a second, or where nothing `lasting` is wanted.
+    what takes less than a second, or where nothing `lasting` is wanted. Unless `shown` nothing is said.
     """
-    if not has_terminal() and not (_speaks() and lasting):
+    if not shown or (not has_terminal() and not (_speaks() and lasting)):
         yield lambda count: None
         return
     if not has_terminal():
@@ -109,13 +119,31 @@ def working(
 
 def progress(
     pieces: Iterable[Piece], what: str, unit: str, total: int | None = None, *, lasting: bool = True
-) -> Iterator[Piece]:
+) -> Generator[Piece, None, None]:
     """The pieces, counted as by `working`; `total` for what has no length."""
     total = len(pieces) if isinstance(pieces, Sized) else total
     with working(what, total, unit, lasting=lasting) as count:
         for piece in pieces:
             yield piece
             count(1)
+
+
+@contextmanager
+def progress_bars(shown: bool) -> Iterator[Callable[[Iterable[Any], str], Iterable[Any]]]:
+    """Gives a function that wraps iterables, as `progress`; bars go when the block ends, also by an error."""
+    running: list[Generator[Any, None, None]] = []
+
+    def bar(items: Iterable[Any], name: str) -> Iterable[Any]:
+        if not shown:
+            return items
+        running.append(progress(items, escaped(name), "step", lasting=False))
+        return running[-1]
+
+    try:
+        yield bar
+    finally:
+        for each in running:
+            each.close()
 
 
 @contextmanager
