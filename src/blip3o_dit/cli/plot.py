@@ -8,12 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from blip3o_dit.cli.parser import CommandParser
+
 DEFAULT_OUTPUT = Path("training_curves.png")
+
+EXAMPLES = ("blip3o-dit plot checkpoints/run checkpoints/other --output curves.png",)
 
 logger = logging.getLogger(__name__)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: CommandParser) -> None:
     parser.add_argument(
         "runs", type=Path, nargs="+", metavar="run", help="folder of a run, finished or not, or a checkpoint"
     )
