@@ -22,6 +22,8 @@ SOURCES = sorted((ROOT / "src/blip3o_dit").rglob("*.py"))
 TEXTS = [*SOURCES, ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.py")]
 # What a requirement cannot do without, imported for a class of its own.
 COME_WITH = {"huggingface-hub": "transformers", "markupsafe": "jinja2"}
+# What torch's builds for a GPU bring, and nothing imports without one.
+ON_A_GPU = {"triton"}
 # Imported under another name than the package's, where the package may not be here to say so.
 PACKAGES = {"open_clip": "open-clip-torch", "pillow_heif": "pillow-heif", "pillow_jxl": "pillow-jxl-plugin"}
 
@@ -51,7 +53,7 @@ def test_every_import_is_a_requirement() -> None:
     owners |= PACKAGES
     packages = names([owners.get(module, module) for file in SOURCES for module in imported(file)])
     assert set(COME_WITH.values()) <= NEEDED
-    assert packages <= NEEDED | EXTRAS | set(COME_WITH)
+    assert packages <= NEEDED | EXTRAS | set(COME_WITH) | ON_A_GPU
 
 
 def test_packages_that_messages_name_are_in_an_extra() -> None:

@@ -20,7 +20,7 @@ from blip3o_dit.extraction import extractor as engine
 from blip3o_dit.extraction.config import ExtractionConfig
 from blip3o_dit.extraction.extract import extract
 from blip3o_dit.extraction.identity import describe_extraction
-from blip3o_dit.extraction.shown_images import images_of_store
+from blip3o_dit.extraction.shown_images import pictures_of_store
 from blip3o_dit.extraction.vision_towers import tiny_encoder
 from blip3o_dit.utils.folder_lock import FolderInUseError, folder_lock
 from tests.helpers.extraction import content, settings, write_images
@@ -298,7 +298,7 @@ class TestLimit:
     def test_the_pictures_of_such_a_store_are_shown(self, images: Path, tmp_path: Path) -> None:
         store = extract(settings(images, tmp_path / "store", limit=3), progress=False)
         assert store is not None
-        assert images_of_store(store.manifest)(["a/01.png", "b/07.png"])[0] is not None
+        assert pictures_of_store(store.manifest)(["a/01.png", "b/07.png"])[0] is not None
 
 
 def test_several_places_are_one_extraction(images: Path, tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ def test_several_places_are_one_extraction(images: Path, tmp_path: Path) -> None
     store = extract(config, progress=False)
     assert store is not None and len(store) == 8
     assert store.manifest["pictures"] == list(both)
-    assert images_of_store(store.manifest)(["b/05.png"])[0] is not None
+    assert pictures_of_store(store.manifest)(["b/05.png"])[0] is not None
     extract(config, progress=False)
     write_images(tmp_path / "more", count=9, broken={})
     more = extract(replace(config, images=str(tmp_path / "more"), append=True), progress=False)

@@ -309,10 +309,10 @@ def test_a_picture_to_be_shown_takes_little_memory(tmp_path: Path) -> None:
     Image.new("RGB", (6000, 4000), "red").save(tmp_path / "large.jpg")
     code = (
         "import sys; from pathlib import Path; "
-        "from blip3o_dit.extraction.image_decoding import pictures_by_key; "
+        "from blip3o_dit.extraction.shown_images import pictures_of_store; "
         "usage = lambda: int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]); "
         "before = usage(); "
-        "shown = pictures_by_key(sys.argv[1])(['large.jpg'])[0]; "
-        "assert max(shown.size) == 448; assert usage() - before < 50_000, usage() - before"
+        "shown = pictures_of_store({}, sys.argv[1])(['large.jpg'])[0]; "
+        "assert [max(view.size) for view in shown.values()] == [448]; assert usage() - before < 50_000, usage() - before"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)

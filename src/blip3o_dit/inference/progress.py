@@ -5,13 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from blip3o_dit.utils.durations import in_words
 from blip3o_dit.utils.progress import Bar, has_terminal
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +28,7 @@ class SampleBar:
         self._total = total
         self._started = time.monotonic()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> SampleBar:
         if self._shown and has_terminal():
             self._bar = Bar("generating", self._total, "sample")
         return self
