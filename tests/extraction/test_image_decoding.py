@@ -313,6 +313,7 @@ def test_a_picture_to_be_shown_takes_little_memory(tmp_path: Path) -> None:
         "usage = lambda: int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]); "
         "before = usage(); "
         "shown = pictures_of_store({}, sys.argv[1])(['large.jpg'])[0]; "
-        "assert [max(view.size) for view in shown.values()] == [448]; assert usage() - before < 50_000, usage() - before"
+        "assert [max(view.size) for view in shown.values()] == [448]; "
+        "assert usage() - before < 50_000, usage() - before"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)

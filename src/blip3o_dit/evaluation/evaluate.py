@@ -34,7 +34,7 @@ from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.utils.distributed import SINGLE_PROCESS, Processes, join_processes
 from blip3o_dit.utils.durations import in_words
 from blip3o_dit.utils.json_files import escaped
-from blip3o_dit.utils.progress import progress_bars, working
+from blip3o_dit.utils.progress import one_bar, working
 from blip3o_dit.utils.stateless_random import stateless_choice
 
 FORMAT = "blip3o-dit evaluation"
@@ -166,7 +166,7 @@ def evaluate_samplers(
 
     Returns: the content of metrics.json, and the samples for the page.
     """
-    with progress_bars(progress) as bars:
+    with one_bar("measuring", shown=progress) as bars:
         mean, std = (value.float().cpu() for value in statistics)
         reference = collect_reference(source, indices, mean=mean, std=std, config=config, progress=bars)
         fit_on, train = fit_source
@@ -203,7 +203,7 @@ def evaluate_samplers(
             "command": None,
         }
         result["summary"] = summarize(result)
-    return result, _shown(everything, reference, pictures)
+        return result, _shown(everything, reference, pictures)
 
 
 def _baselines(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -91,9 +91,7 @@ class StrictPreTrainedModel(PreTrainedModel):
         return (model, info) if wants_info else model
 
     @classmethod
-    def load_for_inference(
-        cls, folder: str | Path, *, dtype: torch.dtype, variant: str | None = None
-    ) -> Self:
+    def load_for_inference(cls, folder: str | Path, *, dtype: torch.dtype, variant: str | None = None) -> Any:
         """A model from a folder, for inference, with weights in `dtype` that are in memory once.
 
         `from_pretrained` has the whole file mapped while it converts, which counts as memory too.

@@ -124,7 +124,8 @@ def _distill(
     try:
         with working("loading the teacher"):
             teacher = BLIP3oDiTModel.from_pretrained(model_path, variant=variant)
-        teach(StudentTrainer(teacher, source, train, config, taught), resume, progress=progress)
+            trainer = StudentTrainer(teacher, source, train, config, taught)
+        teach(trainer, resume, progress=progress)
     except KeyboardInterrupt:
         if resume is None:
             raise

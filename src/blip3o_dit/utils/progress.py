@@ -1,6 +1,6 @@
 """What a command is doing, said while it does it.
 
-In a terminal by a bar that appears after a second and then changes every second; elsewhere by one line, for
+In a terminal by a bar that appears after half a second and changes every second; elsewhere by one line, for
 what takes longer than a second. Both are on standard error, and of several processes the first one alone.
 """
 
@@ -11,14 +11,15 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from blip3o_dit.utils.durations import in_words
 from blip3o_dit.utils.json_files import escaped
 
-EVERY = 1.0  # seconds: what ends sooner shows nothing
+# Seconds: a bar is there after the first, and changes after the second; what ends sooner has no line.
+APPEARS, EVERY = 0.5, 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -58,18 +59,30 @@ class Bar:
                 self._bar.initial += count
                 self._bar.update(count)
 
+    def turn_to(self, what: str, total: int | None, unit: str) -> None:
+        """Count something else from now on."""
+        with self._lock:
+            self._settings |= dict(desc=what, total=total, unit=unit, initial=0)
+            if total is not None:
+                self._settings.pop("bar_format", None)
+            self._counted, self._started = 0, time.time()
+            self._clear()
+
     def close(self) -> None:
         """Leave nothing of it on the screen."""
         self._over.set()
         with self._lock:
-            if self._bar is not None:
-                self._bar.close()
-                self._bar = None
+            self._clear()
+
+    def _clear(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
     def _tick(self) -> None:
         from tqdm import tqdm
 
-        while not self._over.wait(EVERY):
+        while not self._over.wait(APPEARS if self._bar is None else EVERY):
             with self._lock:
                 if self._over.is_set():
                     return
@@ -119,7 +132,7 @@ def working(
 
 def progress(
     pieces: Iterable[Piece], what: str, unit: str, total: int | None = None, *, lasting: bool = True
-) -> Generator[Piece, None, None]:
+) -> Iterator[Piece]:
     """The pieces, counted as by `working`; `total` for what has no length."""
     total = len(pieces) if isinstance(pieces, Sized) else total
     with working(what, total, unit, lasting=lasting) as count:
@@ -129,21 +142,26 @@ def progress(
 
 
 @contextmanager
-def progress_bars(shown: bool) -> Iterator[Callable[[Iterable[Any], str], Iterable[Any]]]:
-    """Gives a function that wraps iterables, as `progress`; bars go when the block ends, also by an error."""
-    running: list[Generator[Any, None, None]] = []
+def one_bar(what: str, *, shown: bool = True) -> Iterator[Callable[[Iterable[Any], str], Iterable[Any]]]:
+    """In a terminal, one bar for many short computations; gives the function that wraps each one's iterable.
 
-    def bar(items: Iterable[Any], name: str) -> Iterable[Any]:
-        if not shown:
-            return items
-        running.append(progress(items, escaped(name), "step", lasting=False))
-        return running[-1]
+    The bar has the name of the last one that began, and is there in between them as well.
+    """
+    if not (shown and has_terminal()):
+        yield lambda items, name: items
+        return
+    bar = Bar(what)
+
+    def counted(items: Iterable[Any], name: str) -> Iterator[Any]:
+        bar.turn_to(escaped(name), len(items) if isinstance(items, Sized) else None, "step")
+        for item in items:
+            yield item
+            bar.update()
 
     try:
-        yield bar
+        yield counted
     finally:
-        for each in running:
-            each.close()
+        bar.close()
 
 
 @contextmanager
