@@ -105,7 +105,7 @@ def test_an_interrupted_extraction_continues_to_the_same_bytes(
     config = settings(images, tmp_path / "store")
     with pytest.raises(KeyboardInterrupt):
         extract(config, progress=False)
-    with pytest.raises(ValueError, match="not an embedding store, or an unfinished one"):
+    with pytest.raises(ValueError, match="found an unfinished extraction"):
         EmbeddingStore(tmp_path / "store")
     extract(replace(config, workers=1), progress=False)
     assert done == [*range(interrupted_at + 1), *range(interrupted_at, 4)]  # finished units were not redone

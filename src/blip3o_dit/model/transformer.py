@@ -226,7 +226,7 @@ class NextDiTBlock(nn.Module):
         FSDP gathers the block's weights for this call, so a training step uses them here and nowhere else.
         """
         keys_values = self._keys_values(condition) if isinstance(condition, Tensor) else condition
-        modulation = temb if isinstance(temb, BlockModulation) else BlockModulation(self.modulate(temb))
+        modulation = temb if isinstance(temb, BlockModulation) else BlockModulation(self._modulate(temb))
         scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.parts()  # [B, 1, d] each
         h = self.norm1(x, 1 + scale_msa)  # [B, N, d]
         attention = self._attend(h, keys_values, rope)  # [B, N, d]
@@ -269,6 +269,9 @@ class NextDiTBlock(nn.Module):
 
     def modulate(self, temb: Tensor) -> Tensor:
         """Embedded time and condition [..., min(d, 1024)] -> scales and gates [..., 4 d]."""
+        return self._modulate(temb)
+
+    def _modulate(self, temb: Tensor) -> Tensor:
         return self.norm1.linear(F.silu(temb))
 
     def _keys_values(self, condition: Tensor) -> KeysValues:
