@@ -39,8 +39,8 @@ def test_in_a_terminal_a_bar_changes_every_second_and_a_line_is_left() -> None:
     assert seen.status == 0
     assert seen.lines == ["a line", "counting: 3 s", "not counting: 2 s", ""]
     assert seen.silences[0][0] < 2.5  # an import and a second at most
-    assert "0/20 [00:01" in seen.text and "0/20 [00:02" in seen.text and "sample" in seen.text
-    assert "not counting: 00:02" in seen.text and "not lasting: 00:01" in seen.text
+    assert "0/20 [00:00" in seen.text and "0/20 [00:01" in seen.text and "sample" in seen.text
+    assert "not counting: 00:01" in seen.text and "not lasting: 00:00" in seen.text
     assert "at once" not in seen.text
     shown = seen.text.replace("\r", "\n").split("\n")
     assert max(map(len, shown)) <= COLUMNS
