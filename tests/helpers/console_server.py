@@ -32,7 +32,7 @@ MOVES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # of the cursor, and colours
 # What takes the same time whatever the data: imports, and the drawing of figures.
 FIXED = 1.0
 # Not there after `pip install` of the package alone. torchao stays: it is the one that has much to say.
-EXTRAS = ("wandb", "pyarrow", "torchdiffeq", "sklearn", "scipy", "pandas", "diffusers", "peft", "argcomplete")
+EXTRAS = ("wandb", "pyarrow", "torchdiffeq", "sklearn", "scipy", "pandas", "diffusers", "peft")
 # Whose words a stream carries is asked of whoever called these.
 CARRIERS = ("logging", "tqdm", "contextlib", "warnings", __name__)
 
