@@ -16,10 +16,10 @@ from blip3o_dit.cli.main import main
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.training import checkpoint, config, describe
-from blip3o_dit.training.config import DistillationConfig
 from blip3o_dit.training.curves import LOG_FILE
 from blip3o_dit.training.describe import format_description
 from blip3o_dit.training.distillation import distill
+from blip3o_dit.training.distillation_config import DistillationConfig
 from blip3o_dit.training.run import train
 from tests.helpers.stores import write_linear_store
 from tests.helpers.training import config_for
