@@ -54,3 +54,10 @@ def test_permutation_holds_each_index_once_and_changes_with_the_pass() -> None:
     other = stateless_permutation(50, seed=0, stream="order", counter=1)
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+def test_threads_draw_the_same_numbers() -> None:
+    settings = dict(seed=3, stream="noise", repeats=[0, 1, 0, 0, 2])
+    alone = stateless_normal([4, 4, 1, 9, 4], (3, 2), **settings)
+    assert torch.equal(stateless_normal([4, 4, 1, 9, 4], (3, 2), **settings, threads=3), alone)
+    assert len({tuple(row.flatten().tolist()) for row in alone}) == 5
