@@ -33,12 +33,8 @@ class Bar:
     """
 
     def __init__(self, what: str, total: int | None = None, unit: str = "", *, done: int = 0) -> None:
-        self._settings: dict[str, Any] = dict(desc=what, total=total, unit=unit, initial=done)
-        if total is None:
-            self._settings["bar_format"] = "{desc}: {elapsed}"
         self._bar: Any = None
-        self._counted = 0
-        self._started = time.time()
+        self._begin(what, total, unit, done)
         self._over = threading.Event()
         self._lock = threading.Lock()
         threading.Thread(target=self._tick, daemon=True).start()
@@ -62,17 +58,20 @@ class Bar:
     def turn_to(self, what: str, total: int | None, unit: str) -> None:
         """Count something else from now on."""
         with self._lock:
-            self._settings |= dict(desc=what, total=total, unit=unit, initial=0)
-            if total is not None:
-                self._settings.pop("bar_format", None)
-            self._counted, self._started = 0, time.time()
             self._clear()
+            self._begin(what, total, unit)
 
     def close(self) -> None:
         """Leave nothing of it on the screen."""
         self._over.set()
         with self._lock:
             self._clear()
+
+    def _begin(self, what: str, total: int | None, unit: str, done: int = 0) -> None:
+        self._settings: dict[str, Any] = dict(desc=what, total=total, unit=unit, initial=done)
+        if total is None:
+            self._settings["bar_format"] = "{desc}: {elapsed}"
+        self._counted, self._started = 0, time.time()
 
     def _clear(self) -> None:
         if self._bar is not None:
@@ -145,7 +144,7 @@ def progress(
 def one_bar(what: str, *, shown: bool = True) -> Iterator[Callable[[Iterable[Any], str], Iterable[Any]]]:
     """In a terminal, one bar for many short computations; gives the function that wraps each one's iterable.
 
-    The bar has the name of the last one that began, and is there in between them as well.
+    The bar has the name of the one under way, and `what` in between.
     """
     if not (shown and has_terminal()):
         yield lambda items, name: items
@@ -157,6 +156,7 @@ def one_bar(what: str, *, shown: bool = True) -> Iterator[Callable[[Iterable[Any
         for item in items:
             yield item
             bar.update()
+        bar.turn_to(what, None, "")  # a full one would look as if nothing was done any more
 
     try:
         yield counted
