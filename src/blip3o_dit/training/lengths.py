@@ -32,9 +32,7 @@ def with_lengths(config: TrainingConfig, samples: int, processes: int = 1) -> Tr
     passes: float = config.num_epochs or max(PASSES, math.ceil(LEAST_STEPS / steps_of_pass))
     if config.num_epochs is None and config.max_steps > 0:
         passes = round(config.max_steps / steps_of_pass, 4) or 1e-4
-    steps = config.extended_to or config.max_steps
-    if steps < 1:
-        steps = math.ceil(passes * steps_of_pass)
+    steps = total_steps(replace(config, num_epochs=passes), samples, processes)
     between = min(max(steps // EVALUATIONS, BETWEEN_EVALUATIONS[0]), BETWEEN_EVALUATIONS[1])
     found: dict[str, Any] = {
         "num_epochs": passes,
