@@ -35,12 +35,13 @@ from blip3o_dit.training.checkpoint import (
     remove_leftovers,
 )
 from blip3o_dit.training.config import TrainingConfig
-from blip3o_dit.training.console import ConsoleCallback, closing_bar
+from blip3o_dit.training.console import ConsoleCallback
 from blip3o_dit.training.disk import check_disk
 from blip3o_dit.training.distillation_config import DistillationConfig
 from blip3o_dit.training.lengths import with_lengths
 from blip3o_dit.training.memory import check_room, count_weights, distillation_forecast, room_on
 from blip3o_dit.training.output_folder import output_folder
+from blip3o_dit.training.run import train_to_the_end
 from blip3o_dit.training.student import StudentTrainer, as_student, teacher_calls
 from blip3o_dit.utils.checksums import sha256
 from blip3o_dit.utils.distributed import check_alone
@@ -162,14 +163,8 @@ def teach(trainer: StudentTrainer, resume: Path | None, *, progress: bool) -> No
     """
     if progress:
         trainer.add_callback(ConsoleCallback())
-    with quiet_transformers(), trainer.stop_request.watching(), closing_bar(trainer):
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        if trainer.stop_request.cut_short(trainer.state):
-            raise StoppedEarly(
-                f"{trainer.stop_request.reason}: stopped after step {trainer.state.global_step} of "
-                f"{trainer.state.max_steps} and saved it: the same command continues"
-            )
-        trainer.save_final_model()
+    with quiet_transformers(), trainer.stop_request.watching():
+        train_to_the_end(trainer, resume, go_on="the same command continues")
         _remove_checkpoints(Path(trainer.config.output_dir))
 
 

@@ -27,6 +27,7 @@ from blip3o_dit.flow.solvers import SOLVERS
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.training.arguments import make_deterministic, training_arguments, use_cpu
+from blip3o_dit.training.base_trainer import ExactResumeTrainer
 from blip3o_dit.training.callbacks import CurvesCallback
 from blip3o_dit.training.checkpoint import (
     TRAINER_STATE_FILE,
@@ -162,15 +163,24 @@ def train_on(
         trainer = build_trainer(source, config, split=split, fitted=resume is not None)
         logger.info(_plan(trainer))
     with quiet_transformers(), trainer.stop_request.watching():
-        with closing_bar(trainer):
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        if trainer.stop_request.cut_short(trainer.state):
-            raise StoppedEarly(
-                f"{trainer.stop_request.reason}: stopped after step {trainer.state.global_step} of "
-                f"{trainer.state.max_steps} and saved it: continue with --resume_from_checkpoint auto"
-            )
-        trainer.save_final_model()
+        train_to_the_end(trainer, resume, go_on="continue with --resume_from_checkpoint auto")
     return trainer
+
+
+def train_to_the_end(trainer: ExactResumeTrainer, resume: Path | None, *, go_on: str) -> None:
+    """Take all steps and save the model.
+
+    Raises:
+        StoppedEarly: a stop was asked for, and a checkpoint saved; `go_on` says how to continue from it.
+    """
+    with closing_bar(trainer):
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if trainer.stop_request.cut_short(trainer.state):
+        raise StoppedEarly(
+            f"{trainer.stop_request.reason}: stopped after step {trainer.state.global_step} of "
+            f"{trainer.state.max_steps} and saved it: {go_on}"
+        )
+    trainer.save_final_model()
 
 
 def build_trainer(
