@@ -157,6 +157,7 @@ TESTED_IN = {
     "utils/file_kinds.py": "utils/test_recognise.py",
     "utils/errors.py": "training/test_resume.py",
     "utils/kept_state.py": "inference/test_unfinished.py",
+    "utils/names.py": "cli/test_plot.py",
     "utils/pca_colors.py": "extraction/test_inspection.py",
     "utils/settings.py": "cli/test_arguments.py",
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from blip3o_dit.cli.parser import CommandParser
+from blip3o_dit.utils.names import shortest_ends
 
 DEFAULT_OUTPUT = Path("training_curves.png")
 
@@ -50,14 +51,11 @@ def names_of(folders: Sequence[Path]) -> list[str]:
     Raises:
         ValueError: for a folder that was given twice.
     """
-    parts = [folder.resolve().parts for folder in folders]
+    paths = [folder.resolve() for folder in folders]
     for number, folder in enumerate(folders):
-        if parts[number] in parts[:number]:
+        if paths[number] in paths[:number]:
             raise ValueError(f"{folder}: expected each run once, found it twice")
-    depth = 1
-    while len({part[-depth:] for part in parts}) < len(parts):
-        depth += 1
-    return ["/".join(part[-depth:]) for part in parts]
+    return shortest_ends(paths)
 
 
 def _log_of(folder: Path) -> list[dict[str, Any]]:

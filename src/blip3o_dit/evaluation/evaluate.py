@@ -34,6 +34,7 @@ from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.utils.distributed import SINGLE_PROCESS, Processes, join_processes
 from blip3o_dit.utils.durations import in_words
 from blip3o_dit.utils.json_files import escaped
+from blip3o_dit.utils.names import shortest_ends
 from blip3o_dit.utils.progress import one_bar, working
 from blip3o_dit.utils.stateless_random import stateless_choice
 
@@ -375,7 +376,7 @@ def _views(picture: Any) -> Mapping[str, Any]:
 
 
 def _model_samplers(loaded: Sequence[BLIP3oInference], config: EvaluationConfig) -> list[ModelSampler]:
-    names = ["DiT"] if len(loaded) == 1 else _unique([found.model_path.resolve() for found in loaded])
+    names = ["DiT"] if len(loaded) == 1 else _names([found.model_path.resolve() for found in loaded])
     return [
         ModelSampler(
             found.model,
@@ -389,10 +390,7 @@ def _model_samplers(loaded: Sequence[BLIP3oInference], config: EvaluationConfig)
     ]
 
 
-def _unique(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
-    for length in range(1, max(len(path.parts) for path in paths) + 1):
-        names = ["/".join(path.parts[-length:]) for path in paths]
-        if len(set(names)) == len(names):
-            return names
-    raise ValueError(f"--compare: expected different models, found {paths[0]} more than once")
+def _names(paths: Sequence[Path]) -> list[str]:
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"--compare: expected different models, found {paths[0]} more than once")
+    return shortest_ends(paths)
