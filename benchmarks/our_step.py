@@ -86,7 +86,7 @@ def our_step(
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
         if trainer.ema is not None:
-            trainer.ema.update(model, 1000)
+            trainer.ema.update(model, 10_000 + trainer.state.global_step)  # at its full span
         trainer.state.global_step += 1  # each step checks the one before
 
     if not config.compile:

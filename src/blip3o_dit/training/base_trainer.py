@@ -135,7 +135,7 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         self._throughput: Throughput | None = None
         self.ema: ExponentialMovingAverage | None = None
         if config.ema_decay > 0:
-            self.ema = ExponentialMovingAverage(model, config.ema_decay)
+            self.ema = ExponentialMovingAverage(model, config.ema_decay, config.ema_every)
         for callback in (self.stop_request, self, JSONLogCallback()):
             self.add_callback(callback)
         self.remove_callback(ProgressCallback)  # `console.py` says what a person should see
@@ -230,8 +230,21 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         else:
             self._check_step()
         if self.args.max_grad_norm > 0:
-            nn.utils.clip_grads_with_norm_(self.unwrapped_model.parameters(), self.args.max_grad_norm, norm)
+            self._clip(norm)
         return norm
+
+    def _clip(self, norm: Tensor) -> None:
+        """Fused AdamW divides gradients as it reads them; for any other they are multiplied before.
+
+        float16's loss scaler has uses of its own for what fused AdamW divides by.
+        """
+        optimizer, limit = unwrapped(self.optimizer), self.args.max_grad_norm
+        fused = all(group.get("fused") for group in optimizer.param_groups)
+        if not fused or self.accelerator.scaler is not None:
+            nn.utils.clip_grads_with_norm_(self.unwrapped_model.parameters(), limit, norm)
+            return
+        excess = ((norm.float() + 1e-6) / limit).clamp(min=1.0)  # as in clip_grads_with_norm_
+        optimizer.grad_scale = excess if excess.is_cuda or excess > 1.0 else None
 
     @overrides_trainer
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:

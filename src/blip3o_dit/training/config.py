@@ -175,6 +175,11 @@ class TrainingConfig:
     ema_decay: float = setting(
         0.999, "decay of the averaged weights used for inference; 0: none", check=_share
     )
+    ema_every: int = setting(
+        10,
+        "most steps between two updates of that average, which are a twentieth of its span at most",
+        check=_at_least_1,
+    )
 
     sigma_min: float = setting(1e-4, "noise left at t = 1", group="flow")
     sigma_max: float = setting(1.0, "noise at t = 0")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,16 +16,27 @@ from blip3o_dit.model.loading import EMA_FILE, EMA_VARIANT
 from blip3o_dit.training.fsdp import own_part, shard_like, sharded_parameters, whole_tensors
 from blip3o_dit.utils.validation import damage_refused
 
+# An update takes in several steps only while they are at most this share of what the average spans.
+SHARE_OF_SPAN = 1 / 20
+
+
+def _as_float32(name: str, parameter: Tensor) -> Tensor:
+    return parameter.float()
+
 
 class ExponentialMovingAverage:
     """theta_ema <- d_n theta_ema + (1 - d_n) theta, with d_n = min(decay, (1 + n) / (10 + n)).
 
     The warm-up lets short runs forget their initialisation: after n updates the average spans about the
     last n / 9 of them until `decay` takes over. Kept in float32 on the model's device, and sharded as it is.
+
+    With `every` above 1 it is brought up to date after some steps only, by the weights there and the product
+    of the decays since the last time. Which steps these are depends on n alone: see `is_due`. In between,
+    evaluations and checkpoints have the average of the last such step.
     """
 
-    def __init__(self, model: BLIP3oDiTModel, decay: float) -> None:
-        self.decay = decay
+    def __init__(self, model: BLIP3oDiTModel, decay: float, every: int = 1) -> None:
+        self.decay, self.every = decay, every
         self.weights = {n: p.detach().clone().float() for n, p in model.named_parameters()}
 
     def lay_out_like(self, model: BLIP3oDiTModel) -> None:
@@ -32,18 +44,38 @@ class ExponentialMovingAverage:
         for name, parameter in sharded_parameters(model).items():
             self.weights[name] = shard_like(self.weights[name], parameter)
 
+    def is_due(self, step: int) -> bool:
+        """Whether the average changes after this optimizer step: at the multiples of `every`, or of so many
+        steps as are a twentieth of what it spans then, which is every step up to the 349th."""
+        span = 1.0 / (1.0 - self._decay(step))
+        return step % max(1, min(self.every, int(SHARE_OF_SPAN * span))) == 0
+
+    def _decay(self, step: int) -> float:
+        return min(self.decay, (1 + step) / (10 + step))
+
     @torch.no_grad()
-    def update(self, model: BLIP3oDiTModel, num_updates: int) -> None:
-        """Fold in the weights after optimizer step number `num_updates`, counted from 1."""
-        share = 1.0 - min(self.decay, (1 + num_updates) / (10 + num_updates))
+    def update(
+        self,
+        model: BLIP3oDiTModel,
+        num_updates: int,
+        exact: Callable[[str, Tensor], Tensor] = _as_float32,
+    ) -> None:
+        """Fold in the weights after optimizer step number `num_updates`, counted from 1, if it is due.
+
+        `exact` gives the float32 value of a weight in another dtype.
+        """
+        if not self.is_due(num_updates):
+            return
+        last = next(step for step in range(num_updates - 1, -1, -1) if self.is_due(step))
+        share = 1.0 - math.prod(self._decay(step) for step in range(last + 1, num_updates + 1))
         current = sharded_parameters(model)
         averages = [own_part(self.weights[name]) for name in current]
         values = [own_part(parameter.detach()) for parameter in current.values()]
         if all(value.dtype == torch.float32 for value in values):
             torch._foreach_lerp_(averages, values, share)
             return
-        for average, value in zip(averages, values, strict=True):  # one float32 copy at a time
-            average.lerp_(value.float(), share)
+        for name, average, value in zip(current, averages, values, strict=True):  # one float32 copy at a time
+            average.lerp_(exact(name, value), share)
 
     @torch.no_grad()
     def copy_into(self, model: BLIP3oDiTModel) -> None:
