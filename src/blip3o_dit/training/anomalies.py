@@ -116,7 +116,11 @@ class GradientNorms:
 
     def __init__(self, model: nn.Module, step: int) -> None:
         found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        norms = torch.stack(torch._foreach_norm(list(found.values())))  # [gradients]
+        gradients = list(found.values())
+        narrow = any(gradient.dtype != torch.float32 for gradient in gradients)
+        norms = torch.stack(  # [gradients]
+            torch._foreach_norm(gradients, dtype=torch.float32 if narrow else None)
+        )
         norms = norms.full_tensor() if isinstance(norms, DTensor) else norms
         self.step = step
         self.total = torch.linalg.vector_norm(norms)

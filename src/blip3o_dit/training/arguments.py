@@ -34,7 +34,7 @@ def training_arguments(config: TrainingConfig, *, evaluate: bool) -> TrainingArg
         warmup_steps=_number(config, "warmup_steps"),
         lr_scheduler_type=config.lr_scheduler_type,
         max_grad_norm=config.max_grad_norm,
-        bf16=config.bf16 and config.memory != "low",  # its weights are bfloat16 already
+        bf16=config.bf16 and config.memory == "default",  # in others the weights are bfloat16 already
         optim=optimizer,
         optim_args=optimizer_arguments,
         fp16=config.fp16,
@@ -69,6 +69,8 @@ def training_arguments(config: TrainingConfig, *, evaluate: bool) -> TrainingArg
             "--cuda_graphs: expected one process on a GPU, found "
             + (f"{arguments.world_size} processes" if arguments.world_size > 1 else "a CPU")
         )
+    if config.memory == "split" and arguments.world_size > 1:
+        raise ValueError(f"--memory split: expected one process, found {arguments.world_size}")
     asked = launcher_precision()
     if any(not getattr(config, name) for name in asked):
         raise ValueError(

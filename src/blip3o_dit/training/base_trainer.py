@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,12 +50,13 @@ from blip3o_dit.training.checkpoint import (
     save_trainer_state,
 )
 from blip3o_dit.training.config import TRAINING_CONFIG_FILE, TrainingConfig
-from blip3o_dit.training.ema import ExponentialMovingAverage
+from blip3o_dit.training.ema import ExponentialMovingAverage, as_float32
 from blip3o_dit.training.fit_source import SourceFolds, load_folds
 from blip3o_dit.training.fsdp import check_sharding, keep_the_dtype_rule, let_generate
 from blip3o_dit.training.metrics import Throughput, TrainingMetrics, measure_throughput
 from blip3o_dit.training.optimizer_state import gathered_state, load_optimizer, save_optimizer, unwrapped
 from blip3o_dit.training.recorded_passes import record_passes
+from blip3o_dit.training.split_weights import SplitWeights
 from blip3o_dit.training.stopping import StopRequest, outlive_stops
 from blip3o_dit.utils.atomic import written_aside
 from blip3o_dit.utils.distributed import Processes
@@ -136,6 +137,10 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         self.ema: ExponentialMovingAverage | None = None
         if config.ema_decay > 0:
             self.ema = ExponentialMovingAverage(model, config.ema_decay, config.ema_every)
+        self.split: SplitWeights | None = None
+        if config.memory == "split":
+            self.split = SplitWeights(model)
+            self.optimizer_cls_and_kwargs = self.split.optimizer(args, config.moments)
         for callback in (self.stop_request, self, JSONLogCallback()):
             self.add_callback(callback)
         self.remove_callback(ProgressCallback)  # `console.py` says what a person should see
@@ -321,7 +326,8 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
 
     def on_step_end(self, *_: Any, **kwargs: Any) -> None:
         if self.ema is not None and not self._overflowed:
-            self.ema.update(self.unwrapped_model, self.state.global_step)
+            exact = as_float32 if self.split is None else self.split.exact
+            self.ema.update(self.unwrapped_model, self.state.global_step, exact)
 
     # Logging -------------------------------------------------------------------------------------------
 
@@ -356,7 +362,8 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
     def save_final_model(self) -> None:
         """The model files of the output folder, moved there when all of them are whole."""
         output = Path(self.args.output_dir or "")
-        with working("writing the model"), self._written_aside(output, files_only=True) as aside:
+        writing = working("writing the model")
+        with writing, self._exact(), self._written_aside(output, files_only=True) as aside:
             self.save_model(str(aside), _internal_call=True)
             if self.ema is not None:
                 model = self.unwrapped_model
@@ -374,10 +381,15 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
             yield final
         self.processes.barrier()
 
+    def _exact(self) -> AbstractContextManager[None]:
+        """Around what saves or loads the weights: they are those that are learned."""
+        return nullcontext() if self.split is None else self.split.whole()
+
     def _write_checkpoint(self, folder: Path) -> None:
-        self.save_model(str(folder), _internal_call=True)
-        if self.ema is not None:
-            self.ema.save(self.unwrapped_model, folder, write=self.args.should_save)
+        with self._exact():
+            self.save_model(str(folder), _internal_call=True)
+            if self.ema is not None:
+                self.ema.save(self.unwrapped_model, folder, write=self.args.should_save)
         optimizer = gathered_state(self.unwrapped_model, self.optimizer)
         assert isinstance(self.train_dataset, EmbeddingDataset)
         loop_state = LoopState(
@@ -426,7 +438,7 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
     @overrides_trainer
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The stock one knows neither averaged weights nor folds, and no FSDP from one safetensors file."""
-        with working(f"reading {Path(resume_from_checkpoint).name}"):
+        with working(f"reading {Path(resume_from_checkpoint).name}"), self._exact():
             self._load_weights(resume_from_checkpoint, model)
 
     def _load_weights(self, resume_from_checkpoint: str, model: Any) -> None:

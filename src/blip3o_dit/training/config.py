@@ -45,7 +45,8 @@ NOTED = ("init_checksum", "extended_at", "extended_to", "extended_rate", "extend
 # A heading of the help that several places of the settings share.
 STARTING = "continuing a run, and starting from a trained model"
 
-MEMORY_MODES = ("default", "low")
+MEMORY_MODES = ("default", "low", "split")
+MOMENTS = ("float32", "bfloat16")
 BEST_METRICS = ("loss", "cosine_similarity_mean", "r2")
 
 # The time shift sqrt(N d / 4096) is 1 for this many numbers a sample (RAE, arXiv 2510.11690).
@@ -124,9 +125,10 @@ class TrainingConfig:
     memory: str = setting(
         "default",
         "low: bfloat16 weights rounded stochastically, 8-bit AdamW states, gradient checkpointing, no "
-        "averaged weights",
+        "averaged weights; split: bfloat16 weights whose float32 values AdamW keeps in 2 bytes more",
         choices=MEMORY_MODES,
     )
+    moments: str = setting("float32", "AdamW's two moments with --memory split", choices=MOMENTS)
     compile: bool = setting(
         False, "compile the blocks with torch.compile (takes a minute or more at the start)"
     )
@@ -292,8 +294,12 @@ class TrainingConfig:
         self.flow_matching()
         if self.fp16 and self.bf16:
             raise ValueError("fp16 and bf16: expected at most one of them, found both")
-        if self.memory == "low" and self.fp16:
-            raise ValueError("memory: low keeps the weights in bfloat16, expected no fp16 beside it")
+        if self.memory != "default" and self.fp16:
+            raise ValueError(
+                f"memory: {self.memory} keeps the weights in bfloat16, expected no fp16 beside it"
+            )
+        if self.moments != "float32" and self.memory != "split":
+            raise ValueError(f"moments: {self.moments} expects memory split, found {self.memory}")
         for name, given in {
             "gradient_checkpointing": self.gradient_checkpointing,
             "selective_checkpointing": self.selective_checkpointing,

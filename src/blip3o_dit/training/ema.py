@@ -20,7 +20,7 @@ from blip3o_dit.utils.validation import damage_refused
 SHARE_OF_SPAN = 1 / 20
 
 
-def _as_float32(name: str, parameter: Tensor) -> Tensor:
+def as_float32(name: str, parameter: Tensor) -> Tensor:
     return parameter.float()
 
 
@@ -58,7 +58,7 @@ class ExponentialMovingAverage:
         self,
         model: BLIP3oDiTModel,
         num_updates: int,
-        exact: Callable[[str, Tensor], Tensor] = _as_float32,
+        exact: Callable[[str, Tensor], Tensor] = as_float32,
     ) -> None:
         """Fold in the weights after optimizer step number `num_updates`, counted from 1, if it is due.
 

@@ -108,8 +108,9 @@ def forecast(
 ) -> Forecast:
     """What one of `processes` takes to train this network, without building it."""
     weights, matrices = count_weights(model)
-    low = config.memory == "low"
-    stored, compute = 2 if low else FLOAT32, _compute_bytes(config, device)
+    narrow = config.memory != "default"
+    stored, compute = 2 if narrow else FLOAT32, _compute_bytes(config, device)
+    remainder = 2 if config.memory == "split" else 0
     keeps = Activations(model, config.batch_size, model.num_tokens, compute, device)
     recompute, selective = model.gradient_checkpointing, config.selective_checkpointing
     in_parts = model.num_layers if recompute else 1  # one block's at a time
@@ -119,15 +120,15 @@ def forecast(
     copies_of_gradients = 2 if processes > 1 and not sharded else 1
     return Forecast(
         program=resident() + PROGRAM_GROWS if device.type == "cpu" else 0,
-        weights=stored * weights // share,
+        weights=(stored + remainder) * weights // share,
         averages=FLOAT32 * weights // share if config.ema_decay else 0,
-        optimizer=int((ADAMW_8BIT if low else ADAMW) * weights) // share,
+        optimizer=int(moment_bytes(config) * weights) // share,
         gradients=stored * weights * copies_of_gradients // share,
         copies=compute * matrices // in_parts if compute < stored else 0,
         activations=keeps.ends() + model.num_layers * keeps.kept_of_block(recompute, selective),
-        working=keeps.working(recompute) + _scratch(model, low, compute, device),
+        working=keeps.working(recompute) + _scratch(model, narrow, compute, device),
         gradients_wait=config.gradient_accumulation_steps > 1,
-        fragmentation=0.0 if low else _fragmentation(device),
+        fragmentation=0.0 if narrow else _fragmentation(device),
     )
 
 
@@ -229,9 +230,16 @@ def count_weights(model: BLIP3oDiTConfig) -> tuple[int, int]:
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.ndim == 2)
 
 
+def moment_bytes(config: TrainingConfig) -> float:
+    """Of AdamW's two moments, for each weight."""
+    if config.memory == "low":
+        return ADAMW_8BIT
+    return ADAMW / 2 if config.moments == "bfloat16" else ADAMW
+
+
 def _compute_bytes(config: TrainingConfig, device: torch.device) -> int:
     """Bytes of a number of the arithmetic: weights in bfloat16 are widened where that is emulated."""
-    if config.memory == "low":
+    if config.memory != "default":
         return 2 if has_native_matmul(torch.bfloat16, device) else FLOAT32
     return 2 if config.bf16 or config.fp16 else FLOAT32
 
@@ -249,9 +257,9 @@ def _fragmentation(device: torch.device) -> float:
     return 0.3 if device.type == "cpu" else 0.0
 
 
-def _scratch(model: BLIP3oDiTConfig, low: bool, compute: int, device: torch.device) -> int:
+def _scratch(model: BLIP3oDiTConfig, narrow: bool, compute: int, device: torch.device) -> int:
     """The largest weight in float32, for its product where bfloat16 is not multiplied."""
-    if not low or compute != FLOAT32 or device.type != "cpu":
+    if not narrow or compute != FLOAT32 or device.type != "cpu":
         return 0
     return FLOAT32 * (model.ffn_dim or 0) * model.model_dim
 

@@ -210,8 +210,9 @@ def build_trainer(
     folds = kept_folds(model, source, config) if keeps and not fitted else None
     if config.source != "noise" and not keeps:
         folds = _set_source(model, unverified_copy, split.train, config, arguments)
-    if config.memory == "low":
+    if config.memory != "default":
         return_freed_memory()
+    if config.memory == "low":
         model.bfloat16()
     return BLIP3oTrainer(
         model,
@@ -384,8 +385,8 @@ def _describe(
         f"{len(split.train)} to train on, {len(split.eval)} held out"
     )
     precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "float32"
-    if config.memory == "low":
-        precision = "bfloat16 weights"
+    if config.memory != "default":
+        precision = "bfloat16 weights" + (" with their float32 remainders" * (config.memory == "split"))
     logger.info(
         f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.4g} million parameters; "
         f"{precision} on {arguments.device.type}, {arguments.world_size} process(es) x "
