@@ -129,7 +129,8 @@ def test_averages_are_of_the_float32_values_and_a_bad_step_changes_nothing(
     trainer.train()
     end, decay = trainer.split.exact(name, weight.detach()), 2 / 11
     assert not torch.equal(end, weight.float())
-    torch.testing.assert_close(trainer.ema.weights[name], decay * start + (1 - decay) * end)
+    expected = decay * start + (1 - decay) * end
+    torch.testing.assert_close(trainer.ema.weights[name], expected, rtol=1e-6, atol=0)
     before = weight.detach().clone()
     with trainer.ema.applied(trainer.unwrapped_model):
         assert not torch.equal(before, weight)
@@ -150,7 +151,15 @@ def test_what_cannot_work_with_it_is_refused(
         TrainingConfig(moments="bfloat16")
     monkeypatch.setattr("transformers.TrainingArguments.world_size", property(lambda self: 2))
     monkeypatch.setattr("blip3o_dit.training.arguments.check_launch", lambda size: None)
-    with pytest.raises(ValueError, match="--memory split: expected one process, found 2"):
+    with pytest.raises(ValueError, match="--memory split: expected one process without FSDP, found 2"):
+        training_arguments(config_for(store, tmp_path / "out", memory="split"), evaluate=False)
+
+
+def test_sharded_weights_are_refused(
+    store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="--memory split: expected one process without FSDP, found FSDP"):
         training_arguments(config_for(store, tmp_path / "out", memory="split"), evaluate=False)
 
 

@@ -70,7 +70,9 @@ class BLIP3oFlowMatchingLoss:
             )
         prediction = prediction.float()
         flow_matching_loss = self.prediction.loss(prediction, sample, self.path)
-        regularization_loss = prediction.square().mean()
+        # With no weight it is a figure only: no pass backward through it.
+        penalised = prediction if self.regularization_weight else prediction.detach()
+        regularization_loss = penalised.square().mean()
         return LossOutput(
             loss=flow_matching_loss + self.regularization_weight * regularization_loss,
             flow_matching_loss=flow_matching_loss,

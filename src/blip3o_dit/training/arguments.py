@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from blip3o_dit.training import fsdp
 from blip3o_dit.training.config import TrainingConfig, launcher_precision
 from blip3o_dit.utils.distributed import check_launch
 from blip3o_dit.utils.validation import check_compiler, package_missing
@@ -69,8 +70,9 @@ def training_arguments(config: TrainingConfig, *, evaluate: bool) -> TrainingArg
             "--cuda_graphs: expected one process on a GPU, found "
             + (f"{arguments.world_size} processes" if arguments.world_size > 1 else "a CPU")
         )
-    if config.memory == "split" and arguments.world_size > 1:
-        raise ValueError(f"--memory split: expected one process, found {arguments.world_size}")
+    if config.memory == "split" and (arguments.world_size > 1 or fsdp.asked_for()):
+        found = "FSDP" if fsdp.asked_for() else f"{arguments.world_size} processes"
+        raise ValueError(f"--memory split: expected one process without FSDP, found {found}")
     asked = launcher_precision()
     if any(not getattr(config, name) for name in asked):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 
 CONFIG_FILE = "configs/accelerate/fsdp.yaml"
+
+
+def asked_for() -> bool:
+    """Whether `accelerate launch` was told to share out weights."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
 
 
 def check_sharding(state: Any) -> None:

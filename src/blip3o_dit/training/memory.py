@@ -15,6 +15,7 @@ import torch
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.layers import has_native_matmul
+from blip3o_dit.training import fsdp
 from blip3o_dit.training.config import TrainingConfig
 
 GIB = 2**30
@@ -114,7 +115,7 @@ def forecast(
     keeps = Activations(model, config.batch_size, model.num_tokens, compute, device)
     recompute, selective = model.gradient_checkpointing, config.selective_checkpointing
     in_parts = model.num_layers if recompute else 1  # one block's at a time
-    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+    sharded = fsdp.asked_for()
     share = processes if sharded else 1
     # DistributedDataParallel sends gradients in buckets, which are a second copy of them.
     copies_of_gradients = 2 if processes > 1 and not sharded else 1
