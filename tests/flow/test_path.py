@@ -190,6 +190,18 @@ def test_losses_are_zero_for_the_truth_and_known_for_a_known_error() -> None:
         assert float(wrong) == pytest.approx(0.25 * float(weight), rel=1e-5)
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.1])
+def test_a_penalty_without_weight_has_no_backward_pass(weight: float) -> None:
+    x_1, noise = torch.randn(2, 4, 3, 2)
+    loss_fn = BLIP3oFlowMatchingLoss(regularization_weight=weight)
+    prediction = torch.randn(4, 3, 2, requires_grad=True)
+    output = loss_fn(prediction, loss_fn.sample_path(x_1, noise, torch.rand(4)))
+    assert output.regularization_loss.requires_grad == (weight > 0)
+    assert float(output.regularization_loss.detach()) == pytest.approx(
+        float(prediction.detach().square().mean())
+    )
+
+
 def test_regularization_is_the_mean_square_of_the_output() -> None:
     x_1, noise, t = draws()
     loss_fn = BLIP3oFlowMatchingLoss(regularization_weight=0.1, sigma_min=1e-5, sigma_max=2.0)
