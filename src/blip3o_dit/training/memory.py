@@ -16,6 +16,7 @@ from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.layers import has_native_matmul
 from blip3o_dit.training.config import TrainingConfig
+from blip3o_dit.training.muon import block_matrices
 
 GIB = 2**30
 FLOAT32 = 4
@@ -121,7 +122,7 @@ def forecast(
         program=resident() + PROGRAM_GROWS if device.type == "cpu" else 0,
         weights=stored * weights // share,
         averages=FLOAT32 * weights // share if config.ema_decay else 0,
-        optimizer=int((ADAMW_8BIT if low else ADAMW) * weights) // share,
+        optimizer=optimizer_bytes(config, model) // share,
         gradients=stored * weights * copies_of_gradients // share,
         copies=compute * matrices // in_parts if compute < stored else 0,
         activations=keeps.ends() + model.num_layers * keeps.kept_of_block(recompute, selective),
@@ -227,6 +228,16 @@ def count_weights(model: BLIP3oDiTConfig) -> tuple[int, int]:
     with torch.device("meta"):
         parameters = list(BLIP3oDiTModel(model).parameters())
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.ndim == 2)
+
+
+def optimizer_bytes(config: TrainingConfig, model: BLIP3oDiTConfig) -> int:
+    """The optimizer's state; of a matrix that Muon trains it is one number a weight instead of two."""
+    weights, _ = count_weights(model)
+    if config.optimizer == "muon":
+        with torch.device("meta"):
+            matrices = sum(matrix.numel() for matrix in block_matrices(BLIP3oDiTModel(model)))
+        return ADAMW * weights - FLOAT32 * matrices
+    return int((ADAMW_8BIT if config.memory == "low" else ADAMW) * weights)
 
 
 def _compute_bytes(config: TrainingConfig, device: torch.device) -> int:
