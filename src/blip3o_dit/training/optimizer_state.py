@@ -189,10 +189,10 @@ def _state(
     if state and len(state) != len(parameters):
         raise ValueError(f"{file}: expected states of {len(parameters)} parameters, found {len(state)}")
     names = [ADAMW_STATES if "betas" in group else MUON_STATES for group in groups for _ in group["params"]]
-    for number, values in state.items():
-        if values.keys() != names[number]:
-            found = f"{', '.join(sorted(names[number]))}, found {short_repr(sorted(values))}"
-            raise ValueError(f"{file}: parameter {number}: expected {found}")
+    for place, values in state.items():
+        if values.keys() != names[place]:
+            found = f"{', '.join(sorted(names[place]))}, found {short_repr(sorted(values))}"
+            raise ValueError(f"{file}: parameter {place}: expected {found}")
     return state
 
 
