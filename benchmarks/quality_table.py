@@ -143,6 +143,32 @@ def modes_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def optimizers_table(rows: list[Row], sets: list[str]) -> str:
+    """Each optimizer at each learning rate; and when it is as good as AdamW's best run is at its end."""
+    rows = chosen(rows, kind="optimizer")
+    steps = sorted({row["step"] for row in rows})
+    shown = " | ".join(f"step {step}" for step in steps)
+    lines = [
+        f"| data | optimizer | learning rate | energy score: {shown} | R2 of one call | processor seconds "
+        "| AdamW's best energy score: step | second |",
+        "|---|---|---" + "|---" * len(steps) + "|---|---|---|---|",
+    ]
+    for name in sets:
+        own = chosen(rows, set=name)
+        curves = {
+            (recipe, rate): [chosen(own, recipe=recipe, learning_rate=rate, step=step) for step in steps]
+            for recipe, rate in sorted({(row["recipe"], row["learning_rate"]) for row in own})
+        }
+        goal = min((average(c[-1], "energy") for (r, _), c in curves.items() if r == "adamw"), default=0.0)
+        for (recipe, rate), points in curves.items():
+            cells = [f"{average(point, 'energy'):.4f}" for point in points]
+            cells += [f"{average(points[-1], 'r2'):.4f}", f"{average(points[-1], 'seconds'):.0f}"]
+            good = [point for point in points if average(point, "energy") <= goal]
+            cells += [str(good[0][0]["step"]), f"{average(good[0], 'seconds'):.0f}"] if good else ["-", "-"]
+            lines.append(f"| {name} | {recipe} | {rate:g} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def plot(rows: list[Row], sets: list[str], path: Path) -> None:
     """Energy score and R2 against the step, mean and range over seeds, with both ridges as lines.
 
@@ -186,7 +212,8 @@ def main(words: Sequence[str]) -> int:
     sets = list(dict.fromkeys(row["set"] for row in rows))
     for table in (recipes_table, reach_table, ablation_table, calls_table):
         print(table(rows, sets), end="\n\n")
-    print(modes_table(rows))
+    print(modes_table(rows), end="\n\n")
+    print(optimizers_table(rows, sets))
     if arguments.figure:
         plot(rows, sets, arguments.figure)
     return 0

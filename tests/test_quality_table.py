@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import __main__ as benchmarks
 from benchmarks.quality_data import modes
-from benchmarks.quality_table import calls_table, modes_table, reach_table, recipes_table
+from benchmarks.quality_table import calls_table, modes_table, optimizers_table, reach_table, recipes_table
 
 
 def curve(recipe: str, energies: dict[int, float], seed: int = 0) -> list[dict[str, object]]:
@@ -62,6 +62,25 @@ def test_means_and_ranges_over_seeds() -> None:
 
 def test_scores_are_relative_to_fifty_euler_calls() -> None:
     assert "| 1 | student, direct | 0.2100 (+5.0 %) |" in calls_table(ROWS, ["digits"])
+
+
+def test_an_optimizers_run_is_held_against_the_best_end_of_adamw() -> None:
+    runs = {
+        ("adamw", 0.001): {50: 0.5, 100: 0.4},
+        ("adamw", 0.002): {50: 0.4, 100: 0.3},
+        ("muon", 0.001): {50: 0.3, 100: 0.2},
+    }
+    rows = [
+        row | {"kind": "optimizer", "learning_rate": rate}
+        for (name, rate), energies in runs.items()
+        for seed in (0, 1)
+        for row in curve(name, energies, seed)
+    ]
+    assert optimizers_table(rows, ["digits"]).splitlines()[2:] == [
+        "| digits | adamw | 0.001 | 0.5000 | 0.4000 | 0.6000 | 10 | - | - |",
+        "| digits | adamw | 0.002 | 0.4000 | 0.3000 | 0.7000 | 10 | 100 | 10 |",
+        "| digits | muon | 0.001 | 0.3000 | 0.2000 | 0.8000 | 10 | 50 | 5 |",
+    ]
 
 
 def test_the_command_draws_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

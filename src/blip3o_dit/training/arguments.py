@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from blip3o_dit.training import fsdp
 from blip3o_dit.training.config import TrainingConfig, launcher_precision
+from blip3o_dit.training.muon import check_muon
 from blip3o_dit.utils.distributed import check_launch
 from blip3o_dit.utils.validation import check_compiler, package_missing
 
@@ -119,6 +120,7 @@ def use_cpu(config: TrainingConfig) -> bool:
         raise ValueError(
             "--fp16: expected a GPU, found none: float16 training does not work on the CPU; use --bf16 there"
         )
+    check_muon(config.optimizer)
     device = torch.device("cpu" if on_cpu else "cuda")
     if config.compile:
         check_compiler("--compile", device)

@@ -123,11 +123,12 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         self.step_metrics = TrainingMetrics()
         # Waiting for a loss or a gradient would leave a GPU idle, and a process that stops at once leaves
         # others waiting for its gradients: there a step is looked at before the next one is taken, and fused
-        # AdamW takes none that is not sound. float16 steps are waited for: the schedule must know whether
-        # the loss scaler skipped one; so are those of --memory low, whose optimizer cannot skip.
+        # AdamW takes none that is not sound. Other optimizers cannot skip, and their steps are waited for; so
+        # are float16's: the schedule must know whether the loss scaler skipped one.
         deferred = args.device.type == "cuda" or args.world_size > 1
         self.losses = LossMonitor(deferred=deferred, on_spike=self._on_spike)
-        self._gated = deferred and not config.fp16 and config.memory != "low"
+        can_skip = config.memory != "low" and config.optimizer == "adamw"
+        self._gated = deferred and can_skip and not config.fp16
         self._gradients: GradientNorms | None = None  # of the last step, not looked at yet
         self._overflowed = False  # the loss scaler skips the step under way
         self.stop_request = StopRequest(config.max_hours)

@@ -47,6 +47,7 @@ STARTING = "continuing a run, and starting from a trained model"
 
 MEMORY_MODES = ("default", "low", "split")
 MOMENTS = ("float32", "bfloat16")
+OPTIMIZERS = ("adamw", "muon")
 BEST_METRICS = ("loss", "cosine_similarity_mean", "r2")
 
 # The time shift sqrt(N d / 4096) is 1 for this many numbers a sample (RAE, arXiv 2510.11690).
@@ -161,10 +162,13 @@ class TrainingConfig:
         32, "training samples per device and step", group="optimisation", check=_at_least_1
     )
     gradient_accumulation_steps: int = setting(1, "batches per optimizer step", check=_at_least_1)
-    learning_rate: float = setting(
-        1e-4, "peak learning rate (AdamW); --size small: 5e-4, tiny: 1e-3", check=_nonnegative
+    optimizer: str = setting(
+        "adamw", "muon: for the matrices of the blocks, AdamW for the rest", choices=OPTIMIZERS
     )
-    weight_decay: float = setting(0.0, "AdamW weight decay", check=_nonnegative)
+    learning_rate: float = setting(
+        1e-4, "peak learning rate; --size small: 5e-4, tiny: 1e-3", check=_nonnegative
+    )
+    weight_decay: float = setting(0.0, "weight decay", check=_nonnegative)
     warmup_steps: int | None = setting(
         None,
         "optimizer steps of linear warm-up (default: a twentieth of all, at most 1000)",
@@ -300,6 +304,9 @@ class TrainingConfig:
             )
         if self.moments != "float32" and self.memory != "split":
             raise ValueError(f"moments: {self.moments} expects memory split, found {self.memory}")
+        if self.optimizer == "muon" and (self.memory != "default" or self.fp16):
+            found = "fp16" if self.fp16 else f"memory {self.memory}"
+            raise ValueError(f"optimizer: muon expects float32 weights and no loss scale, found {found}")
         for name, given in {
             "gradient_checkpointing": self.gradient_checkpointing,
             "selective_checkpointing": self.selective_checkpointing,

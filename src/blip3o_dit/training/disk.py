@@ -9,7 +9,7 @@ from pathlib import Path
 
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.training.config import TrainingConfig
-from blip3o_dit.training.memory import FLOAT32, GIB, count_weights, moment_bytes
+from blip3o_dit.training.memory import FLOAT32, GIB, count_weights, optimizer_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +24,8 @@ def model_bytes(config: TrainingConfig, model: BLIP3oDiTConfig) -> int:
 def checkpoint_bytes(config: TrainingConfig, model: BLIP3oDiTConfig) -> int:
     """A checkpoint: weights, averages in float32, and the optimizer's state."""
     weights, _ = count_weights(model)
-    each = (2 if config.memory == "low" else FLOAT32) + moment_bytes(config)
-    return int(weights * (each + (FLOAT32 if config.ema_decay else 0)))
+    each = (2 if config.memory == "low" else FLOAT32) + (FLOAT32 if config.ema_decay else 0)
+    return weights * each + optimizer_bytes(config, model)
 
 
 def check_disk(config: TrainingConfig, model: BLIP3oDiTConfig, steps: int) -> None:

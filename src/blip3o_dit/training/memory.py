@@ -17,6 +17,7 @@ from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.layers import has_native_matmul
 from blip3o_dit.training import fsdp
 from blip3o_dit.training.config import TrainingConfig
+from blip3o_dit.training.muon import block_matrices
 
 GIB = 2**30
 FLOAT32 = 4
@@ -123,7 +124,7 @@ def forecast(
         program=resident() + PROGRAM_GROWS if device.type == "cpu" else 0,
         weights=(stored + remainder) * weights // share,
         averages=FLOAT32 * weights // share if config.ema_decay else 0,
-        optimizer=int(moment_bytes(config) * weights) // share,
+        optimizer=optimizer_bytes(config, model) // share,
         gradients=stored * weights * copies_of_gradients // share,
         copies=compute * matrices // in_parts if compute < stored else 0,
         activations=keeps.ends() + model.num_layers * keeps.kept_of_block(recompute, selective),
@@ -231,11 +232,16 @@ def count_weights(model: BLIP3oDiTConfig) -> tuple[int, int]:
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.ndim == 2)
 
 
-def moment_bytes(config: TrainingConfig) -> float:
-    """Of AdamW's two moments, for each weight."""
+def optimizer_bytes(config: TrainingConfig, model: BLIP3oDiTConfig) -> int:
+    """The optimizer's state: two moments a weight, of a matrix that Muon trains one."""
+    weights, _ = count_weights(model)
+    if config.optimizer == "muon":
+        with torch.device("meta"):
+            matrices = sum(matrix.numel() for matrix in block_matrices(BLIP3oDiTModel(model)))
+        return ADAMW * weights - FLOAT32 * matrices
     if config.memory == "low":
-        return ADAMW_8BIT
-    return ADAMW / 2 if config.moments == "bfloat16" else ADAMW
+        return int(ADAMW_8BIT * weights)
+    return ADAMW * weights // (2 if config.moments == "bfloat16" else 1)
 
 
 def _compute_bytes(config: TrainingConfig, device: torch.device) -> int:

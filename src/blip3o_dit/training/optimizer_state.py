@@ -26,6 +26,9 @@ from blip3o_dit.training.checkpoint import OPTIMIZER_NUMBERS, OPTIMIZER_TENSORS,
 from blip3o_dit.utils.json_files import read_json_object, short_repr
 from blip3o_dit.utils.validation import damage_refused
 
+# What an optimizer keeps of a parameter: one that lacks something would begin it anew, or fail in its step.
+ADAMW_STATES, MUON_STATES = {"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}
+
 EIGHT_BIT_PARTS = ("codes", "scale", "qmap")
 
 
@@ -85,8 +88,7 @@ def load_optimizer(
     with damage_refused(file, "tensors"):
         tensors = load_file(file)
     _check_groups(where, optimizer, saved_groups)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = _state(file, tensors, numbers.get("eight_bit"), parameters)
+    state = _state(file, tensors, numbers.get("eight_bit"), optimizer.param_groups)
     groups = _like(f"{where}: param_groups", optimizer.state_dict()["param_groups"], saved_groups)
     schedule = _like(f"{where}: scheduler", scheduler.state_dict(), numbers.get("scheduler"))
     if _sharded(optimizer):
@@ -105,9 +107,9 @@ def _check_groups(file: Path, optimizer: Optimizer, found: Any) -> None:
     counts = [len(listed) if isinstance(listed, list) else None for listed in names]
     if counts != expected:
         raise ValueError(
-            f"{file}: param_groups: expected {expected} parameters with and without weight decay, found "
-            f"{short_repr(counts)} (earlier versions with --weight_decay also let norms and gates decay): "
-            + from_its_weights(file.parent)
+            f"{file}: param_groups: expected {expected} parameters with and without weight decay and, with "
+            f"optimizer muon, its matrices, found {short_repr(counts)} (earlier versions with --weight_decay "
+            "also let norms and gates decay): " + from_its_weights(file.parent)
         )
 
 
@@ -166,10 +168,11 @@ def _like(where: str, current: Any, found: Any) -> Any:
 
 
 def _state(
-    file: Path, tensors: dict[str, Tensor], eight_bit: Any, parameters: list[Tensor]
+    file: Path, tensors: dict[str, Tensor], eight_bit: Any, groups: list[dict[str, Any]]
 ) -> dict[int, dict[str, Tensor]]:
     """{parameter number: {state name: tensor}}, each with its parameter's shape (or a single number)."""
     state: dict[int, dict[str, Tensor]] = {}
+    parameters = [p for group in groups for p in group["params"]]
     by_number = {str(number): parameter for number, parameter in enumerate(parameters)}
     for key, tensor in _joined(file, tensors, eight_bit).items():
         number, _, name = key.partition(".")
@@ -185,6 +188,11 @@ def _state(
         state.setdefault(int(number), {})[name] = tensor
     if state and len(state) != len(parameters):
         raise ValueError(f"{file}: expected states of {len(parameters)} parameters, found {len(state)}")
+    names = [ADAMW_STATES if "betas" in group else MUON_STATES for group in groups for _ in group["params"]]
+    for place, values in state.items():
+        if values.keys() != names[place]:
+            found = f"{', '.join(sorted(names[place]))}, found {short_repr(sorted(values))}"
+            raise ValueError(f"{file}: parameter {place}: expected {found}")
     return state
 
 

@@ -23,6 +23,7 @@ from blip3o_dit.metrics.fidelity import FidelitySums
 from blip3o_dit.model.layers import has_native_matmul
 from blip3o_dit.training.base_trainer import ExactResumeTrainer
 from blip3o_dit.training.extension import extended_schedule
+from blip3o_dit.training.muon import MuonWithAdamW
 from blip3o_dit.training.stopping import outlive_stops
 from blip3o_dit.utils.progress import progress
 from blip3o_dit.utils.stateless_random import stateless_permutation
@@ -155,6 +156,13 @@ class BLIP3oTrainer(ExactResumeTrainer):
                 sums.add(generated, model.l2_normalize_if_configured(clip))
         sums.state = self.processes.sum(sums.state)
         return sums.result()
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """The Trainer's AdamW, from which Muon takes the matrices of the blocks if that was asked for."""
+        if self.optimizer is None and self.config.optimizer == "muon":
+            adamw: Any = super().create_optimizer(model)
+            self.optimizer = MuonWithAdamW(adamw, self.unwrapped_model, self.config.weight_decay)
+        return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """The Trainer's own choice, unless the run is extended (see `extension.py`)."""
