@@ -191,9 +191,10 @@ def test_a_signal_to_every_process_of_a_job_costs_no_step(
 
     def signal_all() -> None:
         workers = [str(process.pid) for process in multiprocessing.active_children()]
-        assert workers
-        subprocess.run(["kill", "-TERM", *workers], check=True)
-        time.sleep(0.1)  # for a worker to die in
+        assert bool(workers) == (moment == "a step")  # afterwards nothing is left to read
+        if workers:
+            subprocess.run(["kill", "-TERM", *workers], check=True)
+            time.sleep(0.1)  # for a worker to die in
         os.kill(os.getpid(), signal.SIGTERM)
 
     config = config_for(store, tmp_path / "run", max_steps=3, num_workers=1, source="noise", eval_split=0.0)

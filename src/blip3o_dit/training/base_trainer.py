@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from blip3o_dit.data.batch_stream import BatchStream, OwnBatches
 from blip3o_dit.data.dataset import (
     BatchNoise,
     EmbeddingDataset,
@@ -131,7 +132,7 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         self._overflowed = False  # the loss scaler skips the step under way
         self.stop_request = StopRequest(config.max_hours)
         self._loop_state: LoopState | None = None  # of the checkpoint that the run continues
-        self._sampler: ShuffledSampler | None = None
+        self._stream: BatchStream | None = None
         self._throughput: Throughput | None = None
         self.ema: ExponentialMovingAverage | None = None
         if config.ema_decay > 0:
@@ -162,27 +163,39 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
 
     # The data ------------------------------------------------------------------------------------------
 
-    @overrides_trainer
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        """The stock order depends on torch's generator and on the number of processes."""
-        dataset = train_dataset or self.train_dataset
-        assert isinstance(dataset, EmbeddingDataset)
+    def train_sampler(self, dataset: EmbeddingDataset) -> ShuffledSampler:
+        """Each epoch's order. The stock one depends on torch's generator and on the number of processes."""
         config = self.config
-        self._sampler = training_sampler(
+        return training_sampler(
             dataset,
             shuffle=config.shuffle,
             window=config.shuffle_window,
             seed=config.seed,
             global_batch=global_batch(config, self.args.world_size),
         )
-        return self._sampler
 
     def get_train_dataloader(self) -> DataLoader:
-        """The stock workers seed generators, which nothing uses, and end with the signal that stops a run."""
-        loader = super().get_train_dataloader()
-        inner: Any = getattr(loader, "base_dataloader", loader)  # in accelerate's
-        inner.worker_init_fn = outlive_stops
-        return loader
+        """The stock one starts each epoch with nothing read, and its workers end with the signal that stops a
+        run; on several processes a resume leaves the sampler under wrappers that forward no epoch."""
+        dataset, args = self.train_dataset, self.args
+        assert isinstance(dataset, EmbeddingDataset)
+        own = OwnBatches(
+            self.train_sampler(dataset), self.config.batch_size, args.process_index, args.world_size
+        )
+        self._stream = BatchStream(
+            dataset,
+            own,
+            device=args.device,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.device.type == "cuda",
+            collate_fn=self.data_collator,
+            worker_init_fn=outlive_stops,
+        )
+        return self._stream.in_order()
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """The stock one would count batches: items of our loader."""
+        return len(self.train_dataset)  # type: ignore[arg-type]
 
     @overrides_trainer
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -194,16 +207,12 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
 
     @overrides_trainer
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """The stock one takes a step of a run that is complete already, and cannot set our sampler's epoch.
-
-        accelerate forwards set_epoch through two wrappers at most; after a resume on several processes ours
-        lies below three (skip, shard, batch): call it directly.
-        """
+        """The stock one takes a step of a run that is complete already, and cannot set our stream's epoch."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        if self._sampler is not None:
-            self._sampler.set_epoch(kwargs["epoch"])
+        assert self._stream is not None
+        self._stream.epoch = kwargs["epoch"]
         super()._run_epoch(*args, **kwargs)
 
     # A step that is not finite -------------------------------------------------------------------------
@@ -409,6 +418,11 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         self._total_loss_scalar = self._loop_state.loss_until_log
         self._globalstep_last_logged = self._loop_state.last_logged_step
         self.step_metrics.restore(self._loop_state.monitor, self.args.device)
+
+    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
+        """What was read ahead is not needed, and its workers would stay."""
+        if self._stream is not None:
+            self._stream.close()
 
     @overrides_trainer
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
 from transformers.training_args import OptimizerNames
 
 from blip3o_dit.data.dataset import BatchNoise, EmbeddingDataset, ShuffledSampler
@@ -75,12 +74,8 @@ class StudentTrainer(ExactResumeTrainer):
             callbacks=[CurvesCallback()],
         )
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        assert isinstance(self.train_dataset, EmbeddingDataset)
-        self._sampler = LessonSampler(
-            len(self.train_dataset), seed=self.lessons.seed, global_batch=self.config.batch_size
-        )
-        return self._sampler
+    def train_sampler(self, dataset: EmbeddingDataset) -> ShuffledSampler:
+        return LessonSampler(len(dataset), seed=self.lessons.seed, global_batch=self.config.batch_size)
 
     def compute_loss(
         self,
