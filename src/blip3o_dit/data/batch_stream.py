@@ -83,7 +83,7 @@ class BatchStream(Dataset):
 
     def in_order(self) -> DataLoader:
         """A loader of one epoch's batches: of `epoch`, as it is when they are asked for."""
-        return DataLoader(self, batch_size=1, collate_fn=_itself)
+        return DataLoader(self, batch_size=1, collate_fn=_itself)  # type: ignore[arg-type]
 
     def _moved(self, value: Any) -> Any:
         return value.to(self._device, non_blocking=True) if isinstance(value, Tensor) else value

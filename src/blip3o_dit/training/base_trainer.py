@@ -21,12 +21,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArg
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from blip3o_dit.data.batch_stream import BatchStream, OwnBatches
-from blip3o_dit.data.dataset import (
-    BatchNoise,
-    EmbeddingDataset,
-    ShuffledSampler,
-    training_sampler,
-)
+from blip3o_dit.data.dataset import BatchNoise, EmbeddingDataset, ShuffledSampler
 from blip3o_dit.data.towers import write_towers
 from blip3o_dit.data.worker_batches import whole_batch
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
@@ -46,7 +41,6 @@ from blip3o_dit.training.checkpoint import (
     LoopState,
     RunIdentity,
     best_saved,
-    global_batch,
     keep_newest,
     save_trainer_state,
 )
@@ -91,8 +85,7 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
     Args:
         model: with its statistics set; `model.config.flow` says what is trained.
         args: see `training_arguments`.
-        train_dataset, eval_dataset: the two sides of the split, with noise of their own or without;
-            evaluation is skipped without the second.
+        train_dataset, eval_dataset: the two sides of the split; evaluation is skipped without the second.
         source_folds: what an informed source starts from in training; a checkpoint brings its own.
     """
 
@@ -110,13 +103,14 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=_with_noise(train_dataset, config.seed, "training"),
-            eval_dataset=eval_dataset and _with_noise(eval_dataset, config.seed, "evaluation"),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             data_collator=whole_batch,  # type: ignore[arg-type]
             callbacks=list(callbacks),
         )
         self.config = config
         self.source_folds = source_folds
+        self.noise = BatchNoise(config.seed, "training")
         self.processes = Processes(args.process_index, args.world_size, args.device)
         check_sharding(self.accelerator.state)
         keep_the_dtype_rule(self.accelerator.state)
@@ -161,30 +155,21 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
     def loss_again(self, batch: dict[str, Any]) -> Tensor:
         """The training loss of a batch by the unwrapped model, with nothing noted of it: for a diagnosis."""
 
-    # The data ------------------------------------------------------------------------------------------
-
+    @abstractmethod
     def train_sampler(self, dataset: EmbeddingDataset) -> ShuffledSampler:
-        """Each epoch's order. The stock one depends on torch's generator and on the number of processes."""
-        config = self.config
-        return training_sampler(
-            dataset,
-            shuffle=config.shuffle,
-            window=config.shuffle_window,
-            seed=config.seed,
-            global_batch=global_batch(config, self.args.world_size),
-        )
+        """The order of each epoch, in whole global batches."""
+
+    # The data ------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
         """The stock one starts each epoch with nothing read, and its workers end with the signal that stops a
         run; on several processes a resume leaves the sampler under wrappers that forward no epoch."""
         dataset, args = self.train_dataset, self.args
         assert isinstance(dataset, EmbeddingDataset)
-        own = OwnBatches(
-            self.train_sampler(dataset), self.config.batch_size, args.process_index, args.world_size
-        )
+        sampler, size = self.train_sampler(dataset), self.config.batch_size
         self._stream = BatchStream(
             dataset,
-            own,
+            OwnBatches(sampler, size, args.process_index, args.world_size),
             device=args.device,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.device.type == "cuda",
@@ -196,6 +181,12 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
     def num_examples(self, dataloader: DataLoader) -> int:
         """The stock one would count batches: items of our loader."""
         return len(self.train_dataset)  # type: ignore[arg-type]
+
+    @overrides_trainer
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The stock one, and the random numbers of a training batch, made beside the model."""
+        batch = super()._prepare_inputs(inputs)
+        return {**batch, **self.noise.of(batch)}
 
     @overrides_trainer
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -451,6 +442,7 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         if scaler and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(scaler)
         self._loop_state = LoopState.read(Path(checkpoint))
+        self._loop_state.warn_of_other_draws(checkpoint)
 
     @overrides_trainer
     def _load_scaler(self, checkpoint: str | None) -> None:
@@ -460,8 +452,3 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The stock one reads a pickle, and nothing here depends on a generator's state: see
         `utils/stateless_random.py` and `on_pre_optimizer_step`."""
-
-
-def _with_noise(dataset: EmbeddingDataset, seed: int, stream: str) -> EmbeddingDataset:
-    noise = dataset.batch_noise or BatchNoise(seed, stream)
-    return EmbeddingDataset(dataset.source, dataset.indices, noise)

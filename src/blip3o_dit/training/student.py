@@ -70,9 +70,10 @@ class StudentTrainer(ExactResumeTrainer):
             student_of(teacher, lessons.steps),
             arguments,
             config=run,
-            train_dataset=EmbeddingDataset(source, train, BatchNoise(lessons.seed, "distillation")),
+            train_dataset=EmbeddingDataset(source, train),
             callbacks=[CurvesCallback()],
         )
+        self.noise = BatchNoise(lessons.seed, "distillation")
 
     def train_sampler(self, dataset: EmbeddingDataset) -> ShuffledSampler:
         return LessonSampler(len(dataset), seed=self.lessons.seed, global_batch=self.config.batch_size)
