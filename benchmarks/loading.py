@@ -5,8 +5,8 @@ eighth, then reads them, each time in a fresh process, as training does. A pass 
 loader alone, in batches of 32. The first verifies checksums, the second finds what the first left in the page
 cache, and before the third the store is dropped from the page cache (as far as no process maps it).
 
-Short epochs are the training's own stream of batches (`data/batch_stream.py`) beside a step that sleeps, 37.6 ms
-for 32 samples (850 a second): the share of waiting, in epochs of 15 steps after the first.
+Short epochs are the training's own stream of batches (`data/batch_stream.py`) beside a step that sleeps, 37.6
+ms for 32 samples (850 a second): the share of waiting, in epochs of 15 steps after the first.
 
 Start-up is importing aside: opening, the split, the statistics of 1,000 samples, the first batch. A shard is
 read whole, for its checksum, before its first sample is trained on: the first batch waits for at most 32.
