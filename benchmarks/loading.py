@@ -2,9 +2,11 @@
 
 Writes a store of 64 x 1280 and 64 x 768 float16 tokens (0.26 MB a sample) and a second one of its first
 eighth, then reads them, each time in a fresh process, as training does. A pass is one epoch through the
-loader alone, in batches of 32 with the draws (noise, time, dropout) that training makes where it reads. The
-first verifies checksums, the second finds what the first left in the page cache, and before the third the
-store is dropped from the page cache (as far as no process maps it). The last leaves the draws out.
+loader alone, in batches of 32. The first verifies checksums, the second finds what the first left in the page
+cache, and before the third the store is dropped from the page cache (as far as no process maps it).
+
+Short epochs are the training's own stream of batches (`data/batch_stream.py`) beside a step that sleeps, 37.6
+ms for 32 samples (850 a second): the share of waiting, in epochs of 15 steps after the first.
 
 Start-up is importing aside: opening, the split, the statistics of 1,000 samples, the first batch. A shard is
 read whole, for its checksum, before its first sample is trained on: the first batch waits for at most 32.
@@ -28,9 +30,9 @@ import torch.multiprocessing
 from torch.utils.data import DataLoader
 
 from benchmarks.measure import Row
+from blip3o_dit.data.batch_stream import BatchStream, OwnBatches
 from blip3o_dit.data.choices import SHUFFLES
 from blip3o_dit.data.dataset import (
-    BatchNoise,
     EmbeddingDataset,
     choose_samples,
     split_samples,
@@ -42,13 +44,16 @@ from blip3o_dit.data.shard_writer import write_shard
 from blip3o_dit.data.statistics import streamed_statistics
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.data.worker_batches import whole_batch
+from blip3o_dit.training.metrics import Throughput
 
 SIZES = TOKENS, CONDITION, TARGET = 64, 1280, 768
 BYTES_PER_SAMPLE = 2 * TOKENS * (CONDITION + TARGET)
 SHARD = 2**28 // BYTES_PER_SAMPLE
 BATCH, WINDOW, SEED = 32, 4096, 0
 STATISTICS = 1000
-PASSES = ("first pass", "second pass", "pass from disk", "second pass, reading alone")
+STEP_SECONDS, EPOCHS = 0.0376, 4
+SHORT = "short epochs"
+PASSES = ("first pass", "second pass", "pass from disk")
 
 
 def write_store(path: Path, samples: int) -> None:
@@ -105,12 +110,10 @@ def loader_of(data: EmbeddingDataset, shuffle: str, workers: int) -> tuple[Any, 
 
 def measure_passes(path: Path, shuffle: str, workers: int) -> list[Row]:
     source = open_embeddings(path)
-    indices, draws = np.arange(source.num_samples), BatchNoise(SEED, "training")
-    sampler, loader = loader_of(EmbeddingDataset(source, indices, draws), shuffle, workers)
+    indices = np.arange(source.num_samples)
+    sampler, loader = loader_of(EmbeddingDataset(source, indices), shuffle, workers)
     rows = []
     for number, name in enumerate(PASSES):
-        if name == PASSES[-1]:
-            sampler, loader = loader_of(EmbeddingDataset(source, indices), shuffle, workers)
         if name == "pass from disk":
             drop_from_page_cache(path)
         sampler.set_epoch(number)
@@ -134,6 +137,31 @@ def measure_passes(path: Path, shuffle: str, workers: int) -> list[Row]:
     return rows
 
 
+def measure_short_epochs(path: Path) -> list[Row]:
+    source, workers = open_embeddings(path), 2
+    data = EmbeddingDataset(source, np.arange(min(source.num_samples, 15 * BATCH)))
+    own = OwnBatches(
+        training_sampler(data, shuffle="exact", window=WINDOW, seed=SEED, global_batch=BATCH), BATCH
+    )
+    loading = {"num_workers": workers, "collate_fn": whole_batch}
+    stream = BatchStream(data, own, device=torch.device("cpu"), **loading)
+    waiting = Throughput(1.0, 1.0)
+    for epoch in range(EPOCHS + 1):
+        stream.epoch = epoch
+        batches = iter(stream.in_order())
+        if epoch == 1:
+            waiting.pop()  # the first verified checksums and started the workers
+        for _ in range(len(stream)):
+            with waiting.waiting():
+                next(batches)
+            waiting.count(BATCH)
+            time.sleep(STEP_SECONDS)
+    stream.close()
+    found = waiting.pop()
+    row: Row = {"measured": SHORT, "samples": len(data), "workers": workers, "steps": len(stream)}
+    return [row | {name: found[name] for name in ("samples_per_second", "data_wait")}]
+
+
 def measure_start(path: Path, shuffle: str) -> list[Row]:
     drop_from_page_cache(path)
     times = [time.perf_counter()]
@@ -145,8 +173,7 @@ def measure_start(path: Path, shuffle: str) -> list[Row]:
     chosen = choose_samples(split.train, max_samples=STATISTICS, seed=SEED)
     streamed_statistics(source.unverified(), chosen, normalize=False)
     times.append(time.perf_counter())
-    draws = BatchNoise(SEED, "training")
-    next(iter(loader_of(EmbeddingDataset(source, split.train, draws), shuffle, 0)[1]))
+    next(iter(loader_of(EmbeddingDataset(source, split.train), shuffle, 0)[1]))
     times.append(time.perf_counter())
     names = ("open_seconds", "split_seconds", "statistics_seconds", "first_batch_seconds")
     row: Row = {"measured": "start", "samples": source.num_samples, "shuffle": shuffle}
@@ -172,7 +199,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
         path, shuffle, *workers = arguments.measure
         if workers:
             return measure_passes(Path(path), shuffle, int(workers[0]))
-        return measure_start(Path(path), shuffle)
+        return measure_short_epochs(Path(path)) if shuffle == SHORT else measure_start(Path(path), shuffle)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         whole, part = Path(folder) / "whole", Path(folder) / "part"
         write_store(whole, max(1, round(arguments.gigabytes * 1e9 / BYTES_PER_SAMPLE)))
@@ -182,4 +209,5 @@ def run(arguments: argparse.Namespace) -> list[Row]:
         for shuffle in SHUFFLES:
             for workers in "02":
                 rows += in_a_fresh_process(str(whole), shuffle, workers)
+        rows += in_a_fresh_process(str(part), SHORT)
     return rows

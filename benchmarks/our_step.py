@@ -98,9 +98,9 @@ def our_step(
 
 def random_batch(model: BLIP3oDiTModel, size: int) -> dict[str, Any]:
     """What a training step takes: `size` samples with their draws, where the model is."""
-    dataset = EmbeddingDataset(_like(model), torch.arange(256).numpy(), BatchNoise(0, "training"))
-    batch = dataset.__getitems__(range(size))
-    return {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    batch = EmbeddingDataset(_like(model), torch.arange(256).numpy()).__getitems__(range(size))
+    batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return batch | BatchNoise(0, "training").of(batch)
 
 
 def _like(model: BLIP3oDiTModel) -> RandomEmbeddings:

@@ -493,28 +493,31 @@ def test_the_check_refuses_a_file_that_is_no_data_set(tmp_path: Path) -> None:
         dataset.test_blip3o_dataset(tmp_path / "none.pkl")
 
 
-def test_noise_is_a_function_of_the_sample_and_part_of_the_batch(tmp_path: Path) -> None:
+def test_noise_is_a_function_of_the_sample(tmp_path: Path) -> None:
     store = write(tmp_path / "store", names(48))
-    dataset = EmbeddingDataset(store, np.arange(48), BatchNoise(5, "training"))
-    batch = dataset.__getitems__([(2, 7), (2, 30)])
+    dataset, noise = EmbeddingDataset(store, np.arange(48)), BatchNoise(5, "training")
+    batch = noise.of(dataset.__getitems__([(2, 7), (2, 30)]))
     assert batch["noise"].shape == (2, 4, 3) and batch["u_time"].shape == batch["u_dropout"].shape == (2,)
     expected = stateless_normal([30], (4, 3), seed=5, stream="training noise", counter=2)
     assert torch.equal(batch["noise"][1:], expected)
-    assert torch.equal(dataset.__getitems__([(2, 30)])["u_time"], batch["u_time"][1:])
-    assert not torch.equal(dataset.__getitems__([(3, 30)])["u_time"], batch["u_time"][1:])
+    assert torch.equal(noise.of(dataset.__getitems__([(2, 30)]))["u_time"], batch["u_time"][1:])
+    assert not torch.equal(noise.of(dataset.__getitems__([(3, 30)]))["u_time"], batch["u_time"][1:])
     assert batch["u_time"][0] != batch["u_dropout"][0]
 
 
 def test_a_repeated_sample_gets_other_noise(tmp_path: Path) -> None:
     """A split smaller than a batch still trains on as many noise samples as the batch has items."""
-    dataset = EmbeddingDataset(write(tmp_path / "store", names(3)), np.arange(3), BatchNoise(5, "training"))
+    dataset = EmbeddingDataset(write(tmp_path / "store", names(3)), np.arange(3))
+    noise = BatchNoise(5, "training")
     items = order_of(ShuffledSampler(3, seed=0, global_batch=8), 2)
     batch = dataset.__getitems__(items)
     assert batch["index"] == (batch["index"][:3] * 3)[:8]
+    assert batch["repeats"] == [0, 0, 0, 1, 1, 1, 2, 2]
+    batch |= noise.of(batch)
     for name in ("noise", "u_time", "u_dropout"):
         assert len(np.unique(batch[name].flatten(1).numpy() if name == "noise" else batch[name], axis=0)) == 8
     for rows in (slice(0, 3), slice(5, 6), slice(7, 8)):  # whatever batch they travel in
-        alone = dataset.__getitems__(items[rows])
+        alone = noise.of(dataset.__getitems__(items[rows]))
         assert torch.equal(alone["noise"], batch["noise"][rows])
         assert torch.equal(alone["u_time"], batch["u_time"][rows])
     first = stateless_normal(batch["index"][:3], (4, 3), seed=5, stream="training noise", counter=2)
@@ -530,7 +533,7 @@ def test_batches_travel_in_the_dtype_of_the_store(
     with StoreWriter(tmp_path / "s", **SIZES, dtype=dtype, shard_size=4) as writer:
         writer.append(eva, clip, [{"key": str(row)} for row in range(9)])
     store = EmbeddingStore(tmp_path / "s")
-    data = EmbeddingDataset(store, np.arange(9), BatchNoise(5, "training"))
+    data = EmbeddingDataset(store, np.arange(9))
     loader: DataLoader = DataLoader(
         data,
         batch_size=9,
@@ -540,7 +543,7 @@ def test_batches_travel_in_the_dtype_of_the_store(
     )
     (batch,) = loader
     assert {batch[name].dtype for name in ("eva", "clip")} == {kind}
-    assert {batch[name].dtype for name in ("noise", "u_time", "u_dropout")} == {torch.float32}
+    assert {tensor.dtype for tensor in BatchNoise(5, "training").of(batch).values()} == {torch.float32}
     for name, tokens in zip(("eva", "clip"), store.fetch(batch["index"]), strict=True):
         assert tokens.dtype == torch.float32  # for everybody else
         assert torch.equal(batch[name].float(), tokens)

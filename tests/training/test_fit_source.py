@@ -48,7 +48,7 @@ def run(store: EmbeddingStore, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def deviation(trainer: BLIP3oTrainer, data: Any, *, training: bool) -> float:
     """Of the data in the flow's units: what is left of it over s."""
-    batch = data.__getitems__([(0, place) for place in range(len(data))])
+    batch = trainer._prepare_inputs(data.__getitems__([(0, place) for place in range(len(data))]))
     with torch.no_grad():
         return float(trainer.flow_batch(batch, training=training).sample.x_1.square().mean().sqrt())
 

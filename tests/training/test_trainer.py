@@ -147,7 +147,7 @@ def test_network_input_and_loss_share_one_draw(
     store: EmbeddingStore, tmp_path: Path, recipe: dict[str, str]
 ) -> None:
     trainer = make_trainer(store, tmp_path, **recipe)
-    batch = trainer.train_dataset.__getitems__([(0, 1), (0, 2)])
+    batch = trainer._prepare_inputs(trainer.train_dataset.__getitems__([(0, 1), (0, 2)]))
     seen: dict[str, torch.Tensor] = {}
 
     def record(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -174,7 +174,7 @@ def test_network_input_and_loss_share_one_draw(
 def test_a_dropped_condition_leaves_the_source_and_its_guess(store: EmbeddingStore, tmp_path: Path) -> None:
     trainer = make_trainer(store, tmp_path, cfg_dropout=0.999)
     trainer.unwrapped_model.source_weight.normal_()
-    batch = trainer.train_dataset.__getitems__([(0, 1), (0, 2)])
+    batch = trainer._prepare_inputs(trainer.train_dataset.__getitems__([(0, 1), (0, 2)]))
     seen: list[torch.Tensor] = []
     trainer.unwrapped_model.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
     trainer.compute_loss(trainer.unwrapped_model, batch)
@@ -191,9 +191,11 @@ def test_draws_do_not_depend_on_the_batch_and_change_with_the_pass(
 ) -> None:
     trainer = make_trainer(store, tmp_path)
     dataset = trainer.train_dataset
-    together = trainer.flow_batch(dataset.__getitems__([(0, 4), (0, 7)]), training=True)
-    alone = trainer.flow_batch(dataset.__getitems__([(0, 7)]), training=True)
-    later = trainer.flow_batch(dataset.__getitems__([(1, 7)]), training=True)
+    together = trainer.flow_batch(
+        trainer._prepare_inputs(dataset.__getitems__([(0, 4), (0, 7)])), training=True
+    )
+    alone = trainer.flow_batch(trainer._prepare_inputs(dataset.__getitems__([(0, 7)])), training=True)
+    later = trainer.flow_batch(trainer._prepare_inputs(dataset.__getitems__([(1, 7)])), training=True)
     assert torch.equal(together.sample.noise[1], alone.sample.noise[0])
     assert together.sample.t[1] == alone.sample.t[0]
     torch.testing.assert_close(together.network_input[1], alone.network_input[0])
@@ -206,7 +208,7 @@ def test_condition_dropout_drops_whole_conditions_at_its_rate(store: EmbeddingSt
     trainer = make_trainer(store, tmp_path, cfg_dropout=0.3)
     dropped = []
     for epoch in range(10):
-        batch = trainer.train_dataset.__getitems__([(epoch, i) for i in range(40)])
+        batch = trainer._prepare_inputs(trainer.train_dataset.__getitems__([(epoch, i) for i in range(40)]))
         condition = trainer.flow_batch(batch, training=True).condition
         zero = (condition == 0).flatten(1)
         assert torch.equal(zero.all(dim=1), zero.any(dim=1))
@@ -426,7 +428,8 @@ def test_deterministic_asks_torch_and_cublas(
             store, config_for(store, tmp_path, source="noise", deterministic=deterministic)
         )
         loss = trainer.compute_loss(
-            trainer.unwrapped_model, trainer.train_dataset.__getitems__([(0, 1), (0, 2)])
+            trainer.unwrapped_model,
+            trainer._prepare_inputs(trainer.train_dataset.__getitems__([(0, 1), (0, 2)])),
         )
         loss.backward()  # every operation has a deterministic form
         assert torch.are_deterministic_algorithms_enabled() == deterministic

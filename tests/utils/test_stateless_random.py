@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from hashlib import blake2b
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 
 from blip3o_dit.utils.stateless_random import stateless_normal, stateless_permutation, stateless_uniform
+from tests.utils.test_philox import reference_philox
 
 
 def test_rows_do_not_depend_on_the_batch_they_are_drawn_in() -> None:
@@ -56,8 +62,35 @@ def test_permutation_holds_each_index_once_and_changes_with_the_pass() -> None:
     assert not np.array_equal(first, other)
 
 
-def test_threads_draw_the_same_numbers() -> None:
-    settings = dict(seed=3, stream="noise", repeats=[0, 1, 0, 0, 2])
-    alone = stateless_normal([4, 4, 1, 9, 4], (3, 2), **settings)
-    assert torch.equal(stateless_normal([4, 4, 1, 9, 4], (3, 2), **settings, threads=3), alone)
-    assert len({tuple(row.flatten().tolist()) for row in alone}) == 5
+def test_rows_do_not_depend_on_how_many_are_drawn_at_once() -> None:
+    """Four rows of 2^13 blocks at a time; the fifth comes alone."""
+    shape, settings = (64, 512), dict(seed=3, stream="noise", repeats=[0, 1, 0, 0, 2])
+    together = stateless_normal([4, 4, 1, 9, 4], shape, **settings)
+    for row, (index, repeat) in enumerate([(4, 0), (4, 1), (1, 0), (9, 0), (4, 2)]):
+        alone = stateless_normal([index], shape, seed=3, stream="noise", repeats=[repeat])
+        assert torch.equal(together[row], alone[0])
+    assert len({tuple(row.flatten()[:4].tolist()) for row in together}) == 5
+
+
+def test_a_longer_row_begins_with_the_shorter() -> None:
+    short, long = (stateless_normal([4, 2], (n,), seed=3, stream="a") for n in (3, 70))
+    assert torch.equal(short, long[:, :3])
+    assert stateless_normal([4], (2, 0), seed=3, stream="a").shape == (1, 2, 0)
+
+
+@pytest.mark.parametrize(("index", "counter", "repeat"), [(5, 0, 0), (2**40 + 3, 7, 2), (-1, 0, 0)])
+def test_numbers_are_philoxs(index: int, counter: int, repeat: int) -> None:
+    """Key and counter as documented, and Box and Muller's transform, in plain Python."""
+    digest = blake2b(repr((1, "a", counter)).encode(), digest_size=8).digest()
+    key = tuple(int.from_bytes(digest[at : at + 4], "little") for at in (0, 4))
+    numbers: list[float] = []
+    for position in range(3):
+        words = reference_philox((position, index % 2**32, index // 2**32 % 2**32, repeat), key)
+        for radius, angle in (words[:2], words[2:]):
+            r, phi = math.sqrt(-2 * math.log((radius + 1) / 2**32)), 2 * math.pi * angle / 2**32
+            numbers += [r * math.cos(phi), r * math.sin(phi)]
+    settings: dict[str, Any] = dict(seed=1, stream="a", counter=counter, repeats=[repeat])
+    found = stateless_normal([index], (11,), **settings)[0]
+    assert np.abs(found.numpy() - numbers[:11]).max() < 4e-6
+    first = reference_philox((0, index % 2**32, index // 2**32 % 2**32, repeat), key)[0]
+    assert float(stateless_uniform([index], **settings)) == (first >> 8) / 2**24

@@ -1,9 +1,9 @@
-"""From embeddings on disk to training batches: the split, the order of an epoch, batches with their noise."""
+"""From embeddings on disk to training batches: the split, the order of an epoch, batches and their noise."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import count, islice, pairwise
@@ -84,35 +84,30 @@ def choose_samples(indices: np.ndarray, *, max_samples: int, seed: int) -> np.nd
 
 @dataclass(frozen=True)
 class BatchNoise:
-    """The random numbers of a batch, each a function of (seed, stream, epoch, sample index).
+    """The random numbers of a batch, each a function of (seed, stream, epoch, sample index, repetition).
 
-    They are made where the batch is read, so that data-loader workers do this instead of the training step.
+    They are made where the batch is used: a worker's would have to travel, twice as much as the batch itself.
     """
 
     seed: int
     stream: str
 
-    def of(
-        self,
-        indices: Sequence[int],
-        epoch: int,
-        shape: Sequence[int],
-        repeats: Sequence[int] | None = None,
-    ) -> dict[str, Tensor]:
-        """`noise` [B, *shape] from N(0, 1); `u_time` and `u_dropout` [B] from U[0, 1).
+    def of(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """`noise` [B, N, C_clip] from N(0, 1); `u_time` and `u_dropout` [B] from U[0, 1); beside the batch's
+        tokens, float32.
 
         These two are uniform numbers: training maps `u_time` to a time t, and compares `u_dropout` with the
         dropout rate of the condition.
-
-        Args:
-            repeats: how many times each sample came before in this epoch, 0 for all by default; each time it
-                gets other numbers.
         """
-        name: dict[str, Any] = {"seed": self.seed, "counter": epoch, "repeats": repeats}
+        clip, indices = batch["clip"], batch["index"]
+        name: dict[str, Any] = {"seed": self.seed, "counter": batch["epoch"], "repeats": batch["repeats"]}
+        shape, device = clip.shape[1:], clip.device
+        u_time = stateless_uniform(indices, stream=f"{self.stream} time", **name)
+        u_dropout = stateless_uniform(indices, stream=f"{self.stream} condition dropout", **name)
         return {
-            "noise": stateless_normal(indices, shape, stream=f"{self.stream} noise", **name),
-            "u_time": stateless_uniform(indices, stream=f"{self.stream} time", **name),
-            "u_dropout": stateless_uniform(indices, stream=f"{self.stream} condition dropout", **name),
+            "noise": stateless_normal(indices, shape, stream=f"{self.stream} noise", device=device, **name),
+            "u_time": u_time.to(device, non_blocking=True),
+            "u_dropout": u_dropout.to(device, non_blocking=True),
         }
 
 
@@ -125,12 +120,11 @@ class EmbeddingDataset(Dataset):
 
     A batch is a dict: `eva` [B, L, C_eva] and `clip` [B, N, C_clip] in the units of the data and in the dtype
     they are stored in (whoever computes with a batch converts it), `index`, a list of B sample indices in the
-    source, `epoch`, an int, and the random numbers of `batch_noise`, if given.
+    source, `epoch`, an int, and `repeats`, a list of B: how often the sample came before in this epoch.
     """
 
     source: Embeddings
     indices: np.ndarray
-    batch_noise: BatchNoise | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -142,10 +136,7 @@ class EmbeddingDataset(Dataset):
         epochs, positions, repeats = zip(*map(_full_item, items), strict=True)
         epoch, index = epochs[0], self.indices[list(positions)]
         eva, clip = fetch_stored(self.source, index)
-        batch = {"eva": eva, "clip": clip, "index": index.tolist(), "epoch": epoch}
-        if self.batch_noise is not None:
-            batch |= self.batch_noise.of(batch["index"], epoch, clip.shape[1:], repeats)
-        return batch
+        return {"eva": eva, "clip": clip, "index": index.tolist(), "epoch": epoch, "repeats": list(repeats)}
 
 
 def _full_item(item: tuple[int, ...] | int) -> tuple[int, ...]:

@@ -237,7 +237,9 @@ class BLIP3oInference:
 
         def work(piece: Sequence[int]) -> tuple[float, Tensor]:
             eva, clip = source.fetch(piece)
-            noise = stateless_normal(piece, clip.shape[1:], seed=seed, stream="evaluation noise")
+            noise = stateless_normal(
+                piece, clip.shape[1:], seed=seed, stream="evaluation noise", device=self.device
+            )
             u_time = stateless_uniform(piece, seed=seed, stream="evaluation time")
             flow = self.model.flow_batch(eva, clip, noise, u_time)
             loss = float(loss_fn(flow.predict(self.model), flow.sample).flow_matching_loss)

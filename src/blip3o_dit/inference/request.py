@@ -28,7 +28,7 @@ from blip3o_dit.model.loading import EMA_VARIANT, weights_files
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.utils.checksums import digests_of
 from blip3o_dit.utils.json_files import short_repr
-from blip3o_dit.utils.stateless_random import stateless_permutation
+from blip3o_dit.utils.stateless_random import DRAWS_VERSION, stateless_permutation
 from blip3o_dit.utils.validation import check_name, checked_integer
 
 SPLITS = ("all", "train", "eval")
@@ -120,6 +120,7 @@ def describe_request(
     """All of it, as JSON gives it back. `sampling` is resolved."""
     request = {
         "version": __version__,
+        "draws": DRAWS_VERSION,
         "model": model,
         "data": data,
         "sampling": asdict(sampling) | {"dtype": str(dtype).removeprefix("torch.")},

@@ -400,9 +400,9 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
             seed=checked_integer("seed", seed),
             stream=GENERATION_STREAM,
             counter=checked_integer("sample_number", sample_number),
-            threads=torch.get_num_threads(),
+            device=self.device,
         )
-        x_0 = make_path(self.config.flow).initial_point(noise.to(self.device))
+        x_0 = make_path(self.config.flow).initial_point(noise)
         return x_0, self.normalize_condition(eva.to(self.device))
 
     def make_velocity_fn(

@@ -41,7 +41,6 @@ def training_arguments(config: TrainingConfig, *, evaluate: bool) -> TrainingArg
         optim_args=optimizer_arguments,
         fp16=config.fp16,
         use_cpu=on_cpu,
-        accelerator_config={"non_blocking": not on_cpu},
         seed=config.seed,
         logging_steps=_number(config, "logging_steps"),
         logging_nan_inf_filter=False,
@@ -53,7 +52,6 @@ def training_arguments(config: TrainingConfig, *, evaluate: bool) -> TrainingArg
         metric_for_best_model=config.best_metric if evaluate else None,
         greater_is_better=config.best_metric != "loss",
         dataloader_num_workers=_number(config, "num_workers"),
-        dataloader_persistent_workers=bool(config.num_workers),
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # statistics and source, which all processes have and nothing changes

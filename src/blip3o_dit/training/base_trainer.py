@@ -16,16 +16,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from blip3o_dit.data.dataset import (
-    BatchNoise,
-    EmbeddingDataset,
-    ShuffledSampler,
-    training_sampler,
-)
+from blip3o_dit.data.batch_stream import BatchStream, OwnBatches
+from blip3o_dit.data.dataset import BatchNoise, EmbeddingDataset, ShuffledSampler
 from blip3o_dit.data.towers import write_towers
 from blip3o_dit.data.worker_batches import whole_batch
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
@@ -45,7 +41,6 @@ from blip3o_dit.training.checkpoint import (
     LoopState,
     RunIdentity,
     best_saved,
-    global_batch,
     keep_newest,
     save_trainer_state,
 )
@@ -91,8 +86,7 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
     Args:
         model: with its statistics set; `model.config.flow` says what is trained.
         args: see `training_arguments`.
-        train_dataset, eval_dataset: the two sides of the split, with noise of their own or without;
-            evaluation is skipped without the second.
+        train_dataset, eval_dataset: the two sides of the split; evaluation is skipped without the second.
         source_folds: what an informed source starts from in training; a checkpoint brings its own.
     """
 
@@ -110,13 +104,14 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=_with_noise(train_dataset, config.seed, "training"),
-            eval_dataset=eval_dataset and _with_noise(eval_dataset, config.seed, "evaluation"),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             data_collator=whole_batch,  # type: ignore[arg-type]
             callbacks=list(callbacks),
         )
         self.config = config
         self.source_folds = source_folds
+        self.noise = BatchNoise(config.seed, "training")
         self.processes = Processes(args.process_index, args.world_size, args.device)
         check_sharding(self.accelerator.state)
         keep_the_dtype_rule(self.accelerator.state)
@@ -133,7 +128,7 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         self._overflowed = False  # the loss scaler skips the step under way
         self.stop_request = StopRequest(config.max_hours)
         self._loop_state: LoopState | None = None  # of the checkpoint that the run continues
-        self._sampler: ShuffledSampler | None = None
+        self._stream: BatchStream | None = None
         self._throughput: Throughput | None = None
         self.ema: ExponentialMovingAverage | None = None
         if config.ema_decay > 0:
@@ -166,29 +161,38 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
     def loss_again(self, batch: dict[str, Any]) -> Tensor:
         """The training loss of a batch by the unwrapped model, with nothing noted of it: for a diagnosis."""
 
+    @abstractmethod
+    def train_sampler(self, dataset: EmbeddingDataset) -> ShuffledSampler:
+        """The order of each epoch, in whole global batches."""
+
     # The data ------------------------------------------------------------------------------------------
 
-    @overrides_trainer
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        """The stock order depends on torch's generator and on the number of processes."""
-        dataset = train_dataset or self.train_dataset
-        assert isinstance(dataset, EmbeddingDataset)
-        config = self.config
-        self._sampler = training_sampler(
-            dataset,
-            shuffle=config.shuffle,
-            window=config.shuffle_window,
-            seed=config.seed,
-            global_batch=global_batch(config, self.args.world_size),
-        )
-        return self._sampler
-
     def get_train_dataloader(self) -> DataLoader:
-        """The stock workers seed generators, which nothing uses, and end with the signal that stops a run."""
-        loader = super().get_train_dataloader()
-        inner: Any = getattr(loader, "base_dataloader", loader)  # in accelerate's
-        inner.worker_init_fn = outlive_stops
-        return loader
+        """The stock one starts each epoch with nothing read, and its workers end with the signal that stops a
+        run; on several processes a resume leaves the sampler under wrappers that forward no epoch."""
+        dataset, args = self.train_dataset, self.args
+        assert isinstance(dataset, EmbeddingDataset)
+        sampler, size = self.train_sampler(dataset), self.config.batch_size
+        self._stream = BatchStream(
+            dataset,
+            OwnBatches(sampler, size, args.process_index, args.world_size),
+            device=args.device,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.device.type == "cuda",
+            collate_fn=self.data_collator,
+            worker_init_fn=outlive_stops,
+        )
+        return self._stream.in_order()
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """The stock one would count batches: items of our loader."""
+        return len(self.train_dataset)  # type: ignore[arg-type]
+
+    @overrides_trainer
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The stock one, and the random numbers of a training batch, made beside the model."""
+        batch = super()._prepare_inputs(inputs)
+        return {**batch, **self.noise.of(batch)}
 
     @overrides_trainer
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -200,16 +204,12 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
 
     @overrides_trainer
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """The stock one takes a step of a run that is complete already, and cannot set our sampler's epoch.
-
-        accelerate forwards set_epoch through two wrappers at most; after a resume on several processes ours
-        lies below three (skip, shard, batch): call it directly.
-        """
+        """The stock one takes a step of a run that is complete already, and cannot set our stream's epoch."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        if self._sampler is not None:
-            self._sampler.set_epoch(kwargs["epoch"])
+        assert self._stream is not None
+        self._stream.epoch = kwargs["epoch"]
         super()._run_epoch(*args, **kwargs)
 
     # A step that is not finite -------------------------------------------------------------------------
@@ -436,6 +436,11 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         self._globalstep_last_logged = self._loop_state.last_logged_step
         self.step_metrics.restore(self._loop_state.monitor, self.args.device)
 
+    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
+        """What was read ahead is not needed, and its workers would stay."""
+        if self._stream is not None:
+            self._stream.close()
+
     @overrides_trainer
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The stock one knows neither averaged weights nor folds, and no FSDP from one safetensors file."""
@@ -463,6 +468,7 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         if scaler and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(scaler)
         self._loop_state = LoopState.read(Path(checkpoint))
+        self._loop_state.warn_of_other_draws(checkpoint)
 
     @overrides_trainer
     def _load_scaler(self, checkpoint: str | None) -> None:
@@ -472,8 +478,3 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The stock one reads a pickle, and nothing here depends on a generator's state: see
         `utils/stateless_random.py` and `on_pre_optimizer_step`."""
-
-
-def _with_noise(dataset: EmbeddingDataset, seed: int, stream: str) -> EmbeddingDataset:
-    noise = dataset.batch_noise or BatchNoise(seed, stream)
-    return EmbeddingDataset(dataset.source, dataset.indices, noise)

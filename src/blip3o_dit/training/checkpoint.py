@@ -33,6 +33,7 @@ from blip3o_dit.utils.atomic import ASIDE, REPLACED, remove_files_and_folders, r
 from blip3o_dit.utils.checksums import verify
 from blip3o_dit.utils.json_files import finite_or_none, read_json_object, short_repr, show_names
 from blip3o_dit.utils.recognise import CHECKPOINT, refusal
+from blip3o_dit.utils.stateless_random import DRAWS_VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -86,13 +87,24 @@ class RunIdentity:
 @dataclass(frozen=True)
 class LoopState:
     """Where a run is, beside the Trainer's own counters: what the next log line will say of the steps since
-    the last one. `monitor` holds the sums and the count of `TrainingMetrics`."""
+    the last one. `monitor` holds the sums and the count of `TrainingMetrics`; `draws` is the version of the
+    random numbers, 1 where none was written."""
 
     run: RunIdentity
     loss_since_log: float
     loss_until_log: float
     last_logged_step: int
     monitor: tuple[list[float], int] | None
+    draws: int = DRAWS_VERSION
+
+    def warn_of_other_draws(self, checkpoint: str) -> None:
+        """Say that a continued run is not the one that it would have been."""
+        if self.draws != DRAWS_VERSION:
+            logger.warning(
+                "%s: its noise and times were drawn by another version: the run goes on with this version's, "
+                "and will not end in the weights that one version alone would have",
+                checkpoint,
+            )
 
     def write(self, folder: Path) -> None:
         (folder / PROGRESS_FILE).write_text(json.dumps(asdict(self), indent=1))
@@ -104,7 +116,7 @@ class LoopState:
         values = read_json_object(file)
         try:
             run = RunIdentity(**values.pop("run"))
-            return cls(run=run, **values)
+            return cls(run=run, **({"draws": 1} | values))
         except (TypeError, KeyError) as error:
             raise ValueError(f"{file}: expected the progress of a run, found something else") from error
 

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
 from transformers.training_args import OptimizerNames
 
 from blip3o_dit.data.dataset import BatchNoise, EmbeddingDataset, ShuffledSampler
@@ -71,16 +70,13 @@ class StudentTrainer(ExactResumeTrainer):
             student_of(teacher, lessons.steps),
             arguments,
             config=run,
-            train_dataset=EmbeddingDataset(source, train, BatchNoise(lessons.seed, "distillation")),
+            train_dataset=EmbeddingDataset(source, train),
             callbacks=[CurvesCallback()],
         )
+        self.noise = BatchNoise(lessons.seed, "distillation")
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        assert isinstance(self.train_dataset, EmbeddingDataset)
-        self._sampler = LessonSampler(
-            len(self.train_dataset), seed=self.lessons.seed, global_batch=self.config.batch_size
-        )
-        return self._sampler
+    def train_sampler(self, dataset: EmbeddingDataset) -> ShuffledSampler:
+        return LessonSampler(len(dataset), seed=self.lessons.seed, global_batch=self.config.batch_size)
 
     def compute_loss(
         self,

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
-from blip3o_dit.data.dataset import EmbeddingDataset
+from blip3o_dit.data.dataset import BatchNoise, EmbeddingDataset, ShuffledSampler, training_sampler
 from blip3o_dit.data.embeddings import batches
 from blip3o_dit.data.worker_batches import whole_batch
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
@@ -22,6 +22,7 @@ from blip3o_dit.flow.path import FlowBatch, PathSample
 from blip3o_dit.metrics.fidelity import FidelitySums
 from blip3o_dit.model.layers import has_native_matmul
 from blip3o_dit.training.base_trainer import ExactResumeTrainer
+from blip3o_dit.training.checkpoint import global_batch
 from blip3o_dit.training.extension import extended_schedule
 from blip3o_dit.training.muon import MuonWithAdamW
 from blip3o_dit.training.stopping import outlive_stops
@@ -41,6 +42,16 @@ class BLIP3oTrainer(ExactResumeTrainer):
     @cached_property
     def loss_fn(self) -> BLIP3oFlowMatchingLoss:
         return BLIP3oFlowMatchingLoss.from_config(self.unwrapped_model.config.flow)
+
+    def train_sampler(self, dataset: EmbeddingDataset) -> ShuffledSampler:
+        config = self.config
+        return training_sampler(
+            dataset,
+            shuffle=config.shuffle,
+            window=config.shuffle_window,
+            seed=config.seed,
+            global_batch=global_batch(config, self.args.world_size),
+        )
 
     def flow_batch(self, batch: dict[str, Any], *, training: bool) -> FlowBatch[PathSample]:
         """A batch on its path; in training the source's mean is by maps that have not seen the samples, and
@@ -120,13 +131,15 @@ class BLIP3oTrainer(ExactResumeTrainer):
             worker_init_fn=outlive_stops,
         )
         self.callback_handler.eval_dataloader = loader
+        noise = BatchNoise(self.config.seed, "evaluation")
         total = torch.zeros(2, dtype=torch.float64)  # of the losses, and of the samples
         shown = progress(
             zip(loader, counts, strict=True), "held-out loss", "batch", len(own_pieces), lasting=False
         )
         for batch, counted in shown:
             with torch.no_grad(), self.accelerator.autocast():
-                flow = self.flow_batch(self._prepare_inputs(batch), training=False)
+                prepared: Any = self._prepare_input(batch)
+                flow = self.flow_batch({**prepared, **noise.of(prepared)}, training=False)
                 loss = self.loss_fn(flow.predict(self.unwrapped_model), flow.sample).loss
             if counted:
                 samples = len(batch["index"])

@@ -1,20 +1,29 @@
 """Stateless random numbers: each is a function of (seed, stream, counter, sample index), of nothing else.
 
 So they do not change with the number of processes, the batch size, data-loader workers, an evaluation in
-between, or a restart. The tuple is hashed to the 128-bit key of a counter-based generator (Philox; Salmon et
-al. 2011), always on the CPU: every device sees the same numbers. `stream` says what the numbers are for, so
-that two uses of one seed are independent; `counter` is an epoch or a step.
+between, or a restart. `stream` says what the numbers are for, so that two uses of one seed are independent;
+`counter` is an epoch or a step.
+
+Normal and uniform numbers come from Philox4x32-10 (`philox.py`) on the device that needs them: (seed, stream,
+counter) is hashed to its key; sample, repetition and position are its counter. Orders and choices come from
+NumPy's generators on the CPU, with all parts of the name in the key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import math
+from collections.abc import Sequence
 from hashlib import blake2b
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from blip3o_dit.utils.philox import normal_pairs, philox
+
+# Of the numbers that a name stands for; a run that goes on with others says so.
+DRAWS_VERSION = 2
+_WORD = 0xFFFFFFFF
 
 
 def stateless_generator(*key_parts: int | str) -> np.random.Generator:
@@ -38,26 +47,29 @@ def stateless_normal(
     stream: str,
     counter: int = 0,
     repeats: Sequence[int] | None = None,
-    threads: int = 1,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
-    """N(0, 1) of shape [len(indices), *shape], float32, on the CPU; row i belongs to sample indices[i].
+    """N(0, 1) of shape [len(indices), *shape], float32, on `device`; row i belongs to sample indices[i].
 
-    `repeats` says how often each sample came before in the epoch: 0 for all by default. With more threads
-    rows are drawn side by side; the numbers are the same.
+    The same numbers on every device to rounding (see `normal_pairs`), and to the last bit on one.
+
+    Args:
+        repeats: how often each sample came before in the epoch: 0 for all by default.
     """
-    out = np.empty((len(indices), *shape), dtype=np.float32)
-
-    def draw(row: np.ndarray, sample: tuple[int, ...]) -> None:
-        stateless_generator(seed, stream, counter, *sample).standard_normal(out=row, dtype=np.float32)
-
-    keys = list(_sample_keys(indices, repeats))
-    if min(threads, len(keys)) > 1:
-        with ThreadPoolExecutor(min(threads, len(keys))) as pool:
-            list(pool.map(draw, out, keys))
-    else:
-        for row, sample in zip(out, keys, strict=True):
-            draw(row, sample)
-    return torch.from_numpy(out)
+    count = math.prod(shape)
+    key = _philox_key(seed, stream, counter)
+    samples = _sample_words(indices, repeats).to(device, non_blocking=True)
+    positions = torch.arange(-(-count // 4), device=device)
+    out = torch.empty(len(indices), count, device=device)
+    # Blocks of four numbers: on a CPU so many that their words stay in its caches.
+    blocks = 2**15 if out.device.type == "cpu" else 2**20
+    at_once = max(1, blocks // max(1, len(positions)))
+    for rows, sample in zip(out.split(at_once), samples.split(at_once, dim=1), strict=True):
+        repeated = (word[:, None].repeat(1, len(positions)) for word in sample)
+        words = philox([positions.repeat(len(rows), 1), *repeated], key)
+        normals = torch.stack([*normal_pairs(*words[:2]), *normal_pairs(*words[2:])], dim=-1)
+        rows.copy_(normals.flatten(1)[:, :count])
+    return out.view(len(indices), *shape)
 
 
 def stateless_uniform(
@@ -69,17 +81,21 @@ def stateless_uniform(
     repeats: Sequence[int] | None = None,
 ) -> Tensor:
     """U[0, 1) of shape [len(indices)], float32, on the CPU; entry i belongs to sample indices[i]."""
-    draws = [
-        stateless_generator(seed, stream, counter, *sample).random(dtype=np.float32)
-        for sample in _sample_keys(indices, repeats)
-    ]
-    return torch.tensor(draws, dtype=torch.float32)
+    sample = _sample_words(indices, repeats)
+    words = philox([torch.zeros_like(sample[0]), *sample], _philox_key(seed, stream, counter))
+    return (words[0] >> 8) * 2.0**-24
 
 
-def _sample_keys(indices: Sequence[int], repeats: Sequence[int] | None) -> Iterator[tuple[int, ...]]:
-    """A sample's part of the key: its index, and which repetition in the epoch it is unless the first."""
-    for index, repeat in zip(indices, repeats or [0] * len(indices), strict=True):
-        yield (int(index), int(repeat)) if repeat else (int(index),)
+def _philox_key(seed: int, stream: str, counter: int) -> tuple[int, int]:
+    digest = blake2b(repr((int(seed), stream, int(counter))).encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def _sample_words(indices: Sequence[int], repeats: Sequence[int] | None) -> Tensor:
+    """A sample's words of Philox's counter, [3, B]: its index's lower and upper half, and its repetition."""
+    plain = [int(index) for index in indices]
+    words = [[index & _WORD for index in plain], [index >> 32 & _WORD for index in plain]]
+    return torch.tensor([*words, [0] * len(plain) if repeats is None else list(map(int, repeats))])
 
 
 def stateless_permutation(n: int, *, seed: int, stream: str, counter: int = 0) -> np.ndarray:
