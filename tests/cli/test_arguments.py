@@ -105,3 +105,17 @@ def test_help_shows_groups_and_defaults() -> None:
     assert "a folder (default: here) named: --name {a,b} a name (default: a)" in shown
     switched = " ".join(parser_of(negatable=True).format_help().split())
     assert "--fast, --no_fast a switch (default: off)" in switched
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", {}),
+        ("--compile", {"compile": "blocks"}),
+        ("--compile full --fp16", {"compile": "full", "fp16": True}),
+        ("--compile=blocks", {"compile": "blocks"}),
+        ("--compile --no_compile", {"compile": None}),
+    ],
+)
+def test_compile_takes_a_word_or_none(words: str, expected: dict[str, Any]) -> None:
+    assert given_settings(command_parser("train").parse_args(words.split()), TrainingConfig) == expected

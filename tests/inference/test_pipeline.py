@@ -129,8 +129,8 @@ def test_guidance_asks_the_device_for_no_time(
     tiny_model: BLIP3oDiTModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU each such question would wait for all that is queued."""
-    x_0 = torch.randn(1, 9, 8)
-    monkeypatch.setattr(tiny_model, "_initial_state", lambda *_: (x_0, torch.randn(1, 9, 12)))
+    drawn = torch.randn(1, 9, 8), torch.randn(1, 9, 12)
+    monkeypatch.setattr(tiny_model, "_draw", lambda *_: drawn)
     with monkeypatch.context() as patch:
         for name in ("__float__", "__bool__", "item", "tolist", "cpu"):
             plain = getattr(torch.Tensor, name)

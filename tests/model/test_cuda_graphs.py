@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from blip3o_dit.model import cuda_graphs
+from blip3o_dit.model import blip3o_dit, cuda_graphs, generation, transformer
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.cuda_graphs import CUDAGraphs
 from tests.conftest import randomize, tiny_config
@@ -57,14 +58,14 @@ def recorded(model: BLIP3oDiTModel, cuda: dict[str, list[Any]]) -> CUDAGraphs:
     graphs = model._graphs = CUDAGraphs()
     plain = graphs.run
 
-    def run(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], key: Any) -> Tensor:
+    def run(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], device: Any, key: Any) -> Tensor:
         def watched(*given: Tensor) -> Tensor:
             output = function(*given)
             if cuda["recording"][0] is not None:
                 cuda["recording"][0].call = (function, given, output)
             return output
 
-        return plain(watched, inputs, key)
+        return plain(watched, inputs, device, key)
 
     graphs.run = run  # type: ignore[method-assign]
     return graphs
@@ -121,6 +122,64 @@ def test_the_longest_unused_recording_makes_room(
     generate(2)  # plainly
     generate(2)
     assert len(cuda["pools"]) == 4 and len(graphs._recordings) == 2
+
+
+class Operations(TorchDispatchMode):
+    """Their names, and those that bring a tensor from one device to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.copies: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        devices = {held.device for held in (*args, found) if isinstance(held, Tensor) and held.ndim}
+        self.names.append(str(func))
+        self.copies += [str(func)] if len(devices) > 1 else []
+        return found
+
+
+FLOWS: list[dict[str, Any]] = [
+    {"condition_dropout": 0.1},
+    {"source": "ridge_3x3", "source_components": 4, "prediction_type": "preconditioned"},
+    {"prediction_type": "preconditioned", "student_steps": 2},
+]
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_what_is_recorded_stays_on_its_device(
+    flow: dict[str, Any], guidance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recording may not copy between devices or ask for a number, which tensors without values refuse."""
+    for module in (transformer, blip3o_dit):  # tensors without values know no autocast
+        monkeypatch.setattr(module, "without_autocast", lambda _: nullcontext())
+    monkeypatch.setattr(transformer, "compute_dtype", lambda weight: weight.dtype)
+    model = BLIP3oDiTModel(tiny_config(flow_matching=flow, default_steps=2)).eval().to("meta")
+    how: dict[str, Any] = dict(steps=2, solver="euler", progress=None)
+    inputs = torch.randn(3, 9, 8, device="meta"), torch.randn(3, 9, 12, device="meta")
+    with Operations() as operations, torch.no_grad():
+        generation._solve(model, *inputs, guidance=generation.Guidance(guidance, 0.0, 1.0), **how)
+    assert not operations.copies
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_a_replayed_generation_leaves_little_to_the_host(
+    cuda: dict[str, list[Any]], flow: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Are the conditions finite, both inputs in, the output out; units are converted in the recording."""
+    model = BLIP3oDiTModel(tiny_config(flow_matching=flow, default_steps=2)).eval()
+    recorded(model, cuda)
+    eva = torch.randn(3, 9, 12)
+    for _ in range(2):
+        model.generate(eva)
+    monkeypatch.setattr(Graph, "replay", lambda _: None)
+    with Operations() as operations:
+        model.generate(eva)
+    assert len(operations.names) <= 6, operations.names
 
 
 def test_steps_that_are_shown_are_not_recorded(

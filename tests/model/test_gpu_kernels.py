@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import subprocess
 import sys
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
+import torch
+from torch import Tensor
+
+from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from tests.conftest import tiny_config
 
 ROWS = """
 import torch
 from torch.utils._pytree import tree_map_only
 from blip3o_dit.model import gpu_kernels
+from benchmarks import kernel_variants
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.cpu_kernels import FeedForward
 from blip3o_dit.model.encoded_condition import Modulations
-from tests.conftest import randomize, tiny_config
+from tests.conftest import tiny_config
 
 torch.manual_seed(0)
+layer = FeedForward(48, 80).half()
+x = torch.randn(2, 9, 48).half()
+with torch.no_grad():
+    expected = layer.float()(x.float())
+    found = layer.linear_2(kernel_variants.fused(layer.half(), x, (16, 32, 32, 4, 2)))
+assert float((found - expected).norm() / expected.norm()) < 4e-3
 for heads, groups, dim, grid in ((4, 2, 48, 3), (3, 3, 96, 4)):
     config = tiny_config(model_dim=dim, num_heads=heads, num_kv_heads=groups, input_size=grid)
     model = BLIP3oDiTModel(config).eval()
@@ -52,3 +68,49 @@ def test_the_interpreted_kernels_are_the_plain_blocks() -> None:
         [sys.executable, "-c", ROWS], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+class Launches:
+    """In place of the kernels: what each launch reads and writes of the size of the activations."""
+
+    def __init__(self, least: int) -> None:
+        self.least = least
+        self.passes: list[int] = []  # their bytes
+
+    def __getattr__(self, name: str) -> Any:
+        return MagicMock(**{"__getitem__.return_value": self._launch})  # kernel[grid](...)
+
+    def _launch(self, *arguments: Any, **_: Any) -> None:
+        tensors = [held for held in arguments if isinstance(held, Tensor) and held.numel() >= self.least]
+        self.passes += {held.data_ptr(): held.nbytes for held in tensors}.values()  # stand-ins for None
+
+
+@pytest.mark.parametrize("residual", ["float32", "bfloat16"])
+def test_a_layer_makes_21_passes_over_its_activations(residual: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight of them where branches are added and normed, four of which are the residual stream's."""
+    if not importlib.util.find_spec("triton"):
+        for name in ("triton", "triton.language"):
+            monkeypatch.setitem(sys.modules, name, MagicMock(next_power_of_2=lambda n: n))
+        for name in ("gpu_kernels", "triton_kernels"):
+            monkeypatch.setitem(sys.modules, f"blip3o_dit.model.{name}", None)
+            del sys.modules[f"blip3o_dit.model.{name}"]  # imported without Triton in this test only
+    gpu_kernels: Any = importlib.import_module("blip3o_dit.model.gpu_kernels")
+    found = []
+    for layers in (2, 3):
+        config = tiny_config(num_layers=layers, ffn_dim=96, input_size=4, residual=residual)
+        dit = BLIP3oDiTModel(config).eval().bfloat16().dit
+        with torch.no_grad():
+            x = torch.zeros(2, 16, 48, dtype=dit.residual_dtype)
+            encoded = dit.encode_condition(torch.randn(2, 16, 12).bfloat16())
+            launches = Launches(x.numel())
+            monkeypatch.setattr(gpu_kernels, "kernels", launches)
+            modulations = dit._modulations(torch.randn(2, 48).bfloat16())
+            keys_values = [
+                kv._replace(keys=kv.keys.bfloat16(), values=kv.values.bfloat16())
+                for kv in encoded.keys_values
+            ]
+            gpu_kernels.run_blocks(dit.blocks, x, keys_values, modulations, dit._rope(x))
+        found.append((len(launches.passes), sum(launches.passes) // (2 * x.numel())))
+    passes, of_bfloat16 = (there - here for here, there in zip(*found, strict=True))
+    assert passes == 21
+    assert of_bfloat16 == (28 if residual == "float32" else 24)  # SwiGLU's three are twice as wide here

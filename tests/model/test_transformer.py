@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from diffusers import LuminaNextDiT2DModel
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
+from torch import Tensor
 
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.conversion import diffusers_config, to_diffusers_state_dict
 from blip3o_dit.model.layers import rotary_tables, sinusoidal_features
+from blip3o_dit.model.transformer import NextDiTBlock
 from tests.conftest import randomize, tiny_config
 
 SIZES = {
@@ -147,3 +152,31 @@ def test_untrained_model_predicts_zero_and_gates_are_closed() -> None:
     for layer in model.dit.layers:
         assert layer.gate.abs().max() == 0
         assert layer.attn1.to_q.weight.std() > 0.05
+
+
+@pytest.mark.parametrize("source", ["noise", "ridge"])
+def test_a_bfloat16_residual_stream_is_saved_and_close(
+    source: str, bfloat16: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every dtype of the weights the blocks add to it in its own; the output stays float32."""
+    streams: list[torch.dtype] = []
+    forward = NextDiTBlock.forward
+
+    def watched(block: NextDiTBlock, x: Tensor, *args: Any) -> Tensor:
+        streams.extend([x.dtype, (out := forward(block, x, *args)).dtype])
+        return out
+
+    monkeypatch.setattr(NextDiTBlock, "forward", watched)
+    samples = []
+    for residual in ("float32", "bfloat16"):
+        config = tiny_config(flow_matching={"source": source}, residual=residual)
+        model = BLIP3oDiTModel(config).eval()
+        randomize(model, scale=0.1)
+        model.save_pretrained(tmp_path / residual)
+        for dtype in (torch.float32, torch.bfloat16):
+            streams.clear()
+            loaded = BLIP3oDiTModel.from_pretrained(tmp_path / residual, dtype=dtype)
+            samples.append(loaded.generate(torch.ones(2, 9, 12), num_inference_steps=2))
+            assert set(streams) == {getattr(torch, residual)} and samples[-1].dtype == torch.float32
+    for sample in samples[1:]:
+        assert 0 < (sample - samples[0]).norm() < 0.05 * samples[0].norm()

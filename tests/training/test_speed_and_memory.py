@@ -253,6 +253,49 @@ def test_compiled_blocks_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     assert 1 <= len(calls) <= 2  # all blocks share one compiled function, with and without gradients
 
 
+@pytest.mark.parametrize(("training", "products"), [(True, 6), (False, 4)])
+def test_compiled_blocks_multiply_what_has_the_same_input_at_once(
+    training: bool, products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of eleven products with the modulation's and the condition's, five join others."""
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    model = BLIP3oDiTModel(tiny_config())
+    randomize(model)
+    model.dit.layers = model.dit.layers[:1]
+    inputs = torch.randn(2, 9, 8), torch.rand(2), torch.randn(2, 9, 12)
+    with torch.autocast("cpu", torch.bfloat16, enabled=training), torch.set_grad_enabled(training):
+        expected = model(*inputs) if training else model.generate(inputs[2], num_inference_steps=1)
+        monkeypatch.setattr(NextDiTBlock, "compile", lambda self: nn.Module.compile(self, backend=backend))
+        model.dit.compile_blocks()
+        found = model(*inputs) if training else model.generate(inputs[2], num_inference_steps=1)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    (targets,) = graphs
+    assert sum("linear" in name or "joint_product" in name for name in targets) == products, targets
+
+
+def test_the_full_network_is_one_compiled_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    graphs, compile = [], torch.compile
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    model = BLIP3oDiTModel(tiny_config()).train()
+    randomize(model)
+    expected = gradients(model)
+    monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend=backend, fullgraph=True))
+    model.dit.compile_forward()
+    check_close(gradients(model), expected)
+    assert len(graphs) == 1
+
+
 # Health
 
 

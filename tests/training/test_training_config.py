@@ -142,3 +142,10 @@ def test_a_run_of_a_size_is_resumed_at_its_own_rate(tmp_path: Path) -> None:
 def test_the_default_is_the_base_size() -> None:
     default = TrainingConfig()
     assert {name: getattr(default, name) for name in SIZES["base"]} == SIZES["base"]
+
+
+@pytest.mark.parametrize(("noted", "now"), [("true", "blocks"), ("false", None), ('"full"', "full")])
+def test_compile_is_read_as_older_runs_noted_it(tmp_path: Path, noted: str, now: str | None) -> None:
+    text = TrainingConfig().to_json().decode().replace('"compile": null', f'"compile": {noted}')
+    (tmp_path / "training_config.json").write_text(text)
+    assert TrainingConfig.from_folder(tmp_path).compile == now

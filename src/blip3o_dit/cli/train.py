@@ -25,7 +25,16 @@ def add_arguments(parser: CommandParser) -> None:
     """One flag per field of TrainingConfig, and those that are about this call only."""
     parser.group("data and output")  # which comes first in the help
     _add_presets(parser)
-    add_flags(parser, TrainingConfig, negatable=True, leave_out=NOTED)
+    compile = {"nargs": "?", "const": "blocks"}
+    add_flags(parser, TrainingConfig, negatable=True, leave_out=NOTED, compile=compile)
+    parser.group("memory, speed and precision").add_argument(
+        "--no_compile",
+        dest="compile",
+        action="store_const",
+        const=None,
+        default=argparse.SUPPRESS,
+        help="compile nothing, where a resumed run did",
+    )
     parser.group("data and output").add_argument(
         "--overwrite", action="store_true", help="start over in a folder with a run"
     )

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from blip3o_dit.utils.validation import check_range
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, device
 
     from blip3o_dit.flow.config import FlowMatchingConfig  # it lists `PATHS`
 
@@ -154,9 +154,9 @@ class CosinePath(ProbabilityPath):
 PATHS: dict[str, type[ProbabilityPath]] = {"linear": LinearPath, "cosine": CosinePath}
 
 
-def make_path(config: FlowMatchingConfig) -> ProbabilityPath:
-    """The path that a configuration trains on, and that sampling must follow."""
-    grid = time_grid(config.student_steps, config.time_shift) if config.student_steps else None
+def make_path(config: FlowMatchingConfig, device: device | None = None) -> ProbabilityPath:
+    """The path that a configuration trains on, and that sampling must follow; its grid is on the device."""
+    grid = time_grid(config.student_steps, config.time_shift, device) if config.student_steps else None
     return PATHS[config.schedule_type](sigma_min=config.sigma_min, sigma_max=config.sigma_max, grid=grid)
 
 
@@ -232,11 +232,14 @@ def training_times(uniform: Tensor, config: FlowMatchingConfig) -> Tensor:
     return shift_time(t, config.time_shift)
 
 
-def time_grid(num_steps: int, alpha: float = 1.0) -> Tensor:
-    """num_steps + 1 times from 0 to 1: equal steps, shifted as training shifts its times; float32."""
+def time_grid(num_steps: int, alpha: float = 1.0, device: device | None = None) -> Tensor:
+    """num_steps + 1 times from 0 to 1: equal steps, shifted as training shifts its times; float32.
+
+    Computed on the device, by default the CPU, and not copied there, which a CUDA graph does not allow.
+    """
     import torch
 
-    return shift_time(torch.linspace(0.0, 1.0, num_steps + 1), alpha)
+    return shift_time(torch.linspace(0.0, 1.0, num_steps + 1, device=device), alpha)
 
 
 def expand_times(t: Tensor, like: Tensor) -> Tensor:

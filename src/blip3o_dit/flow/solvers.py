@@ -71,7 +71,6 @@ def integrate(
     time_shift: float = 1.0,
     velocity_of_step: Callable[[float], Velocity] | None = None,
     progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
-    grid: Tensor | None = None,
 ) -> Tensor:
     """Carry x_0 [B, ...] from t = 0 to t = 1 along `time_grid`; the state is float32.
 
@@ -80,8 +79,6 @@ def integrate(
             place of `velocity`. The time is a number on the CPU: asking a GPU for it would stall every step.
         num_steps: number of intervals, >= 1. Costs `num_steps * SOLVERS[solver].calls_per_step` calls.
         progress: wraps the iterable of steps, for a progress bar.
-        grid: `time_grid`'s times where x_0 is, if they are there already; nothing is then copied between
-            devices, as a CUDA graph demands.
 
     Raises:
         ValueError: for an unknown solver or num_steps < 1.
@@ -92,8 +89,8 @@ def integrate(
         raise ValueError(f"number of inference steps: expected >= 1, found {num_steps}")
     step = SOLVERS[solver].step
     x = x_0.float()
-    on_cpu = time_grid(num_steps, time_shift)
-    grid, begins = on_cpu.to(x.device) if grid is None else grid, on_cpu.tolist()
+    begins = time_grid(num_steps, time_shift).tolist()
+    grid = time_grid(num_steps, time_shift, x.device)
     times, lengths = grid[:, None].expand(-1, x.shape[0]), grid.diff()
     for k in progress(range(num_steps)) if progress else range(num_steps):
         field = velocity_of_step(begins[k]) if velocity_of_step else velocity

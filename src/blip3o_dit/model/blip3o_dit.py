@@ -313,9 +313,9 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         if num_inference_steps is not None:
             num_inference_steps = checked_integer("num_inference_steps", num_inference_steps, low=1)
         self._check_fixed_sampling(solver, num_inference_steps)
-        x_0, condition = self._initial_state(eva_embeddings, seed, sample_index, sample_number)
-        if not len(x_0):
-            return x_0
+        noise, eva = self._draw(eva_embeddings, seed, sample_index, sample_number)
+        if not len(noise):
+            return noise.to(self.device)
         guidance = Guidance(guidance_scale, low, high)
         if solver == ADAPTIVE_SOLVER:
             check_finite_number("tolerance", tolerance)
@@ -323,10 +323,10 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
                 raise ValueError(
                     f"num_inference_steps: expected none with solver {solver} (it has a tolerance)"
                 )
-            return solve_adaptively(self, x_0, condition, guidance, tolerance)
+            return solve_adaptively(self, noise, eva, guidance, tolerance)
         steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
         recorder = self._graphs if progress is None else None
-        return solve(self, x_0, condition, guidance, steps, solver, recorder=recorder, progress=progress)
+        return solve(self, noise, eva, guidance, steps, solver, recorder=recorder, progress=progress)
 
     def tokens_of(self, x_1: Tensor, source: AffineSource) -> Tensor:
         """What the flow ends in [B, N, C] -> tokens in the units of the data."""
@@ -347,8 +347,6 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         Returns: [B, N, in_channels] float32, in the units of the training data. An average of tokens of
             length 1 is shorter than 1.
 
-        A model that predicts the noise says nothing of x_1 at t = 0, and a distilled one where its step ends.
-
         Raises:
             ValueError: for a model that predicts the noise, which says nothing of x_1 at t = 0, and for a
                 distilled one, which predicts where its step ends.
@@ -363,7 +361,7 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
             raise ValueError(
                 f"estimate: expected prediction_type v_prediction or sample, found {flow.prediction_type}"
             )
-        x_0, condition = self._initial_state(eva_embeddings, seed, sample_index, sample_number)
+        x_0, condition = self.initial_state(*self._draw(eva_embeddings, seed, sample_index, sample_number))
         t = torch.zeros(len(x_0), device=x_0.device)
         source = self.source_distribution(condition)
         velocity = self.make_velocity_fn(condition, source)(x_0, t)
@@ -381,14 +379,19 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
                 f"taught, found {steps} with {solver}"
             )
 
-    def _initial_state(
+    def initial_state(self, noise: Tensor, eva: Tensor) -> tuple[Tensor, Tensor]:
+        """x_0 [B, N, C] in the flow's units, and the condition in the network's [B, L, C_eva]."""
+        x_0 = make_path(self.config.flow).initial_point(noise.to(self.device))
+        return x_0, self.normalize_condition(eva.to(self.device))
+
+    def _draw(
         self,
         eva_embeddings: Tensor | np.ndarray,
         seed: int,
         sample_index: Sequence[int] | None,
         sample_number: int,
     ) -> tuple[Tensor, Tensor]:
-        """x_0 [B, N, C] in the flow's units, and the condition in the network's [B, L, C_eva]."""
+        """N(0, 1) [B, N, C], and the conditions as floats, in the data's units, where they are."""
         eva = conditions_of_data(self.config, eva_embeddings)
         batch = len(eva)
         indices = checked_integers(
@@ -402,8 +405,7 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
             counter=checked_integer("sample_number", sample_number),
             device=self.device,
         )
-        x_0 = make_path(self.config.flow).initial_point(noise)
-        return x_0, self.normalize_condition(eva.to(self.device))
+        return noise, eva
 
     def make_velocity_fn(
         self,
@@ -423,7 +425,7 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
             null = self.dit.encode_condition(torch.zeros_like(condition[:1]), times=times)
             both = encoded.with_null_condition(null)
         flow = self.config.flow
-        path = make_path(flow)
+        path = make_path(flow, condition.device)
 
         def velocity(y: Tensor, t: Tensor, *, guided: bool = True) -> Tensor:
             x = source.from_flow(y)

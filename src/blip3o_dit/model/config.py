@@ -38,6 +38,7 @@ SIZE_FIELDS = (
     "default_steps",
 )
 _SWITCHES = ("gradient_checkpointing", "normalize_embeddings", "standardize")
+RESIDUALS = ("float32", "bfloat16")  # see `layers.py`
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 # What a config.json holds beside our own fields, as Hugging Face and its Trainer write it. Not: names of
@@ -84,6 +85,7 @@ class BLIP3oDiTConfig(PreTrainedConfig):
         flow_matching: the fields of `FlowMatchingConfig`, as a dict (JSON) or as that class.
         default_solver, default_steps: what `generate` takes by default; for a distilled model the steps it
             was made for.
+        residual: dtype of the residual stream.
 
     Raises:
         ValueError: for an unknown name, or sizes that do not fit each other; says both numbers.
@@ -107,6 +109,7 @@ class BLIP3oDiTConfig(PreTrainedConfig):
     flow_matching: dict[str, Any] | None = None
     default_solver: str = "euler"
     default_steps: int = 50
+    residual: str = "float32"
 
     def __post_init__(self, **kwargs: Any) -> None:
         check_known("BLIP3oDiTConfig", set(kwargs) - _PRETRAINED_EXTRAS, sorted(self.own_fields()))
@@ -183,6 +186,7 @@ class BLIP3oDiTConfig(PreTrainedConfig):
             if name != "ffn_dim" or self.ffn_dim is not None:
                 check_size(name, getattr(self, name))
         check_name("default_solver", self.default_solver, SOLVER_NAMES)
+        check_name("residual", self.residual, RESIDUALS)
         for name in ("norm_eps", "rope_theta"):
             value = getattr(self, name)
             if not is_number(value) or not 0 < value < math.inf:

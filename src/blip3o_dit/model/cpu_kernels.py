@@ -14,8 +14,8 @@
   is up to 1.4 times as fast, for 256 and 512 up to 1.2 times, for 2048 no longer (docs/speed.md).
 * RMSNorm as one autograd function, as torch has no fused kernel for it on a CPU.
 
-Layers that something else was done to (hooks, LoRA, quantised weights) are called one by one, and
-torch.compile sees the plain network.
+Layers that something else was done to (hooks, LoRA, quantised weights) are called one by one. torch.compile
+sees the plain network but for the joint products, which it would not find by itself.
 """
 
 from __future__ import annotations
@@ -152,6 +152,8 @@ def multi_linear(x: Tensor, weights: Sequence[Tensor], *, any_layout: bool = Fal
 
     `any_layout` may return column-major results; pass True only if elementwise operations follow.
     """
+    if torch.compiler.is_compiling():
+        return _traced_products(x, weights)
     if _needs_grad(x, *weights):
         return _MultiLinear.apply(x, *weights)
     if _are_packed(weights):
@@ -165,9 +167,34 @@ def multi_linear(x: Tensor, weights: Sequence[Tensor], *, any_layout: bool = Fal
 
 def can_be_joined(group: Sequence[nn.Module]) -> bool:
     """Whether a call of each layer would run `Linear.forward` on a plain weight and nothing else."""
-    return not torch.compiler.is_compiling() and all(
-        type(layer) is Linear and _is_plain(layer.weight) and not _is_hooked(layer) for layer in group
-    )
+    return all(type(layer) is Linear and _is_plain(layer.weight) and not _is_hooked(layer) for layer in group)
+
+
+def _traced_products(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """`multi_linear` for torch.compile, which does not know where weights lie.
+
+    Weights that are cast are written anew anyway, so they are written one behind another. Others would be
+    copied for it: with gradients they are multiplied one by one.
+    """
+    sizes = [len(weight) for weight in weights]
+    if not torch.is_grad_enabled():
+        return joint_product(x, list(weights)).split(sizes, dim=-1)
+    if weights[0].dtype == x.dtype:
+        return tuple(F.linear(x, weight) for weight in weights)
+    return F.linear(x, torch.cat([weight.to(x.dtype) for weight in weights])).split(sizes, dim=-1)
+
+
+@torch.library.custom_op("blip3o_dit::joint_product", mutates_args=())
+def joint_product(x: Tensor, weights: list[Tensor]) -> Tensor:
+    """x [..., k] and weights [n_i, k] -> [..., sum of n_i]; where the weights lie is seen when it is run."""
+    if _are_packed(weights):
+        return _packed_product(x, weights).contiguous()
+    return torch.cat([_packed_product(x, [weight]) for weight in weights], dim=-1)
+
+
+@joint_product.register_fake
+def _(x: Tensor, weights: list[Tensor]) -> Tensor:
+    return x.new_empty(*x.shape[:-1], sum(len(weight) for weight in weights))
 
 
 def _is_plain(weight: Tensor) -> bool:

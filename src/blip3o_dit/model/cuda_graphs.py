@@ -19,7 +19,8 @@ class CUDAGraphs:
     """Runs functions of tensors on a CUDA device: the first time plainly, then recorded, then replayed.
 
     The first run shows libraries what to prepare, and costs nothing that is used only once. A recording reads
-    and writes memory of its own, so inputs are copied in and the output is copied out. All recordings share
+    and writes memory of its own, so inputs are copied in, from wherever they are, and the output is copied
+    out: that is all that is left to do outside of it. All recordings share
     one memory pool for what they compute in between: one at a time is replayed, and its output copied before
     the next.
     """
@@ -29,29 +30,35 @@ class CUDAGraphs:
         self._pool: Any = None
 
     def run(
-        self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], key: tuple[Hashable, ...]
+        self,
+        function: Callable[..., Tensor],
+        inputs: tuple[Tensor, ...],
+        device: torch.device,
+        key: tuple[Hashable, ...],
     ) -> Tensor:
-        """function(*inputs). What else the result depends on is in the key; all inputs are on one device.
+        """function(*inputs), the inputs brought to the device. What else the result depends on is in the key.
 
         The function must not copy between devices, or wait for the GPU.
         """
-        with torch.cuda.device(inputs[0].device):
-            shapes = tuple((held.device, held.shape, held.dtype) for held in inputs)
-            key = (shapes, key)
+        with torch.cuda.device(device):
+            shapes = tuple((held.shape, held.dtype) for held in inputs)
+            key = (device, shapes, key)
             seen, recording = key in self._recordings, self._recordings.pop(key, None)
             if not seen:
                 if len(self._recordings) == MAX_RECORDINGS:
                     del self._recordings[next(iter(self._recordings))]
                 self._recordings[key] = None
-                return function(*inputs)
-            self._recordings[key] = recording = recording or self._record(function, inputs)
+                return function(*(held.to(device) for held in inputs))
+            self._recordings[key] = recording = recording or self._record(function, inputs, device)
             return recording.replay(inputs)
 
-    def _record(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> _Recording:
+    def _record(
+        self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], device: torch.device
+    ) -> _Recording:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         logger.info("recording a CUDA graph for a batch of %d", len(inputs[0]))
-        own = tuple(held.clone() for held in inputs)
+        own = tuple(held.to(device, copy=True) for held in inputs)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             output = function(*own)

@@ -33,8 +33,8 @@ class Guidance(NamedTuple):
 
 def solve(
     model: BLIP3oDiTModel,
-    x_0: Tensor,
-    condition: Tensor,
+    noise: Tensor,
+    eva: Tensor,
     guidance: Guidance,
     steps: int,
     solver: str,
@@ -42,31 +42,33 @@ def solve(
     recorder: CUDAGraphs | None = None,
     progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
 ) -> Tensor:
-    """x_0 [B, N, C], normalised conditions [B, L, C_eva] -> tokens [B, N, C] in the units of the data.
+    """N(0, 1) [B, N, C] and conditions [B, L, C_eva] -> tokens [B, N, C], both in the units of the data.
 
-    With a recorder all kernels are launched together; `progress` wraps the steps.
+    With a recorder all kernels are launched together; `progress` wraps the steps. The inputs are on any
+    device, the tokens on the model's.
     """
-    grid = time_grid(steps, model.config.flow.time_shift).to(x_0.device)
     run = partial(_solve, model, guidance=guidance, steps=steps, solver=solver, progress=progress)
     if recorder is None:
-        return run(x_0, condition, grid)
-    return recorder.run(run, (x_0, condition, grid), key=(guidance, steps, solver))
+        return run(noise, eva)
+    return recorder.run(run, (noise, eva), model.device, key=(guidance, steps, solver))
 
 
 def _solve(
     model: BLIP3oDiTModel,
-    x_0: Tensor,
-    condition: Tensor,
-    grid: Tensor,
+    noise: Tensor,
+    eva: Tensor,
     *,
     guidance: Guidance,
     steps: int,
     solver: str,
     progress: Callable[[Iterable[int]], Iterable[int]] | None,
 ) -> Tensor:
-    """Nothing here asks a GPU for a number or copies between devices, as a recording demands."""
+    """Given inputs on the model's device, nothing here copies between devices or asks a GPU for a number, as
+    a recording demands."""
+    x_0, condition = model.initial_state(noise, eva)
     source = model.source_distribution(condition)
-    times = SOLVERS[solver].call_times(grid)
+    shift = model.config.flow.time_shift
+    times = SOLVERS[solver].call_times(time_grid(steps, shift, x_0.device))
     rows = len(times) * len(x_0) * (1 if guidance.scale == 1.0 else 2)
     known = times if rows * model.dit.modulation_bytes <= MAX_MODULATION_BYTES else None
     velocity_at = _guided_velocity(model, condition, source, guidance, known)
@@ -75,18 +77,18 @@ def _solve(
         x_0,
         num_steps=steps,
         solver=solver,
-        time_shift=model.config.flow.time_shift,
+        time_shift=shift,
         velocity_of_step=velocity_at,
         progress=progress,
-        grid=grid,
     )
     return model.tokens_of(x_1, source)
 
 
 def solve_adaptively(
-    model: BLIP3oDiTModel, x_0: Tensor, condition: Tensor, guidance: Guidance, tolerance: float
+    model: BLIP3oDiTModel, noise: Tensor, eva: Tensor, guidance: Guidance, tolerance: float
 ) -> Tensor:
     """As `solve`, by the solver that chooses its steps."""
+    x_0, condition = model.initial_state(noise, eva)
     source = model.source_distribution(condition)
     velocity_at = _guided_velocity(model, condition, source, guidance)
     x_1, _ = integrate_adaptive(lambda x, t: velocity_at(float(t[0]))(x, t), x_0, tolerance=tolerance)

@@ -61,7 +61,7 @@ def run_blocks(
     modulations: Modulations,
     rope: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """The residual stream [B, N, d], float32, through all blocks."""
+    """The residual stream [B, N, d] through all blocks."""
     x = x.contiguous()
     parts = [joint.chunk(4, dim=-1) for joint in modulations.blocks]  # [B, d] each
     dtype = parts[0][0].dtype
@@ -91,7 +91,7 @@ def add_and_norm(
 ) -> tuple[Tensor, Tensor]:
     """x + rms(branch) weight tanh(gate), and its RMSNorm times weight (1 + scale).
 
-    x [B, N, d] float32; `branch` [B, N, d] with its (RMSNorm, gate [B, d]), or none; `norm`: (RMSNorm,
+    x [B, N, d], in any dtype; `branch` [B, N, d] with its (RMSNorm, gate [B, d]), or none; `norm`: (RMSNorm,
     scale [B, d]), or none. Returns the sum, x itself without a branch, and what is normed, in `dtype`, or
     nothing.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -25,13 +26,18 @@ def conditions_of_data(config: BLIP3oDiTConfig, embeddings: Any) -> Tensor:
             f"condition: expected shape [batch, {tokens}, {width}], found {list(eva.shape)}"
             + _what_to_do(eva, tokens, width)
         )
+    if not math.isfinite(eva.sum(dtype=torch.float32)):  # one pass; finite numbers may sum to infinity too
+        _check_finite(eva)
+    return eva
+
+
+def _check_finite(eva: Tensor) -> None:
     bad = torch.nonzero(~torch.isfinite(eva).flatten(1).all(dim=1)).flatten().tolist()
     if bad:
         raise ValueError(
             f"condition: expected finite numbers, found NaN or infinity in {len(bad)} of {len(eva)} samples, "
             f"first in sample {bad[0]}"
         )
-    return eva
 
 
 def check_forward(

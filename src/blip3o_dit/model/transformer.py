@@ -49,6 +49,7 @@ class NextDiT(nn.Module):
         self.config = config
         self.gradient_checkpointing = config.gradient_checkpointing
         self.selective_checkpointing = False
+        self.residual_dtype: torch.dtype = getattr(torch, config.residual)
         self.patch_embedder = PatchEmbedder(config.in_channels, config.model_dim)
         if config.flow.source != "noise":
             self.guess_embedder = Linear(config.in_channels, config.model_dim)
@@ -151,6 +152,11 @@ class NextDiT(nn.Module):
         for layer in self.layers:
             layer.compile()
 
+    def compile_forward(self) -> None:
+        """Compile `forward` as one function: nothing is launched between blocks, and the first call takes
+        some `num_layers` times as long."""
+        self.forward = torch.compile(self.forward)  # type: ignore[method-assign]
+
     @property
     def blocks(self) -> list[NextDiTBlock]:
         """`layers`, typed (nn.ModuleList loses the element type)."""
@@ -159,14 +165,15 @@ class NextDiT(nn.Module):
     def _embed(
         self, x_t: Tensor, source_mean: Tensor | None, embedded_source_mean: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        """x_t [B, N, in_channels] -> the residual stream [B, N, d], float32.
+        """x_t [B, N, in_channels] -> the residual stream [B, N, d].
 
         With an informed source, R(c) and x_t - R(c) are embedded apart: bfloat16 holds a small difference
         well, but not the difference of two large numbers.
         """
         if source_mean is None or embedded_source_mean is None:
-            return self.patch_embedder(x_t.to(dtype)).float()
-        return self.patch_embedder((x_t - source_mean).to(dtype)).float() + embedded_source_mean
+            return self.patch_embedder(x_t.to(dtype)).to(self.residual_dtype)
+        x = self.patch_embedder((x_t - source_mean).to(dtype)).float() + embedded_source_mean
+        return x.to(self.residual_dtype)
 
     def _embed_source_mean(self, source_mean: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """[B, N, in_channels] -> [B, N, d]: R(c) as an input of its own, and as a part of x_t."""
@@ -218,7 +225,7 @@ class NextDiTBlock(nn.Module):
         temb: Tensor | BlockModulation,
         rope: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """x [B, N, d], float32 -> [B, N, d].
+        """x [B, N, d], the residual stream in its dtype -> [B, N, d].
 
         `condition` is projected [B, L, d], or its keys and values; `temb` [B, min(d, 1024)], or the
         modulation that `modulate` makes of it.
@@ -230,9 +237,9 @@ class NextDiTBlock(nn.Module):
         scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.parts()  # [B, 1, d] each
         h = self.norm1(x, 1 + scale_msa)  # [B, N, d]
         attention = self._attend(h, keys_values, rope)  # [B, N, d]
-        x = x + self.norm2(attention, gate_msa.tanh())
+        x = (x + self.norm2(attention, gate_msa.tanh())).to(x.dtype)
         mlp = self.feed_forward(self.ffn_norm1(x, 1 + scale_mlp))  # [B, N, d]
-        return x + self.ffn_norm2(mlp, gate_mlp.tanh())
+        return (x + self.ffn_norm2(mlp, gate_mlp.tanh())).to(x.dtype)
 
     def _attend(self, h: Tensor, keys_values: KeysValues, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Self-attention plus gated cross-attention, [B, N, d] -> [B, N, d]."""
@@ -402,7 +409,7 @@ class OutputHead(nn.Module):
 
     def forward(self, x: Tensor, scale: Tensor) -> Tensor:
         """[B, N, d], scale [B, d] -> [B, N, in_channels]."""
-        return self.linear_2(self.norm(x) * (1 + scale.unsqueeze(1).float()))
+        return self.linear_2(self.norm(x.float()) * (1 + scale.unsqueeze(1).float()))
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -28,14 +28,14 @@ def add_and_norm(
     sample = row // tokens
     column = tl.arange(0, BLOCK)
     inside = column < width
-    x = tl.load(x_ptr + row * width + column, mask=inside, other=0.0)
+    x = tl.load(x_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         branch = tl.load(branch_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
         gate = tl.load(gate_ptr + sample * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
         weight = tl.load(gate_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
         factor = weight * (2.0 * tl.sigmoid(2.0 * gate) - 1.0)  # tanh
         x += branch * tl.rsqrt(tl.sum(branch * branch, axis=0) / width + branch_eps) * factor
-        tl.store(total_ptr + row * width + column, x, mask=inside)
+        tl.store(total_ptr + row * width + column, x.to(total_ptr.dtype.element_ty), mask=inside)
     if NORM:
         scale = tl.load(scale_ptr + sample * scale_stride + column, mask=inside, other=0.0).to(tl.float32)
         weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)

@@ -141,7 +141,9 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
             self.add_callback(callback)
         self.remove_callback(ProgressCallback)  # `console.py` says what a person should see
         model.dit.selective_checkpointing = config.selective_checkpointing
-        if config.compile:
+        if config.compile == "full":
+            model.dit.compile_forward()
+        elif config.compile:
             model.dit.compile_blocks()
 
     @property

@@ -48,6 +48,7 @@ STARTING = "continuing a run, and starting from a trained model"
 MEMORY_MODES = ("default", "low", "split")
 MOMENTS = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "muon")
+COMPILE_CHOICES = ("blocks", "full")
 BEST_METRICS = ("loss", "cosine_similarity_mean", "r2")
 
 # The time shift sqrt(N d / 4096) is 1 for this many numbers a sample (RAE, arXiv 2510.11690).
@@ -130,8 +131,11 @@ class TrainingConfig:
         choices=MEMORY_MODES,
     )
     moments: str = setting("float32", "AdamW's two moments with --memory split", choices=MOMENTS)
-    compile: bool = setting(
-        False, "compile the blocks with torch.compile (takes a minute or more at the start)"
+    compile: str | None = setting(
+        None,
+        "torch.compile each block (takes a minute or more at the start), or the full network (takes longer, "
+        "leaves less to launch); given without a word: blocks",
+        choices=COMPILE_CHOICES,
     )
     cuda_graphs: bool = setting(
         False,
@@ -242,6 +246,11 @@ class TrainingConfig:
 
     fp16: bool = setting(False, "float16 mixed precision (needs a GPU)", group="memory, speed and precision")
     bf16: bool = setting(False, "bfloat16 mixed precision")
+    residual: str = setting(
+        "float32",
+        "dtype of the residual stream, in generation too; bfloat16 goes with --bf16 and narrow weights",
+        choices=("float32", "bfloat16"),
+    )
     device: str = setting("auto", "where to train", choices=("auto", "cpu", "cuda"))
     deterministic: bool = setting(
         False, "on a GPU, only kernels that give the same bits in every run; slower (the CPU has no others)"
@@ -291,6 +300,8 @@ class TrainingConfig:
     wandb_run_name: str | None = setting(None, "name of the run there (default: one that it makes up)")
 
     def __post_init__(self) -> None:
+        if isinstance(self.compile, bool):  # as older runs noted it
+            object.__setattr__(self, "compile", "blocks" if self.compile else None)
         check_settings(self)
         if self.num_heads is None:  # training_config.json says what it was
             object.__setattr__(self, "num_heads", default_heads(self.model_dim))
@@ -315,6 +326,8 @@ class TrainingConfig:
         }.items():
             if self.cuda_graphs and given:
                 raise ValueError(f"cuda_graphs: expected none with {name}")
+        if self.residual == "bfloat16" and not (self.bf16 or self.memory != "default"):
+            raise ValueError("residual: bfloat16 expects bf16, or memory low or split, found neither")
         if self.compile and self.selective_checkpointing:
             raise ValueError(
                 "selective_checkpointing: expected none with compile, which itself recomputes what is cheap"

@@ -40,7 +40,9 @@ _OF_THE_FLOW = ("schedule_type", "sigma_min", "sigma_max", "prediction_type", "s
 OF_THE_WEIGHTS = (*_OF_THE_NETWORK, *_OF_THE_FLOW)
 
 # What training and generation may do in another way with the same weights.
-_FREE_IN_CONFIG = {"gradient_checkpointing", "flow_matching", "default_solver", "default_steps"}
+_FREE_IN_CONFIG = {
+    *("gradient_checkpointing", "flow_matching", "default_solver", "default_steps", "residual"),
+}
 _FREE_IN_FLOW = {
     *("condition_dropout", "regularization_weight"),
     *("time_distribution", "time_mean", "time_std", "time_shift"),
@@ -77,6 +79,7 @@ def settings_of_model(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
         "time_shift": flow.time_shift,
         "solver": model.default_solver,
         "num_inference_steps": model.default_steps,
+        "residual": model.residual,
     }
     return fixed | {name: value for name, value in usual.items() if name not in given}
 
