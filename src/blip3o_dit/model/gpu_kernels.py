@@ -213,7 +213,7 @@ def quantized_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     The weight is widened on the chip: memory is read for one byte a number, which takes the time of few rows.
     """
     x = x.contiguous()
-    (rows, depth), columns = x.shape, len(weight)
+    (rows, width), columns = x.shape, len(weight)
     out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     tile = 64 if columns >= 4096 else 32  # programs for all of a GPU's processors
     kernels.quantized_product[(triton.cdiv(columns, tile), triton.cdiv(rows, QUERIES))](
@@ -223,7 +223,7 @@ def quantized_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         out,
         rows,
         columns,
-        depth,
+        WIDTH=width,
         ROWS=min(QUERIES, max(16, triton.next_power_of_2(rows))),
         COLUMNS=tile,
         DEPTH=128,

@@ -259,22 +259,22 @@ def quantized_product(
     out_ptr,
     rows,
     columns,
-    depth,
+    WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """ROWS rows of x [rows, depth] times COLUMNS rows of a weight [columns, depth], each times its scale."""
+    """ROWS rows of x [rows, WIDTH] times COLUMNS rows of a weight [columns, WIDTH], each times its scale."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     in_columns, in_rows = column < columns, row < rows
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for start in range(0, depth, DEPTH):
+    for start in range(0, WIDTH, DEPTH):
         k = start + tl.arange(0, DEPTH)
-        inside = k < depth
+        inside = k < WIDTH
         x_mask, weight_mask = in_rows[:, None] & inside[None, :], in_columns[None, :] & inside[:, None]
-        x = tl.load(x_ptr + row[:, None] * depth + k[None, :], mask=x_mask, other=0.0)
-        weight = tl.load(weight_ptr + column[None, :] * depth + k[:, None], mask=weight_mask, other=0.0)
+        x = tl.load(x_ptr + row[:, None] * WIDTH + k[None, :], mask=x_mask, other=0.0)
+        weight = tl.load(weight_ptr + column[None, :] * WIDTH + k[:, None], mask=weight_mask, other=0.0)
         total = tl.dot(x, weight.to(x.dtype), total)
     total *= tl.load(scale_ptr + column, mask=in_columns, other=0.0)[None, :]
     place = out_ptr + row[:, None] * columns + column[None, :]
