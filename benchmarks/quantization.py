@@ -132,4 +132,4 @@ def quantized(model: BLIP3oDiTModel, kind: str) -> BLIP3oDiTModel:
 
 def _name(dtype: torch.dtype, kind: str | None = None) -> str:
     name = str(dtype).removeprefix("torch.")
-    return f"{kind}, computed in {name}" if kind else name
+    return f"{kind}, others {name}" if kind else name
