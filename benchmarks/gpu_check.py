@@ -46,11 +46,13 @@ from benchmarks.measure import (
     untrained,
 )
 from benchmarks.our_step import RandomEmbeddings, our_step, random_batch
+from benchmarks.quantization import times
 from blip3o_dit.data.embeddings import open_embeddings
 from blip3o_dit.data.store import StoreWriter
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
+from blip3o_dit.model.quantization import DTYPES
 from blip3o_dit.training.config import LOW_MEMORY_DEFAULTS, TrainingConfig
 from blip3o_dit.training.memory import GIB, forecast
 from blip3o_dit.training.metrics import PASSES_PER_STEP, forward_flops
@@ -162,6 +164,23 @@ def check_devices(setup: Setup) -> list[Row]:
                 rows.append(
                     _compared(f"device {name}", torch.as_tensor(found), expected, TOLERANCE["bfloat16"])
                 )
+    return rows
+
+
+def check_quantized(setup: Setup) -> list[Row]:
+    """Weights of one byte: plainly, recorded and replayed, beside the same weights widened to float32."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        setup.model("ridge").save_pretrained(folder)
+        for kind in DTYPES:
+            here = BLIP3oInference(folder, device="cpu", dtype=torch.float32, quantize=kind, alone=True)
+            expected = _generate(here.model, setup.conditions(2))
+            there = BLIP3oInference(
+                folder, device=setup.device.type, dtype=torch.bfloat16, quantize=kind, alone=True
+            )
+            for _ in range(3):
+                found = _generate(there.model, setup.conditions(2))
+                rows.append(_compared(f"quantize {kind}", found, expected, TOLERANCE["bfloat16"]))
     return rows
 
 
@@ -349,6 +368,12 @@ def measure_generation(setup: Setup) -> Iterator[Row]:
         }
 
 
+def measure_quantized(setup: Setup) -> Iterator[Row]:
+    """A generation of one sample by the default network, recorded, with each kind of weights."""
+    for row in times(layers=24, batches=[1], calls=16, rounds=7):
+        yield {"figure": f"{row.pop('measured')}, {row.pop('weights')}", **row}
+
+
 TRAININGS: list[tuple[int, dict[str, Any]]] = [
     (32, {}),
     (32, {"cuda_graphs": True}),
@@ -409,6 +434,7 @@ CHECKS: dict[str, tuple[Callable[[Setup], Iterable[Row]], int]] = {
     "generation": (check_generation, 50),
     "recordings": (check_recordings, 30),
     "devices": (check_devices, 30),
+    "quantized": (check_quantized, 30),
     "training": (check_training, 45),
     "resume": (check_resume, 30),
 }
@@ -416,6 +442,7 @@ MEASURES: dict[str, tuple[Callable[[Setup], Iterable[Row]], int]] = {
     "hardware": (measure_hardware, 15),
     "training speed": (measure_training, 75),
     "generation speed": (measure_generation, 60),
+    "quantized speed": (measure_quantized, 40),
 }
 
 

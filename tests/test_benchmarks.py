@@ -77,7 +77,7 @@ def test_every_comparison_runs_on_the_cpu(tmp_path: Path, capsys: pytest.Capture
     status = gpu_check.main(["--device", "cpu", "--json", str(file)])
     found = json.loads(file.read_text())
     assert (status, found["failed"]) == (0, [])
-    assert list(found["parts"]) == ["generation", "devices", "training", "resume"]
+    assert list(found["parts"]) == ["generation", "devices", "quantized", "training", "resume"]
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
 
 

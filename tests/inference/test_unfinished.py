@@ -193,6 +193,7 @@ OTHERS = [
     (["--guidance_scale", "2"], "guidance_scale is 1.0 there, 2.0 here"),
     (["--guidance_interval", "0.1", "1"], "guidance_interval is [0.0, 1.0] there, [0.1, 1.0] here"),
     (["--dtype", "bfloat16"], "dtype is 'float32' there, 'bfloat16' here"),
+    (["--quantize", "int8"], "quantize is None there, 'int8' here"),
     (["--num_samples", "7"], "num_samples is None there, 7 here; samples is 30 there, 7 here"),
     (["data"], "(other data)"),
     (["model"], "(another model)"),

@@ -25,7 +25,8 @@ from benchmarks import kernel_variants
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.cpu_kernels import FeedForward
 from blip3o_dit.model.encoded_condition import Modulations
-from tests.conftest import tiny_config
+from blip3o_dit.model.quantization import quantize_weight
+from tests.conftest import randomize, tiny_config
 
 torch.manual_seed(0)
 layer = FeedForward(48, 80).half()
@@ -58,6 +59,15 @@ for heads, groups, dim, grid in ((4, 2, 48, 3), (3, 3, 96, 4)):
             distance = float((found - expected).norm() / (expected - rows).norm())
             print(heads, groups, dim, len(rows), distance)
             assert distance < 4e-3, distance
+
+for kind in ("int8", "fp8"):  # more than a tile and a piece of each side, and parts of them
+    for rows, columns, depth in ((3, 40, 200), (70, 35, 96)):
+        x, weight = torch.randn(rows, depth), torch.randn(columns, depth)
+        found, scale = quantize_weight(weight, kind)
+        expected = x.half().float() @ (found.float() * scale[:, None]).T
+        product = gpu_kernels.quantized_product(x.half(), found, scale)
+        assert product.dtype == torch.float16
+        torch.testing.assert_close(product.float(), expected, atol=1e-2, rtol=8e-3)
 """
 
 

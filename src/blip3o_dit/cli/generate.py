@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from blip3o_dit.cli.arguments import add_flags, add_tf32, given_settings, use_tf32
 from blip3o_dit.cli.parser import CommandParser
-from blip3o_dit.data.choices import DTYPE_NAMES
+from blip3o_dit.data.choices import DTYPE_NAMES, QUANTIZATIONS
 from blip3o_dit.flow.config import SOLVER_NAMES
 from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER
 from blip3o_dit.utils.errors import StoppedEarly
@@ -107,6 +107,11 @@ def _add_computing(parser: CommandParser) -> None:
         "--dtype",
         choices=DTYPE_NAMES,
         help="of the weights (default: bfloat16 where the processor multiplies it, else float32)",
+    )
+    group.add_argument(
+        "--quantize",
+        choices=QUANTIZATIONS,
+        help="keep the blocks' weights in one byte each (default: do not)",
     )
     add_tf32(group)
     group.add_argument(
@@ -254,6 +259,7 @@ def _is_finished(
         data,
         sampling.resolved(BLIP3oDiTConfig.from_pretrained(folder)),
         dtype=pick_dtype(_dtype(arguments), device),
+        quantize=arguments.quantize,
         device=device,
         batch_size=given.get("batch_size", GenerationConfig.batch_size),
         pooled=given.get("pooled", False),
@@ -331,6 +337,7 @@ def _load(arguments: argparse.Namespace) -> BLIP3oInference:
         device=arguments.device,
         dtype=_dtype(arguments),
         weights=arguments.weights,
+        quantize=arguments.quantize,
         compile=arguments.compile,
     )
 

@@ -9,6 +9,8 @@ from blip3o_dit.utils.validation import is_number
 
 # How tokens are stored: names of torch's dtypes.
 DTYPE_NAMES = ("float16", "bfloat16", "float32")
+# How the weights of blocks are quantised for generating (`model/quantization.py`).
+QUANTIZATIONS = ("int8", "fp8")
 # When checksums of a store are checked.
 VERIFY_CHOICES = ("first", "never")
 # How samples are held out, and how the others are ordered.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from blip3o_dit.data.choices import DTYPE_NAMES
+from blip3o_dit.data.choices import DTYPE_NAMES, QUANTIZATIONS
 from blip3o_dit.flow.config import SOLVER_NAMES
 from blip3o_dit.utils.settings import setting
 from blip3o_dit.utils.validation import check_name
@@ -77,6 +77,9 @@ class EvaluationConfig:
     )
     device: str = setting("auto", "device of the models", choices=("auto", "cpu", "cuda"))
     dtype: str = setting("float32", "precision of the models", choices=DTYPE_NAMES)
+    quantize: str | None = setting(
+        None, "keep the blocks' weights in one byte each (default: do not)", choices=QUANTIZATIONS
+    )
     batch_size: int = setting(32, "samples at a time", minimum=1)
 
     def __post_init__(self) -> None:
@@ -87,3 +90,5 @@ class EvaluationConfig:
         if any(calls < 1 for calls in self.curve_calls):
             raise ValueError(f"curve_calls: expected 1 or more each, found {list(self.curve_calls)}")
         check_name("dtype", self.dtype, DTYPE_NAMES)
+        if self.quantize is not None:
+            check_name("quantize", self.quantize, QUANTIZATIONS)

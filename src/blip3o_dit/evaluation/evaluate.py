@@ -125,8 +125,14 @@ def _load(models: Sequence[str | Path], config: EvaluationConfig, progress: bool
     loaded = []
     for path in models:
         with working(f"loading the model {escaped(str(path))}", shown=progress):
-            dtype = getattr(torch, config.dtype)
-            loaded.append(BLIP3oInference(path, device=config.device, dtype=dtype, weights=config.weights))
+            model = BLIP3oInference(
+                path,
+                device=config.device,
+                dtype=getattr(torch, config.dtype),
+                weights=config.weights,
+                quantize=config.quantize,
+            )
+            loaded.append(model)
     check_comparable(loaded, config)
     return loaded
 

@@ -30,6 +30,7 @@ from blip3o_dit.metrics.fidelity import FidelitySums
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.layers import has_native_matmul
 from blip3o_dit.model.loading import EMA_VARIANT, pick_weights
+from blip3o_dit.model.quantization import check_quantize
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.utils.distributed import Processes, join_processes, pick_device
 from blip3o_dit.utils.stateless_random import stateless_normal, stateless_uniform
@@ -52,6 +53,7 @@ class BLIP3oInference:
             network computes in it, or in float32 where it would be emulated; the solver's state is float32.
         weights: "auto" takes the averaged weights when the folder has them, "ema" insists on them,
             "raw" takes those of the last step.
+        quantize: "int8" or "fp8" keeps the blocks' weights in one byte each (docs/generation.md).
         compile: `BLIP3oDiTModel.compile_for_generation`, for long generations on a CPU.
         alone: work alone also under a launcher.
 
@@ -66,17 +68,22 @@ class BLIP3oInference:
         device: str = "auto",
         dtype: torch.dtype | None = None,
         weights: str = "auto",
+        quantize: str | None = None,
         compile: bool = False,
         alone: bool = False,
     ) -> None:
         self.model_path = Path(model_path)
         self.processes = Processes(device=pick_device(device)) if alone else join_processes(device)
         self.device = self.processes.device
+        dtype, self.quantize = pick_dtype(dtype, self.device), quantize
+        if quantize is not None:
+            check_quantize(quantize, dtype, self.device)
         self.weights = pick_weights(self.model_path, weights)
         model: Any = BLIP3oDiTModel.load_for_inference(
             self.model_path,
-            dtype=pick_dtype(dtype, self.device),
+            dtype=dtype,
             variant=EMA_VARIANT if self.weights == "ema" else None,
+            quantize=quantize,
         )
         self.model: BLIP3oDiTModel = model.to(self.device)
         if compile:
@@ -202,6 +209,7 @@ class BLIP3oInference:
             data,
             sampling.resolved(self.model.config),
             dtype=self.model.dtype,
+            quantize=self.quantize,
             device=self.device,
             **how,
         )

@@ -115,6 +115,7 @@ def describe_request(
     dtype: torch.dtype,
     device: torch.device,
     batch_size: int,
+    quantize: str | None = None,
     **output: Any,
 ) -> dict[str, Any]:
     """All of it, as JSON gives it back. `sampling` is resolved."""
@@ -123,7 +124,7 @@ def describe_request(
         "draws": DRAWS_VERSION,
         "model": model,
         "data": data,
-        "sampling": asdict(sampling) | {"dtype": str(dtype).removeprefix("torch.")},
+        "sampling": asdict(sampling) | {"dtype": str(dtype).removeprefix("torch."), "quantize": quantize},
         "output": output,
         NOTED: {"batch_size": batch_size, "device": device.type},
     }

@@ -12,10 +12,12 @@
   keeps half the memory.
 * A few rows on a CPU: w x^T instead of x w^T, the same numbers in another order in memory. For 64 rows that
   is up to 1.4 times as fast, for 256 and 512 up to 1.2 times, for 2048 no longer (docs/speed.md).
+* Quantised weights (`quantization.py`): their numbers are widened in pieces that the processor's cache holds,
+  so that memory is read for one byte each, and the product is multiplied by the rows' scales.
 * RMSNorm as one autograd function, as torch has no fused kernel for it on a CPU.
 
-Layers that something else was done to (hooks, LoRA, quantised weights) are called one by one. torch.compile
-sees the plain network but for the joint products, which it would not find by itself.
+Layers that something else was done to (hooks, LoRA, another library's tensors) are called one by one.
+torch.compile sees the plain network but for the joint products, which it would not find by itself.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from __future__ import annotations
 import importlib.util
 import threading
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -34,6 +37,7 @@ from blip3o_dit.model.encoded_condition import KeysValues, Modulations
 
 # Where w x^T is faster than x w^T: at most so many rows of x, and at least so many columns.
 MAX_ROWS, MIN_COLUMNS = 512, 1024
+WIDENED_AT_ONCE = 2**19  # numbers of a quantised weight: 2 MiB in float32
 
 
 def use_cpu_kernels(model: nn.Module) -> None:
@@ -48,6 +52,7 @@ def use_cpu_kernels(model: nn.Module) -> None:
             for group in module.joint_layers():
                 if all(type(layer) in (layers.Linear, Linear) for layer in group):
                     pack_weights([layer.weight for layer in group])
+                    pack_weights([layer.scale for layer in group if layer.scale is not None])
 
 
 class Linear(layers.Linear):
@@ -57,7 +62,11 @@ class Linear(layers.Linear):
         must_widen = self.weight.dtype.itemsize < x.dtype.itemsize
         if not must_widen and not _transposed_gemm_is_faster(x):
             return super().forward(x)
-        if _needs_grad(x, self.weight):
+        if self.scale is not None:
+            if _needs_grad(x):
+                return super().forward(x)
+            out = quantized_product(x, self.weight, self.scale)
+        elif _needs_grad(x, self.weight):
             (out,) = _MultiLinear.apply(x, self.weight)
         else:
             out = _packed_product(x, [self.weight])
@@ -79,7 +88,7 @@ class NextDiT(transformer.NextDiT):
         modulations: Modulations,
         rope: tuple[Tensor, Tensor],
     ) -> Tensor:
-        if x.is_cuda and importlib.util.find_spec("triton"):
+        if x.is_cuda and _has_triton():
             from blip3o_dit.model import gpu_kernels  # needs triton, and this module
 
             if gpu_kernels.can_run(self.blocks, x, keys_values, self.compute_dtype):
@@ -97,16 +106,15 @@ class NextDiTBlock(transformer.NextDiTBlock):
         group, _ = self.joint_layers()
         if not can_be_joined(group):
             return super().project(h, cross_h)
-        *own, cross = [layer.weight for layer in group]
         if cross_h is h:
-            return multi_linear(h, [*own, cross])
-        return *multi_linear(h, own), *multi_linear(cross_h, [cross])
+            return joint_product(h, group)
+        return *joint_product(h, group[:-1]), *joint_product(cross_h, group[-1:])
 
     def project_condition(self, condition: Tensor) -> tuple[Tensor, ...]:
         _, group = self.joint_layers()
         if not can_be_joined(group):
             return super().project_condition(condition)
-        return multi_linear(condition, [layer.weight for layer in group])
+        return joint_product(condition, group)
 
 
 class FeedForward(transformer.FeedForward):
@@ -118,7 +126,7 @@ class FeedForward(transformer.FeedForward):
         (group,) = self.joint_layers()
         if not can_be_joined(group):
             return super().forward(x)
-        gate, up = multi_linear(x, [layer.weight for layer in group], any_layout=True)
+        gate, up = joint_product(x, group, any_layout=True)
         gate = F.silu(gate)
         # Autograd keeps the product's factors; without it their memory can be used again.
         return self.linear_2(gate * up if torch.is_grad_enabled() else gate.mul_(up))
@@ -138,13 +146,33 @@ def pack_weights(weights: Sequence[Tensor]) -> None:
 
     Weights that are sharded over processes stay where they are, and are multiplied one by one.
     """
-    if any(weight.is_meta or not _is_plain(weight) for weight in weights) or _are_packed(weights):
+    if (
+        not weights
+        or any(weight.is_meta or not _is_plain(weight) for weight in weights)
+        or _are_packed(weights)
+    ):
         return
     joined = torch.cat([weight.detach() for weight in weights])
     start = 0
     for weight in weights:
         weight.data = joined[start : start + len(weight)]
         start += len(weight)
+
+
+def joint_product(
+    x: Tensor, group: Sequence[layers.Linear], *, any_layout: bool = False
+) -> tuple[Tensor, ...]:
+    """`multi_linear` of layers that `can_be_joined`, whose weights may be quantised."""
+    weights = [layer.weight for layer in group]
+    scales = [layer.scale for layer in group if layer.scale is not None]
+    if not scales:
+        return multi_linear(x, weights, any_layout=any_layout)
+    if _are_packed(weights) and _are_packed(scales):
+        joint = quantized_product(x, _joined(weights), _joined(scales))
+        parts = joint.split([len(weight) for weight in weights], dim=-1)
+    else:
+        parts = tuple(map(quantized_product, [x] * len(weights), weights, scales))
+    return parts if any_layout or x.is_cuda else tuple(part.contiguous() for part in parts)
 
 
 def multi_linear(x: Tensor, weights: Sequence[Tensor], *, any_layout: bool = False) -> tuple[Tensor, ...]:
@@ -166,8 +194,18 @@ def multi_linear(x: Tensor, weights: Sequence[Tensor], *, any_layout: bool = Fal
 
 
 def can_be_joined(group: Sequence[nn.Module]) -> bool:
-    """Whether a call of each layer would run `Linear.forward` on a plain weight and nothing else."""
-    return all(type(layer) is Linear and _is_plain(layer.weight) and not _is_hooked(layer) for layer in group)
+    """Whether a call of each layer would run `Linear.forward` on a plain weight and nothing else.
+
+    Quantised ones are joined where no gradients are wanted, and not for torch.compile.
+    """
+    alone = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return all(
+        type(layer) is Linear
+        and _is_plain(layer.weight)
+        and (layer.scale is None or not alone)
+        and not _is_hooked(layer)
+        for layer in group
+    )
 
 
 def _traced_products(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -178,27 +216,27 @@ def _traced_products(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]
     """
     sizes = [len(weight) for weight in weights]
     if not torch.is_grad_enabled():
-        return joint_product(x, list(weights)).split(sizes, dim=-1)
+        return traced_product(x, list(weights)).split(sizes, dim=-1)
     if weights[0].dtype == x.dtype:
         return tuple(F.linear(x, weight) for weight in weights)
     return F.linear(x, torch.cat([weight.to(x.dtype) for weight in weights])).split(sizes, dim=-1)
 
 
 @torch.library.custom_op("blip3o_dit::joint_product", mutates_args=())
-def joint_product(x: Tensor, weights: list[Tensor]) -> Tensor:
+def traced_product(x: Tensor, weights: list[Tensor]) -> Tensor:
     """x [..., k] and weights [n_i, k] -> [..., sum of n_i]; where the weights lie is seen when it is run."""
     if _are_packed(weights):
         return _packed_product(x, weights).contiguous()
     return torch.cat([_packed_product(x, [weight]) for weight in weights], dim=-1)
 
 
-@joint_product.register_fake
+@traced_product.register_fake
 def _(x: Tensor, weights: list[Tensor]) -> Tensor:
     return x.new_empty(*x.shape[:-1], sum(len(weight) for weight in weights))
 
 
 def _is_plain(weight: Tensor) -> bool:
-    """No tensor subclass, as quantised and sharded weights are."""
+    """No tensor subclass, as sharded weights are."""
     return type(weight) in (Tensor, nn.Parameter)
 
 
@@ -219,6 +257,27 @@ def _packed_product(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
         return F.linear(x, weight)
     rows = x.reshape(-1, x.shape[-1])
     return (weight @ rows.t()).t().unflatten(0, x.shape[:-1])
+
+
+def quantized_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x [..., k], a quantised weight [n, k], its rows' scales [n] -> [..., n] in any layout; no gradients."""
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) <= MAX_ROWS and x.dtype == torch.bfloat16 and x.is_cuda and _has_triton():
+        from blip3o_dit.model import gpu_kernels  # needs triton, and this module
+
+        return gpu_kernels.quantized_product(rows, weight, scale).unflatten(0, x.shape[:-1])
+    if len(rows) > MAX_ROWS or not x.is_cpu:
+        return F.linear(x, _cast(weight, x.dtype)).mul_(scale)
+    out = torch.empty(len(weight), len(rows), dtype=x.dtype, device=x.device)
+    at_once = max(1, WIDENED_AT_ONCE // x.shape[-1])
+    for some, wide in zip(weight.split(at_once), out.split(at_once), strict=True):
+        torch.mm(_cast(some, x.dtype), rows.t(), out=wide)
+    return out.mul_(scale[:, None]).t().unflatten(0, x.shape[:-1])
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _transposed_gemm_is_faster(x: Tensor) -> bool:
@@ -249,7 +308,7 @@ def _joined(weights: Sequence[Tensor]) -> Tensor:
     """Packed weights, as the one matrix they are."""
     first = weights[0].detach()
     rows = sum(len(weight) for weight in weights)
-    return first if len(weights) == 1 else first.as_strided((rows, first.shape[1]), first.stride())
+    return first if len(weights) == 1 else first.as_strided((rows, *first.shape[1:]), first.stride())
 
 
 _scratch = threading.local()

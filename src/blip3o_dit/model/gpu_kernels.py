@@ -6,8 +6,8 @@ statistics of queries and keys; one norms, rotates and attends, to tokens and co
 feed-forward's halves. Inside they compute in float32: results differ from `transformer.py`'s by
 rounding.
 
-A network that something else was done to (hooks, adapters, quantised or sharded weights, torch.compile), or
-whose samples have more than 256 tokens, is computed layer by layer as everywhere else.
+A network that something else was done to (hooks, adapters, sharded weights, torch.compile), or whose samples
+have more than 256 tokens, is computed layer by layer as everywhere else.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from blip3o_dit.model import triton_kernels as kernels
-from blip3o_dit.model.cpu_kernels import FeedForward, NextDiTBlock, can_be_joined, multi_linear
+from blip3o_dit.model.cpu_kernels import FeedForward, NextDiTBlock, can_be_joined, joint_product
 from blip3o_dit.model.encoded_condition import KeysValues, Modulations
 
 MAX_TOKENS = 256  # whose scores [64, 256] a program holds
@@ -197,11 +197,37 @@ def attend(block: NextDiTBlock, h: Tensor, keys_values: KeysValues, rope: tuple[
 def swiglu(feed_forward: FeedForward, h: Tensor) -> Tensor:
     """silu(linear_1 h) * linear_3 h: [B, N, d] -> [B, N, inner]."""
     (group,) = feed_forward.joint_layers()
-    gate, up = multi_linear(h, [layer.weight for layer in group], any_layout=True)
+    gate, up = joint_product(h, group, any_layout=True)
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     inner, block = gate.shape[-1], 1024
     rows = gate.shape[0] * gate.shape[1]
     kernels.swiglu[(rows, triton.cdiv(inner, block))](
         gate, up, out, gate.stride(1), up.stride(1), inner, BLOCK=block, num_warps=4
+    )
+    return out
+
+
+def quantized_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x [m, k], a quantised weight [n, k] and its rows' scales [n] -> [m, n].
+
+    The weight is widened on the chip: memory is read for one byte a number, which takes the time of few rows.
+    """
+    x = x.contiguous()
+    (rows, width), columns = x.shape, len(weight)
+    out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
+    tile = 64 if columns >= 4096 else 32  # programs for all of a GPU's processors
+    kernels.quantized_product[(triton.cdiv(columns, tile), triton.cdiv(rows, QUERIES))](
+        x,
+        weight,
+        scale,
+        out,
+        rows,
+        columns,
+        WIDTH=width,
+        ROWS=min(QUERIES, max(16, triton.next_power_of_2(rows))),
+        COLUMNS=tile,
+        DEPTH=128,
+        num_warps=4,
+        num_stages=4,
     )
     return out

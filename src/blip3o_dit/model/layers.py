@@ -91,11 +91,24 @@ def has_native_matmul(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` that computes in its input's dtype, whatever its weights are stored in."""
+    """`nn.Linear` that computes in its input's dtype, whatever its weights are stored in.
+
+    A quantised weight (`quantization.py`) has a `scale` [out_features] in float32, one for each of its rows.
+    """
+
+    scale: Tensor | None
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.register_buffer("scale", None)
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        weight = self.weight.to(x.dtype)
+        if self.scale is None:
+            return F.linear(x, weight, bias)
+        out = (F.linear(x, weight) * self.scale).to(x.dtype)
+        return out if bias is None else out + bias
 
 
 class LayerNorm(nn.LayerNorm):

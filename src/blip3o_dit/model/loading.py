@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.cpu_kernels import use_cpu_kernels
+from blip3o_dit.model.quantization import is_quantized, quantize_blocks, quantize_weight
 from blip3o_dit.utils.atomic import MODEL_ASIDE, finish_publishing
 from blip3o_dit.utils.checksums import is_sealed, verify
 from blip3o_dit.utils.json_files import printable, show_names, weight_files_of
@@ -41,7 +42,13 @@ class StrictPreTrainedModel(PreTrainedModel):
         state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """As `PreTrainedModel.save_pretrained`, which would copy all weights that share a block of memory."""
+        """As `PreTrainedModel.save_pretrained`, which would copy all weights that share a block of memory.
+
+        Raises:
+            ValueError: for a model with quantised weights, which no folder holds.
+        """
+        if is_quantized(self):
+            raise ValueError(f"{save_directory}: expected weights as they were trained, found quantised ones")
         state = self.state_dict() if state_dict is None else state_dict
         state = {name: _with_storage_of_its_own(tensor) for name, tensor in state.items()}
         with quiet_transformers():  # its bar is at its end before it is seen
@@ -91,10 +98,18 @@ class StrictPreTrainedModel(PreTrainedModel):
         return (model, info) if wants_info else model
 
     @classmethod
-    def load_for_inference(cls, folder: str | Path, *, dtype: torch.dtype, variant: str | None = None) -> Any:
+    def load_for_inference(
+        cls,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype,
+        variant: str | None = None,
+        quantize: str | None = None,
+    ) -> Any:
         """A model from a folder, for inference, with weights in `dtype` that are in memory once.
 
-        `from_pretrained` has the whole file mapped while it converts, which counts as memory too.
+        `from_pretrained` has the whole file mapped while it converts, which counts as memory too. With
+        `quantize` the blocks' weights are quantised as they are read (`quantization.py`).
 
         Raises:
             FileNotFoundError, ValueError: as `from_pretrained`.
@@ -107,13 +122,19 @@ class StrictPreTrainedModel(PreTrainedModel):
             model = cls(config)
         weights = {name for name, _ in model.named_parameters()}
         names, state = list(model.state_dict()), {}
+        quantized = quantize_blocks(model, quantize) if quantize else []
         for file in files:
             inside = [name for name in names if file_of[name] == file]
             for start in range(0, len(inside), TENSORS_AT_ONCE):
                 with safe_open(file, framework="pt") as tensors:
                     for name in inside[start : start + TENSORS_AT_ONCE]:
-                        wanted = dtype if name in weights else torch.float32
-                        state[name] = tensors.get_tensor(name).to(wanted, copy=True)
+                        tensor = tensors.get_tensor(name)
+                        if name in quantized:
+                            scale = f"{name.removesuffix('weight')}scale"
+                            state[name], state[scale] = quantize_weight(tensor, str(quantize))
+                        else:
+                            wanted = dtype if name in weights else torch.float32
+                            state[name] = tensor.to(wanted, copy=True)
         model.load_state_dict(state, assign=True)
         del state  # or what moves now would be there twice
         use_cpu_kernels(model)

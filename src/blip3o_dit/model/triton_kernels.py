@@ -249,3 +249,33 @@ def swiglu(gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, inner, BLOCK: tl.c
     up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
     out = gate * tl.sigmoid(gate) * up
     tl.store(out_ptr + row * inner + column, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def quantized_product(
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    out_ptr,
+    rows,
+    columns,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """ROWS rows of x [rows, WIDTH] times COLUMNS rows of a weight [columns, WIDTH], each times its scale."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    in_columns, in_rows = column < columns, row < rows
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for start in range(0, WIDTH, DEPTH):
+        k = start + tl.arange(0, DEPTH)
+        inside = k < WIDTH
+        x_mask, weight_mask = in_rows[:, None] & inside[None, :], in_columns[None, :] & inside[:, None]
+        x = tl.load(x_ptr + row[:, None] * WIDTH + k[None, :], mask=x_mask, other=0.0)
+        weight = tl.load(weight_ptr + column[None, :] * WIDTH + k[:, None], mask=weight_mask, other=0.0)
+        total = tl.dot(x, weight.to(x.dtype), total)
+    total *= tl.load(scale_ptr + column, mask=in_columns, other=0.0)[None, :]
+    place = out_ptr + row[:, None] * columns + column[None, :]
+    tl.store(place, total.to(out_ptr.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
