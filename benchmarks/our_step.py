@@ -6,9 +6,11 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,7 +27,7 @@ from blip3o_dit.training.trainer import BLIP3oTrainer
 
 @dataclass(frozen=True)
 class RandomEmbeddings:
-    """A source of noise in memory: 256 samples, by default at full widths."""
+    """A source of noise in memory, the same whoever asks; by default 256 samples at full widths."""
 
     num_tokens: int = 64
     condition_dim: int = 1280
@@ -33,21 +35,30 @@ class RandomEmbeddings:
     num_samples: int = 256
     path: Path = Path("random embeddings")
 
-    def fetch(self, indices: Indices) -> tuple[Tensor, Tensor]:
+    @cached_property
+    def tokens(self) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(0)
-        shape = (len(indices), self.num_tokens)
-        return tuple(
-            torch.randn(*shape, width, generator=generator) for width in (self.condition_dim, self.target_dim)
-        )
+        shape, widths = (self.num_samples, self.num_tokens), (self.condition_dim, self.target_dim)
+        eva, clip = (torch.randn(*shape, width, generator=generator) for width in widths)
+        return eva, clip
+
+    @property
+    def shard_starts(self) -> np.ndarray:
+        return np.array([0, self.num_samples])
+
+    def fetch(self, indices: Indices) -> tuple[Tensor, Tensor]:
+        eva, clip = self.tokens
+        chosen = torch.as_tensor(indices)
+        return eva[chosen], clip[chosen]
 
     def records(self, indices: Indices | None = None) -> list[Record]:
-        return []
+        return [{"key": str(i)} for i in (range(self.num_samples) if indices is None else indices)]
 
 
 def our_step(
     model: BLIP3oDiTModel, inputs: dict[str, Any], bf16: bool, **settings: Any
 ) -> Callable[[], None]:
-    """Draw, loss, monitor, backward, clipping, AdamW and averaged weights, by the Trainer's own methods.
+    """Loss, monitor, backward, clipping, AdamW and averaged weights, by the Trainer's own methods.
 
     The model is prepared as the Trainer does it: autocast is in what accelerate makes of it. What the
     products see is checked once, when the step is made.
@@ -83,11 +94,12 @@ def our_step(
     def step() -> None:
         gradients()
         trainer._clip_grad_norm(prepared)
+        trainer.on_pre_optimizer_step()
         trainer.optimizer.step()
+        trainer.on_optimizer_step()
         trainer.optimizer.zero_grad()
-        if trainer.ema is not None:
-            trainer.ema.update(model, 1000)
         trainer.state.global_step += 1  # each step checks the one before
+        trainer.on_step_end()
 
     if not config.compile:
         _check_products(gradients, torch.bfloat16 if bf16 else torch.float32)
