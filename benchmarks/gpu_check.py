@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterable, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products; read when CUDA starts
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a process that started CUDA cannot be forked
 
 import torch
 
@@ -53,12 +53,17 @@ def main(words: Sequence[str]) -> int:
     if arguments.list:
         print("\n".join(f"{limit:4} s  {name}" for name, (_, limit) in chosen.items()))
         return 0
-    (where,), _ = attempt("machine", lambda setup: [machine()], setup, 120)
-    print(described(where), flush=True)
+    start = "fork"
+    rows, error = attempt("machine", _machine, setup, 120, start)
+    if error:  # something here has begun to use the GPU, and what is forked cannot
+        start = "spawn"
+        rows, error = attempt("machine", _machine, setup, 120, start)
+    where = rows[0] if rows else machine()
+    print(described(where), f"processes: {start}", error, sep="\n", flush=True)
     if on_cpu:  # the limits are a GPU's
         chosen = {name: (part, 20 * limit) for name, (part, limit) in chosen.items()}
     seconds = math.inf if on_cpu else arguments.seconds
-    failed = run_parts(chosen, setup, seconds, arguments.json, where)
+    failed = run_parts(chosen, setup, seconds, arguments.json, where, start)
     print("\n" + (f"failed: {'; '.join(failed)}" if failed else "all is well"))
     return int(bool(failed))
 
@@ -89,14 +94,19 @@ def choose(beginnings: Sequence[str] | None, on_cpu: bool) -> dict[str, tuple[Pa
 
 
 def run_parts(
-    parts: dict[str, tuple[Part, int]], setup: Setup, seconds: float, file: Path | None, where: Machine
+    parts: dict[str, tuple[Part, int]],
+    setup: Setup,
+    seconds: float,
+    file: Path | None,
+    where: Machine,
+    start: str = "fork",
 ) -> list[str]:
     """Prints and keeps what each part finds; returns what failed."""
     failed: list[str] = []
     ends = time.monotonic() + seconds
     for name, (part, limit) in parts.items():
         started = time.monotonic()
-        rows, error = attempt(name, part, setup, max(0.001, min(limit, ends - started)))
+        rows, error = attempt(name, part, setup, max(0.001, min(limit, ends - started)), start)
         print(f"\n## {name}, {time.monotonic() - started:.0f} s\n\n{markdown(rows)}", flush=True)
         if error:
             print(error, flush=True)
@@ -107,12 +117,13 @@ def run_parts(
     return failed
 
 
-def attempt(name: str, part: Part, setup: Setup, limit: float) -> tuple[list[Row], str]:
+def attempt(name: str, part: Part, setup: Setup, limit: float, start: str = "fork") -> tuple[list[Row], str]:
     """What a part found in a process of its own, and in one line why it did not come to an end if so.
 
-    A process that hangs is killed, and one that a CUDA error made useless takes no other part with it.
+    A process that hangs is killed, and one that a CUDA error made useless takes no other part with it. What
+    is forked need not import again what is here.
     """
-    context = get_context("fork")  # what is imported here need not be again
+    context: Any = get_context(start)
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_send_rows, args=(theirs, part, setup))
     process.start()
@@ -133,6 +144,13 @@ def attempt(name: str, part: Part, setup: Setup, limit: float) -> tuple[list[Row
     process.kill()
     process.join()
     return rows, f"{name}: {error}" if error else ""
+
+
+def _machine(setup: Setup) -> list[Row]:
+    """Its name initialises CUDA, which this process must not do."""
+    if setup.device.type == "cuda":
+        torch.zeros(1, device=setup.device)
+    return [dict(machine())]
 
 
 def _send_rows(found: Connection, part: Part, setup: Setup) -> None:

@@ -35,6 +35,8 @@ KINDS = {
     r"result_type|resolve_\w+|resize_)$|^detach_?$",
     "casts and copies": r"^aten::(_to_copy|copy_|clone|cat)$|copy_kernel|Memcpy DtoD|CatArrayBatchedCopy",
 }
+# The ranges that torch puts around the steps of optimizers and the batches of loaders.
+RANGE = re.compile(r"(Optimizer\.|enumerate\(DataLoader)\w*")
 _PATTERNS = {kind: re.compile(pattern) for kind, pattern in KINDS.items()}
 
 
@@ -121,7 +123,7 @@ def pieces_of(events: Iterable[Any]) -> tuple[list[Piece], float]:
     kernels, operators, loader = [], [], 0.0
     for event in events:
         if event.device_type != DeviceType.CPU:
-            if not getattr(event, "is_user_annotation", False) and "#" not in event.name:
+            if not RANGE.match(event.name):  # a GPU's timeline shows the CPU's ranges as well
                 kernels.append(Piece(event.name, kind_of(event.name), event.time_range.elapsed_us()))
             continue
         operators.append(Piece(event.name, _kind_on_cpu(event), event.self_cpu_time_total))
@@ -137,10 +139,10 @@ def _kind_on_cpu(event: Any) -> str:
 
 
 def _ranges(event: Any) -> list[str]:
-    """The names of the ranges that torch puts around optimizers and loaders and that this operator is in."""
+    """The names of those that this operator is in."""
     names = []
     while event is not None:
-        names += [event.name] if "#" in event.name else []
+        names += [event.name] if RANGE.match(event.name) else []
         event = event.cpu_parent
     return names
 
