@@ -138,16 +138,17 @@ def measure_generation(asked: Generation, setup: Setup) -> Iterator[Row]:
     # Each call multiplies every token by the blocks' matrices, and reads them once.
     reading = sum(matrix.nbytes for matrix in matrices) / copy_bandwidth(setup)
     products = block_flops(matrices, rows_of_x) / product_rate(setup)
-    floor = asked.calls * max(products, reading)
+    calls = _calls(asked, setup)
+    floor = calls * max(products, reading)
     yield {
         "figure": f"generate, {asked.name}",
         "seconds": seconds,
-        "ms a call": 1000 * seconds / asked.calls,
+        "ms a call": 1000 * seconds / calls,
         "first s": first,
         "second s": second,
         "floor s": floor,
         "floor / measured": floor / seconds,
-        "products / measured": asked.calls * products / seconds,
+        "products / measured": calls * products / seconds,
         "peak GiB": peak_gib(),
     }
 
@@ -235,7 +236,7 @@ def measure_peer(asked: Training | Generation, setup: Setup) -> Iterator[Row]:
         eva = torch.randn(batch, config.num_tokens, config.eva_embedding_size, device=setup.device)
         noise = torch.randn(batch, config.num_tokens, config.in_channels, device=setup.device)
         peer = Peer(model.to(torch.bfloat16), share=True).eval()
-        run = partial(peer.generate, eva, noise, asked.calls, asked.guidance)
+        run = partial(peer.generate, eva, noise, _calls(asked, setup), asked.guidance)
     yield {"figure": f"diffusers, {asked.name}", "seconds": _seconds(run, 3), "peak GiB": peak_gib()}
 
 
@@ -264,7 +265,7 @@ def _generation(asked: Generation, setup: Setup) -> tuple[BLIP3oDiTModel, Callab
     model = prepared(_network(setup), "" if setup.quick else asked.way)
     config, batch = model.config, _batch(asked, setup)
     eva = torch.randn(batch, config.num_tokens, config.eva_embedding_size, device=setup.device)
-    steps, guidance = asked.calls, asked.guidance
+    steps, guidance = _calls(asked, setup), asked.guidance
     return model, partial(
         model.generate, eva, num_inference_steps=steps, solver="euler", guidance_scale=guidance
     )
@@ -272,6 +273,10 @@ def _generation(asked: Generation, setup: Setup) -> tuple[BLIP3oDiTModel, Callab
 
 def _batch(asked: Training | Generation, setup: Setup) -> int:
     return min(asked.batch, 3) if setup.quick else asked.batch
+
+
+def _calls(asked: Generation, setup: Setup) -> int:
+    return min(asked.calls, 2) if setup.quick else asked.calls
 
 
 def _settings(asked: Training, setup: Setup) -> dict[str, Any]:
