@@ -22,6 +22,8 @@ from benchmarks.measure import described, machine, markdown, record, tables
 TABLES = {
     "generation": "sampling beside diffusers' class and scheduler with the same weights",
     "training": "a training step beside diffusers' class in a loop written by hand",
+    "split": "what a training step and a generation spend their time on, by a profiler",
+    "counts": "weights read, passes over activations and launches of one network call on a GPU, by counting",
     "loading": "reading a store: samples per second, memory, time to the first batch",
     "memory": "peak memory of training and generation beside what was forecast",
     "evaluation": "time and peak memory of an evaluation at full widths",
@@ -36,6 +38,10 @@ PROGRAMS = {
     "quality-table": "tables and figure of these JSON lines",
     "gpu-check": "whether a GPU computes what the CPU does, and how near it is to its limits",
 }
+OF_FILES = (
+    "`tables FILE` prints what --json kept; --into PAGE puts it under the page's last heading, ## Tables.",
+    "`again FILE` runs its commands (of --parts) on this machine, and keeps their rows beside the others'.",
+)
 SHORT = {
     "generation": "--layers 2 --calls 2 --rounds 3",
     "training": "--sizes 'default width' --layers 1 --batch 8 --rounds 3",
@@ -49,10 +55,10 @@ def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,
-        epilog="\n".join(["parts:", *listed, "", "`tables FILE` prints what --json kept."]),
+        epilog="\n".join(["parts:", *listed, "", *OF_FILES]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("part", choices=[*TABLES, *PROGRAMS, "short", "tables"], metavar="PART")
+    parser.add_argument("part", choices=[*TABLES, *PROGRAMS, "short", "tables", "again"], metavar="PART")
     part = parser.parse_args(words[:1]).part
     rest = list(words[1:])
     if part in PROGRAMS:
@@ -61,6 +67,8 @@ def main(words: Sequence[str]) -> int:
         _run_short(rest)
     elif part == "tables":
         _print_tables(rest)
+    elif part == "again":
+        _run_again(rest)
     else:
         _run_table(part, rest)
     return 0
@@ -92,7 +100,26 @@ def _run_table(part: str, words: list[str]) -> None:
 def _print_tables(words: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks tables")
     parser.add_argument("file", type=Path, help="as --json wrote it")
-    print(tables(parser.parse_args(words).file), end="")
+    parser.add_argument("--into", type=Path, help="page whose last heading is ## Tables")
+    arguments = parser.parse_args(words)
+    printed = tables(arguments.file)
+    if arguments.into is None:
+        print(printed, end="")
+        return
+    above, heading, _ = arguments.into.read_text().partition("\n## Tables\n")
+    arguments.into.write_text(f"{above}{heading or chr(10) + '## Tables' + chr(10)}\n{printed}")
+
+
+def _run_again(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks again")
+    parser.add_argument("file", type=Path, help="as --json wrote it")
+    parser.add_argument("--parts", nargs="+", choices=TABLES, default=list(TABLES))
+    arguments = parser.parse_args(words)
+    for command in json.loads(arguments.file.read_text()):
+        part, *given = shlex.split(command)[3:]
+        if part in arguments.parts:
+            print(f"\n## {command}\n", flush=True)
+            _run_table(part, [*given, "--json", str(arguments.file)])
 
 
 def _module(part: str) -> Any:

@@ -19,8 +19,17 @@ from torch import Tensor
 from blip3o_dit.evaluation.predictions import peak_memory_mib
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
+from blip3o_dit.model.layers import has_native_matmul
 
 Row = dict[str, Any]
+Machine = Mapping[str, Any]
+
+# Networks to measure, by `BLIP3oDiTConfig`'s settings.
+SIZES: dict[str, dict[str, Any]] = {
+    "1/4 width": {"model_dim": 448, "num_heads": 7, "num_layers": 24},
+    "default width": {"model_dim": 1792, "num_heads": 28, "num_layers": 4},
+    "default": {},
+}
 
 
 def alternate(
@@ -96,14 +105,13 @@ def untrained(config: BLIP3oDiTConfig, *, dtype: torch.dtype = torch.float32) ->
     return model
 
 
-def machine() -> dict[str, Any]:
+def machine() -> Machine:
     """Processor, memory and versions, to be read beside every figure."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    native = has_native_matmul(torch.bfloat16, torch.device("cpu"))
     found = {
         "processor": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
-        "bfloat16 products": any(
-            torch.cpu.get_capabilities().get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16")
-        ),
+        "bfloat16": "native" if native else "emulated",
         "threads": torch.get_num_threads(),
         "memory GiB": round(pages / 2**30, 1),
         "python": platform.python_version(),
@@ -137,26 +145,37 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def record(file: Path, command: str, rows: Sequence[Row]) -> None:
-    """Put what a command found, with its machine, into a JSON file beside other commands' rows."""
+def record(file: Path, command: str, rows: Sequence[Row], where: Machine | None = None) -> None:
+    """Put what a command found, with its machine, into a JSON file beside other commands' and machines' rows.
+
+    They take the place of what the same command found on a machine of the same `label`.
+    """
     content = json.loads(file.read_text()) if file.is_file() else {}
+    where = machine() if where is None else where
     rounded = [{name: _rounded(value) for name, value in row.items()} for row in rows]
-    content[command] = {"machine": machine(), "rows": rounded}
+    others = [found for found in content.get(command, []) if label(found["machine"]) != label(where)]
+    content[command] = [*others, {"machine": where, "rows": rounded}]
     file.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def tables(file: Path) -> str:
-    """All that `record` put there, as Markdown; the machine only where it is another one than before."""
-    text, before = "", None
-    for command, found in json.loads(file.read_text()).items():
-        text += f"### {command.split()[3].capitalize()}\n\n`{command}`\n\n{markdown(found['rows'])}\n\n"
-        if found["machine"] != before:
-            text += described(found["machine"]) + "\n\n"
-        before = found["machine"]
-    return text
+    """All that `record` put there, as Markdown: a table for each command, and the machines they ran on."""
+    text, machines = "", set()
+    for command, runs in json.loads(file.read_text()).items():
+        rows = [{"machine": label(run["machine"]), **row} for run in runs for row in run["rows"]]
+        text += f"### {command.split()[3].capitalize()}\n\n`{command}`\n\n{markdown(rows)}\n\n"
+        machines |= {f"* {label(run['machine'])}: {described(run['machine'])}" for run in runs}
+    return text + "### Machines\n\n" + "\n".join(sorted(machines)) + "\n"
 
 
-def described(machine: Mapping[str, Any]) -> str:
+def label(machine: Machine) -> str:
+    """What tables call a machine."""
+    if "gpu" in machine:
+        return str(machine["gpu"])
+    return f"{machine['processor']}, {machine['threads']} threads, bfloat16 {machine['bfloat16']}"
+
+
+def described(machine: Machine) -> str:
     return ", ".join(f"{name} {value}" for name, value in machine.items())
 
 

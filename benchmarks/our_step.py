@@ -6,16 +6,18 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import device
 from blip3o_dit.data.checks import Indices, Record
-from blip3o_dit.data.dataset import BatchNoise, EmbeddingDataset
+from blip3o_dit.data.dataset import EmbeddingDataset
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.training.arguments import training_arguments
 from blip3o_dit.training.config import PAPER_RECIPE, TrainingConfig
@@ -25,7 +27,7 @@ from blip3o_dit.training.trainer import BLIP3oTrainer
 
 @dataclass(frozen=True)
 class RandomEmbeddings:
-    """A source of noise in memory: 256 samples, by default at full widths."""
+    """A source of noise in memory, the same whoever asks; by default 256 samples at full widths."""
 
     num_tokens: int = 64
     condition_dim: int = 1280
@@ -33,21 +35,30 @@ class RandomEmbeddings:
     num_samples: int = 256
     path: Path = Path("random embeddings")
 
-    def fetch(self, indices: Indices) -> tuple[Tensor, Tensor]:
+    @cached_property
+    def tokens(self) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(0)
-        shape = (len(indices), self.num_tokens)
-        return tuple(
-            torch.randn(*shape, width, generator=generator) for width in (self.condition_dim, self.target_dim)
-        )
+        shape, widths = (self.num_samples, self.num_tokens), (self.condition_dim, self.target_dim)
+        eva, clip = (torch.randn(*shape, width, generator=generator) for width in widths)
+        return eva, clip
+
+    @property
+    def shard_starts(self) -> np.ndarray:
+        return np.array([0, self.num_samples])
+
+    def fetch(self, indices: Indices) -> tuple[Tensor, Tensor]:
+        eva, clip = self.tokens
+        chosen = torch.as_tensor(indices)
+        return eva[chosen], clip[chosen]
 
     def records(self, indices: Indices | None = None) -> list[Record]:
-        return []
+        return [{"key": str(i)} for i in (range(self.num_samples) if indices is None else indices)]
 
 
 def our_step(
     model: BLIP3oDiTModel, inputs: dict[str, Any], bf16: bool, **settings: Any
 ) -> Callable[[], None]:
-    """Draw, loss, monitor, backward, clipping, AdamW and averaged weights, by the Trainer's own methods.
+    """Draws, loss, monitor, backward, clipping, AdamW and averaged weights, by the Trainer's own methods.
 
     The model is prepared as the Trainer does it: autocast is in what accelerate makes of it. What the
     products see is checked once, when the step is made.
@@ -74,20 +85,22 @@ def our_step(
     trainer = BLIP3oTrainer(model, arguments, config=config, train_dataset=dataset)
     prepared, trainer.optimizer = trainer.accelerator.prepare(model, trainer.create_optimizer())
     prepared.train()
+    trainer.state.global_step = 10_000  # averaged weights at their full span
 
     def gradients() -> None:
         with trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(prepared, inputs)
+            loss = trainer.compute_loss(prepared, trainer._prepare_inputs(inputs))
         trainer.accelerator.backward(loss)
 
     def step() -> None:
         gradients()
         trainer._clip_grad_norm(prepared)
+        trainer.on_pre_optimizer_step()
         trainer.optimizer.step()
+        trainer.on_optimizer_step()
         trainer.optimizer.zero_grad()
-        if trainer.ema is not None:
-            trainer.ema.update(model, 10_000 + trainer.state.global_step)  # at its full span
         trainer.state.global_step += 1  # each step checks the one before
+        trainer.on_step_end()
 
     if not config.compile:
         _check_products(gradients, torch.bfloat16 if bf16 else torch.float32)
@@ -97,10 +110,9 @@ def our_step(
 
 
 def random_batch(model: BLIP3oDiTModel, size: int) -> dict[str, Any]:
-    """What a training step takes: `size` samples with their draws, where the model is."""
+    """What a training step takes: `size` samples, where the model is."""
     batch = EmbeddingDataset(_like(model), torch.arange(256).numpy()).__getitems__(range(size))
-    batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    return batch | BatchNoise(0, "training").of(batch)
+    return {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def _like(model: BLIP3oDiTModel) -> RandomEmbeddings:

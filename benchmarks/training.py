@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks.measure import (
+    SIZES,
     Row,
     alternate,
     block_flops,
@@ -20,12 +21,6 @@ from benchmarks.measure import (
 from benchmarks.our_step import our_step, random_batch
 from benchmarks.peer import Peer
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
-
-SIZES = {
-    "1/4 width": {"model_dim": 448, "num_heads": 7, "num_layers": 24},
-    "default width": {"model_dim": 1792, "num_heads": 28, "num_layers": 4},
-    "default": {},
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_check
-from benchmarks.gpu_check import Setup, attempt
+from benchmarks import gpu_check, gpu_compare, gpu_measure
+from benchmarks.gpu_compare import Setup
+from benchmarks.measure import Row
 from benchmarks.our_step import ProductDtypes, our_step, random_batch
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.cuda_graphs import CUDAGraphs
+from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.trainer import BLIP3oTrainer
 from tests.conftest import randomize, tiny_config
@@ -71,14 +79,56 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "gpu-check: no GPU here, nothing was checked\n"
 
 
+# Of each kind of part one: a lent GPU's minutes must not be lost to a slip of the pen.
+TRIED = (
+    *("compare", "hardware", "one call end to end"),
+    *("training speed: batch 32, memory low", "training speed: batch 256, bf16, cuda graphs, compile"),
+    *("generation speed: batch 64, guidance 3", "split: generation, batch 64"),
+    *("diffusers: training, batch 32", "diffusers: generation, batch 1"),
+)
+
+
 @pytest.mark.usefixtures("cpu")
-def test_every_comparison_runs_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_kind_of_part_runs_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "found.json"
-    status = gpu_check.main(["--device", "cpu", "--json", str(file)])
+    status = gpu_check.main(["--device", "cpu", "--json", str(file), "--parts", *TRIED])
+    assert (status, capsys.readouterr().out.splitlines()[-1]) == (0, "all is well")
     found = json.loads(file.read_text())
-    assert (status, found["failed"]) == (0, [])
-    assert list(found["parts"]) == ["generation", "devices", "quantized", "training", "resume"]
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
+    rows = {row.get("figure", row.get("of")): row for runs in found.values() for row in runs[0]["rows"]}
+    assert rows["training step, batch 256, bf16, cuda graphs, compile"]["mfu"] > 0
+    assert rows["diffusers, batch 32, bf16"]["seconds"] > 0
+
+
+def test_what_is_measured_are_runs_that_can_be_configured(tmp_path: Path) -> None:
+    entries = [*gpu_measure.TRAININGS, *gpu_measure.SPLITS, *gpu_measure.PEERS]
+    for asked in entries:
+        if isinstance(asked, gpu_measure.Training):
+            TrainingConfig(output_dir=str(tmp_path), batch_size=asked.batch, **asked.settings)
+    for kind in gpu_compare.TRAININGS.values():
+        TrainingConfig(output_dir=str(tmp_path), **kind.settings)
+    names = list(gpu_measure.parts())
+    assert len(names) == len({*names}) == 2 + len(entries) + len(gpu_measure.GENERATIONS)
+
+
+def test_one_recorded_call_is_split_around_its_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA imitated: the first call runs plainly, the second is recorded."""
+
+    def record(graphs: CUDAGraphs, function: Any, inputs: Any) -> Any:
+        return SimpleNamespace(replay=lambda given: function(*given))
+
+    def record_generation(model: BLIP3oDiTModel) -> None:
+        model._graphs = CUDAGraphs()
+
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(CUDAGraphs, "_record", record)
+    monkeypatch.setattr(BLIP3oDiTModel, "record_generation", record_generation)
+    whole, *parts = gpu_measure.measure_end_to_end(CPU)
+    assert [row["figure"].split(", ")[1] for row in parts] == [
+        "before the replay",
+        "replay",
+        "after the replay",
+    ]
+    assert all(row["ms"] > 0 for row in (whole, *parts))
 
 
 @pytest.mark.usefixtures("cpu")
@@ -91,18 +141,44 @@ def test_a_wrong_result_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None
         return there(self, model, dtype)
 
     monkeypatch.setattr(Setup, "there", moved_and_changed)
-    assert gpu_check.main(["--device", "cpu", "--parts", "generation"]) == 1
+    assert gpu_check.main(["--device", "cpu", "--parts", "compare: generation"]) == 1
 
 
-def test_a_part_that_fails_or_hangs_is_one_row() -> None:
-    def fails(setup: Setup) -> list:
-        raise RuntimeError("out of\nmemory")
+def fails(setup: Setup) -> Iterator[Row]:
+    yield {"figure": "before it failed"}
+    raise RuntimeError("out of\nmemory")
 
-    def hangs(setup: Setup) -> list:
-        while True:
-            Tensor()
 
-    (row,) = attempt("fails", fails, CPU, limit=10)
-    assert row["found"].startswith("RuntimeError: out of memory (test_benchmarks.py:") and not row["ok"]
-    (row,) = attempt("hangs", hangs, CPU, limit=0.05)
-    assert "TimeoutError: not finished after 0.05 s" in row["found"] and not row["ok"]
+def hangs(setup: Setup) -> list[Row]:
+    while True:
+        Tensor()
+
+
+def dies(setup: Setup) -> list[Row]:
+    os._exit(1)
+
+
+def test_a_part_that_fails_hangs_or_dies_is_one_line_and_what_was_found_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rows.json"
+    parts: dict[str, tuple[gpu_check.Part, int]] = {part.__name__: (part, 10) for part in (fails, dies)}
+    parts["left out"] = (lambda setup: [{"figure": "the last"}], 10)
+    failed = gpu_check.run_parts(parts, CPU, 60.0, file, {"gpu": "GPU"})
+    assert failed[0].startswith("fails: RuntimeError: out of memory (test_benchmarks.py:")
+    assert failed[1:] == ["dies: it ended without a word"]
+    kept = [runs[0]["rows"] for runs in json.loads(file.read_text()).values()]
+    assert kept == [[{"figure": "before it failed"}], [{"figure": "the last"}]]
+    printed = capsys.readouterr().out
+    assert all(line in printed for line in failed)
+    assert gpu_check.attempt("hangs", hangs, CPU, limit=0.2) == ([], "hangs: not finished after 0.2 s")
+
+
+def test_parts_are_named_by_how_their_names_begin() -> None:
+    assert list(gpu_check.choose(["split: training, batch 32, bf16, cuda"], on_cpu=True)) == [
+        "split: training, batch 32, bf16, cuda graphs"
+    ]
+    with pytest.raises(
+        ValueError, match=r"--parts: expected a beginning of one of compare: generation, .*, found spilt"
+    ):
+        gpu_check.choose(["spilt"], on_cpu=False)

@@ -128,7 +128,7 @@ def attend(block: NextDiTBlock, h: Tensor, keys_values: KeysValues, rope: tuple[
     batch, tokens, width = h.shape
     keys, values, null_value = keys_values
     without = 0 if null_value is None else batch // 2  # samples that attend to the null condition, the first
-    q, k, v, cross_q = block.project(h, h[without:])
+    q, k, v, cross_q = block.project(h, h[without:] if without else h)  # the same one is one product
     own, cross = block.attn1, block.attn2
     heads, groups, size = width // own.head_dim, k.shape[-1] // own.head_dim, own.head_dim
     statistics = torch.empty(batch * tokens, 6, dtype=torch.float32, device=h.device)
