@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from blip3o_dit.utils.philox import normal_pairs, philox
+from blip3o_dit.utils.philox import normal_pairs, philox, round_keys
 
 # Random123's kat_vectors, "philox4x32 10": counter, key, answer.
 KNOWN = [
@@ -35,7 +35,9 @@ def words(text: str) -> tuple[int, ...]:
 
 def drawn(counters: list[tuple[int, ...]], key: tuple[int, ...]) -> list[tuple[int, ...]]:
     (key_0, key_1) = key
-    found = philox([torch.tensor(column) for column in zip(*counters, strict=True)], (key_0, key_1))
+    found = philox(
+        [torch.tensor(column) for column in zip(*counters, strict=True)], round_keys((key_0, key_1))
+    )
     return list(zip(*(word.tolist() for word in found), strict=True))
 
 

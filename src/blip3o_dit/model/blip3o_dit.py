@@ -24,7 +24,7 @@ from blip3o_dit.model.layers import without_autocast
 from blip3o_dit.model.loading import StrictPreTrainedModel
 from blip3o_dit.model.transformer import NextDiT
 from blip3o_dit.ridge import source_features
-from blip3o_dit.utils.stateless_random import stateless_normal
+from blip3o_dit.utils.stateless_random import draw_names, normal_of
 from blip3o_dit.utils.validation import (
     check_compiler,
     check_finite_number,
@@ -313,9 +313,9 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         if num_inference_steps is not None:
             num_inference_steps = checked_integer("num_inference_steps", num_inference_steps, low=1)
         self._check_fixed_sampling(solver, num_inference_steps)
-        noise, eva = self._draw(eva_embeddings, seed, sample_index, sample_number)
-        if not len(noise):
-            return noise.to(self.device)
+        names, eva = self._draw(eva_embeddings, seed, sample_index, sample_number)
+        if not len(eva):
+            return torch.empty(0, self.config.num_tokens, self.config.in_channels, device=self.device)
         guidance = Guidance(guidance_scale, low, high)
         if solver == ADAPTIVE_SOLVER:
             check_finite_number("tolerance", tolerance)
@@ -323,10 +323,10 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
                 raise ValueError(
                     f"num_inference_steps: expected none with solver {solver} (it has a tolerance)"
                 )
-            return solve_adaptively(self, noise, eva, guidance, tolerance)
+            return solve_adaptively(self, names, eva, guidance, tolerance)
         steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
         recorder = self._graphs if progress is None else None
-        return solve(self, noise, eva, guidance, steps, solver, recorder=recorder, progress=progress)
+        return solve(self, names, eva, guidance, steps, solver, recorder=recorder, progress=progress)
 
     def tokens_of(self, x_1: Tensor, source: AffineSource) -> Tensor:
         """What the flow ends in [B, N, C] -> tokens in the units of the data."""
@@ -379,9 +379,13 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
                 f"taught, found {steps} with {solver}"
             )
 
-    def initial_state(self, noise: Tensor, eva: Tensor) -> tuple[Tensor, Tensor]:
-        """x_0 [B, N, C] in the flow's units, and the condition in the network's [B, L, C_eva]."""
-        x_0 = make_path(self.config.flow).initial_point(noise.to(self.device))
+    def initial_state(self, names: Tensor, eva: Tensor) -> tuple[Tensor, Tensor]:
+        """x_0 [B, N, C] in the flow's units, and the condition in the network's [B, L, C_eva].
+
+        `names` are those of the noise (`draw_names`).
+        """
+        noise = normal_of(names.to(self.device), (self.config.num_tokens, self.config.in_channels))
+        x_0 = make_path(self.config.flow).initial_point(noise)
         return x_0, self.normalize_condition(eva.to(self.device))
 
     def _draw(
@@ -391,21 +395,19 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         sample_index: Sequence[int] | None,
         sample_number: int,
     ) -> tuple[Tensor, Tensor]:
-        """N(0, 1) [B, N, C], and the conditions as floats, in the data's units, where they are."""
+        """The noise's names, and the conditions as floats, in the data's units, where they are."""
         eva = conditions_of_data(self.config, eva_embeddings)
         batch = len(eva)
         indices = checked_integers(
             "sample_index", range(batch) if sample_index is None else sample_index, batch
         )
-        noise = stateless_normal(
+        names = draw_names(
             indices,
-            (self.config.num_tokens, self.config.in_channels),
             seed=checked_integer("seed", seed),
             stream=GENERATION_STREAM,
             counter=checked_integer("sample_number", sample_number),
-            device=self.device,
         )
-        return noise, eva
+        return names, eva
 
     def make_velocity_fn(
         self,

@@ -33,7 +33,7 @@ class Guidance(NamedTuple):
 
 def solve(
     model: BLIP3oDiTModel,
-    noise: Tensor,
+    names: Tensor,
     eva: Tensor,
     guidance: Guidance,
     steps: int,
@@ -42,20 +42,20 @@ def solve(
     recorder: CUDAGraphs | None = None,
     progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
 ) -> Tensor:
-    """N(0, 1) [B, N, C] and conditions [B, L, C_eva] -> tokens [B, N, C], both in the units of the data.
+    """The noise's names and conditions [B, L, C_eva] -> tokens [B, N, C], both in the units of the data.
 
     With a recorder all kernels are launched together; `progress` wraps the steps. The inputs are on any
     device, the tokens on the model's.
     """
     run = partial(_solve, model, guidance=guidance, steps=steps, solver=solver, progress=progress)
     if recorder is None:
-        return run(noise, eva)
-    return recorder.run(run, (noise, eva), model.device, key=(guidance, steps, solver))
+        return run(names, eva)
+    return recorder.run(run, (names, eva), model.device, key=(guidance, steps, solver))
 
 
 def _solve(
     model: BLIP3oDiTModel,
-    noise: Tensor,
+    names: Tensor,
     eva: Tensor,
     *,
     guidance: Guidance,
@@ -65,7 +65,7 @@ def _solve(
 ) -> Tensor:
     """Given inputs on the model's device, nothing here copies between devices or asks a GPU for a number, as
     a recording demands."""
-    x_0, condition = model.initial_state(noise, eva)
+    x_0, condition = model.initial_state(names, eva)
     source = model.source_distribution(condition)
     shift = model.config.flow.time_shift
     times = SOLVERS[solver].call_times(time_grid(steps, shift, x_0.device))
@@ -85,10 +85,10 @@ def _solve(
 
 
 def solve_adaptively(
-    model: BLIP3oDiTModel, noise: Tensor, eva: Tensor, guidance: Guidance, tolerance: float
+    model: BLIP3oDiTModel, names: Tensor, eva: Tensor, guidance: Guidance, tolerance: float
 ) -> Tensor:
     """As `solve`, by the solver that chooses its steps."""
-    x_0, condition = model.initial_state(noise, eva)
+    x_0, condition = model.initial_state(names, eva)
     source = model.source_distribution(condition)
     velocity_at = _guided_velocity(model, condition, source, guidance)
     x_1, _ = integrate_adaptive(lambda x, t: velocity_at(float(t[0]))(x, t), x_0, tolerance=tolerance)

@@ -15,18 +15,25 @@ from torch import Tensor
 _MASK = 0xFFFFFFFF
 _MULTIPLIER_0, _MULTIPLIER_2 = 0xD2511F53, 0xCD9E8D57
 _KEY_STEPS = 0x9E3779B9, 0xBB67AE85
-_ROUNDS = 10
+ROUNDS = 10
 
 
-def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
+def round_keys(key: tuple[int, int]) -> list[tuple[int, int]]:
+    """The two words that each round takes, of a key of two words."""
+    first, second = key
+    return [
+        ((first + n * _KEY_STEPS[0]) & _MASK, (second + n * _KEY_STEPS[1]) & _MASK) for n in range(ROUNDS)
+    ]
+
+
+def philox(counter: Sequence[Tensor], keys: Sequence[tuple[int | Tensor, int | Tensor]]) -> list[Tensor]:
     """Four random words a counter of four words; words are int64 in [0, 2^32), of one shape.
 
-    The counter's memory is written over.
+    The counter's memory is written over. `keys` are the rounds' (`round_keys`), as numbers or tensors.
     """
     word_0, word_1, word_2, word_3 = counter
     product_0, product_2 = torch.empty_like(word_0), torch.empty_like(word_2)
-    key_0, key_1 = key
-    for _ in range(_ROUNDS):
+    for key_0, key_1 in keys:
         # 64 bits wrap into the sign; what the shift then fills the upper half with, the mask removes.
         torch.mul(word_0, _MULTIPLIER_0, out=product_0)
         torch.mul(word_2, _MULTIPLIER_2, out=product_2)
@@ -36,7 +43,6 @@ def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
         word_2.bitwise_xor_(word_3).bitwise_xor_(key_1).bitwise_and_(_MASK)
         word_1, product_2 = product_2.bitwise_and_(_MASK), word_1
         word_3, product_0 = product_0.bitwise_and_(_MASK), word_3
-        key_0, key_1 = (key_0 + _KEY_STEPS[0]) & _MASK, (key_1 + _KEY_STEPS[1]) & _MASK
     return [word_0, word_1, word_2, word_3]
 
 

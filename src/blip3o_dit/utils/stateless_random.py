@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip3o_dit.utils.philox import normal_pairs, philox
+from blip3o_dit.utils.philox import ROUNDS, normal_pairs, philox, round_keys
 
 # Of the numbers that a name stands for; a run that goes on with others says so.
 DRAWS_VERSION = 2
@@ -56,20 +56,48 @@ def stateless_normal(
     Args:
         repeats: how often each sample came before in the epoch: 0 for all by default.
     """
-    count = math.prod(shape)
-    key = _philox_key(seed, stream, counter)
-    samples = _sample_words(indices, repeats).to(device, non_blocking=True)
+    names = draw_names(indices, seed=seed, stream=stream, counter=counter, repeats=repeats)
+    return normal_of(names.to(device, non_blocking=True), shape)
+
+
+def draw_names(
+    indices: Sequence[int],
+    *,
+    seed: int,
+    stream: str,
+    counter: int = 0,
+    repeats: Sequence[int] | None = None,
+) -> Tensor:
+    """What `normal_of` makes the numbers of these samples of, [words, len(indices)] int64 on the CPU.
+
+    The words are Philox's keys, round by round and the same for all samples, and three of its counter.
+    """
+    keys = [word for pair in round_keys(_philox_key(seed, stream, counter)) for word in pair]
+    samples = _sample_words(indices, repeats)
+    return torch.cat([torch.tensor(keys)[:, None].expand(-1, samples.shape[1]), samples])
+
+
+def normal_of(names: Tensor, shape: Sequence[int]) -> Tensor:
+    """N(0, 1) of shape [samples, *shape], float32, where the names are; nothing is asked of a GPU.
+
+    The names may be read again later, by a CUDA graph: no word of them is a number here.
+    """
+    samples, count, device = names[2 * ROUNDS :], math.prod(shape), names.device
+    out = torch.empty(samples.shape[1], count, device=device)
+    if not out.numel():
+        return out.view(len(out), *shape)
+    words = names[: 2 * ROUNDS, 0].unbind()
+    keys = list(zip(words[::2], words[1::2], strict=True))
     positions = torch.arange(-(-count // 4), device=device)
-    out = torch.empty(len(indices), count, device=device)
     # Blocks of four numbers: on a CPU so many that their words stay in its caches.
-    blocks = 2**15 if out.device.type == "cpu" else 2**20
-    at_once = max(1, blocks // max(1, len(positions)))
+    blocks = 2**15 if device.type == "cpu" else 2**20
+    at_once = max(1, blocks // len(positions))
     for rows, sample in zip(out.split(at_once), samples.split(at_once, dim=1), strict=True):
         repeated = (word[:, None].repeat(1, len(positions)) for word in sample)
-        words = philox([positions.repeat(len(rows), 1), *repeated], key)
-        normals = torch.stack([*normal_pairs(*words[:2]), *normal_pairs(*words[2:])], dim=-1)
+        drawn = philox([positions.repeat(len(rows), 1), *repeated], keys)
+        normals = torch.stack([*normal_pairs(*drawn[:2]), *normal_pairs(*drawn[2:])], dim=-1)
         rows.copy_(normals.flatten(1)[:, :count])
-    return out.view(len(indices), *shape)
+    return out.view(len(out), *shape)
 
 
 def stateless_uniform(
@@ -82,7 +110,8 @@ def stateless_uniform(
 ) -> Tensor:
     """U[0, 1) of shape [len(indices)], float32, on the CPU; entry i belongs to sample indices[i]."""
     sample = _sample_words(indices, repeats)
-    words = philox([torch.zeros_like(sample[0]), *sample], _philox_key(seed, stream, counter))
+    keys = round_keys(_philox_key(seed, stream, counter))
+    words = philox([torch.zeros_like(sample[0]), *sample], keys)
     return (words[0] >> 8) * 2.0**-24
 
 
