@@ -25,8 +25,8 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument(
         "embeddings",
         metavar="path",
-        type=Path,
-        help="embedding store, documented pickle, model, checkpoint or folder of a run",
+        help="embedding store, documented pickle, checkpoint, folder of a run, or model (a folder, or "
+        "owner/name on the hub)",
     )
     parser.add_argument(
         "--output",
@@ -55,8 +55,10 @@ def add_arguments(parser: CommandParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from blip3o_dit.utils.hub import model_folder
     from blip3o_dit.utils.recognise import TRAINED, recognise
 
+    arguments.embeddings = model_folder(arguments.embeddings)
     if recognise(arguments.embeddings).kind in TRAINED:
         _run_on_model(arguments)
     else:

@@ -32,6 +32,7 @@ from blip3o_dit.model.layers import has_native_matmul
 from blip3o_dit.model.loading import EMA_VARIANT, pick_weights
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.utils.distributed import Processes, join_processes, pick_device
+from blip3o_dit.utils.hub import model_folder
 from blip3o_dit.utils.stateless_random import stateless_normal, stateless_uniform
 from blip3o_dit.utils.validation import checked_integer
 
@@ -46,7 +47,8 @@ class BLIP3oInference:
     batches out over its processes, all of which must call them; the results are those of one process.
 
     Args:
-        model_path: folder with `config.json` and `model.safetensors`.
+        model_path: folder with `config.json` and `model.safetensors`, or `owner/name` on the hub (see
+            `model_folder`).
         device: "auto" (a GPU when there is one), "cpu", "cuda", "cuda:1", ...
         dtype: of the weights; None takes bfloat16 where the processor multiplies it, float32 elsewhere. The
             network computes in it, or in float32 where it would be emulated; the solver's state is float32.
@@ -69,7 +71,9 @@ class BLIP3oInference:
         compile: bool = False,
         alone: bool = False,
     ) -> None:
-        self.model_path = Path(model_path)
+        self.model_path = model_folder(model_path, weights=weights)
+        found_there = self.model_path != Path(model_path)
+        self.name = str(model_path) if found_there else str(self.model_path.resolve())
         self.processes = Processes(device=pick_device(device)) if alone else join_processes(device)
         self.device = self.processes.device
         self.weights = pick_weights(self.model_path, weights)

@@ -91,7 +91,8 @@ class TrainingConfig:
     )
     init_from: str = setting(
         "",
-        "model folder or checkpoint whose weights the run starts from; they bring sizes, path and source",
+        "model folder, checkpoint or owner/name on the hub whose weights the run starts from; they bring "
+        "sizes, path and source",
         group=STARTING,
     )
     init_statistics: str = setting(
