@@ -251,7 +251,7 @@ _OF_THE_DISTILLATION = (
 _NOT_OF_THE_TEACHER = (
     *("num_epochs", "eval_steps", "gradient_accumulation_steps", "lr_scheduler_type", "weight_decay"),
     *("memory", "fp16", "bf16", "compile", "cuda_graphs", "selective_checkpointing", "deterministic"),
-    *("init_from", "init_statistics", "init_checksum", "wandb_project", "wandb_run_name"),
+    *("init_from", "init_statistics", "init_checksum", "report_to", "wandb_project", "wandb_run_name"),
     *("extend_epochs", "extend_steps", "extended_at", "extended_to", "extended_rate", "extended_warmup"),
 )
 

@@ -39,6 +39,7 @@ RESUMABLE_CHANGES = {
     "gradient_checkpointing",
     "selective_checkpointing",
     "compile",
+    "report_to",
     "wandb_project",
     "wandb_run_name",
     "best_metric",
