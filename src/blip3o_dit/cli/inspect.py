@@ -7,10 +7,12 @@ import json
 import logging
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from blip3o_dit.cli.parser import CommandParser
+from blip3o_dit.utils.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +75,6 @@ def _run_on_model(arguments: argparse.Namespace) -> None:
 
 
 def _run_on_embeddings(arguments: argparse.Namespace) -> None:
-    from functools import partial
-
-    from tqdm.auto import tqdm
-
     from blip3o_dit.data.embeddings import open_embeddings
     from blip3o_dit.extraction.inspection import format_inspection, inspect_embeddings
     from blip3o_dit.extraction.shown_images import pictures_of_store
@@ -85,7 +83,8 @@ def _run_on_embeddings(arguments: argparse.Namespace) -> None:
     if arguments.samples < 1:
         raise ValueError(f"--samples: expected at least 1, found {arguments.samples}")
     pictures = pictures_of_store(getattr(source, "manifest", {}), arguments.pictures)
-    inspection = inspect_embeddings(source, progress=partial(tqdm, unit="batch", desc="reading", leave=False))
+    reading = partial(progress, what=f"reading {arguments.embeddings}", unit="batch", lasting=False)
+    inspection = inspect_embeddings(source, progress=reading)
     _write(asdict(inspection), format_inspection(inspection), arguments.json)
     if not arguments.no_picture:
         path = arguments.embeddings.resolve()
