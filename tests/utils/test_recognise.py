@@ -103,7 +103,7 @@ PLACES = {
     "stroe": "nothing there: did you mean store?",
     "model/chekpoint-2/x": "nothing there: did you mean model/checkpoint-2?",
     "notes.txt/x": "nothing there, as notes.txt is a file",
-    "openai/clip": "nothing there: what is on the hub is downloaded to a folder first",
+    "openai/clip": "nothing there",
     "https://example.org/x.pkl": "an address",
     "broken": "a link to what is not there",
     "\udcff": "nothing there",

@@ -78,7 +78,7 @@ class TowerConfig:
 
 
 def add_arguments(parser: CommandParser) -> None:
-    parser.add_argument("model", type=Path, help="output folder of a training run, or a checkpoint")
+    parser.add_argument("model", help="folder of a model or checkpoint, or owner/name on the hub")
     parser.add_argument(
         "embeddings",
         metavar="data",
@@ -125,10 +125,12 @@ def _add_computing(parser: CommandParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Generate, write, and print the metrics as JSON; what was begun is gone on with."""
     from blip3o_dit.inference.output import check_output, finished_generation
+    from blip3o_dit.utils.hub import model_folder
 
     if arguments.tf32:
         use_tf32(arguments.device)
     given = given_settings(arguments, GenerationConfig)
+    arguments.model = model_folder(arguments.model, weights=arguments.weights)
     finished = finished_generation(arguments.output)
     replaces = given.get("overwrite", False) or finished is not None
     check_output(arguments.output, overwrite=replaces, pooled=given.get("pooled", False))

@@ -382,7 +382,7 @@ def _views(picture: Any) -> Mapping[str, Any]:
 
 
 def _model_samplers(loaded: Sequence[BLIP3oInference], config: EvaluationConfig) -> list[ModelSampler]:
-    names = ["DiT"] if len(loaded) == 1 else _names([found.model_path.resolve() for found in loaded])
+    names = ["DiT"] if len(loaded) == 1 else _names([Path(found.name) for found in loaded])
     return [
         ModelSampler(
             found.model,

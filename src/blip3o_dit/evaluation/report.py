@@ -68,7 +68,7 @@ class Table:
 def describe_model(name: str, found: BLIP3oInference) -> dict[str, Any]:
     return {
         "name": name,
-        "folder": found.model_path.resolve().name,
+        "folder": Path(found.name).name,
         "path": str(found.model_path),
         "weights": "averaged (EMA)" if found.weights == "ema" else "raw",
         "parameters": sum(parameter.numel() for parameter in found.model.parameters()),

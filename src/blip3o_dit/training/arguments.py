@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from blip3o_dit.training import fsdp
 from blip3o_dit.training.config import TrainingConfig, launcher_precision
+from blip3o_dit.training.loggers import loggers
 from blip3o_dit.training.muon import check_muon
 from blip3o_dit.utils.distributed import check_launch
 from blip3o_dit.utils.validation import check_compiler, package_missing
@@ -57,7 +58,7 @@ def training_arguments(config: TrainingConfig, *, evaluate: bool) -> TrainingArg
         ddp_broadcast_buffers=False,  # statistics and source, which all processes have and nothing changes
         # The others wait while the first process fits statistics and source.
         ddp_timeout=MAX_FIT_SECONDS,
-        report_to="wandb" if config.wandb_project else "none",
+        report_to=loggers(config) or "none",
         run_name=config.wandb_run_name,
         disable_tqdm=False,
     )

@@ -94,7 +94,8 @@ class TrainingConfig:
     )
     init_from: str = setting(
         "",
-        "model folder or checkpoint whose weights the run starts from; they bring sizes, path and source",
+        "model folder, checkpoint or owner/name on the hub whose weights the run starts from; they bring "
+        "sizes, path and source",
         group=STARTING,
     )
     init_statistics: str = setting(
@@ -296,6 +297,12 @@ class TrainingConfig:
     eval_samples: int = setting(64, "held-out samples that each evaluation generates", check=_at_least_0)
     eval_inference_steps: int = setting(8, "solver steps of these generations", check=_at_least_1)
 
+    report_to: str | None = setting(
+        None,
+        "loggers of the Trainer, by name, with commas between several: tensorboard, mlflow, trackio, ... "
+        "(default: none)",
+        group="logging",
+    )
     wandb_project: str | None = setting(None, "log to this Weights & Biases project", group="logging")
     wandb_run_name: str | None = setting(None, "name of the run there (default: one that it makes up)")
 

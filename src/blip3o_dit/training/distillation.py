@@ -46,6 +46,7 @@ from blip3o_dit.training.student import StudentTrainer, as_student, teacher_call
 from blip3o_dit.utils.checksums import sha256
 from blip3o_dit.utils.distributed import check_alone
 from blip3o_dit.utils.errors import StoppedEarly
+from blip3o_dit.utils.hub import model_folder
 from blip3o_dit.utils.json_files import read_json_object
 from blip3o_dit.utils.logging import quiet_transformers
 from blip3o_dit.utils.progress import working
@@ -76,11 +77,10 @@ def distill(
         StoppedEarly: on SIGTERM, SIGINT or at `max_hours`; a checkpoint was saved.
     """
     check_alone("distill")
-    check_is_model(Path(model_path))  # before a folder is made
+    model = model_folder(model_path)
+    check_is_model(model)  # before a folder is made
     with output_folder(Path(output_dir), "a distillation"):
-        return _distill(
-            Path(model_path), embeddings, Path(output_dir), config, overwrite=overwrite, progress=progress
-        )
+        return _distill(model, embeddings, Path(output_dir), config, overwrite=overwrite, progress=progress)
 
 
 def _distill(
@@ -251,8 +251,8 @@ _OF_THE_DISTILLATION = (
 _NOT_OF_THE_TEACHER = (
     *("num_epochs", "eval_steps", "gradient_accumulation_steps", "lr_scheduler_type", "weight_decay"),
     *("memory", "fp16", "bf16", "compile", "cuda_graphs", "selective_checkpointing", "deterministic"),
-    *("init_from", "init_statistics", "init_checksum", "wandb_project", "wandb_run_name", "optimizer"),
-    *("ema_every", "moments"),
+    *("init_from", "init_statistics", "init_checksum", "report_to", "wandb_project", "wandb_run_name"),
+    *("ema_every", "moments", "optimizer"),
     *("extend_epochs", "extend_steps", "extended_at", "extended_to", "extended_rate", "extended_warmup"),
 )
 

@@ -43,6 +43,7 @@ from blip3o_dit.training.disk import check_disk
 from blip3o_dit.training.fit_source import SourceFolds, fit_source, threads_of_all
 from blip3o_dit.training.init_from import check_start, kept_folds, load_start, refuse_overwritten_start
 from blip3o_dit.training.lengths import total_steps, with_lengths
+from blip3o_dit.training.loggers import loggers, prepare_loggers
 from blip3o_dit.training.memory import (
     GIB,
     check_room,
@@ -54,7 +55,6 @@ from blip3o_dit.training.memory import (
 from blip3o_dit.training.metrics import PASSES_PER_STEP, synchronize
 from blip3o_dit.training.output_folder import output_folder
 from blip3o_dit.training.trainer import BLIP3oTrainer
-from blip3o_dit.training.wandb_setup import prepare_wandb, require_wandb
 from blip3o_dit.utils.distributed import Processes, cores
 from blip3o_dit.utils.errors import StoppedEarly
 from blip3o_dit.utils.json_files import read_json_object
@@ -114,8 +114,7 @@ def _checked(
 ) -> tuple[Embeddings, Split, TrainingConfig]:
     """The data, its split, and the configuration in numbers: whatever can be refused is refused here."""
     use_cpu(config)  # what cannot run on this machine is refused before anything is read or written
-    if config.wandb_project:
-        require_wandb()
+    loggers(config)
     if config.init_from and overwrite and resume is None:
         refuse_overwritten_start(config)
     output, path = Path(config.output_dir), required(config.embeddings_path, "--embeddings_path")
@@ -158,8 +157,8 @@ def train_on(
         StoppedEarly, WriteError: as `train`.
     """
     with _interruptible(resume):
-        if config.wandb_project and os.environ.get("RANK", "0") == "0":
-            prepare_wandb(config.wandb_project, config.output_dir, continued=resume is not None)
+        if os.environ.get("RANK", "0") == "0":
+            prepare_loggers(config, continued=resume is not None)
         trainer = build_trainer(source, config, split=split, fitted=resume is not None)
         logger.info(_plan(trainer))
     with quiet_transformers(), trainer.stop_request.watching():
