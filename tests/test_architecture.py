@@ -163,6 +163,8 @@ TESTED_IN = {
     "training/run.py": "training/test_trainer.py",
     "training/stopping.py": "training/test_resume.py",
     "training/student.py": "training/test_distillation.py",
+    "training/clipping.py": "training/test_base_trainer.py",
+    "training/overrides.py": "training/test_base_trainer.py",
     "training/wandb_setup.py": "training/test_trainer.py",
     "utils/atomic.py": "data/test_store_folder.py",
     "utils/checksums.py": "training/test_damage.py",

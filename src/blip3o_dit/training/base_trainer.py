@@ -7,10 +7,10 @@ is trained is in `trainer.py`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -44,12 +44,14 @@ from blip3o_dit.training.checkpoint import (
     keep_newest,
     save_trainer_state,
 )
+from blip3o_dit.training.clipping import clip, skip_unless
 from blip3o_dit.training.config import TRAINING_CONFIG_FILE, TrainingConfig
 from blip3o_dit.training.ema import ExponentialMovingAverage, as_float32
 from blip3o_dit.training.fit_source import SourceFolds, load_folds
 from blip3o_dit.training.fsdp import check_sharding, keep_the_dtype_rule, let_generate
 from blip3o_dit.training.metrics import Throughput, TrainingMetrics, measure_throughput
 from blip3o_dit.training.optimizer_state import gathered_state, load_optimizer, save_optimizer, unwrapped
+from blip3o_dit.training.overrides import overrides_trainer
 from blip3o_dit.training.recorded_passes import record_passes
 from blip3o_dit.training.split_weights import SplitWeights
 from blip3o_dit.training.stopping import StopRequest, outlive_stops
@@ -61,21 +63,6 @@ from blip3o_dit.utils.stateless_random import stateless_seed
 
 # What the Trainer sums the loss in between log lines, and is read and written here.
 PRIVATE_SUMS = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")
-
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def overrides_trainer(method: Method) -> Method:
-    """Marks an override of a method that is none of the Trainer's documented ones.
-
-    One that the installed Trainer does not have is an ImportError: overriding it would do nothing.
-
-    Raises:
-        ImportError: when the installed Trainer has no such method, and overriding it would do nothing.
-    """
-    if not callable(getattr(Trainer, method.__name__, None)):
-        raise ImportError(f"transformers: expected a Trainer with the method {method.__name__}, found none")
-    return method
 
 
 class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
@@ -232,27 +219,15 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         self._check_step()
         self.accelerator.unscale_gradients()
         self._gradients = GradientNorms(self.unwrapped_model, self.state.global_step + 1)
-        norm = self._gradients.total
+        norm, optimizer = self._gradients.total, unwrapped(self.optimizer)
         if self._gated:
-            self._gate(norm)
+            skip_unless(torch.isfinite(norm) & self.losses.all_finite(), optimizer)
         else:
             self._check_step()
         if self.args.max_grad_norm > 0:
-            self._clip(norm)
+            parameters, scaled = self.unwrapped_model.parameters(), self.accelerator.scaler is not None
+            clip(optimizer, parameters, norm, self.args.max_grad_norm, inside=not scaled)
         return norm
-
-    def _clip(self, norm: Tensor) -> None:
-        """Fused AdamW divides gradients as it reads them; for any other they are multiplied before.
-
-        float16's loss scaler has uses of its own for what fused AdamW divides by.
-        """
-        optimizer, limit = unwrapped(self.optimizer), self.args.max_grad_norm
-        fused = all(group.get("fused") for group in optimizer.param_groups)
-        if not fused or self.accelerator.scaler is not None:
-            nn.utils.clip_grads_with_norm_(self.unwrapped_model.parameters(), limit, norm)
-            return
-        excess = ((norm.float() + 1e-6) / limit).clamp(min=1.0)  # as in clip_grads_with_norm_
-        optimizer.grad_scale = excess if excess.is_cuda or excess > 1.0 else None
 
     @overrides_trainer
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -267,12 +242,6 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
             self._check_step()
         with nullcontext() if self._throughput is None else self._throughput.pause():
             super()._maybe_log_save_evaluate(*args, **kwargs)
-
-    def _gate(self, norm: Tensor) -> None:
-        """Have fused AdamW change nothing in this step if a loss or gradient is not finite."""
-        optimizer = unwrapped(self.optimizer)
-        assert all(group["fused"] for group in optimizer.param_groups)
-        optimizer.found_inf = 1.0 - (torch.isfinite(norm) & self.losses.all_finite()).float()
 
     def _check_step(self) -> None:
         """Look at the last step whose gradients are there: raises NonFiniteLossError unless it was sound."""
