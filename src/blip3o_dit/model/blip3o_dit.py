@@ -273,6 +273,7 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         tolerance: float = 1e-4,
+        noise_scale: float | None = None,
         seed: int = 0,
         sample_index: Sequence[int] | None = None,
         sample_number: int = 0,
@@ -292,6 +293,8 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
             guidance_scale: classifier-free guidance, v = v_null + s (v_cond - v_null); 1 turns it off.
                 Other values need a model trained with condition_dropout > 0, and double the batch.
             guidance_interval: guidance acts in the steps that begin at low <= t < high (arXiv 2404.07724).
+            noise_scale: so many times the noise; 1 leaves out what calibration found. Default:
+                `config.flow.noise_scale`.
             seed, sample_number, sample_index: determine the noise; sample_index defaults to 0..B-1.
             progress: wraps the iterable of steps, for a progress bar.
 
@@ -313,9 +316,12 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         if num_inference_steps is not None:
             num_inference_steps = checked_integer("num_inference_steps", num_inference_steps, low=1)
         self._check_fixed_sampling(solver, num_inference_steps)
+        scale = self.config.flow.noise_scale if noise_scale is None else noise_scale
+        check_finite_number("noise_scale", scale)
         x_0, condition = self._initial_state(eva_embeddings, seed, sample_index, sample_number)
         if not len(x_0):
             return x_0
+        x_0 = scale * x_0
         guidance = Guidance(guidance_scale, low, high)
         if solver == ADAPTIVE_SOLVER:
             check_finite_number("tolerance", tolerance)

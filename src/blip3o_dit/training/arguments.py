@@ -48,8 +48,6 @@ def training_arguments(config: TrainingConfig, *, evaluate: bool) -> TrainingArg
         save_total_limit=config.save_total_limit,
         eval_strategy="steps" if evaluate else "no",
         eval_steps=_number(config, "eval_steps"),
-        metric_for_best_model=config.best_metric if evaluate else None,
-        greater_is_better=config.best_metric != "loss",
         dataloader_num_workers=_number(config, "num_workers"),
         dataloader_persistent_workers=bool(config.num_workers),
         remove_unused_columns=False,

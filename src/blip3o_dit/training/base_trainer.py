@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ from blip3o_dit.data.dataset import (
 from blip3o_dit.data.towers import write_towers
 from blip3o_dit.data.worker_batches import whole_batch
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.calibration import CALIBRATION_FILE, Calibration
+from blip3o_dit.model.layers import has_native_matmul
 from blip3o_dit.model.loading import EMA_FILE
 from blip3o_dit.training.anomalies import (
     DIAGNOSIS_FILE,
@@ -39,6 +42,7 @@ from blip3o_dit.training.anomalies import (
     write_diagnosis,
     write_spike,
 )
+from blip3o_dit.training.calibration import HeldBack
 from blip3o_dit.training.callbacks import JSONLogCallback
 from blip3o_dit.training.checkpoint import (
     TRAINER_STATE_FILE,
@@ -92,6 +96,7 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         args: see `training_arguments`.
         train_dataset, eval_dataset: the two sides of the split, with noise of their own or without;
             evaluation is skipped without the second.
+        held_back: samples of the same source that are neither trained on nor evaluated, for `finishing.py`.
         source_folds: what an informed source starts from in training; a checkpoint brings its own.
     """
 
@@ -103,6 +108,7 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         config: TrainingConfig,
         train_dataset: EmbeddingDataset,
         eval_dataset: EmbeddingDataset | None = None,
+        held_back: np.ndarray | None = None,
         source_folds: SourceFolds | None = None,
         callbacks: Iterable[TrainerCallback] = (),
     ) -> None:
@@ -117,6 +123,17 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         self.config = config
         self.source_folds = source_folds
         self.processes = Processes(args.process_index, args.world_size, args.device)
+        self.held_back: HeldBack | None = None
+        if held_back is not None and len(held_back):
+            self.held_back = HeldBack(
+                train_dataset.source,
+                held_back,
+                seed=config.seed,
+                batch_size=config.eval_batch_size,
+                processes=self.processes,
+                precision=self.generation_precision,
+            )
+        self.calibration: Calibration | None = None  # found when all steps are taken
         check_sharding(self.accelerator.state)
         keep_the_dtype_rule(self.accelerator.state)
         self.step_metrics = TrainingMetrics()
@@ -148,6 +165,11 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         """The model, outside of whatever wraps it for several processes."""
         assert isinstance(self.model, BLIP3oDiTModel)
         return self.model
+
+    def generation_precision(self) -> AbstractContextManager:
+        """The run's mixed precision, but where bfloat16 is emulated: it would take many times as long."""
+        native = has_native_matmul(torch.bfloat16, self.args.device)
+        return self.accelerator.autocast() if native else nullcontext()
 
     def record_passes(self) -> None:
         """The passes of a training step as CUDA graphs, if that was asked for."""
@@ -194,12 +216,12 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
 
     @overrides_trainer
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """The stock one takes a step of a run that is complete already, and cannot set our sampler's epoch.
+        """The stock one takes a step of a run that has ended already, and cannot set our sampler's epoch.
 
         accelerate forwards set_epoch through two wrappers at most; after a resume on several processes ours
         lies below three (skip, shard, batch): call it directly.
         """
-        if self.state.global_step >= self.state.max_steps:
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return
         if self._sampler is not None:
@@ -391,6 +413,8 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         super()._save(folder, state_dict)
         if self.args.should_save:
             Path(folder, TRAINING_CONFIG_FILE).write_bytes(self.config.to_json())
+            if self.calibration is not None:
+                Path(folder, CALIBRATION_FILE).write_bytes(self.calibration.to_json())
             write_towers(self.train_dataset.source, Path(folder))  # type: ignore[union-attr]
             Path(folder, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 

@@ -203,8 +203,9 @@ def _held_out(log: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, 
     if not measured:
         return None
     metric = settings.get("best_metric")
-    name = f"eval_{metric}" if metric in ("cosine_similarity_mean", "r2") else "eval_loss"
-    sign = 1 if name == "eval_loss" else -1
+    named = metric in ("energy_score", "cosine_similarity_mean", "r2")
+    name = f"eval_{metric}" if named else "eval_loss"
+    sign = 1 if name in ("eval_energy_score", "eval_loss") else -1
     ranked = [entry for entry in measured if is_number(entry.get(name)) and math.isfinite(entry[name])]
     best = min(ranked, key=lambda entry: sign * entry[name], default=measured[-1])
     figures = [

@@ -42,7 +42,7 @@ OF_THE_WEIGHTS = (*_OF_THE_NETWORK, *_OF_THE_FLOW)
 # What training and generation may do in another way with the same weights.
 _FREE_IN_CONFIG = {"gradient_checkpointing", "flow_matching", "default_solver", "default_steps"}
 _FREE_IN_FLOW = {
-    *("condition_dropout", "regularization_weight"),
+    *("condition_dropout", "regularization_weight", "noise_scale"),
     *("time_distribution", "time_mean", "time_std", "time_shift"),
 }
 

@@ -61,6 +61,7 @@ class StudentTrainer(ExactResumeTrainer):
         train: np.ndarray,
         lessons: DistillationConfig,
         run: TrainingConfig,
+        held_back: np.ndarray | None = None,
     ) -> None:
         arguments = training_arguments(run, evaluate=False)
         if arguments.device.type == "cpu":  # the fused one, which GPUs need, would gain a hundredth of a step
@@ -72,6 +73,7 @@ class StudentTrainer(ExactResumeTrainer):
             arguments,
             config=run,
             train_dataset=EmbeddingDataset(source, train, BatchNoise(lessons.seed, "distillation")),
+            held_back=held_back,
             callbacks=[CurvesCallback()],
         )
 
