@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from blip3o_dit.training import finishing
 from blip3o_dit.training.calibration import HeldBack, Scores, calibrate, calibrate_model, set_noise_scale
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.curves import LOG_FILE, read_log
+from blip3o_dit.training.describe import describe, format_description
 from blip3o_dit.training.distillation import distill
 from blip3o_dit.training.distillation_config import DistillationConfig
 from blip3o_dit.training.finishing import ENERGY, EarlyStop
@@ -43,17 +45,21 @@ from tests.helpers.stores import write_linear_store
 from tests.helpers.training import config_for, same
 
 
-@pytest.fixture(autouse=True)
-def few_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_are_enough(patch: pytest.MonkeyPatch) -> None:
     """Of 40 samples to train on five are held back."""
-    monkeypatch.setattr(dataset, "PART_HELD_BACK", 8)
-    monkeypatch.setattr(dataset, "LEAST_HELD_BACK", 3)
-    monkeypatch.setattr("blip3o_dit.training.calibration.LEAST_HELD_BACK", 3)
+    patch.setattr(dataset, "PART_HELD_BACK", 8)
+    patch.setattr(dataset, "LEAST_HELD_BACK", 3)
+    patch.setattr("blip3o_dit.training.calibration.LEAST_HELD_BACK", 3)
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> EmbeddingStore:
-    return write_linear_store(tmp_path / "store", samples=48)
+@pytest.fixture(autouse=True)
+def _few_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    few_are_enough(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
+    return write_linear_store(tmp_path_factory.mktemp("data") / "store", samples=48)
 
 
 @dataclass
@@ -129,12 +135,20 @@ def test_nothing_is_held_back_of_few_samples_or_where_nothing_is_evaluated(
 SETTINGS: dict[str, Any] = dict(max_steps=6, eval_steps=2, save_steps=2, learning_rate=0.01)
 
 
+@pytest.fixture(scope="module")
+def trained(store: EmbeddingStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        few_are_enough(patch)
+        return train(config_for(store, tmp_path_factory.mktemp("trained") / "model", **SETTINGS))
+
+
 @pytest.fixture
-def model(store: EmbeddingStore, tmp_path: Path) -> Path:
-    return train(config_for(store, tmp_path / "model", **SETTINGS))
+def model(trained: Path, tmp_path: Path) -> Path:
+    """A copy, which a test may change."""
+    return Path(shutil.copytree(trained, tmp_path / "model"))
 
 
-def test_a_training_ends_calibrated(store: EmbeddingStore, model: Path, tmp_path: Path) -> None:
+def test_a_training_ends_calibrated(store: EmbeddingStore, model: Path) -> None:
     scale, found = BLIP3oDiTConfig.from_pretrained(model).flow.noise_scale, read_calibration(model)
     assert found is not None and scale == found.noise_scale != 1.0
     split = TrainingConfig.from_folder(model).split(store)
@@ -146,6 +160,7 @@ def test_a_training_ends_calibrated(store: EmbeddingStore, model: Path, tmp_path
         6,
     ]
     verify(model)
+    assert f"noise x {scale:.4g}" in " ".join(format_description(describe(model)).split())
     # What it says of the samples is what they give.
     inference = BLIP3oInference(model, device="cpu", dtype=torch.float32)
     held_back = HeldBack(store, split.held_back, seed=42, batch_size=3)
@@ -234,6 +249,8 @@ def test_a_run_stops_early_and_stays_stopped(
     train(config, resume=folder / "checkpoint-6")
     assert before == {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
     assert not (folder / "checkpoint-8").exists()
+    assert describe(folder)["progress"]["finished"]
+    assert not describe(folder / "checkpoint-6")["progress"]["finished"]
 
 
 def test_patience_counts_evaluations_since_the_best_one() -> None:

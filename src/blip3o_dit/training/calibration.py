@@ -35,9 +35,8 @@ from blip3o_dit.utils.progress import working
 from blip3o_dit.utils.validation import check_name
 
 DRAWS = 2
-# Of the midpoint rule, for models that are free to choose: eight network calls a draw.
-SOLVER_STEPS = 4
-CALLS = DRAWS * SOLVER_STEPS * 2  # of the network, for a sample's score
+# Of the midpoint rule, two network calls each, for models that may choose: to fit, and while training.
+SOLVER_STEPS, FEW_STEPS = 4, 2
 # Between the logarithms of two scales that are tried next to each other, and how far the search may move.
 SPACING, MOST_MOVES = 0.15, 4
 TOLERANCE = 0.05
@@ -68,13 +67,14 @@ class HeldBack:
     indices: np.ndarray
     seed: int = 0
     batch_size: int = 32
+    solver_steps: int = SOLVER_STEPS
     processes: Processes = SINGLE_PROCESS
     precision: Callable[[], AbstractContextManager] = nullcontext
 
-    def some(self, at_most: int) -> HeldBack:
-        """At most so many of them, chosen by the seed."""
+    def quick(self, at_most: int) -> HeldBack:
+        """At most so many of them, chosen by the seed, in fewer network calls."""
         chosen = choose_samples(self.indices, max_samples=at_most, seed=self.seed)
-        return replace(self, indices=np.sort(chosen))
+        return replace(self, indices=np.sort(chosen), solver_steps=FEW_STEPS)
 
     @torch.no_grad()
     def scores(self, model: BLIP3oDiTModel, noise_scale: float = 1.0) -> Scores:
@@ -93,7 +93,7 @@ class HeldBack:
     def _scores_of(self, model: BLIP3oDiTModel, indices: np.ndarray, noise_scale: float) -> Tensor:
         """[3, n] of these samples."""
         eva, clip = self.source.fetch(indices)
-        solver, steps = model.config.flow.fixed_sampling or ("midpoint", SOLVER_STEPS)
+        solver, steps = model.config.flow.fixed_sampling or ("midpoint", self.solver_steps)
         with self.precision():
             draws = [
                 model.generate(

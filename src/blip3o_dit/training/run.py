@@ -34,7 +34,7 @@ from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.training.arguments import make_deterministic, training_arguments, use_cpu
 from blip3o_dit.training.base_trainer import ExactResumeTrainer
-from blip3o_dit.training.calibration import CALLS
+from blip3o_dit.training.calibration import DRAWS, FEW_STEPS
 from blip3o_dit.training.callbacks import CurvesCallback
 from blip3o_dit.training.checkpoint import (
     TRAINER_STATE_FILE,
@@ -279,7 +279,7 @@ def _evaluation_cost(config: TrainingConfig, split: Split) -> float:
     held_out = len(split.eval)
     calls = SOLVERS[config.solver].calls_per_step * config.eval_inference_steps
     network_calls = min(held_out, config.eval_loss_samples) + calls * min(held_out, config.eval_samples)
-    network_calls += CALLS * min(len(split.held_back), SCORED_SAMPLES)
+    network_calls += DRAWS * FEW_STEPS * 2 * min(len(split.held_back), SCORED_SAMPLES)
     return network_calls / (PASSES_PER_STEP * global_batch(config, _processes()))
 
 

@@ -97,7 +97,7 @@ class BLIP3oTrainer(ExactResumeTrainer):
             if self.config.eval_samples:
                 metrics |= self._generation_metrics(dataset)
             if self.held_back is not None:
-                scores = self.held_back.some(SCORED_SAMPLES).scores(self.unwrapped_model)
+                scores = self.held_back.quick(SCORED_SAMPLES).scores(self.unwrapped_model)
                 metrics["energy_score"] = scores.means["energy_score"]
         prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         measured = len(self._held_out(dataset, self.config.eval_loss_samples))
