@@ -359,7 +359,7 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         with working(f"writing {name}", lasting=False), self._written_aside(output / name) as aside:
             self._write_checkpoint(aside)
         if self.args.should_save:
-            best = best_saved(output, self.state.log_history, f"eval_{self.config.best_metric}")
+            best = best_saved(output, self.state.log_history, f"eval_{self.config.best_metric or 'loss'}")
             keep_newest(output, self.config.save_total_limit, best_step=best)
 
     def save_final_model(self) -> None:

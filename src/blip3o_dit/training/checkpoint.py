@@ -28,7 +28,7 @@ from blip3o_dit.data.embeddings import Embeddings
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.training.anomalies import SPIKES_FILE
-from blip3o_dit.training.config import TrainingConfig
+from blip3o_dit.training.config import LOWER_IS_BETTER, TrainingConfig
 from blip3o_dit.utils.atomic import ASIDE, REPLACED, remove_files_and_folders, restore_replaced
 from blip3o_dit.utils.checksums import verify
 from blip3o_dit.utils.json_files import finite_or_none, read_json_object, short_repr, show_names
@@ -153,7 +153,7 @@ def best_saved(output_dir: Path, log: list[dict[str, Any]], metric: str) -> int 
     Not the best evaluation: after that there may have been no checkpoint. Losses and scores are better lower.
     """
     steps = {int(path.name.removeprefix("checkpoint-")) for path in checkpoints(output_dir)}
-    sign = 1 if metric in ("eval_loss", "eval_energy_score") else -1
+    sign = 1 if metric.removeprefix("eval_") in LOWER_IS_BETTER else -1
     found = [(entry.get(metric), entry["step"]) for entry in log if entry.get("step") in steps]
     numbers = [(sign * value, step) for value, step in found if isinstance(value, int | float)]
     finite = [(value, step) for value, step in numbers if math.isfinite(value)]

@@ -46,7 +46,8 @@ NOTED = ("init_checksum", "extended_at", "extended_to", "extended_rate", "extend
 STARTING = "continuing a run, and starting from a trained model"
 
 MEMORY_MODES = ("default", "low")
-BEST_METRICS = ("energy_score", "loss", "cosine_similarity_mean", "r2")
+LOWER_IS_BETTER = ("energy_score", "loss")
+BEST_METRICS = (*LOWER_IS_BETTER, "cosine_similarity_mean", "r2")
 
 # The time shift sqrt(N d / 4096) is 1 for this many numbers a sample (RAE, arXiv 2510.11690).
 SHIFT_REFERENCE = 4096
@@ -264,10 +265,10 @@ class TrainingConfig:
         "newest checkpoints kept, and the best one of those that were evaluated (default: all)",
         check=_at_least_1,
     )
-    best_metric: str = setting(
-        "energy_score",
-        "held-out figure that names the best checkpoint; energy_score is of samples held back, or the loss "
-        "where there are none",
+    best_metric: str | None = setting(
+        None,
+        "figure that names the best checkpoint (default: energy_score of samples held back, or the held-out "
+        "loss where there are none)",
         choices=BEST_METRICS,
     )
     early_stop: int | None = setting(

@@ -142,7 +142,7 @@ def _checked(
     _check_memory(config, model_config, table=dry_run)
     with working("splitting the samples"):
         split = config.split(source)
-    config = with_lengths(config, len(split.train), processes)
+    config = with_lengths(_with_held_back(config, split), len(split.train), processes)
     check_disk(config, model_config, total_steps(config, len(split.train), processes) - _step_of(resume))
     return source, split, config
 
@@ -240,19 +240,20 @@ def build_trainer(
 
 
 def _with_held_back(config: TrainingConfig, split: Split) -> TrainingConfig:
-    """The configuration where it may be that nothing is held back.
+    """The configuration, with what the best checkpoint is named by.
 
     Raises:
-        ValueError: when a run is to be ended by samples that are not there.
+        ValueError: when that, or an early stop, is to be by samples of which none are held back.
     """
     if len(split.held_back):
-        return config
-    if config.early_stop:
+        return replace(config, best_metric=config.best_metric or "energy_score")
+    wanted = {"early_stop": config.early_stop, "best_metric": config.best_metric == "energy_score"}
+    for name in (name for name, asked in wanted.items() if asked):
         raise ValueError(
-            f"early_stop: expected at least {PART_HELD_BACK * LEAST_HELD_BACK} training samples, to hold "
-            f"some back, found {len(split.train)}"
+            f"{name}: expected at least {PART_HELD_BACK * LEAST_HELD_BACK} training samples, to hold some "
+            f"back, found {len(split.train)}"
         )
-    return replace(config, best_metric="loss" if config.best_metric == "energy_score" else config.best_metric)
+    return replace(config, best_metric=config.best_metric or "loss")
 
 
 def _model_config(source: Embeddings, config: TrainingConfig) -> BLIP3oDiTConfig:
