@@ -242,7 +242,8 @@ def test_a_run_stops_early_and_stays_stopped(
         plain(self, logs, *args)
 
     monkeypatch.setattr(BLIP3oTrainer, "log", log)
-    config = config_for(store, tmp_path / "model", **SETTINGS | dict(max_steps=9, early_stop=2))
+    changes = dict(max_steps=9, save_steps=100, early_stop=2)  # it ends with a checkpoint in any case
+    config = config_for(store, tmp_path / "model", **SETTINGS | changes)
     folder = train(config)
     assert max(entry["step"] for entry in read_log(folder / LOG_FILE)) == 6
     before = {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
@@ -313,6 +314,8 @@ def test_models_without_training_settings_or_samples_say_what_helps(
     store: EmbeddingStore, tmp_path: Path
 ) -> None:
     folder = train(config_for(store, tmp_path / "model", calibrate=False, **SETTINGS))
+    with pytest.raises(ValueError, match="num_samples: expected an integer >= 3, found 2"):
+        calibrate_model(folder, store.path, num_samples=2, device="cpu")
     with pytest.raises(ValueError, match=r"expected at least 3 samples to calibrate by .*--split all"):
         calibrate_model(folder, store.path, device="cpu")
 

@@ -32,7 +32,7 @@ from blip3o_dit.utils.atomic import replace_files
 from blip3o_dit.utils.distributed import SINGLE_PROCESS, Processes, pick_device
 from blip3o_dit.utils.json_files import read_json_object
 from blip3o_dit.utils.progress import working
-from blip3o_dit.utils.validation import check_name
+from blip3o_dit.utils.validation import check_name, checked_integer
 
 DRAWS = 2
 # Of the midpoint rule, two network calls each, for models that may choose: to fit, and while training.
@@ -193,6 +193,8 @@ def calibrate_model(
         FileNotFoundError, ValueError: one line naming what was expected and found.
         WriteError: the folder cannot be written; it is as it was.
     """
+    num_samples = checked_integer("num_samples", num_samples, low=LEAST_HELD_BACK)
+    batch_size = checked_integer("batch_size", batch_size, low=1)
     chosen_weights = pick_weights(model_path, weights)
     sizes = BLIP3oDiTConfig.from_pretrained(model_path).data_sizes
     source = open_embeddings(embeddings)
