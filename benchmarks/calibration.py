@@ -36,18 +36,18 @@ NETWORKS = {
 STEPS = (200, 1000)
 
 
-def split_of(data: MemorySource, seed: int) -> Split:
-    """The benchmark's own held-out samples, and of the others as many held back as the command would."""
+def split_of(data: MemorySource, seed: int, at_most: int | None = None) -> Split:
+    """The benchmark's own held-out samples, and of at most so many others what the command holds back."""
     train = np.flatnonzero(~data.held_out)
-    order = choose_samples(train, max_samples=len(train), seed=seed)
-    count = min(len(train) // PART_HELD_BACK, MOST_HELD_BACK)
+    order = choose_samples(train, max_samples=at_most or len(train), seed=seed)
+    count = min(len(order) // PART_HELD_BACK, MOST_HELD_BACK)
     assert count >= LEAST_HELD_BACK
     held_out = np.flatnonzero(data.held_out)[:64]
     return Split(train=np.sort(order[count:]), eval=held_out, held_back=np.sort(order[:count]))
 
 
 def trained(
-    data: MemorySource, network: dict[str, int], steps: int, seed: int, folder: str
+    data: MemorySource, split: Split, network: dict[str, int], steps: int, seed: int, folder: str
 ) -> tuple[BLIP3oDiTModel, Calibration]:
     """The default recipe, with as many evaluations and checkpoints as the command makes."""
     config = TrainingConfig(
@@ -62,7 +62,7 @@ def trained(
         seed=seed,
         device="cpu",
     )
-    trainer = build_trainer(data, config, split=split_of(data, seed))
+    trainer = build_trainer(data, config, split=split)
     trainer.remove_callback(ConsoleCallback)
     trainer.train()
     finish(trainer)
@@ -72,12 +72,19 @@ def trained(
 
 
 def rows_of(
-    data: MemorySource, truth: ReferenceSet, name: str, steps: int, seed: int, guidance: Sequence[float]
+    data: MemorySource,
+    truth: ReferenceSet,
+    split: Split,
+    name: str,
+    steps: int,
+    seed: int,
+    guidance: Sequence[float],
 ) -> Iterator[Row]:
     """Measured without the scale, with it, and with it and guidance."""
     with tempfile.TemporaryDirectory() as folder:
-        model, found = trained(data, NETWORKS[name], steps, seed, folder)
-    shared: Row = {"network": name, "steps": steps, "seed": seed, "weights_of": found.weights_of}
+        model, found = trained(data, split, NETWORKS[name], steps, seed, folder)
+    shared: Row = {"samples": len(split.train), "network": name, "steps": steps, "seed": seed}
+    shared |= {"weights_of": found.weights_of, "energy_scores": found.energy_scores}
     ways: list[dict[str, Any]] = [{"noise_scale": 1.0}, {"noise_scale": found.noise_scale}]
     ways += [{"noise_scale": found.noise_scale, "guidance_scale": scale} for scale in guidance]
     for way in ways:
@@ -111,6 +118,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--sets", nargs="+", choices=tuple(SETS), default=list(SETS))
     parser.add_argument("--networks", nargs="+", choices=tuple(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS))
+    parser.add_argument("--train_samples", type=int, help="only so many training samples (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument(
         "--guidance", type=float, nargs="*", default=[], help="guidance scales to measure as well"
@@ -127,6 +135,7 @@ def main(words: Sequence[str]) -> int:
         for name in arguments.networks:
             for steps in arguments.steps:
                 for seed in arguments.seeds:
-                    for row in rows_of(data, truth, name, steps, seed, arguments.guidance):
+                    split = split_of(data, seed, arguments.train_samples)
+                    for row in rows_of(data, truth, split, name, steps, seed, arguments.guidance):
                         _say({"set": set_name, **row}, arguments.output)
     return 0
