@@ -97,6 +97,7 @@ def test_public_names_resolve() -> None:
 # Modules without a test file of their name, and where they are tested.
 TESTED_IN = {
     "cli/append.py": "data/test_combine.py",
+    "cli/calibrate.py": "training/test_calibration.py",
     "cli/command.py": "cli/test_cli.py",
     "cli/convert.py": "cli/test_cli.py",
     "cli/distill.py": "training/test_distillation.py",
@@ -157,6 +158,7 @@ TESTED_IN = {
     "training/curves.py": "cli/test_plot.py",
     "training/distillation_config.py": "training/test_distillation.py",
     "training/ema.py": "training/test_trainer.py",
+    "training/finishing.py": "training/test_calibration.py",
     "training/fsdp.py": "training/test_processes.py",
     "training/metrics.py": "training/test_speed_and_memory.py",
     "training/optimizer_state.py": "training/test_resume.py",

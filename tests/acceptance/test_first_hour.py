@@ -25,7 +25,10 @@ from tests.acceptance.commands import FOREIGN_VARIABLES, json_of
 
 ROOT = Path(__file__).parents[2]
 PICTURES = 24
-CHANGES = [("blip3o_dit.training.lengths", "LEAST_STEPS", 10)]
+CHANGES = [
+    ("blip3o_dit.training.lengths", "LEAST_STEPS", 10),
+    ("blip3o_dit.training.calibration", "LEAST_HELD_BACK", 2),
+]
 # As on a machine so much slower, or with so much more data (console_server.py).
 PACE = 4
 SILENCE = 2.0  # seconds
@@ -33,6 +36,7 @@ UNFINISHED_BAR = re.compile(r"(?<!\d)\d?\d%\||: \d\d:\d\d$")
 
 # Commands that are not on the README's path, run after it in the same folder, each once.
 BESIDE = {
+    "calibrate": "calibrate checkpoints/run embeddings/pictures --split eval --num_samples 2",
     "distill": "distill checkpoints/run embeddings/pictures --steps 1 --train_steps 4 --batch_size 4",
     "export-embeddings": "export-embeddings embeddings/pictures exported.npz",
     "convert": "convert exported.npz converted",

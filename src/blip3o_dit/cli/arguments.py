@@ -1,5 +1,4 @@
-"""Flags of several commands: those made from a dataclass, which states help text and default, --tf32, and
---push_to_hub.
+"""Flags of several commands: those made from a dataclass, which states help text and default, and a few more.
 
 Not transformers' `HfArgumentParser`: it always has a value, while a resumed run must know what was not given.
 """
@@ -124,6 +123,18 @@ def add_tf32(parser: argparse._ActionsContainer) -> None:
     """
     parser.add_argument(
         "--tf32", action="store_true", help="round the factors of float32 products to TF32, faster on a GPU"
+    )
+
+
+def add_no_calibrate(parser: argparse._ActionsContainer) -> None:
+    """--no_calibrate: a `noise_scale` of 1."""
+    parser.add_argument(
+        "--no_calibrate",
+        dest="noise_scale",
+        action="store_const",
+        const=1.0,
+        default=argparse.SUPPRESS,
+        help="leave out the scale of the noise that was fitted after training",
     )
 
 

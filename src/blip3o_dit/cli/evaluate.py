@@ -8,7 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from blip3o_dit.cli.arguments import add_flags, add_tf32, given_settings, use_tf32
+from blip3o_dit.cli.arguments import add_flags, add_no_calibrate, add_tf32, given_settings, use_tf32
 from blip3o_dit.cli.parser import CommandParser
 from blip3o_dit.evaluation.config import EvaluationConfig
 from blip3o_dit.utils.errors import StoppedEarly
@@ -44,6 +44,7 @@ def add_arguments(parser: CommandParser) -> None:
         num_samples={"type": _number_or_all},
         curve_calls={"metavar": "CALLS"},
     )
+    add_no_calibrate(parser.group("how models sample"))
     parser.group("page").add_argument(
         "--pictures",
         metavar="WHERE",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from blip3o_dit.cli.arguments import add_flags, add_tf32, given_settings, use_tf32
+from blip3o_dit.cli.arguments import add_flags, add_no_calibrate, add_tf32, given_settings, use_tf32
 from blip3o_dit.cli.parser import CommandParser
 from blip3o_dit.data.choices import DTYPE_NAMES, QUANTIZATIONS
 from blip3o_dit.flow.config import SOLVER_NAMES
@@ -55,6 +55,7 @@ class GenerationConfig:
     )
     guidance_scale: float = setting(1.0, "classifier-free guidance; 1: none")
     guidance_interval: tuple[float, float] = setting((0.0, 1.0), "times at which guidance acts")
+    noise_scale: float | None = None
     pooled: bool = setting(
         False, "one vector a picture, the mean over its tokens; into .npz or .pkl", group="output"
     )
@@ -87,6 +88,7 @@ def add_arguments(parser: CommandParser) -> None:
     )
     parser.add_argument("output", type=Path, help="results: a .pkl or .npz file, or a folder for a store")
     add_flags(parser, GenerationConfig, guidance_interval={"metavar": ("LOW", "HIGH")})
+    add_no_calibrate(parser.group("how the model samples"))
     add_flags(parser, TowerConfig)
     _add_computing(parser)
 

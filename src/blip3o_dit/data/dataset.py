@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import count, islice, pairwise
 from pathlib import Path
@@ -30,10 +30,11 @@ from blip3o_dit.utils.validation import check_name
 
 @dataclass(frozen=True)
 class Split:
-    """Sample indices, int64, ascending."""
+    """Sample indices, int64, ascending; `held_back` are neither trained on nor evaluated (`hold_back`)."""
 
     train: np.ndarray
     eval: np.ndarray
+    held_back: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
 
 def split_samples(
@@ -72,6 +73,26 @@ def split_permutation(num_samples: int, *, eval_split: float, seed: int) -> Spli
     count = max(1, wanted) if eval_split > 0 else 0
     order = stateless_permutation(num_samples, seed=seed, stream="split")
     return Split(train=np.sort(order[count:]), eval=np.sort(order[:count]))
+
+
+# One in so many of the training side is held back, at most so many, and none where there would be fewer.
+PART_HELD_BACK, MOST_HELD_BACK, LEAST_HELD_BACK = 16, 256, 32
+
+
+def hold_back(source: Embeddings, split: Split, **rule: Any) -> Split:
+    """Take some samples from the training side, for what is fitted to a trained model.
+
+    They are what a somewhat larger `eval_split` would hold out as well, by the same rule (the arguments of
+    `split_samples` that made the split), so the evaluated ones stay the same. None where nothing is evaluated
+    or there are too few.
+    """
+    wanted = min(len(split.train) // PART_HELD_BACK, MOST_HELD_BACK)
+    if wanted < LEAST_HELD_BACK or not len(split.eval):
+        return split
+    more = wanted if rule["eval_split"] >= 1 else wanted / source.num_samples
+    wider = split_samples(source, **rule | {"eval_split": rule["eval_split"] + more})
+    held_back = np.setdiff1d(wider.eval, split.eval, assume_unique=True)
+    return Split(train=wider.train, eval=split.eval, held_back=held_back)
 
 
 def choose_samples(indices: np.ndarray, *, max_samples: int, seed: int) -> np.ndarray:

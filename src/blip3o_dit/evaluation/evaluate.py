@@ -31,6 +31,7 @@ from blip3o_dit.evaluation.summary import summarize
 from blip3o_dit.inference.output import check_writable
 from blip3o_dit.inference.pipeline import BLIP3oInference, target_statistics
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.calibration import read_calibration
 from blip3o_dit.utils.distributed import SINGLE_PROCESS, Processes, join_processes
 from blip3o_dit.utils.durations import in_words
 from blip3o_dit.utils.json_files import escaped
@@ -116,6 +117,7 @@ def evaluate_models(
             report.describe_model(sampler.name, found)
             for sampler, found in zip(samplers, loaded, strict=True)
         ]
+        result["summary"] += _said_of_calibration(loaded, samplers)
         with working("drawing the figures and writing the report", shown=progress):
             _write(result, folder, samples)
     return result
@@ -390,9 +392,24 @@ def _model_samplers(loaded: Sequence[BLIP3oInference], config: EvaluationConfig)
             num_inference_steps=config.num_inference_steps or found.model.config.default_steps,
             solver=config.solver or found.model.config.default_solver,
             guidance_scale=config.guidance_scale,
+            noise_scale=config.noise_scale,
             seed=config.seed,
         )
         for name, found in zip(names, loaded, strict=True)
+    ]
+
+
+def _said_of_calibration(loaded: Sequence[BLIP3oInference], samplers: Sequence[ModelSampler]) -> list[str]:
+    """What is known of each model's; named where there are several."""
+    known = [
+        (sampler.name, read_calibration(found.model_path))
+        for sampler, found in zip(samplers, loaded, strict=True)
+    ]
+    return [
+        f"{name}: {line}" if len(known) > 1 else line
+        for name, found in known
+        if found is not None
+        for line in found.sentences()
     ]
 
 

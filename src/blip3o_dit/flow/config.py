@@ -35,6 +35,8 @@ class FlowMatchingConfig:
             condition; classifier-free guidance needs it above zero. BLIP3-o uses 0.1.
         student_steps: for a distilled model the number of Euler steps it was trained for: its velocity is the
             average over such a step. 0 for every other model.
+        noise_scale: sampling starts from so many times the noise that training starts from; what calibration
+            fits (see `training/calibration.py`). Training and what one call says of the mean leave it out.
 
     Raises:
         ValueError: names the field, what it expects and what it found.
@@ -53,6 +55,7 @@ class FlowMatchingConfig:
     time_std: float = 1.0
     time_shift: float = 1.0
     student_steps: int = 0
+    noise_scale: float = 1.0
 
     def __post_init__(self) -> None:
         check_name("source", self.source, SOURCES)
@@ -71,6 +74,7 @@ class FlowMatchingConfig:
         check_sigmas(self.sigma_min, self.sigma_max)
         check_range("regularization_weight", self.regularization_weight, 0.0, math.inf)
         check_range("condition_dropout", self.condition_dropout, 0.0, 1.0)
+        check_range("noise_scale", self.noise_scale, 0.0, 100.0)
 
     @property
     def prediction(self) -> Prediction:

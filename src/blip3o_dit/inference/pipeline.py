@@ -103,6 +103,7 @@ class BLIP3oInference:
         solver: str | None = None,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        noise_scale: float | None = None,
         seed: int = 0,
         sample_index: Sequence[int] | None = None,
     ) -> Tensor:
@@ -116,6 +117,7 @@ class BLIP3oInference:
             solver=solver,
             guidance_scale=guidance_scale,
             guidance_interval=guidance_interval,
+            noise_scale=noise_scale,
             seed=seed,
             sample_index=sample_index,
         )
@@ -134,6 +136,7 @@ class BLIP3oInference:
         solver: str | None = None,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        noise_scale: float | None = None,
         seed: int = 0,
         return_arrays: bool | None = None,
         pooled: bool = False,
@@ -172,6 +175,7 @@ class BLIP3oInference:
             solver=solver,
             guidance_scale=guidance_scale,
             guidance_interval=guidance_interval,
+            noise_scale=noise_scale,
             seed=checked_integer("seed", seed),
         )
         data = describe_data(source, indices, split=split, num_samples=num_samples) if output else {}
@@ -202,6 +206,7 @@ class BLIP3oInference:
             "model_path": str(self.model_path),
             "weights": self.weights,
             **{name: taken[name] for name in ("solver", "guidance_scale", "guidance_interval", "seed")},
+            "noise_scale": taken["noise_scale"],
             "num_inference_steps": steps,
             "normalize_embeddings": self.model.config.normalize_embeddings,
         }

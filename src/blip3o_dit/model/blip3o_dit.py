@@ -273,6 +273,7 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         tolerance: float = 1e-4,
+        noise_scale: float | None = None,
         seed: int = 0,
         sample_index: Sequence[int] | None = None,
         sample_number: int = 0,
@@ -292,6 +293,8 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
             guidance_scale: classifier-free guidance, v = v_null + s (v_cond - v_null); 1 turns it off.
                 Other values need a model trained with condition_dropout > 0, and double the batch.
             guidance_interval: guidance acts in the steps that begin at low <= t < high (arXiv 2404.07724).
+            noise_scale: so many times the noise; 1 leaves out what calibration found. Default:
+                `config.flow.noise_scale`.
             seed, sample_number, sample_index: determine the noise; sample_index defaults to 0..B-1.
             progress: wraps the iterable of steps, for a progress bar.
 
@@ -313,6 +316,8 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         if num_inference_steps is not None:
             num_inference_steps = checked_integer("num_inference_steps", num_inference_steps, low=1)
         self._check_fixed_sampling(solver, num_inference_steps)
+        scale = self.config.flow.noise_scale if noise_scale is None else noise_scale
+        check_finite_number("noise_scale", scale)
         names, eva = self._draw(eva_embeddings, seed, sample_index, sample_number)
         if not len(eva):
             return torch.empty(0, self.config.num_tokens, self.config.in_channels, device=self.device)
@@ -323,10 +328,10 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
                 raise ValueError(
                     f"num_inference_steps: expected none with solver {solver} (it has a tolerance)"
                 )
-            return solve_adaptively(self, names, eva, guidance, tolerance)
+            return solve_adaptively(self, names, eva, guidance, tolerance, scale)
         steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
         recorder = self._graphs if progress is None else None
-        return solve(self, names, eva, guidance, steps, solver, recorder=recorder, progress=progress)
+        return solve(self, names, eva, guidance, steps, solver, scale, recorder=recorder, progress=progress)
 
     def tokens_of(self, x_1: Tensor, source: AffineSource) -> Tensor:
         """What the flow ends in [B, N, C] -> tokens in the units of the data."""
@@ -379,13 +384,13 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
                 f"taught, found {steps} with {solver}"
             )
 
-    def initial_state(self, names: Tensor, eva: Tensor) -> tuple[Tensor, Tensor]:
+    def initial_state(self, names: Tensor, eva: Tensor, noise_scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """x_0 [B, N, C] in the flow's units, and the condition in the network's [B, L, C_eva].
 
         `names` are those of the noise (`draw_names`).
         """
         noise = normal_of(names.to(self.device), (self.config.num_tokens, self.config.in_channels))
-        x_0 = make_path(self.config.flow).initial_point(noise)
+        x_0 = noise_scale * make_path(self.config.flow).initial_point(noise)
         return x_0, self.normalize_condition(eva.to(self.device))
 
     def _draw(

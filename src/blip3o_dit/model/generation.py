@@ -38,6 +38,7 @@ def solve(
     guidance: Guidance,
     steps: int,
     solver: str,
+    noise_scale: float = 1.0,
     *,
     recorder: CUDAGraphs | None = None,
     progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
@@ -47,10 +48,11 @@ def solve(
     With a recorder all kernels are launched together; `progress` wraps the steps. The inputs are on any
     device, the tokens on the model's.
     """
-    run = partial(_solve, model, guidance=guidance, steps=steps, solver=solver, progress=progress)
+    how = dict(guidance=guidance, steps=steps, solver=solver, noise_scale=noise_scale)
+    run: Callable[..., Tensor] = partial(_solve, model, **how, progress=progress)  # type: ignore[arg-type]
     if recorder is None:
         return run(names, eva)
-    return recorder.run(run, (names, eva), model.device, key=(guidance, steps, solver))
+    return recorder.run(run, (names, eva), model.device, key=tuple(how.values()))
 
 
 def _solve(
@@ -61,11 +63,12 @@ def _solve(
     guidance: Guidance,
     steps: int,
     solver: str,
+    noise_scale: float,
     progress: Callable[[Iterable[int]], Iterable[int]] | None,
 ) -> Tensor:
     """Given inputs on the model's device, nothing here copies between devices or asks a GPU for a number, as
     a recording demands."""
-    x_0, condition = model.initial_state(names, eva)
+    x_0, condition = model.initial_state(names, eva, noise_scale)
     source = model.source_distribution(condition)
     shift = model.config.flow.time_shift
     times = SOLVERS[solver].call_times(time_grid(steps, shift, x_0.device))
@@ -85,10 +88,15 @@ def _solve(
 
 
 def solve_adaptively(
-    model: BLIP3oDiTModel, names: Tensor, eva: Tensor, guidance: Guidance, tolerance: float
+    model: BLIP3oDiTModel,
+    names: Tensor,
+    eva: Tensor,
+    guidance: Guidance,
+    tolerance: float,
+    noise_scale: float,
 ) -> Tensor:
     """As `solve`, by the solver that chooses its steps."""
-    x_0, condition = model.initial_state(names, eva)
+    x_0, condition = model.initial_state(names, eva, noise_scale)
     source = model.source_distribution(condition)
     velocity_at = _guided_velocity(model, condition, source, guidance)
     x_1, _ = integrate_adaptive(lambda x, t: velocity_at(float(t[0]))(x, t), x_0, tolerance=tolerance)

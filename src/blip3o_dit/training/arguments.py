@@ -10,7 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from blip3o_dit.training import fsdp
-from blip3o_dit.training.config import TrainingConfig, launcher_precision
+from blip3o_dit.training.config import LOWER_IS_BETTER, TrainingConfig, launcher_precision
 from blip3o_dit.training.loggers import loggers
 from blip3o_dit.training.muon import check_muon
 from blip3o_dit.utils.distributed import check_launch
@@ -50,8 +50,8 @@ def training_arguments(config: TrainingConfig, *, evaluate: bool) -> TrainingArg
         save_total_limit=config.save_total_limit,
         eval_strategy="steps" if evaluate else "no",
         eval_steps=_number(config, "eval_steps"),
-        metric_for_best_model=config.best_metric if evaluate else None,
-        greater_is_better=config.best_metric != "loss",
+        metric_for_best_model=(config.best_metric or "loss") if evaluate else None,
+        greater_is_better=config.best_metric not in (None, *LOWER_IS_BETTER),
         dataloader_num_workers=_number(config, "num_workers"),
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,

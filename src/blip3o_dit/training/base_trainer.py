@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ from blip3o_dit.data.dataset import BatchNoise, EmbeddingDataset, ShuffledSample
 from blip3o_dit.data.towers import write_towers
 from blip3o_dit.data.worker_batches import whole_batch
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.calibration import CALIBRATION_FILE, Calibration
+from blip3o_dit.model.layers import has_native_matmul
 from blip3o_dit.model.loading import EMA_FILE
 from blip3o_dit.training.anomalies import (
     DIAGNOSIS_FILE,
@@ -35,6 +38,7 @@ from blip3o_dit.training.anomalies import (
     write_diagnosis,
     write_spike,
 )
+from blip3o_dit.training.calibration import HeldBack
 from blip3o_dit.training.callbacks import JSONLogCallback
 from blip3o_dit.training.checkpoint import (
     TRAINER_STATE_FILE,
@@ -74,6 +78,7 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         model: with its statistics set; `model.config.flow` says what is trained.
         args: see `training_arguments`.
         train_dataset, eval_dataset: the two sides of the split; evaluation is skipped without the second.
+        held_back: samples of the same source that are neither trained on nor evaluated, for `finishing.py`.
         source_folds: what an informed source starts from in training; a checkpoint brings its own.
     """
 
@@ -85,6 +90,7 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         config: TrainingConfig,
         train_dataset: EmbeddingDataset,
         eval_dataset: EmbeddingDataset | None = None,
+        held_back: np.ndarray | None = None,
         source_folds: SourceFolds | None = None,
         callbacks: Iterable[TrainerCallback] = (),
     ) -> None:
@@ -100,6 +106,17 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         self.source_folds = source_folds
         self.noise = BatchNoise(config.seed, "training")
         self.processes = Processes(args.process_index, args.world_size, args.device)
+        self.held_back: HeldBack | None = None
+        if held_back is not None and len(held_back):
+            self.held_back = HeldBack(
+                train_dataset.source,
+                held_back,
+                seed=config.seed,
+                batch_size=config.eval_batch_size,
+                processes=self.processes,
+                precision=self.generation_precision,
+            )
+        self.calibration: Calibration | None = None  # found when all steps are taken
         check_sharding(self.accelerator.state)
         keep_the_dtype_rule(self.accelerator.state)
         self.step_metrics = TrainingMetrics()
@@ -138,6 +155,11 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         """The model, outside of whatever wraps it for several processes."""
         assert isinstance(self.model, BLIP3oDiTModel)
         return self.model
+
+    def generation_precision(self) -> AbstractContextManager:
+        """The run's mixed precision, but where bfloat16 is emulated: it would take many times as long."""
+        native = has_native_matmul(torch.bfloat16, self.args.device)
+        return self.accelerator.autocast() if native else nullcontext()
 
     def record_passes(self) -> None:
         """The passes of a training step as CUDA graphs, if that was asked for."""
@@ -193,8 +215,8 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
 
     @overrides_trainer
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """The stock one takes a step of a run that is complete already, and cannot set our stream's epoch."""
-        if self.state.global_step >= self.state.max_steps:
+        """The stock one takes a step of a run that has ended already, and cannot set our stream's epoch."""
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return
         assert self._stream is not None
@@ -328,7 +350,7 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         with working(f"writing {name}", lasting=False), self._written_aside(output / name) as aside:
             self._write_checkpoint(aside)
         if self.args.should_save:
-            best = best_saved(output, self.state.log_history, f"eval_{self.config.best_metric}")
+            best = best_saved(output, self.state.log_history, f"eval_{self.config.best_metric or 'loss'}")
             keep_newest(output, self.config.save_total_limit, best_step=best)
 
     def save_final_model(self) -> None:
@@ -388,6 +410,8 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         super()._save(folder, state_dict)
         if self.args.should_save:
             Path(folder, TRAINING_CONFIG_FILE).write_bytes(self.config.to_json())
+            if self.calibration is not None:
+                Path(folder, CALIBRATION_FILE).write_bytes(self.calibration.to_json())
             write_towers(self.train_dataset.source, Path(folder))  # type: ignore[union-attr]
             Path(folder, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 

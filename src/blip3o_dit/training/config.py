@@ -49,7 +49,8 @@ MEMORY_MODES = ("default", "low", "split")
 MOMENTS = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "muon")
 COMPILE_CHOICES = ("blocks", "full")
-BEST_METRICS = ("loss", "cosine_similarity_mean", "r2")
+LOWER_IS_BETTER = ("energy_score", "loss")
+BEST_METRICS = (*LOWER_IS_BETTER, "cosine_similarity_mean", "r2")
 
 # The time shift sqrt(N d / 4096) is 1 for this many numbers a sample (RAE, arXiv 2510.11690).
 SHIFT_REFERENCE = 4096
@@ -234,6 +235,11 @@ class TrainingConfig:
         choices=SHUFFLES,
     )
     shuffle_window: int = setting(4096, "samples that --shuffle window mixes at a time", check=_at_least_1)
+    calibrate: bool = setting(
+        True,
+        "hold back a sixteenth of the training samples, at most 256, to choose the averaged weights and the "
+        "scale of the noise by",
+    )
     verify: str = setting(
         "first",
         "checksums of a store: checked when a sample is first read, or never",
@@ -280,7 +286,17 @@ class TrainingConfig:
         "newest checkpoints kept, and the best one of those that were evaluated (default: all)",
         check=_at_least_1,
     )
-    best_metric: str = setting("loss", "held-out figure that names the best checkpoint", choices=BEST_METRICS)
+    best_metric: str | None = setting(
+        None,
+        "figure that names the best checkpoint (default: energy_score of samples held back, or the held-out "
+        "loss where there are none)",
+        choices=BEST_METRICS,
+    )
+    early_stop: int | None = setting(
+        None,
+        "end the training after so many evaluations without a better energy score (default: never)",
+        check=_at_least_1,
+    )
     max_hours: float | None = setting(
         None, "save and stop after so many hours (default: no limit)", check=_positive
     )
@@ -339,7 +355,11 @@ class TrainingConfig:
             raise ValueError(
                 "selective_checkpointing: expected none with compile, which itself recomputes what is cheap"
             )
-        if self.best_metric != "loss" and not self.eval_samples:
+        if self.early_stop and not (self.calibrate and self.eval_split):
+            raise ValueError(
+                "early_stop: expected calibrate and an eval_split above 0, to have samples held back"
+            )
+        if self.best_metric in ("cosine_similarity_mean", "r2") and not self.eval_samples:
             raise ValueError(f"best_metric: {self.best_metric} expects eval_samples above 0, found 0")
         if self.init_statistics == "model" and not self.init_from:
             raise ValueError("init_statistics: expected a model to start from (init_from), found none")
@@ -366,16 +386,19 @@ class TrainingConfig:
             raise ValueError(f"{folder}: expected {TRAINING_CONFIG_FILE}, found none")
         if is_sealed(Path(folder)):
             verify(Path(folder), [TRAINING_CONFIG_FILE])
-        values = read_json_object(file)
+        # An earlier version trained on what is held back now.
+        values = {"calibrate": False} | read_json_object(file)
         check_known(file, values, sorted(f.name for f in fields(cls)))
         with error_context(file):
             return cls(**values)
 
     def split(self, source: Embeddings) -> Split:
-        """The samples of the data that this run trains on, and those that it holds out."""
-        from blip3o_dit.data.dataset import split_samples
+        """The samples of the data that this run trains on, those that it holds out, and those held back."""
+        from blip3o_dit.data.dataset import hold_back, split_samples
 
-        return split_samples(source, eval_split=self.eval_split, seed=self.seed, split_by=self.split_by)
+        rule: dict[str, Any] = {name: getattr(self, name) for name in ("eval_split", "seed", "split_by")}
+        split = split_samples(source, **rule)
+        return hold_back(source, split, **rule) if self.calibrate else split
 
     def flow_matching(
         self, *, num_tokens: int = 1, condition_dim: int = 1, target_dim: int = 1

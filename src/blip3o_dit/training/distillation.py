@@ -102,7 +102,8 @@ def _distill(
     with working(f"opening {embeddings}"):
         source = open_embeddings(embeddings)
         check_sizes(source, sizes.data_sizes, model_path)
-        train = run.split(source).train
+        split = run.split(source)
+    train = split.train
     config = replace(
         config.resolved(run, samples=len(train), samples_seen=_samples_seen(model_path, run, len(train))),
         teacher=str(model_path),
@@ -125,7 +126,7 @@ def _distill(
     try:
         with working("loading the teacher"):
             teacher = BLIP3oDiTModel.from_pretrained(model_path, variant=variant)
-            trainer = StudentTrainer(teacher, source, train, config, taught)
+            trainer = StudentTrainer(teacher, source, train, config, taught, split.held_back)
         teach(trainer, resume, progress=progress)
     except KeyboardInterrupt:
         if resume is None:
@@ -252,7 +253,7 @@ _NOT_OF_THE_TEACHER = (
     *("num_epochs", "eval_steps", "gradient_accumulation_steps", "lr_scheduler_type", "weight_decay"),
     *("memory", "fp16", "bf16", "compile", "cuda_graphs", "selective_checkpointing", "deterministic"),
     *("init_from", "init_statistics", "init_checksum", "report_to", "wandb_project", "wandb_run_name"),
-    *("ema_every", "moments", "optimizer"),
+    *("ema_every", "moments", "optimizer", "early_stop"),
     *("extend_epochs", "extend_steps", "extended_at", "extended_to", "extended_rate", "extended_warmup"),
 )
 

@@ -43,6 +43,7 @@ RESUMABLE_CHANGES = {
     "wandb_project",
     "wandb_run_name",
     "best_metric",
+    "early_stop",
     "max_hours",
     # together the samples of a step, which `check_checkpoint` compares
     "batch_size",

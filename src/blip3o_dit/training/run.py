@@ -19,7 +19,13 @@ import torch
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
-from blip3o_dit.data.dataset import EmbeddingDataset, Split, choose_samples
+from blip3o_dit.data.dataset import (
+    LEAST_HELD_BACK,
+    PART_HELD_BACK,
+    EmbeddingDataset,
+    Split,
+    choose_samples,
+)
 from blip3o_dit.data.embeddings import Embeddings, open_embeddings
 from blip3o_dit.data.statistics import streamed_statistics
 from blip3o_dit.data.store import EmbeddingStore
@@ -28,6 +34,7 @@ from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.training.arguments import make_deterministic, training_arguments, use_cpu
 from blip3o_dit.training.base_trainer import ExactResumeTrainer
+from blip3o_dit.training.calibration import DRAWS, FEW_STEPS
 from blip3o_dit.training.callbacks import CurvesCallback
 from blip3o_dit.training.checkpoint import (
     TRAINER_STATE_FILE,
@@ -40,6 +47,7 @@ from blip3o_dit.training.checkpoint import (
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.console import ConsoleCallback, closing_bar, estimate, evaluations_left
 from blip3o_dit.training.disk import check_disk
+from blip3o_dit.training.finishing import EarlyStop, finish
 from blip3o_dit.training.fit_source import SourceFolds, fit_source, threads_of_all
 from blip3o_dit.training.init_from import check_start, kept_folds, load_start, refuse_overwritten_start
 from blip3o_dit.training.lengths import total_steps, with_lengths
@@ -54,7 +62,7 @@ from blip3o_dit.training.memory import (
 )
 from blip3o_dit.training.metrics import PASSES_PER_STEP, synchronize
 from blip3o_dit.training.output_folder import output_folder
-from blip3o_dit.training.trainer import BLIP3oTrainer
+from blip3o_dit.training.trainer import SCORED_SAMPLES, BLIP3oTrainer
 from blip3o_dit.utils.distributed import Processes, cores
 from blip3o_dit.utils.errors import StoppedEarly
 from blip3o_dit.utils.json_files import read_json_object
@@ -99,7 +107,9 @@ def run_alone(
         if dry_run:
             with tempfile.TemporaryDirectory() as aside:  # the Trainer makes its folder when it is built
                 aside_config = replace(config, output_dir=aside)
-                _first_step(build_trainer(source, aside_config, split=split, fitted=resume is not None))
+                _first_step(
+                    build_trainer(source, aside_config, split=split, fitted=resume is not None), split
+                )
             return output
         if os.environ.get("RANK", "0") == "0":
             remove_leftovers(output, all_checkpoints=resume is None)
@@ -131,7 +141,7 @@ def _checked(
     _check_memory(config, model_config, table=dry_run)
     with working("splitting the samples"):
         split = config.split(source)
-    config = with_lengths(config, len(split.train), processes)
+    config = with_lengths(_with_held_back(config, split), len(split.train), processes)
     check_disk(config, model_config, total_steps(config, len(split.train), processes) - _step_of(resume))
     return source, split, config
 
@@ -179,7 +189,7 @@ def train_to_the_end(trainer: ExactResumeTrainer, resume: Path | None, *, go_on:
             f"{trainer.stop_request.reason}: stopped after step {trainer.state.global_step} of "
             f"{trainer.state.max_steps} and saved it: {go_on}"
         )
-    trainer.save_final_model()
+    finish(trainer)
 
 
 def build_trainer(
@@ -194,7 +204,7 @@ def build_trainer(
         make_deterministic()
     if split is None:
         split = config.split(source)
-    config = with_lengths(config, len(split.train), _processes())
+    config = with_lengths(_with_held_back(config, split), len(split.train), _processes())
     arguments = training_arguments(config, evaluate=config.eval_split > 0)
     set_seed(config.seed)
     with working("initialising the network"):
@@ -219,9 +229,31 @@ def build_trainer(
         config=config,
         train_dataset=EmbeddingDataset(source, split.train),
         eval_dataset=EmbeddingDataset(source, split.eval) if len(split.eval) else None,
+        held_back=split.held_back,
         source_folds=folds,
-        callbacks=[CurvesCallback(), ConsoleCallback(_evaluation_cost(config, len(split.eval)))],
+        callbacks=[
+            CurvesCallback(),
+            ConsoleCallback(_evaluation_cost(config, split)),
+            EarlyStop(config.early_stop, since=config.extended_at),
+        ],
     )
+
+
+def _with_held_back(config: TrainingConfig, split: Split) -> TrainingConfig:
+    """The configuration, with what the best checkpoint is named by.
+
+    Raises:
+        ValueError: when that, or an early stop, is to be by samples of which none are held back.
+    """
+    if len(split.held_back):
+        return replace(config, best_metric=config.best_metric or "energy_score")
+    wanted = {"early_stop": config.early_stop, "best_metric": config.best_metric == "energy_score"}
+    for name in (name for name, asked in wanted.items() if asked):
+        raise ValueError(
+            f"{name}: expected at least {PART_HELD_BACK * LEAST_HELD_BACK} training samples, to hold some "
+            f"back, found {len(split.train)}"
+        )
+    return replace(config, best_metric=config.best_metric or "loss")
 
 
 def _model_config(source: Embeddings, config: TrainingConfig) -> BLIP3oDiTConfig:
@@ -243,10 +275,12 @@ def _step_of(checkpoint: Path | None) -> int:
     return int(read_json_object(checkpoint / TRAINER_STATE_FILE, non_finite=True)["global_step"])
 
 
-def _evaluation_cost(config: TrainingConfig, held_out: int) -> float:
+def _evaluation_cost(config: TrainingConfig, split: Split) -> float:
     """Steps that an evaluation takes as long as: its network calls, against the passes of a step."""
+    held_out = len(split.eval)
     calls = SOLVERS[config.solver].calls_per_step * config.eval_inference_steps
     network_calls = min(held_out, config.eval_loss_samples) + calls * min(held_out, config.eval_samples)
+    network_calls += DRAWS * FEW_STEPS * 2 * min(len(split.held_back), SCORED_SAMPLES)
     return network_calls / (PASSES_PER_STEP * global_batch(config, _processes()))
 
 
@@ -307,7 +341,7 @@ def _set_source(
     return folds
 
 
-def _first_step(trainer: BLIP3oTrainer) -> None:
+def _first_step(trainer: BLIP3oTrainer, split: Split) -> None:
     """Forward and backward of one batch, no update: whatever cannot work fails here.
 
     The model is prepared as the Trainer does it, for the run's own precision and processes. A quick step is
@@ -323,8 +357,7 @@ def _first_step(trainer: BLIP3oTrainer) -> None:
             _, seconds = _timed_step(trainer, model, batch)
     seconds *= trainer.config.gradient_accumulation_steps
     logger.info(_plan(trainer))
-    held_out: Any = trainer.eval_dataset or ()
-    cost = _evaluation_cost(trainer.config, len(held_out))
+    cost = _evaluation_cost(trainer.config, split)
     evaluations = evaluations_left(trainer.args, 0, _steps(trainer))
     logger.info(estimate(_steps(trainer), seconds, evaluations, cost * seconds))
     logger.info("dry run: data, model, loss (%.4g) and gradients work; nothing was trained or written", loss)
@@ -381,7 +414,8 @@ def _describe(
     logger.info(
         f"data: {source.path}, {source.num_samples} samples of {source.num_tokens} tokens, "
         f"{source.condition_dim} -> {source.target_dim} wide; "
-        f"{len(split.train)} to train on, {len(split.eval)} held out"
+        f"{len(split.train)} to train on, {len(split.eval)} held out, "
+        f"{len(split.held_back) or 'none (too few)'} held back"
     )
     precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "float32"
     if config.memory != "default":

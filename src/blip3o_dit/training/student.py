@@ -60,6 +60,7 @@ class StudentTrainer(ExactResumeTrainer):
         train: np.ndarray,
         lessons: DistillationConfig,
         run: TrainingConfig,
+        held_back: np.ndarray | None = None,
     ) -> None:
         arguments = training_arguments(run, evaluate=False)
         if arguments.device.type == "cpu":  # the fused one, which GPUs need, would gain a hundredth of a step
@@ -71,6 +72,7 @@ class StudentTrainer(ExactResumeTrainer):
             arguments,
             config=run,
             train_dataset=EmbeddingDataset(source, train),
+            held_back=held_back,
             callbacks=[CurvesCallback()],
         )
         self.noise = BatchNoise(lessons.seed, "distillation")
