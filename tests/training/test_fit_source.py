@@ -140,6 +140,24 @@ def test_each_sample_has_the_map_of_its_fold_and_one_that_was_not_fitted_the_who
     assert (found.mean - whole.mean)[numbers >= 0].abs().amax(dim=(1, 2)).min() > 0
 
 
+def test_samples_of_a_group_are_in_one_fold(store: EmbeddingStore, tmp_path: Path) -> None:
+    """Of a run that is split by groups; the folds are of about one size, and maps do not see their groups."""
+    pattern = dict(split_by="group", group_pattern=r"^sample-\d*?(\d?\d)$", eval_split=0.2)
+    trainer = build_trainer(store, config_for(store, tmp_path, **pattern))
+    folds, split = trainer.source_folds, trainer.config.split(store)
+    assert folds is not None and np.array_equal(folds.samples.numpy(), split.train)
+    pairs = set(zip(split.groups[folds.samples], folds.fold.tolist(), strict=True))
+    groups = len(set(split.groups[split.train]))
+    assert len(pairs) == groups < len(split.train) and len(folds.weight) == FOLDS
+    assert folds.fold.bincount().min() > len(split.train) / FOLDS / 2
+    model, one_group = trainer.unwrapped_model, np.zeros(store.num_samples, dtype=int)
+    plain, of_one = (
+        fit_source(model, store, np.arange(10, 110), max_samples=90, seed=3, groups=given)[1]
+        for given in (None, one_group)
+    )
+    assert plain is not None and of_one is not None and torch.equal(plain.fold, of_one.fold)
+
+
 def test_one_sample_has_one_map(store: EmbeddingStore) -> None:
     model, _ = fitted(store, "ridge", 100)
     arguments, folds = fit_source(model, store, np.array([4]), max_samples=10, seed=0)

@@ -126,6 +126,7 @@ def fit_source(
     *,
     max_samples: int,
     seed: int,
+    groups: np.ndarray | None = None,
     device: torch.device | None = None,
     count: Callable[[int], None] = lambda samples: None,
 ) -> tuple[dict[str, Tensor | None], SourceFolds | None]:
@@ -133,7 +134,9 @@ def fit_source(
 
     Fitted on at most `max_samples` training samples in float64, on a GPU if `device` is one. The first fold
     chooses the penalty. The deviation is that of what the folds' maps leave of the samples that they have
-    not seen. `count` is told how many samples were read.
+    not seen. Samples of the same number in `groups` [n of the data] are in one fold: a map that saw one crop
+    of a picture is nearer to its other crops than to held-out pictures. `count` is told how many samples
+    were read.
     """
     device = device if device is not None and device.type == "cuda" else torch.device("cpu")
 
@@ -147,7 +150,8 @@ def fit_source(
         lambda clip: model.normalize_target(clip).to(device),
     )
     chosen = choose_samples(train, max_samples=max_samples, seed=seed)
-    folds = [np.sort(chosen[first::FOLDS]) for first in range(min(FOLDS, len(chosen)))]
+    numbers = _fold_numbers(chosen, groups)
+    folds = [np.sort(chosen[numbers == fold]) for fold in range(numbers.max() + 1)]
     components = None
     if model.config.flow.source_components:
         components = principal_components(seen, np.sort(chosen), AT_ONCE)[1].float()
@@ -179,8 +183,18 @@ def fit_source(
         weight=torch.stack(weights),
         bias=torch.stack(biases),
         samples=torch.from_numpy(chosen[order]),
-        fold=torch.from_numpy(order % FOLDS),
+        fold=torch.from_numpy(numbers[order]),
     )
+
+
+def _fold_numbers(chosen: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
+    """The fold of each of these samples, which are in random order: in turn, group by group if there are."""
+    units = np.arange(len(chosen))
+    if groups is not None:
+        _, first, inverse = np.unique(groups[chosen], return_index=True, return_inverse=True)
+        if len(first) > 1:
+            units = np.argsort(np.argsort(first))[inverse]
+    return units % FOLDS
 
 
 class _Rows:
