@@ -33,6 +33,7 @@ PROGRAMS = {
     "extraction": "extraction of mixed images: skip list, time, kills, processes, memory",
     "quality": "recipes side by side on four data sets, as JSON lines",
     "quality-table": "tables and figure of these JSON lines",
+    "real-towers": "recipes on real pretrained towers and photographs, out of packages that it fetches",
     "gpu-check": "whether a GPU computes what the CPU does, and how near it is to its limits",
 }
 SHORT = {
