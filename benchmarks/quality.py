@@ -152,7 +152,9 @@ def truth_of(data: MemorySource) -> ReferenceSet:
 def ridges(data: MemorySource, truth: ReferenceSet) -> dict[str, dict[str, float]]:
     """Both ridges as samplers, measured like a model."""
     train = np.flatnonzero(~data.held_out)
-    methods = fit_baselines(data, train, std=truth.std, max_samples=10_000, seed=0, progress=no_progress)
+    methods = fit_baselines(
+        data, train, std=truth.std, max_samples=10_000, seed=0, progress=no_progress, groups=data.groups
+    )
     return {method.name: measure(method, truth) for method in methods if method.name in RIDGES}
 
 

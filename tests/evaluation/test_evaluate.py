@@ -411,8 +411,9 @@ def test_every_command_holds_out_the_groups_of_the_run(tmp_path: Path) -> None:
     last_digits = [{index % 10 for index in side} for side in (split.train, split.eval)]
     assert not last_digits[0] & last_digits[1] and all(last_digits)
     for side, other in (("eval", split.train), ("train", split.eval)):
-        fitted = fitting_samples(models[:1], store, EvaluationConfig(split=side))[1]  # type: ignore[arg-type]
-        assert np.array_equal(fitted, other)
+        config = EvaluationConfig(split=side)
+        _, fitted, numbers = fitting_samples(models[:1], store, config)  # type: ignore[arg-type]
+        assert np.array_equal(fitted, other) and np.array_equal(numbers, split.groups)
         chosen = choose_indices(tmp_path / "a", store, side)
         assert sorted([*chosen, *other]) == list(range(48))
     with pytest.raises(ValueError, match=r"expected group_pattern \(\\d\)\$ as in .*found -\(\\d\)"):

@@ -141,6 +141,21 @@ def choose_samples(indices: np.ndarray, *, max_samples: int, seed: int) -> np.nd
     return stateless_generator(seed, "baseline samples").permutation(np.asarray(indices))[:max_samples]
 
 
+def group_ranks(chosen: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
+    """What a part of these samples is made of, [m]: whole groups, numbered in the order they first come in.
+
+    Without groups, or where all are of one, each sample has a number of its own: 0 to m - 1.
+
+    Args:
+        chosen: indices [m], in random order. groups: as `Split.groups`.
+    """
+    if groups is not None:
+        _, first, inverse = np.unique(groups[chosen], return_index=True, return_inverse=True)
+        if len(first) > 1:
+            return np.argsort(np.argsort(first))[inverse]
+    return np.arange(len(chosen))
+
+
 @dataclass(frozen=True)
 class BatchNoise:
     """The random numbers of a batch, each a function of (seed, stream, epoch, sample index).

@@ -56,8 +56,11 @@ def fitting_samples(
     loaded: Sequence[BLIP3oInference],
     source: Embeddings,
     config: EvaluationConfig,
-) -> tuple[Embeddings, np.ndarray]:
-    """(embeddings, indices) for baselines, statistics, probe and `real_vs_real`: nothing that is measured."""
+) -> tuple[Embeddings, np.ndarray, np.ndarray | None]:
+    """(embeddings, indices) for baselines, statistics, probe and `real_vs_real`: nothing that is measured.
+
+    Third, the groups of the embeddings' samples, if the models' split has any (`Split.groups`).
+    """
     embeddings = source.path
     runs = [
         TrainingConfig.from_folder(model.model_path)
@@ -77,13 +80,14 @@ def fitting_samples(
         )
     splits = {tuple(getattr(run, name) for name in SPLIT_SETTINGS) for run in runs}
     if len(splits) != 1:  # models of several splits, or of none: no side is theirs
-        return fitted, np.arange(fitted.num_samples)
+        return fitted, np.arange(fitted.num_samples), None
     if side == "eval" and not runs[0].eval_split:
         raise ValueError(
             f"{embeddings}: --split train would measure baselines on samples they were fitted on, as nothing "
             "was held out (eval_split 0); expected other embeddings in --fit_on"
         )
-    return fitted, getattr(runs[0].split(fitted), side)
+    sides = runs[0].split(fitted)
+    return fitted, getattr(sides, side), sides.groups
 
 
 def _training_embeddings(runs: Sequence[TrainingConfig], embeddings: Path) -> str:

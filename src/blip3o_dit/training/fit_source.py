@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blip3o_dit.data.dataset import choose_samples
+from blip3o_dit.data.dataset import choose_samples, group_ranks
 from blip3o_dit.data.embeddings import Embeddings, TransformedEmbeddings, batches
 from blip3o_dit.flow.path import AffineSource
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
@@ -150,7 +150,7 @@ def fit_source(
         lambda clip: model.normalize_target(clip).to(device),
     )
     chosen = choose_samples(train, max_samples=max_samples, seed=seed)
-    numbers = _fold_numbers(chosen, groups)
+    numbers = group_ranks(chosen, groups) % FOLDS
     folds = [np.sort(chosen[numbers == fold]) for fold in range(numbers.max() + 1)]
     components = None
     if model.config.flow.source_components:
@@ -185,16 +185,6 @@ def fit_source(
         samples=torch.from_numpy(chosen[order]),
         fold=torch.from_numpy(numbers[order]),
     )
-
-
-def _fold_numbers(chosen: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
-    """The fold of each of these samples, which are in random order: in turn, group by group if there are."""
-    units = np.arange(len(chosen))
-    if groups is not None:
-        _, first, inverse = np.unique(groups[chosen], return_index=True, return_inverse=True)
-        if len(first) > 1:
-            units = np.argsort(np.argsort(first))[inverse]
-    return units % FOLDS
 
 
 class _Rows:
