@@ -33,7 +33,9 @@ from blip3o_dit.utils.checksums import CHECKSUMS_FILE, seal
 from tests.helpers.stores import write_linear_store
 from tests.helpers.training import config_for, same
 
-EVERYTHING = dict(save_steps=2, max_steps=4, eval_steps=100, eval_samples=0)
+# Samples with the same last two digits are a group.
+GROUPS = dict(split_by="group", group_pattern=r"^sample-\d*?(\d?\d)$")
+EVERYTHING = dict(save_steps=2, max_steps=4, eval_steps=100, eval_samples=0, **GROUPS)
 
 
 @pytest.fixture(scope="module")
@@ -141,9 +143,8 @@ def test_each_sample_has_the_map_of_its_fold_and_one_that_was_not_fitted_the_who
 
 
 def test_samples_of_a_group_are_in_one_fold(store: EmbeddingStore, tmp_path: Path) -> None:
-    """Of a run that is split by groups; the folds are of about one size, and maps do not see their groups."""
-    pattern = dict(split_by="group", group_pattern=r"^sample-\d*?(\d?\d)$", eval_split=0.2)
-    trainer = build_trainer(store, config_for(store, tmp_path, **pattern))
+    """Of a run that is split by groups; the folds are of about one size."""
+    trainer = build_trainer(store, config_for(store, tmp_path, **GROUPS, eval_split=0.2))
     folds, split = trainer.source_folds, trainer.config.split(store)
     assert folds is not None and np.array_equal(folds.samples.numpy(), split.train)
     pairs = set(zip(split.groups[folds.samples], folds.fold.tolist(), strict=True))
