@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality import BATCH_SIZES, Row, _say, measure, truth_of
+from benchmarks.quality import BATCH_SIZES, Row, measure, say, truth_of
 from benchmarks.quality_data import SETS, MemorySource
 from benchmarks.quality_table import read
 from blip3o_dit.data.dataset import LEAST_HELD_BACK, MOST_HELD_BACK, PART_HELD_BACK, Split, choose_samples
@@ -137,5 +137,5 @@ def main(words: Sequence[str]) -> int:
                 for seed in arguments.seeds:
                     split = split_of(data, seed, arguments.train_samples)
                     for row in rows_of(data, truth, split, name, steps, seed, arguments.guidance):
-                        _say({"set": set_name, **row}, arguments.output)
+                        say({"set": set_name, **row}, arguments.output)
     return 0

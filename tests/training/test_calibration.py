@@ -132,7 +132,8 @@ def test_nothing_is_held_back_of_few_samples_or_where_nothing_is_evaluated(
     assert len(TrainingConfig().split(store).train) == 43
 
 
-SETTINGS: dict[str, Any] = dict(max_steps=6, eval_steps=2, save_steps=2, learning_rate=0.01)
+# From a guess that is too sure of itself: the scale that is found is not 1.
+SETTINGS: dict[str, Any] = dict(max_steps=6, eval_steps=2, save_steps=2, learning_rate=0.01, source="ridge")
 
 
 @pytest.fixture(scope="module")

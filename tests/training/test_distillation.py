@@ -31,7 +31,7 @@ from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.loading import EMA_FILE
 from blip3o_dit.training.checkpoint import TRAINER_STATE_FILE, checkpoints
-from blip3o_dit.training.config import TrainingConfig
+from blip3o_dit.training.config import SPLIT_SETTINGS, TrainingConfig
 from blip3o_dit.training.curves import CURVES_FILE, LOG_FILE, read_log
 from blip3o_dit.training.distillation import _samples_seen, distill, train_student
 from blip3o_dit.training.distillation_config import DISTILLATION_CONFIG_FILE, DistillationConfig
@@ -410,7 +410,7 @@ def test_what_came_in_for_the_defaults_is_written_beside_the_student(
     assert found["teacher"] == str(teacher) and found["data_fingerprint"] == store.fingerprint()
     run, teachers = TrainingConfig.from_folder(student), TrainingConfig.from_folder(teacher)
     assert (run.max_steps, run.solver, run.num_inference_steps) == (50, "euler", 1)
-    assert (run.eval_split, run.seed, run.split_by) == (teachers.eval_split, teachers.seed, teachers.split_by)
+    assert all(getattr(run, name) == getattr(teachers, name) for name in SPLIT_SETTINGS)
     for name, passes in ((TRAINER_STATE_FILE, 20.0), ("none", 4 * 8 / 29)):
         moved = tmp_path / name
         moved.mkdir()

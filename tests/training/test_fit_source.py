@@ -33,7 +33,9 @@ from blip3o_dit.utils.checksums import CHECKSUMS_FILE, seal
 from tests.helpers.stores import write_linear_store
 from tests.helpers.training import config_for, same
 
-EVERYTHING = dict(save_steps=2, max_steps=4, eval_steps=100, eval_samples=0)
+# Samples with the same last two digits are a group.
+GROUPS = dict(split_by="group", group_pattern=r"^sample-\d*?(\d?\d)$")
+EVERYTHING = dict(save_steps=2, max_steps=4, eval_steps=100, eval_samples=0, **GROUPS)
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +140,23 @@ def test_each_sample_has_the_map_of_its_fold_and_one_that_was_not_fitted_the_who
         torch.testing.assert_close(found.mean[row], expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(found.mean[numbers < 0], whole.mean[numbers < 0])
     assert (found.mean - whole.mean)[numbers >= 0].abs().amax(dim=(1, 2)).min() > 0
+
+
+def test_samples_of_a_group_are_in_one_fold(store: EmbeddingStore, tmp_path: Path) -> None:
+    """Of a run that is split by groups; the folds are of about one size."""
+    trainer = build_trainer(store, config_for(store, tmp_path, **GROUPS, eval_split=0.2))
+    folds, split = trainer.source_folds, trainer.config.split(store)
+    assert folds is not None and np.array_equal(folds.samples.numpy(), split.train)
+    pairs = set(zip(split.groups[folds.samples], folds.fold.tolist(), strict=True))
+    groups = len(set(split.groups[split.train]))
+    assert len(pairs) == groups < len(split.train) and len(folds.weight) == FOLDS
+    assert folds.fold.bincount().min() > len(split.train) / FOLDS / 2
+    model, one_group = trainer.unwrapped_model, np.zeros(store.num_samples, dtype=int)
+    plain, of_one = (
+        fit_source(model, store, np.arange(10, 110), max_samples=90, seed=3, groups=given)[1]
+        for given in (None, one_group)
+    )
+    assert plain is not None and of_one is not None and torch.equal(plain.fold, of_one.fold)
 
 
 def test_one_sample_has_one_map(store: EmbeddingStore) -> None:

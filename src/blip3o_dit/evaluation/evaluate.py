@@ -87,7 +87,7 @@ def evaluate_models(
     if not processes.is_main:
         _help_sampling(samplers, source, indices, config, processes)
         return {}
-    fit_on, train = fitting_samples(loaded, source, config)
+    fit_on, train, groups = fitting_samples(loaded, source, config)
     request = describe_evaluation(loaded, (source, indices), (fit_on, train), config)
     with going_on(folder, request) as kept:
         # Of the data, not of a model: scores must not depend on which model is named first.
@@ -97,6 +97,7 @@ def evaluate_models(
             source,
             indices,
             fit_source=(fit_on, train),
+            groups=groups,
             config=config,
             statistics=(statistics.mean, statistics.std),
             source_samples=samples_of_sources(loaded),
@@ -153,6 +154,7 @@ def evaluate_samplers(
     indices: np.ndarray,
     *,
     fit_source: tuple[Embeddings, np.ndarray],
+    groups: np.ndarray | None = None,
     config: EvaluationConfig,
     statistics: tuple[torch.Tensor, torch.Tensor],
     source_samples: int = 0,
@@ -166,7 +168,8 @@ def evaluate_samplers(
     """Measure any samplers beside the baselines.
 
     Args:
-        fit_source: embeddings and their training indices.
+        fit_source: embeddings and their training indices. groups: of these embeddings' samples, as
+            `fit_baselines` takes them.
         statistics: mean and standard deviation of the training tokens per channel, [C] each.
         source_samples: training samples that a sampler's own ridge was fitted on, if it has one.
         available: samples that `indices` were chosen from; None means no others.
@@ -184,7 +187,7 @@ def evaluate_samplers(
         floor = scores.real_vs_real(reference, fit_on, train, progress=bars) if len(train) >= 2 else None
         fitted = min(len(train), config.fit_samples or max(MIN_FIT_SAMPLES, source_samples))
         network = regression_like.model if regression_like else None
-        baselines = _baselines(fit_on, train, fitted, network, reference, bars)
+        baselines = _baselines((fit_on, train, groups), fitted, network, reference, bars)
         everything = [*samplers, *baselines]
         say = _Estimate(samplers, reference, processes) if progress else None
         described, predicted = _measure(everything, len(samplers), reference, bars, processes, kept, say)
@@ -216,14 +219,14 @@ def evaluate_samplers(
 
 
 def _baselines(
-    source: Embeddings,
-    train: np.ndarray,
+    fit_source: tuple[Embeddings, np.ndarray, np.ndarray | None],
     fitted: int,
     network: BLIP3oDiTModel | None,
     reference: ReferenceSet,
     progress: Progress,
 ) -> list[Sampler]:
-    """Fitted on `fitted` of the samples at `train`; none where there are no samples."""
+    """Fitted on so many of the training samples of (embeddings, their indices, groups); none without any."""
+    source, train, groups = fit_source
     if not len(train):
         return []
     return fit_baselines(
@@ -233,6 +236,7 @@ def _baselines(
         max_samples=fitted,
         seed=reference.config.seed,
         progress=progress,
+        groups=groups,
         network=network,
         network_steps=reference.config.regression_steps,
     )

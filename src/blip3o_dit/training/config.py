@@ -42,6 +42,9 @@ TRAINING_CONFIG_FILE = "training_config.json"
 # What a run notes of itself, and nobody gives.
 NOTED = ("init_checksum", "extended_at", "extended_to", "extended_rate", "extended_warmup")
 
+# What decides which samples are held out.
+SPLIT_SETTINGS = ("eval_split", "seed", "split_by", "group_pattern")
+
 # A heading of the help that several places of the settings share.
 STARTING = "continuing a run, and starting from a trained model"
 
@@ -225,8 +228,14 @@ class TrainingConfig:
     )
     split_by: str = setting(
         "permutation",
-        "how samples are held out; key_hash does not change when data is appended, but reads every key first",
+        "how samples are held out; key_hash does not change when data is appended, but reads every key "
+        "first; group is the same for groups of keys (--group_pattern)",
         choices=SPLIT_RULES,
+    )
+    group_pattern: str = setting(
+        "",
+        "regular expression that takes out of a key what is held out as one, by its first parenthesis or "
+        "else its whole match: '^(.*)_crop' keeps the crops of a picture together",
     )
     normalize_embeddings: bool = setting(False, "L2-normalise every token before standardising")
     shuffle: str = setting(
@@ -328,7 +337,7 @@ class TrainingConfig:
         check_settings(self)
         if self.num_heads is None:  # training_config.json says what it was
             object.__setattr__(self, "num_heads", default_heads(self.model_dim))
-        check_split(self.eval_split, self.split_by)
+        check_split(self.eval_split, self.split_by, self.group_pattern)
         self.flow_matching()
         if self.fp16 and self.bf16:
             raise ValueError("fp16 and bf16: expected at most one of them, found both")
@@ -396,7 +405,7 @@ class TrainingConfig:
         """The samples of the data that this run trains on, those that it holds out, and those held back."""
         from blip3o_dit.data.dataset import hold_back, split_samples
 
-        rule: dict[str, Any] = {name: getattr(self, name) for name in ("eval_split", "seed", "split_by")}
+        rule = {name: getattr(self, name) for name in SPLIT_SETTINGS}
         split = split_samples(source, **rule)
         return hold_back(source, split, **rule) if self.calibrate else split
 

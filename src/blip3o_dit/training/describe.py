@@ -227,6 +227,7 @@ def _data(settings: dict[str, Any], run: dict[str, Any], folder: Path) -> dict[s
         "there": Path(path).exists() if isinstance(path, str) else None,
         "samples": run.get("samples"),
         "held_out": settings.get("eval_split"),
+        "group_pattern": settings.get("group_pattern") or None,
         "fingerprint": run.get("fingerprint"),
         "towers": towers or None,
     }
@@ -380,6 +381,7 @@ def _data_lines(data: dict[str, Any]) -> list[str]:
     held = ""
     if is_number(share) and share > 0:
         held = f", {share:.0%} held out" if share < 1 else f", {share:g} held out"
+        held += f" by groups {_show(data['group_pattern'])}" if data["group_pattern"] else ""
     lines = [f"{_show(data['path'])}{gone}{count}{held}"]
     if data["fingerprint"]:
         lines.append(f"fingerprint {_show(data['fingerprint'])[:16]}")

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blip3o_dit.data.dataset import choose_samples
+from blip3o_dit.data.dataset import choose_samples, group_ranks
 from blip3o_dit.data.embeddings import Embeddings, TransformedEmbeddings, batches
 from blip3o_dit.flow.path import AffineSource
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
@@ -126,6 +126,7 @@ def fit_source(
     *,
     max_samples: int,
     seed: int,
+    groups: np.ndarray | None = None,
     device: torch.device | None = None,
     count: Callable[[int], None] = lambda samples: None,
 ) -> tuple[dict[str, Tensor | None], SourceFolds | None]:
@@ -133,7 +134,9 @@ def fit_source(
 
     Fitted on at most `max_samples` training samples in float64, on a GPU if `device` is one. The first fold
     chooses the penalty. The deviation is that of what the folds' maps leave of the samples that they have
-    not seen. `count` is told how many samples were read.
+    not seen. Samples of the same number in `groups` [n of the data] are in one fold: a map that saw one crop
+    of a picture is nearer to its other crops than to held-out pictures. `count` is told how many samples
+    were read.
     """
     device = device if device is not None and device.type == "cuda" else torch.device("cpu")
 
@@ -147,7 +150,8 @@ def fit_source(
         lambda clip: model.normalize_target(clip).to(device),
     )
     chosen = choose_samples(train, max_samples=max_samples, seed=seed)
-    folds = [np.sort(chosen[first::FOLDS]) for first in range(min(FOLDS, len(chosen)))]
+    numbers = group_ranks(chosen, groups) % FOLDS
+    folds = [np.sort(chosen[numbers == fold]) for fold in range(numbers.max() + 1)]
     components = None
     if model.config.flow.source_components:
         components = principal_components(seen, np.sort(chosen), AT_ONCE)[1].float()
@@ -179,7 +183,7 @@ def fit_source(
         weight=torch.stack(weights),
         bias=torch.stack(biases),
         samples=torch.from_numpy(chosen[order]),
-        fold=torch.from_numpy(order % FOLDS),
+        fold=torch.from_numpy(numbers[order]),
     )
 
 

@@ -218,7 +218,7 @@ def build_trainer(
         _set_statistics(model, unverified_copy, fitted_on, arguments)
     folds = kept_folds(model, source, config) if keeps and not fitted else None
     if config.source != "noise" and not keeps:
-        folds = _set_source(model, unverified_copy, split.train, config, arguments)
+        folds = _set_source(model, unverified_copy, split, config, arguments)
     if config.memory != "default":
         return_freed_memory()
     if config.memory == "low":
@@ -315,14 +315,14 @@ def _set_statistics(
 def _set_source(
     model: BLIP3oDiTModel,
     source: Embeddings,
-    train: np.ndarray,
+    split: Split,
     config: TrainingConfig,
     arguments: TrainingArguments,
 ) -> SourceFolds | None:
     """Fit the ridges of an informed source on the first process; the others receive them."""
     processes, found = Processes(arguments.process_index, arguments.world_size), None
     if processes.is_main:
-        samples = min(config.source_samples, len(train))
+        samples = min(config.source_samples, len(split.train))
         what = f"fitting the {config.source} source on {samples} samples"
         # Twice: principal components, then moments.
         passes = 2 if model.config.flow.source_components else 1
@@ -330,9 +330,10 @@ def _set_source(
             found = fit_source(
                 model,
                 source,
-                train,
+                split.train,
                 max_samples=config.source_samples,
                 seed=config.seed,
+                groups=split.groups,
                 device=arguments.device,
                 count=count,
             )
