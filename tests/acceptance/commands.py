@@ -29,6 +29,8 @@ SAMPLES, HELD_OUT = 24, 2  # of the data set that the fixtures write
 SMALL = shlex.split("--model_dim 32 --num_layers 1 --num_heads 2")
 # The default source is used once, in the quick start: at full width it takes seconds.
 SMALL_AND_QUICK = [*SMALL, *shlex.split("--source noise")]
+# Two processes on one machine; what `accelerate launch` is not told it asks its configuration for.
+MULTI_GPU = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
 RUN_FILES = (
     "model.safetensors",
     "config.json",

@@ -10,6 +10,7 @@ import pytest
 
 from blip3o_dit.training.trainer import BLIP3oTrainer
 from tests.acceptance.commands import (
+    MULTI_GPU,
     SMALL,
     assert_whole_run,
     json_of,
@@ -23,8 +24,6 @@ from tests.acceptance.specification import CONFIGURE_DISTRIBUTED, DISTRIBUTED
 
 pytestmark = pytest.mark.usefixtures("without_a_gpu", "console_restored")
 
-# Two processes on one machine; what `accelerate launch` is not told it asks its configuration for.
-MULTI_GPU = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
 DISTRIBUTED_FLAGS = [*SMALL, *shlex.split("--source noise --max_steps 2 --logging_steps 1 --save_steps 2")]
 
 
@@ -94,7 +93,7 @@ def one_process(shared: Path) -> dict[str, Any]:
 def test_two_processes(folder: Path, one_process: dict[str, Any]) -> None:
     """Two processes take the step that one process takes with batches twice as large.
 
-    The launcher is not told to use the CPU; where it is told, and torchrun, are run by the README's test.
+    Nobody is told to use the CPU; where the program is told, and torchrun, are run by the README's test.
     """
     command = words(DISTRIBUTED.replace("accelerate launch", f"accelerate launch {MULTI_GPU}"), folder)
     result = run_command([*command, *DISTRIBUTED_FLAGS, "--batch_size", "4"], folder)

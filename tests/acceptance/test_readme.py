@@ -21,6 +21,7 @@ from PIL import Image
 from blip3o_dit import StoreWriter
 from blip3o_dit.cli.extract import main as extract_main
 from blip3o_dit.cli.main import main as command_main
+from tests.acceptance.commands import MULTI_GPU
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -83,8 +84,12 @@ def run_bash(words: list[str]) -> None:
         assert command_main([*words[1:2], *small(words[2:])]) == 0
     elif program == "blip3o-dit":
         assert command_main(words[1:]) == 0
-    elif program in ("torchrun", "accelerate"):
+    elif program == "torchrun":
         launch(words)
+    elif program == "accelerate":  # in two processes by test_distributed_commands.py, with these words
+        script = words.index("train_blip3o_dit.py")
+        assert words[:script] == ["accelerate", "launch", *MULTI_GPU.split()]
+        assert command_main(["train", *small(words[script + 1 :])]) == 0
     else:
         raise AssertionError(f"no way to run {words}")
 

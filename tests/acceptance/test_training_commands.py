@@ -147,11 +147,3 @@ def test_debug_then_dry_run(
     # What cannot work fails in the dry run as it would in the run.
     assert run_here(DRY_RUN, folder, "--source", "noise", "--num_heads", "5") != 0
     assert "num_heads" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_dry_run_writes_nothing(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    before = snapshot(folder)
-    assert run_here(DRY_RUN, folder, "--source", "noise") == 0
-    assert "nothing was trained or written" in caplog.text
-    assert snapshot(folder) == before

@@ -25,7 +25,7 @@ from tests.helpers.stores import write_linear_store
 
 pytestmark = pytest.mark.slow
 
-STEPS = 50  # 16 whole passes and a part of another one
+STEPS = 20  # 6 whole passes and a part of another one
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
         if key not in finished:
             finished[key] = tmp_path_factory.mktemp("run") / "x".join(map(str, key))
             changes = dict(batch_size=batch, gradient_accumulation_steps=accumulation)
-            changes |= dict(max_steps=STEPS, eval_steps=25)
+            changes |= dict(max_steps=STEPS, eval_steps=STEPS // 2)
             if processes == 1:
                 jobs.train_once(store, finished[key], changes)
             else:
@@ -194,7 +194,7 @@ def test_sharded_weights_train_average_and_generate_as_whole_ones(
 
 def test_the_trainer_shards_weights(store: Path, run: Callable[..., Path], tmp_path: Path) -> None:
     """The Trainer's and accelerate's own path, put on a CPU by hand: see `jobs.train_sharded`."""
-    changes = dict(batch_size=16, max_steps=STEPS, eval_steps=25, save_steps=25)
+    changes = dict(batch_size=16, max_steps=STEPS, eval_steps=STEPS // 2, save_steps=STEPS // 2)
     kinds = launch(jobs.train_sharded, 2, store, tmp_path / "sharded", changes)
     assert kinds == [["DTensor"]] * 2
     one, two = run(1, 32), tmp_path / "sharded"
