@@ -218,6 +218,7 @@ def test_an_interrupt_is_one_line_while_libraries_are_imported(
 ) -> None:
     code = f"""
 import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job is without
 class Interrupt:
     def find_spec(self, name, *others):
         if name == {module!r}:

@@ -127,7 +127,7 @@ def test_killed_and_started_again_it_writes_the_same_bytes(images: Path, whole: 
 
 @pytest.mark.slow
 def test_two_processes_write_the_same_bytes(images: Path, whole: Path, tmp_path: Path) -> None:
-    launch(extract_silently, 2, settings(images, tmp_path / "store"))
+    launch(extract_silently, 2, settings(images, tmp_path / "store"), method="fork")
     assert content(tmp_path / "store") == content(whole)
 
 
