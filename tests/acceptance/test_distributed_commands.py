@@ -113,7 +113,7 @@ def one_process(shared: Path) -> dict[str, Any]:
 def test_two_processes(folder: Path, one_process: dict[str, Any]) -> None:
     """Two processes take the step that one process takes with batches twice as large.
 
-    Nobody is told to use the CPU; where the program is told, and torchrun, are run by the README's test.
+    Nobody is told to use the CPU; in `training/test_processes.py` the program is.
     """
     command = words(DISTRIBUTED.replace("accelerate launch", f"accelerate launch {MULTI_GPU}"), folder)
     result = run_command([*command, *DISTRIBUTED_FLAGS, "--batch_size", "4"], folder)

@@ -130,7 +130,7 @@ def test_debug_then_dry_run(
     folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """The two debug blocks, one after the other into the same folder."""
-    assert run_here(DEBUG, folder, "--source", "ridge") == 0
+    assert run_here(DEBUG, folder, "--source", "noise") == 0
     output = folder / "debug"
     assert_whole_run(output)
     steps = json_of(output / "trainer_state.json")["global_step"]
