@@ -70,7 +70,7 @@ def run_command(command: list[str], home: Path, **variables: str) -> subprocess.
         env=environment | variables,
         capture_output=True,
         encoding="utf-8",
-        timeout=180,
+        timeout=900,
     )
 
 
@@ -100,7 +100,7 @@ def run_with_enter(command: list[str], home: Path) -> tuple[int, str]:
         start_new_session=True,
     )
     os.close(other_end)
-    shown, deadline = b"", time.monotonic() + 60
+    shown, deadline = b"", time.monotonic() + 600
     try:
         while process.poll() is None and time.monotonic() < deadline:
             if select.select([terminal], [], [], 0.1)[0]:
@@ -110,7 +110,7 @@ def run_with_enter(command: list[str], home: Path) -> tuple[int, str]:
                     break
             elif shown:
                 os.write(terminal, b"\r")
-        return process.wait(timeout=10), shown.decode()
+        return process.wait(timeout=60), shown.decode()
     finally:
         process.kill()
         os.close(terminal)
