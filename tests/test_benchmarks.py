@@ -68,9 +68,10 @@ def test_measured_steps_follow_each_other_as_on_a_gpu(monkeypatch: pytest.Monkey
     monkeypatch.setattr(BLIP3oTrainer, "__init__", gated)
     model = BLIP3oDiTModel(tiny_config())
     step = our_step(model, random_batch(model, 4), bf16=False)
+    before = made[0].state.global_step
     for _ in range(3):
         step()
-    assert made[0].state.global_step == 3
+    assert made[0].state.global_step == before + 3
 
 
 @pytest.mark.usefixtures("cpu")
@@ -107,13 +108,13 @@ def test_what_is_measured_are_runs_that_can_be_configured(tmp_path: Path) -> Non
     for kind in gpu_compare.TRAININGS.values():
         TrainingConfig(output_dir=str(tmp_path), **kind.settings)
     names = list(gpu_measure.parts())
-    assert len(names) == len({*names}) == 2 + len(entries) + len(gpu_measure.GENERATIONS)
+    assert len(names) == len({*names}) == 4 + len(entries) + len(gpu_measure.GENERATIONS)
 
 
 def test_one_recorded_call_is_split_around_its_replay(monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA imitated: the first call runs plainly, the second is recorded."""
 
-    def record(graphs: CUDAGraphs, function: Any, inputs: Any) -> Any:
+    def record(graphs: CUDAGraphs, function: Any, inputs: Any, device: torch.device) -> Any:
         return SimpleNamespace(replay=lambda given: function(*given))
 
     def record_generation(model: BLIP3oDiTModel) -> None:
