@@ -96,7 +96,7 @@ def test_every_kind_of_part_runs_on_the_cpu(tmp_path: Path, capsys: pytest.Captu
     assert (status, capsys.readouterr().out.splitlines()[-1]) == (0, "all is well")
     found = json.loads(file.read_text())
     rows = {row.get("figure", row.get("of")): row for runs in found.values() for row in runs[0]["rows"]}
-    assert rows["training step, batch 256, bf16, cuda graphs, compile"]["mfu"] > 0
+    assert rows["training step, batch 256, bf16, cuda graphs, compile blocks"]["mfu"] > 0
     assert rows["diffusers, batch 32, bf16"]["seconds"] > 0
 
 
