@@ -42,24 +42,22 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     return argname if isinstance(val, bytes) else None
 
 
-# The files that take the longest, by their seconds alone.
+# The files that take the longest, by their processor's seconds, those of their processes included.
 LONGEST = (
     "test_known_answer",
     "test_processes",
-    "test_readme",
-    "test_first_hour",
     "test_precision",
+    "test_fuzz",
+    "test_quick_start",
+    "test_first_hour",
+    "test_distributed_commands",
+    "test_evaluate",
+    "test_distillation",
     "test_training_commands",
     "test_resume",
-    "test_quick_start",
-    "test_distributed_commands",
-    "test_memory",
-    "test_distillation",
-    "test_extract",
-    "test_fuzz",
     "test_speed_and_memory",
-    "test_evaluate",
     "test_trainer",
+    "test_memory",
     "test_benchmarks",
 )
 

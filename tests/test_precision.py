@@ -105,8 +105,10 @@ def test_bfloat16_generates_what_float32_does(
     eva = store.fetch(range(80, 96))[0]
     exact, narrow = (inference(trained(recipe), dtype) for dtype in (torch.float32, torch.bfloat16))
     assert narrow.model.compute_dtype == (torch.bfloat16 if bfloat16 == "native" else torch.float32)
-    expected = exact.generate(eva, guidance_scale=guidance)
-    found = narrow.generate(eva, guidance_scale=guidance)
+    # So many that rounding alone stays below the bound, and so few that times in bfloat16 would not.
+    expected, found = (
+        model.generate(eva, guidance_scale=guidance, num_inference_steps=12) for model in (exact, narrow)
+    )
     assert found.dtype == torch.float32
     assert 0 < relative_error(found, expected, exact.model) < 0.02
     if recipe != "noise":

@@ -8,8 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +40,7 @@ from blip3o_dit.utils.checksums import verify
 from blip3o_dit.utils.stateless_random import stateless_normal, stateless_permutation
 from tests.conftest import randomize, tiny_config
 from tests.helpers.curves import curves_drawn
+from tests.helpers.forks import forked
 from tests.helpers.stores import write_linear_store
 from tests.helpers.training import same, train_model
 
@@ -299,19 +298,10 @@ def test_a_kill_a_full_disk_and_a_time_limit_cost_no_bit(
 ) -> None:
     output = tmp_path / "student"
     words = command_of(teacher, store, output)
-    code = (
-        "import os, signal, sys\nfrom blip3o_dit.cli.main import main\n"
-        "from blip3o_dit.training.student import StudentTrainer\n"
-        "plain = StudentTrainer.compute_loss\n"
-        "def compute_loss(self, *args, **kwargs):\n"
-        "    if self.state.global_step == 4:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return plain(self, *args, **kwargs)\n"
-        "StudentTrainer.compute_loss = compute_loss\n"
-        "main(sys.argv[1:])"
-    )
-    killed = subprocess.run([sys.executable, "-c", code, *words], capture_output=True)
-    assert killed.returncode == -signal.SIGKILL
+    at_step(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    killed = forked(lambda: main(words))
+    assert os.WTERMSIG(os.waitpid(killed, 0)[1]) == signal.SIGKILL
+    monkeypatch.undo()
     assert [path.name for path in checkpoints(output)] == ["checkpoint-3"]
     (output / "checkpoint-6.partial").mkdir()
 
