@@ -16,7 +16,8 @@ SCHEDULE_TYPES = tuple(PATHS)
 PREDICTION_TYPES = tuple(PREDICTIONS)
 SOLVER_NAMES = tuple(SOLVERS)
 TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
-SOURCES = ("noise", "ridge", "ridge_3x3")
+SOURCES = ("noise", "ridge", "ridge_3x3", "gaussian_3x3")
+WITH_NEIGHBOURS = ("ridge_3x3", "gaussian_3x3")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,8 @@ class FlowMatchingConfig:
         sigma_min, sigma_max: noise at t = 1 and at t = 0; 0 <= sigma_min < sigma_max.
         source: what the path starts from. "noise" is N(0, I). "ridge" and "ridge_3x3" are informed: a ridge
             regression from the condition, plus noise of its residual's deviation (see `AffineSource`).
-        source_components: principal components of a neighbour that "ridge_3x3" uses; 0 for other sources.
+            With "gaussian_3x3" that noise also has the residual's correlations (`source_noise` of the model).
+        source_components: principal components of a neighbour that the "3x3" sources use; 0 for others.
         condition_dropout: probability with which training replaces a sample's condition by the null
             condition; classifier-free guidance needs it above zero. BLIP3-o uses 0.1.
         student_steps: for a distilled model the number of Euler steps it was trained for: its velocity is the
@@ -57,8 +59,8 @@ class FlowMatchingConfig:
     def __post_init__(self) -> None:
         check_name("source", self.source, SOURCES)
         check_integer("student_steps", self.student_steps, 0)
-        check_integer("source_components", self.source_components, int(self.source == "ridge_3x3"))
-        if self.source != "ridge_3x3" and self.source_components:
+        check_integer("source_components", self.source_components, int(self.source in WITH_NEIGHBOURS))
+        if self.source not in WITH_NEIGHBOURS and self.source_components:
             raise ValueError(
                 f"source_components: expected 0 for source {self.source!r}, found {self.source_components}"
             )
@@ -76,6 +78,11 @@ class FlowMatchingConfig:
     def prediction(self) -> Prediction:
         """What the network predicts."""
         return PREDICTIONS[self.prediction_type]
+
+    @property
+    def correlated_noise(self) -> bool:
+        """Whether paths start from noise with the correlations of the ridge's residual."""
+        return self.source == "gaussian_3x3"
 
     @property
     def fixed_sampling(self) -> tuple[str, int] | None:

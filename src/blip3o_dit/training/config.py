@@ -17,6 +17,7 @@ from blip3o_dit.flow.config import (
     SOLVER_NAMES,
     SOURCES,
     TIME_DISTRIBUTIONS,
+    WITH_NEIGHBOURS,
     FlowMatchingConfig,
 )
 from blip3o_dit.utils.atomic import MODEL_ASIDE, finish_publishing
@@ -377,7 +378,7 @@ class TrainingConfig:
         from blip3o_dit.ridge import neighbour_components
 
         shift = self.time_shift or (num_tokens * target_dim / SHIFT_REFERENCE) ** 0.5
-        components = neighbour_components(condition_dim) if self.source == "ridge_3x3" else 0
+        components = neighbour_components(condition_dim) if self.source in WITH_NEIGHBOURS else 0
         same = {f.name: getattr(self, f.name) for f in fields(FlowMatchingConfig) if hasattr(self, f.name)}
         resolved = {
             "condition_dropout": self.cfg_dropout,
