@@ -61,7 +61,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "noise, preconditioned": NOISE,
     "ridge, preconditioned": {"source": "ridge"},
     "ridge 5x5, preconditioned": {"source": "ridge_5x5"},
-    "gaussian 3x3, preconditioned": {"source": "gaussian_3x3"},
     "ridge 3x3, velocity": VELOCITY,
     "ridge 3x3, data": DATA,
     "default, logit-normal": LOGIT_NORMAL,

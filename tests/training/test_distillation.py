@@ -102,21 +102,6 @@ def test_a_student_learns_to_do_in_one_call_what_its_teacher_does_in_many(tmp_pa
     assert teacher.config.default_steps == 50
 
 
-def test_lessons_start_from_the_correlated_noise_that_the_student_is_sampled_from(tmp_path: Path) -> None:
-    flow = dict(source="gaussian_3x3", source_components=3, prediction_type="preconditioned")
-    store, teacher = (
-        write_linear_store(tmp_path / "s"),
-        BLIP3oDiTModel(tiny_config(flow_matching=flow)).eval(),
-    )
-    teacher.source_positions.copy_(torch.randn(9, 9))
-    config = DistillationConfig(steps=1, train_steps=1, batch_size=4, teacher_steps=1)
-    trainer = taught(teacher, store, config, tmp_path / "student")
-    noise = torch.randn(2, 9, 8)
-    lesson = trainer._lesson({"eva": store.fetch(range(2))[0], "noise": noise})
-    torch.testing.assert_close(lesson.sample.x_t, teacher.source_positions @ noise)
-    torch.testing.assert_close(trainer.unwrapped_model.source_positions, teacher.source_positions)
-
-
 def test_the_trainer_gives_the_bits_of_a_plain_loop(tmp_path: Path) -> None:
     """Each step has a batch of a shuffled pass, whose rest is left out, and noise by (seed, step, sample)."""
     store = write_linear_store(tmp_path / "s")

@@ -33,7 +33,7 @@ from blip3o_dit.utils.checksums import CHECKSUMS_FILE, seal
 from tests.helpers.stores import write_linear_store
 from tests.helpers.training import config_for, same
 
-EVERYTHING = dict(save_steps=2, max_steps=4, eval_steps=100, eval_samples=0, source="gaussian_3x3")
+EVERYTHING = dict(save_steps=2, max_steps=4, eval_steps=100, eval_samples=0, source="ridge_5x5")
 
 
 @pytest.fixture(scope="module")

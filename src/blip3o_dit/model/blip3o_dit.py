@@ -39,10 +39,7 @@ logger = logging.getLogger(__name__)
 GENERATION_STREAM = "generation noise"
 
 STATISTICS = ["condition_mean", "condition_std", "target_mean", "target_std"]
-SOURCE_BUFFERS = [
-    *("source_weight", "source_bias", "source_std", "source_components"),
-    *("source_positions", "source_channels"),
-]
+SOURCE_BUFFERS = ["source_weight", "source_bias", "source_std", "source_components"]
 
 
 class BLIP3oDiTModel(StrictPreTrainedModel):
@@ -72,8 +69,6 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
     source_bias: Tensor
     source_std: Tensor
     source_components: Tensor
-    source_positions: Tensor
-    source_channels: Tensor
     # bfloat16 would move a channel's mean by up to 0.4 %: the statistics stay float32 beside any weights.
     _keep_in_fp32_modules_strict = STATISTICS + SOURCE_BUFFERS
     _no_split_modules = ["NextDiTBlock"]  # noqa: RUF012 - PreTrainedModel declares a list
@@ -102,9 +97,6 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         self.register_buffer("source_std", torch.ones(config.in_channels))
         if neighbours:
             self.register_buffer("source_components", torch.zeros(width, neighbours))
-        if config.flow.correlated_noise:
-            self.register_buffer("source_positions", torch.eye(config.num_tokens))
-            self.register_buffer("source_channels", torch.eye(config.in_channels))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -119,10 +111,7 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         elif isinstance(module, BLIP3oDiTModel):  # visited last
             self.dit.zero_gates_and_output()
             for name, buffer in self.named_buffers(recurse=False):
-                if name in ("source_positions", "source_channels"):
-                    nn.init.eye_(buffer)
-                else:
-                    nn.init.constant_(buffer, 1.0 if name.endswith("std") else 0.0)
+                nn.init.constant_(buffer, 1.0 if name.endswith("std") else 0.0)
 
     def _apply(self, fn: Any, recurse: bool = True) -> BLIP3oDiTModel:
         """`.to`, `.bfloat16`, `.cuda`, ...: the statistics keep their dtype; what was recorded goes."""
@@ -202,14 +191,15 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         self._fill_buffers("condition", mean=condition[0], std=condition[1])
         self._fill_buffers("target", mean=target[0], std=target[1])
 
-    def set_source(self, *, weight: Tensor, bias: Tensor, std: Tensor, **others: Tensor | None) -> None:
+    def set_source(self, *, weight: Tensor, bias: Tensor, std: Tensor, components: Tensor | None) -> None:
         """Store a ridge regression in the network's units, and its residual's deviation per channel.
 
-        Shapes: weight [F, C] (`source_features`), bias [C], std [C]. Others, which a source may have:
-        components [C_eva, r] for r neighbour components, positions [N, N], channels [C, C] (`source_noise`).
+        Shapes: weight [F, C] (`source_features`), bias [C], std [C], components [C_eva, r] for r neighbour
+        components.
         """
-        given = {name: value for name, value in others.items() if value is not None}
-        self._fill_buffers("source", weight=weight, bias=bias, std=std, **given)
+        self._fill_buffers("source", weight=weight, bias=bias, std=std)
+        if components is not None:
+            self._fill_buffers("source", components=components)
 
     def _fill_buffers(self, prefix: str, **values: Tensor) -> None:
         for name, value in values.items():
@@ -232,18 +222,6 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         flow = self.config.flow
         components = self.source_components if flow.source_components else None
         return source_features(condition, components, flow.source_size)
-
-    def source_noise(self, noise: Tensor) -> Tensor:
-        """N(0, 1) [B, N, C] -> the noise that a path starts from, in the flow's units; float32.
-
-        Of unit variance in each channel, and with "gaussian_3x3" of the covariance of what the ridge leaves,
-        as the Kronecker product of one over positions and one over channels: P eps Q with their square roots
-        P [N, N] and Q [C, C]. As data and noise then have one covariance, the preconditioning stays as it is.
-        """
-        if not self.config.flow.correlated_noise:
-            return noise
-        with without_autocast(noise.device):
-            return self.source_positions @ noise.float() @ self.source_channels
 
     def record_generation(self) -> None:
         """On a GPU, launch all kernels of a generation together, from its second batch of a size on."""
@@ -286,8 +264,7 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         source = (source_of or self.source_distribution)(condition)
         x_1 = source.to_flow(self.normalize_target(clip.to(self.device)))
         t = training_times(u_time, flow)
-        noise = self.source_noise(noise.to(self.device))
-        sample = make_path(flow).sample(x_1, noise, t.to(self.device))
+        sample = make_path(flow).sample(x_1, noise.to(self.device), t.to(self.device))
         if u_dropout is not None and flow.condition_dropout > 0:
             keep = u_dropout >= flow.condition_dropout
             condition = condition * keep[:, None, None]
@@ -415,7 +392,7 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         `names` are those of the noise (`draw_names`).
         """
         noise = normal_of(names.to(self.device), (self.config.num_tokens, self.config.in_channels))
-        x_0 = make_path(self.config.flow).initial_point(self.source_noise(noise))
+        x_0 = make_path(self.config.flow).initial_point(noise)
         return x_0, self.normalize_condition(eva.to(self.device))
 
     def _draw(

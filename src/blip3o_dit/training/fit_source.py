@@ -9,7 +9,6 @@ is generated, and what was not fitted, starts from the map fitted on all of them
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from torch import Tensor
 from blip3o_dit.data.dataset import choose_samples
 from blip3o_dit.data.embeddings import Embeddings, TransformedEmbeddings, batches
 from blip3o_dit.flow.path import AffineSource
-from blip3o_dit.metrics.distances import symmetric_root
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.layers import without_autocast
 from blip3o_dit.ridge import USUAL_PENALTY, Moments, principal_components, search_penalty, source_features
@@ -39,9 +37,6 @@ FOLDS_FILE = "source_folds.safetensors"
 MIN_STD = 0.01
 
 AT_ONCE = 16  # samples
-
-# Of each fold, for the residual's correlations.
-CORRELATION_SAMPLES = 400
 
 
 @dataclass
@@ -176,8 +171,6 @@ def fit_source(
         "std": _deviation(total, parts, unseen),
         "components": None if components is None else components.cpu(),
     }
-    if model.config.flow.correlated_noise:
-        arguments |= rows.correlations(folds, unseen, arguments["std"])
     if len(parts) == 1:
         return arguments, None
     weights, biases = zip(*(rows.plain(solution) for solution in unseen), strict=True)
@@ -210,42 +203,10 @@ class _Rows:
         (weight, bias), (features, targets) = solution, self.origins
         return weight.float().cpu(), (bias + targets - features @ weight).float().cpu()
 
-    def correlations(
-        self, folds: list[np.ndarray], unseen: list[tuple[Tensor, Tensor]], deviation: Tensor
-    ) -> dict[str, Tensor]:
-        """The square roots of `BLIP3oDiTModel.source_noise`, from samples by maps that have not seen them."""
-        positions, channels, count = torch.zeros(()), torch.zeros(()), 0
-        for fold, (weight, bias) in zip(folds, unseen, strict=True):
-            chosen = fold[:: math.ceil(len(fold) / CORRELATION_SAMPLES)]
-            for piece in batches(chosen, AT_ONCE):
-                features, clip = (
-                    rows - origin for rows, origin in zip(self._read(piece), self.origins, strict=True)
-                )
-                left = (clip - features @ weight - bias).cpu() / deviation.double()
-                left = left.unflatten(0, (len(piece), -1))  # [n, N, C]
-                positions = positions + (left @ left.mT).sum(dim=0)
-                channels = channels + (left.mT @ left).sum(dim=0)
-            count += len(chosen)
-        sizes = len(positions), len(channels)
-        positions, channels = positions / (count * sizes[1]), channels / (count * sizes[0])
-        scale = channels.diagonal().clamp(min=1e-12).rsqrt()
-        return {
-            "positions": _root(positions / positions.diagonal().mean().clamp(min=1e-12), count * sizes[1]),
-            "channels": _root(channels * torch.outer(scale, scale), count * sizes[0]),
-        }
-
     def _read(self, samples: np.ndarray) -> tuple[Tensor, Tensor]:
         eva, clip = self.seen.fetch(samples)
         features = source_features(eva, self.components, self.size)
         return features.flatten(0, 1).double(), clip.flatten(0, 1).double()
-
-
-def _root(covariance: Tensor, rows: int) -> Tensor:
-    """Square root of a covariance [n, n] that so many rows gave; the fewer, the nearer to its diagonal."""
-    shrunk = covariance * (rows / (rows + len(covariance)))
-    kept = covariance.diagonal()
-    shrunk.diagonal().copy_(torch.where(kept > 0, kept, 1.0))
-    return symmetric_root(shrunk).float()
 
 
 def _deviation(total: Moments, parts: list[Moments], unseen: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -138,7 +138,7 @@ class StudentTrainer(ExactResumeTrainer):
         flow = teacher.config.flow
         targets = trajectory_targets(
             teacher.make_velocity_fn(condition, start),
-            make_path(flow).initial_point(teacher.source_noise(batch["noise"])),
+            make_path(flow).initial_point(batch["noise"]),
             student_steps=lessons.steps,
             teacher_steps=lessons.steps_of_an_interval,
             solver=lessons.teacher_solver,
