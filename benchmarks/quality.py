@@ -61,6 +61,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "noise, velocity, logit-normal, shift": NOISE | VELOCITY | LOGIT_NORMAL | SHIFT,
     "noise, preconditioned": NOISE,
     "ridge, preconditioned": {"source": "ridge"},
+    "ridge 5x5, preconditioned": {"source": "ridge_5x5"},
     "ridge 3x3, velocity": VELOCITY,
     "ridge 3x3, data": DATA,
     "default, logit-normal": LOGIT_NORMAL,

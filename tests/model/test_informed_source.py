@@ -20,12 +20,12 @@ from tests.helpers.linear_gaussian import LinearGaussian
 
 
 def informed_model(source: str = "ridge_3x3") -> BLIP3oDiTModel:
-    components = 3 if source == "ridge_3x3" else 0
+    components = 0 if source == "ridge" else 3
     flow = dict(source=source, source_components=components, prediction_type="preconditioned")
     model = BLIP3oDiTModel(tiny_config(flow_matching=flow)).eval()
     generator = torch.Generator().manual_seed(1)
     model.set_source(
-        weight=0.3 * torch.randn(12 + 8 * components, 8, generator=generator),
+        weight=0.3 * torch.randn(model.source_weight.shape, generator=generator),
         bias=torch.randn(8, generator=generator),
         std=torch.rand(8, generator=generator) + 0.1,
         components=torch.randn(12, components, generator=generator) if components else None,
@@ -59,9 +59,14 @@ def test_features_are_the_token_and_its_eight_neighbours() -> None:
     around = [grid[y, x] for y in range(3) for x in range(3) if (y, x) != (1, 1)]
     assert torch.equal(features[0, 4], torch.cat([grid[1, 1], *around]))
     assert (features[0, 0, 2:10] == 0).all()  # the corner has nothing above it or to its left
+    wide = neighbourhood_features(tokens, torch.eye(2), size=5)
+    assert wide.shape == (1, 9, 50)
+    padded = torch.nn.functional.pad(grid, (0, 0, 2, 2, 2, 2))
+    square = padded[:5, :5].flatten(0, 1)  # around the corner
+    assert torch.equal(wide[0, 0], torch.cat([square[12], square[:12].flatten(), square[13:].flatten()]))
 
 
-@pytest.mark.parametrize("source", ["ridge", "ridge_3x3"])
+@pytest.mark.parametrize("source", ["ridge", "ridge_3x3", "ridge_5x5"])
 def test_a_new_model_samples_the_ridge_and_its_gaussian_residual(source: str) -> None:
     """Before any training the head puts out zero: the one-call estimate is R(c), samples are R + s eps."""
     model = informed_model(source)
@@ -121,7 +126,7 @@ def test_sampling_follows_the_network_that_was_trained() -> None:
 
 
 def test_the_source_is_saved_with_the_model(tmp_path: Path) -> None:
-    model = informed_model()
+    model = informed_model("ridge_5x5")
     randomize(model)
     eva = torch.randn(2, 9, 12)
     expected = model.generate(eva, num_inference_steps=3)
@@ -129,7 +134,8 @@ def test_the_source_is_saved_with_the_model(tmp_path: Path) -> None:
     loaded = BLIP3oDiTModel.from_pretrained(tmp_path).eval()
     assert torch.equal(loaded.generate(eva, num_inference_steps=3), expected)
     half = BLIP3oDiTModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert {half.get_buffer(f"source_{name}").dtype for name in ("weight", "bias", "std")} == {torch.float32}
+    names = ("weight", "bias", "std", "components")
+    assert {half.get_buffer(f"source_{name}").dtype for name in names} == {torch.float32}
     assert model.bfloat16().source_std.dtype == torch.float32
 
 
@@ -143,7 +149,7 @@ def test_wrong_shapes_are_refused() -> None:
         FlowMatchingConfig(source="ridge", source_components=2)
 
 
-@pytest.mark.parametrize("source", ["ridge", "ridge_3x3"])
+@pytest.mark.parametrize("source", ["ridge", "ridge_3x3", "ridge_5x5"])
 def test_the_fit_finds_the_regression_and_its_residual(source: str) -> None:
     data = LinearGaussian(num_samples=2000, num_tokens=9, condition_dim=6, target_dim=5)
     sizes = dict(num_tokens=9, condition_dim=6, target_dim=5)

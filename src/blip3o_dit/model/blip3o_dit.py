@@ -91,7 +91,8 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
     def _register_source(self, config: BLIP3oDiTConfig) -> None:
         """Buffers of the informed source; an unfitted one is pure noise."""
         width, neighbours = config.eva_embedding_size, config.flow.source_components
-        self.register_buffer("source_weight", torch.zeros(width + 8 * neighbours, config.in_channels))
+        features = width + (config.flow.source_size**2 - 1) * neighbours
+        self.register_buffer("source_weight", torch.zeros(features, config.in_channels))
         self.register_buffer("source_bias", torch.zeros(config.in_channels))
         self.register_buffer("source_std", torch.ones(config.in_channels))
         if neighbours:
@@ -193,7 +194,8 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
     def set_source(self, *, weight: Tensor, bias: Tensor, std: Tensor, components: Tensor | None) -> None:
         """Store a ridge regression in the network's units, and its residual's deviation per channel.
 
-        Shapes: weight [C_eva + 8 r, C], bias [C], std [C], components [C_eva, r] for r neighbour components.
+        Shapes: weight [F, C] (`source_features`), bias [C], std [C], components [C_eva, r] for r neighbour
+        components.
         """
         self._fill_buffers("source", weight=weight, bias=bias, std=std)
         if components is not None:
@@ -211,10 +213,15 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         """Where the path of these samples starts, given normalised conditions [B, L, C_eva]; float32."""
         if self.config.flow.source == "noise":
             return AffineSource()
-        components = self.source_components if self.config.flow.source_components else None
         with without_autocast(condition.device):
-            features = source_features(condition.float(), components)
+            features = self.source_features(condition.float())
             return AffineSource(features @ self.source_weight + self.source_bias, self.source_std)
+
+    def source_features(self, condition: Tensor) -> Tensor:
+        """What the source's mean is linear in, [B, N, F], of normalised float32 conditions [B, L, C_eva]."""
+        flow = self.config.flow
+        components = self.source_components if flow.source_components else None
+        return source_features(condition, components, flow.source_size)
 
     def record_generation(self) -> None:
         """On a GPU, launch all kernels of a generation together, from its second batch of a size on."""

@@ -15,6 +15,7 @@ from blip3o_dit.flow.config import (
     PREDICTION_TYPES,
     SCHEDULE_TYPES,
     SOLVER_NAMES,
+    SOURCE_SIZES,
     SOURCES,
     TIME_DISTRIBUTIONS,
     FlowMatchingConfig,
@@ -416,7 +417,8 @@ class TrainingConfig:
         from blip3o_dit.ridge import neighbour_components
 
         shift = self.time_shift or (num_tokens * target_dim / SHIFT_REFERENCE) ** 0.5
-        components = neighbour_components(condition_dim) if self.source == "ridge_3x3" else 0
+        size = SOURCE_SIZES[self.source]
+        components = neighbour_components(condition_dim, size) if size > 1 else 0
         same = {f.name: getattr(self, f.name) for f in fields(FlowMatchingConfig) if hasattr(self, f.name)}
         resolved = {
             "condition_dropout": self.cfg_dropout,

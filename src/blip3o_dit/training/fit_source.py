@@ -64,11 +64,11 @@ class SourceFolds:
             return source
         if self.weight.device != condition.device:
             self.weight, self.bias = self.weight.to(condition.device), self.bias.to(condition.device)
-        mean, components = source.mean.clone(), getattr(model, "source_components", None)
+        mean = source.mean.clone()
         for fold in np.unique(folds[folds >= 0]).tolist():
             rows = torch.from_numpy(np.flatnonzero(folds == fold)).to(condition.device)
             with without_autocast(condition.device):
-                features = source_features(condition[rows].float(), components)
+                features = model.source_features(condition[rows].float())
                 mean[rows] = features @ self.weight[fold] + self.bias[fold]
         return AffineSource(mean, source.std)
 
@@ -152,10 +152,10 @@ def fit_source(
     chosen = choose_samples(train, max_samples=max_samples, seed=seed)
     numbers = group_ranks(chosen, groups) % FOLDS
     folds = [np.sort(chosen[numbers == fold]) for fold in range(numbers.max() + 1)]
-    components = None
+    components, size = None, model.config.flow.source_size
     if model.config.flow.source_components:
-        components = principal_components(seen, np.sort(chosen), AT_ONCE)[1].float()
-    rows = _Rows(seen, components, chosen[:1])
+        components = principal_components(seen, np.sort(chosen), AT_ONCE, size)[1].float()
+    rows = _Rows(seen, components, size, chosen[:1])
     parts = [rows.moments(fold) for fold in folds]
     total = rows.moments(chosen[:0])
     for part in parts:
@@ -190,8 +190,8 @@ def fit_source(
 class _Rows:
     """Features [F] and targets [C] of tokens, about origins near the data: see `Moments`."""
 
-    def __init__(self, seen: Embeddings, components: Tensor | None, first: np.ndarray) -> None:
-        self.seen, self.components = seen, components
+    def __init__(self, seen: Embeddings, components: Tensor | None, size: int, first: np.ndarray) -> None:
+        self.seen, self.components, self.size = seen, components, size
         self.origins = [rows.mean(dim=0) for rows in self._read(first)]
 
     def moments(self, samples: np.ndarray) -> Moments:
@@ -209,7 +209,7 @@ class _Rows:
 
     def _read(self, samples: np.ndarray) -> tuple[Tensor, Tensor]:
         eva, clip = self.seen.fetch(samples)
-        features = source_features(eva, self.components)
+        features = source_features(eva, self.components, self.size)
         return features.flatten(0, 1).double(), clip.flatten(0, 1).double()
 
 
