@@ -63,7 +63,7 @@ def test_each_flag_reaches_its_field() -> None:
         elif isinstance(option.default, float):
             value = 0.5 if option.name == "sigma_max" else 0.25
             words += [f"--{option.name}", str(value)]
-        elif option.name.startswith(("wandb", "embeddings", "output")):
+        elif option.name.startswith(("wandb", "embeddings", "output", "report", "group")):
             value = "text"
             words += [f"--{option.name}", "text"]
         else:
@@ -71,8 +71,9 @@ def test_each_flag_reaches_its_field() -> None:
             words += [f"--{option.name}", "4"]
         expected[option.name] = value
     given = vars(command_parser("train").parse_args(words))
-    together = {name: given[name] for name in expected if name != "optimizer"}
-    for settings in (together, {"optimizer": given["optimizer"]}):  # --memory split excludes muon
+    apart = ("optimizer", "early_stop")  # --memory split excludes muon, --no_calibrate an early stop
+    together = {name: given[name] for name in expected if name not in apart}
+    for settings in (together, *({name: given[name]} for name in apart)):
         config = resolve_config(settings, debug=False, resume=None)
         assert {name: getattr(config, name) for name in settings} == {n: expected[n] for n in settings}
 

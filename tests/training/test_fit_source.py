@@ -35,9 +35,7 @@ from tests.helpers.training import config_for, same
 
 # Samples with the same last two digits are a group.
 GROUPS = dict(split_by="group", group_pattern=r"^sample-\d*?(\d?\d)$")
-EVERYTHING = dict(
-    save_steps=2, max_steps=4, eval_steps=100, eval_samples=0, source="ridge_5x5", **GROUPS
-)
+EVERYTHING = dict(save_steps=2, max_steps=4, eval_steps=100, eval_samples=0, source="ridge_5x5", **GROUPS)
 
 
 @pytest.fixture(scope="module")

@@ -191,7 +191,7 @@ def test_what_cannot_be_started_from_is_one_line(model: Path, new: EmbeddingStor
     (adapter / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"found an adapter .* merge it"):
         resolved(adapter, new, tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match="nobody/nothing: expected a model folder"):
+    with pytest.raises(FileNotFoundError, match="nobody/nothing: expected a folder, or a repository on"):
         resolved(Path("nobody/nothing"), new, tmp_path / "out")
     broken = Path(shutil.copytree(model, tmp_path / "broken"))
     (broken / EMA_FILE).write_bytes((broken / EMA_FILE).read_bytes()[:-1])

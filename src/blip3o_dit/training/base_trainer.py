@@ -248,7 +248,8 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
             self._check_step()
         if self.args.max_grad_norm > 0:
             parameters, scaled = self.unwrapped_model.parameters(), self.accelerator.scaler is not None
-            clip(optimizer, parameters, norm, self.args.max_grad_norm, inside=not scaled)
+            limit = self.args.max_grad_norm
+            clip(optimizer, parameters, norm, limit, inside=not scaled, read=not self._gated)
         return norm
 
     @overrides_trainer
