@@ -209,7 +209,8 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The stock one, and how long the batches of an optimizer step were waited for."""
         if self._throughput is None:
-            self._throughput = measure_throughput(self.unwrapped_model, self.config, self.args.device)
+            with working("measuring how fast products are here", lasting=False):
+                self._throughput = measure_throughput(self.unwrapped_model, self.config, self.args.device)
         with self._throughput.waiting():
             return super().get_batch_samples(*args, **kwargs)
 
