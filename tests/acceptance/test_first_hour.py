@@ -31,7 +31,7 @@ CHANGES = [
 ]
 # As on a machine so much slower, or with so much more data (console_server.py).
 PACE = 4
-SILENCE = 2.0  # seconds
+SILENCE = 3.0  # seconds; two test processes share the machine
 UNFINISHED_BAR = re.compile(r"(?<!\d)\d?\d%\||: \d\d:\d\d$")
 
 # Commands that are not on the README's path, run after it in the same folder, each once.
