@@ -126,6 +126,16 @@ def add_tf32(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_weights(parser: argparse._ActionsContainer) -> None:
+    """--weights: which of a model's."""
+    parser.add_argument(
+        "--weights",
+        choices=("auto", "ema", "raw"),
+        default="auto",
+        help="averaged (ema) or last (raw) weights (default: auto, averaged where there are any)",
+    )
+
+
 def add_no_calibrate(parser: argparse._ActionsContainer) -> None:
     """--no_calibrate: a `noise_scale` of 1."""
     parser.add_argument(

@@ -6,6 +6,7 @@ import argparse
 import logging
 from pathlib import Path
 
+from blip3o_dit.cli.arguments import add_weights
 from blip3o_dit.cli.parser import CommandParser
 from blip3o_dit.utils.progress import working
 
@@ -32,12 +33,7 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the samples and of the noise (default: 0)"
     )
-    parser.add_argument(
-        "--weights",
-        choices=("auto", "ema", "raw"),
-        default="auto",
-        help="averaged (ema) or last (raw) weights (default: auto, averaged where there are any)",
-    )
+    add_weights(parser)
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: auto)"
     )

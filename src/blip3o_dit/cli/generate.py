@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from blip3o_dit.cli.arguments import add_flags, add_no_calibrate, add_tf32, given_settings, use_tf32
+from blip3o_dit.cli.arguments import (
+    add_flags,
+    add_no_calibrate,
+    add_tf32,
+    add_weights,
+    given_settings,
+    use_tf32,
+)
 from blip3o_dit.cli.parser import CommandParser
 from blip3o_dit.data.choices import DTYPE_NAMES, QUANTIZATIONS
 from blip3o_dit.flow.config import SOLVER_NAMES
@@ -116,12 +123,7 @@ def _add_computing(parser: CommandParser) -> None:
         help="keep the blocks' weights in one byte each (default: do not)",
     )
     add_tf32(group)
-    group.add_argument(
-        "--weights",
-        choices=("auto", "ema", "raw"),
-        default="auto",
-        help="averaged (ema) or last (raw) weights (default: auto, averaged where there are any)",
-    )
+    add_weights(group)
 
 
 def run(arguments: argparse.Namespace) -> None:
