@@ -151,6 +151,7 @@ TESTED_IN = {
     "model/encoded_condition.py": "model/test_transformer.py",
     "model/layers.py": "model/test_transformer.py",
     "model/triton_kernels.py": "model/test_gpu_kernels.py",
+    "model/triton_training.py": "model/test_gpu_training.py",
     "training/anomalies.py": "training/test_resume.py",
     "training/callbacks.py": "training/test_trainer.py",
     "training/checkpoint.py": "training/test_resume.py",

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from blip3o_dit.model import layers, transformer
 from blip3o_dit.model.encoded_condition import KeysValues, Modulations
+from blip3o_dit.model.transformer import BlockModulation
 
 # Where w x^T is faster than x w^T: at most so many rows of x, and at least so many columns.
 MAX_ROWS, MIN_COLUMNS = 512, 1024
@@ -60,7 +61,8 @@ class Linear(layers.Linear):
         if torch.compiler.is_compiling() or not _is_plain(self.weight):
             return super().forward(x)
         must_widen = self.weight.dtype.itemsize < x.dtype.itemsize
-        if not must_widen and not _transposed_gemm_is_faster(x):
+        must_narrow = x.is_cuda and self.weight.dtype.itemsize > x.dtype.itemsize and x.dtype.itemsize == 2
+        if not must_widen and not must_narrow and not _transposed_gemm_is_faster(x):
             return super().forward(x)
         if self.scale is not None:
             if _needs_grad(x):
@@ -97,6 +99,20 @@ class NextDiT(transformer.NextDiT):
 
 
 class NextDiTBlock(transformer.NextDiTBlock):
+    def forward(
+        self,
+        x: Tensor,
+        condition: Tensor | KeysValues,
+        temb: Tensor | BlockModulation,
+        rope: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        if x.is_cuda and isinstance(condition, Tensor) and isinstance(temb, Tensor) and _has_triton():
+            from blip3o_dit.model import gpu_training  # needs triton, and this module
+
+            if gpu_training.can_run(self, condition):
+                return gpu_training.run_block(self, x, condition, temb, rope)
+        return super().forward(x, condition, temb, rope)
+
     def joint_layers(self) -> list[list[layers.Linear]]:
         """Groups of layers that are given the same input."""
         own, cross = self.attn1, self.attn2
@@ -203,7 +219,7 @@ def can_be_joined(group: Sequence[nn.Module]) -> bool:
         type(layer) is Linear
         and _is_plain(layer.weight)
         and (layer.scale is None or not alone)
-        and not _is_hooked(layer)
+        and not is_hooked(layer)
         for layer in group
     )
 
@@ -240,7 +256,7 @@ def _is_plain(weight: Tensor) -> bool:
     return type(weight) in (Tensor, nn.Parameter)
 
 
-def _is_hooked(layer: nn.Module) -> bool:
+def is_hooked(layer: nn.Module) -> bool:
     before, after = layer._forward_pre_hooks, layer._forward_hooks
     backward = layer._backward_pre_hooks or layer._backward_hooks
     return bool(before or after or backward or "forward" in vars(layer))  # accelerate replaces `forward`
@@ -355,11 +371,18 @@ class _MultiLinear(torch.autograd.Function):
         for i, (gradient, weight, dtype) in enumerate(zip(gradients, weights, ctx.dtypes, strict=True)):
             gradient = gradient.flatten(0, -2)
             if weight_needs_grad[i]:
-                to_weights[i] = (gradient.t() @ rows).to(dtype)
+                to_weights[i] = _outer(gradient, rows, dtype)
             if x_needs_grad:
                 used = _cast(weight, gradient.dtype)
                 to_x = gradient @ used if to_x is None else to_x.addmm_(gradient, used)
         return (None if to_x is None else to_x.view(x.shape), *to_weights)
+
+
+def _outer(gradient: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient^T rows in `dtype`, which a GPU's product can be written in without rounding it before."""
+    if gradient.is_cuda and dtype == torch.float32 and gradient.dtype.itemsize == 2:
+        return torch.mm(gradient.t(), rows, out_dtype=dtype)
+    return (gradient.t() @ rows).to(dtype)
 
 
 class _ScaledRMSNorm(torch.autograd.Function):

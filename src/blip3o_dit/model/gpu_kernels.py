@@ -20,7 +20,13 @@ import triton
 from torch import Tensor
 
 from blip3o_dit.model import triton_kernels as kernels
-from blip3o_dit.model.cpu_kernels import FeedForward, NextDiTBlock, can_be_joined, joint_product
+from blip3o_dit.model.cpu_kernels import (
+    FeedForward,
+    NextDiTBlock,
+    can_be_joined,
+    is_hooked,
+    joint_product,
+)
 from blip3o_dit.model.encoded_condition import KeysValues, Modulations
 
 MAX_TOKENS = 256  # whose scores [64, 256] a program holds
@@ -35,11 +41,11 @@ def can_run(blocks: Sequence[Any], x: Tensor, keys_values: Sequence[KeysValues],
         return False
     if max(x.shape[1], keys_values[0].keys.shape[2]) > MAX_TOKENS:
         return False
-    return all(_is_plain(block) for block in blocks)
+    return all(is_plain(block) for block in blocks)
 
 
-def _is_plain(block: Any) -> bool:
-    """A block that computes what `run_blocks` computes for it."""
+def is_plain(block: Any) -> bool:
+    """A block that computes what the kernels compute for it."""
     if type(block) is not NextDiTBlock or type(block.feed_forward) is not FeedForward:
         return False
     if block._compiled_call_impl is not None:
@@ -48,10 +54,7 @@ def _is_plain(block: Any) -> bool:
     products += [block.attn2.to_out[0], block.feed_forward.linear_2]
     inner = (block, block.attn1, block.attn2, block.feed_forward, block.norm1, block.norm1.norm, block.norm2)
     norms = (block.ffn_norm1, block.ffn_norm2, block.attn1.norm_q, block.attn1.norm_k, block.attn2.norm_q)
-    return can_be_joined(products) and not any(
-        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-        for module in (*inner, *norms)
-    )
+    return can_be_joined(products) and not any(is_hooked(module) for module in (*inner, *norms))
 
 
 def run_blocks(
