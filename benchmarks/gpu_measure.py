@@ -124,7 +124,8 @@ def product_rate(setup: Setup) -> float:
     """Operations per second of a large bfloat16 product of random numbers; constant ones run faster."""
     n = 64 if setup.quick else ROWS_OF_A_LARGE_PRODUCT
     a, b = (torch.randn(n, n, device=setup.device).bfloat16() for _ in range(2))
-    return 2 * n**3 / _seconds(lambda: F.linear(a, b), 10)
+    warm_up = 1 if setup.quick else 200  # a GPU that was idle is slow for a fraction of a second
+    return 2 * n**3 / _seconds(lambda: F.linear(a, b), 10, warm_up)
 
 
 def copy_bandwidth(setup: Setup) -> float:
@@ -313,5 +314,5 @@ def _once(function: Callable[[], Any]) -> float:
     return alternate({"": function}, 1, warm_up=0)[""]
 
 
-def _seconds(function: Callable[[], Any], rounds: int) -> float:
-    return alternate({"": function}, rounds)[""]
+def _seconds(function: Callable[[], Any], rounds: int, warm_up: int = 1) -> float:
+    return alternate({"": function}, rounds, warm_up=warm_up)[""]

@@ -65,7 +65,7 @@ def _keywords(option: Field[Any], kind: Any, negatable: bool) -> dict[str, Any]:
         keywords["required"] = True
     elif "(default" not in keywords["help"] and (kind is not bool or negatable):
         keywords["help"] += f" (default: {_shown(option.default)})"
-    if kind is bool:
+    if kind in (bool, bool | None):
         return keywords | {"action": OnOff if negatable else "store_true"}
     if typing.get_origin(kind) is tuple:
         kind, *others = typing.get_args(kind)

@@ -56,7 +56,7 @@ from blip3o_dit.training.fsdp import check_sharding, keep_the_dtype_rule, let_ge
 from blip3o_dit.training.metrics import Throughput, TrainingMetrics, measure_throughput
 from blip3o_dit.training.optimizer_state import gathered_state, load_optimizer, save_optimizer, unwrapped
 from blip3o_dit.training.overrides import overrides_trainer
-from blip3o_dit.training.recorded_passes import record_passes
+from blip3o_dit.training.recorded_passes import may_record, record_passes
 from blip3o_dit.training.split_weights import SplitWeights
 from blip3o_dit.training.stopping import StopRequest, outlive_stops
 from blip3o_dit.utils.atomic import written_aside
@@ -162,9 +162,9 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         return self.accelerator.autocast() if native else nullcontext()
 
     def record_passes(self) -> None:
-        """The passes of a training step as CUDA graphs, if that was asked for."""
+        """The passes of a training step as CUDA graphs, if that was asked for or nothing is in the way."""
         config = self.config
-        if config.cuda_graphs:
+        if may_record(config, self.unwrapped_model.config, self.args.device, self.args.world_size):
             dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
             record_passes(self.unwrapped_model, config.batch_size, dtype)
 

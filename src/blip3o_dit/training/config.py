@@ -143,9 +143,9 @@ class TrainingConfig:
         "leaves less to launch); given without a word: blocks",
         choices=COMPILE_CHOICES,
     )
-    cuda_graphs: bool = setting(
-        False,
-        "launch forward and backward pass as CUDA graphs, for one GPU that waits for its launches",
+    cuda_graphs: bool | None = setting(
+        None,
+        "launch forward and backward pass as CUDA graphs (default: on one GPU that has the memory for it)",
     )
 
     num_epochs: float | None = setting(
@@ -351,14 +351,8 @@ class TrainingConfig:
         if self.optimizer == "muon" and (self.memory != "default" or self.fp16):
             found = "fp16" if self.fp16 else f"memory {self.memory}"
             raise ValueError(f"optimizer: muon expects float32 weights and no loss scale, found {found}")
-        for name, given in {
-            "gradient_checkpointing": self.gradient_checkpointing,
-            "selective_checkpointing": self.selective_checkpointing,
-            "gradient_accumulation_steps": self.gradient_accumulation_steps > 1,
-            "memory low": self.memory == "low",
-        }.items():
-            if self.cuda_graphs and given:
-                raise ValueError(f"cuda_graphs: expected none with {name}")
+        if self.cuda_graphs and self.not_recorded_with:
+            raise ValueError(f"cuda_graphs: expected none with {self.not_recorded_with}")
         if self.residual == "bfloat16" and not (self.bf16 or self.memory != "default"):
             raise ValueError("residual: bfloat16 expects bf16, or memory low or split, found neither")
         if self.compile and self.selective_checkpointing:
@@ -378,6 +372,17 @@ class TrainingConfig:
                 "extend_epochs: expected a run to train further (--resume_from_checkpoint), found none; "
                 "--init_from starts a new run from a model's weights"
             )
+
+    @property
+    def not_recorded_with(self) -> str:
+        """What there is that passes recorded as CUDA graphs cannot go with, or nothing."""
+        found = {
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "selective_checkpointing": self.selective_checkpointing,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps > 1,
+            "memory low": self.memory == "low",
+        }
+        return next((name for name, given in found.items() if given), "")
 
     def to_json(self) -> bytes:
         """The content of `training_config.json`."""

@@ -240,7 +240,7 @@ def _settings_of_student(
     usual = {name: getattr(default, name) for name in _NOT_OF_THE_TEACHER}
     own = {name: getattr(config, name) for name in _OF_THE_DISTILLATION}
     own |= {"max_steps": config.train_steps, "num_inference_steps": config.steps, "solver": "euler"}
-    own |= {"save_total_limit": 1, "num_workers": 0}
+    own |= {"save_total_limit": 1, "num_workers": 0, "cuda_graphs": False}
     device = torch.device(config.device).type
     return with_lengths(replace(run, **(usual | own), output_dir=str(output), device=device), samples)
 
@@ -251,7 +251,7 @@ _OF_THE_DISTILLATION = (
 )
 _NOT_OF_THE_TEACHER = (
     *("num_epochs", "eval_steps", "gradient_accumulation_steps", "lr_scheduler_type", "weight_decay"),
-    *("memory", "fp16", "bf16", "compile", "cuda_graphs", "selective_checkpointing", "deterministic"),
+    *("memory", "fp16", "bf16", "compile", "selective_checkpointing", "deterministic"),
     *("init_from", "init_statistics", "init_checksum", "report_to", "wandb_project", "wandb_run_name"),
     *("ema_every", "moments", "optimizer", "early_stop"),
     *("extend_epochs", "extend_steps", "extended_at", "extended_to", "extended_rate", "extended_warmup"),

@@ -15,8 +15,26 @@ import torch
 from torch import Tensor
 
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.config import BLIP3oDiTConfig
+from blip3o_dit.training import fsdp
+from blip3o_dit.training.config import TrainingConfig
+from blip3o_dit.training.memory import forecast, room_on
 
 logger = logging.getLogger(__name__)
+
+
+def may_record(config: TrainingConfig, model: BLIP3oDiTConfig, device: torch.device, processes: int) -> bool:
+    """Whether the passes of this run are to be recorded: as it says, else on one GPU with room for it.
+
+    A last batch that is not full is computed as before: what it keeps, and its gradients, lie beside the
+    memory of the recorded passes.
+    """
+    if config.cuda_graphs is not None:
+        return config.cuda_graphs
+    if device.type != "cuda" or processes > 1 or fsdp.asked_for() or config.not_recorded_with:
+        return False
+    needed = forecast(config, model, device)
+    return needed.total + needed.activations + needed.gradients <= room_on(device).size
 
 
 def record_passes(model: BLIP3oDiTModel, batch_size: int, dtype: torch.dtype | None) -> None:
