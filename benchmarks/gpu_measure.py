@@ -234,14 +234,6 @@ def measure_quantized(setup: Setup) -> Iterator[Row]:
         yield {"figure": f"{row.pop('measured')}, {row.pop('weights')}", **row}
 
 
-def measure_kernels(setup: Setup) -> Iterator[Row]:
-    """Kernels that are not in use, beside those that are."""
-    if importlib.util.find_spec("triton"):
-        from benchmarks import kernel_variants  # needs triton
-
-        yield from kernel_variants.measure()
-
-
 def measure_peer(asked: Training | Generation, setup: Setup) -> Iterator[Row]:
     """diffusers' class with the same weights, where it is installed."""
     if not importlib.util.find_spec("diffusers"):
@@ -277,7 +269,6 @@ def parts() -> dict[str, tuple[Callable[[Setup], Any], int]]:
         if group == "generation speed":
             listed["one call end to end"] = (measure_end_to_end, 30)
             listed["quantized speed"] = (measure_quantized, 40)
-    listed["kernel variants"] = (measure_kernels, 40)
     return listed
 
 

@@ -165,7 +165,7 @@ def pack_weights(weights: Sequence[Tensor]) -> None:
     if (
         not weights
         or any(weight.is_meta or not _is_plain(weight) for weight in weights)
-        or _are_packed(weights)
+        or are_packed(weights)
     ):
         return
     joined = torch.cat([weight.detach() for weight in weights])
@@ -183,7 +183,7 @@ def joint_product(
     scales = [layer.scale for layer in group if layer.scale is not None]
     if not scales:
         return multi_linear(x, weights, any_layout=any_layout)
-    if _are_packed(weights) and _are_packed(scales):
+    if are_packed(weights) and are_packed(scales):
         joint = quantized_product(x, _joined(weights), _joined(scales))
         parts = joint.split([len(weight) for weight in weights], dim=-1)
     else:
@@ -200,7 +200,7 @@ def multi_linear(x: Tensor, weights: Sequence[Tensor], *, any_layout: bool = Fal
         return _traced_products(x, weights)
     if _needs_grad(x, *weights):
         return _MultiLinear.apply(x, *weights)
-    if _are_packed(weights):
+    if are_packed(weights):
         parts = _packed_product(x, weights).split([len(weight) for weight in weights], dim=-1)
     else:
         parts = tuple(_packed_product(x, [weight]) for weight in weights)
@@ -241,7 +241,7 @@ def _traced_products(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]
 @torch.library.custom_op("blip3o_dit::joint_product", mutates_args=())
 def traced_product(x: Tensor, weights: list[Tensor]) -> Tensor:
     """x [..., k] and weights [n_i, k] -> [..., sum of n_i]; where the weights lie is seen when it is run."""
-    if _are_packed(weights):
+    if are_packed(weights):
         return _packed_product(x, weights).contiguous()
     return torch.cat([_packed_product(x, [weight]) for weight in weights], dim=-1)
 
@@ -303,7 +303,7 @@ def _transposed_gemm_is_faster(x: Tensor) -> bool:
     return x.shape[-1] >= MIN_COLUMNS and x.numel() <= MAX_ROWS * x.shape[-1]
 
 
-def _are_packed(weights: Sequence[Tensor]) -> bool:
+def are_packed(weights: Sequence[Tensor]) -> bool:
     """Rows of one block of memory, in this order and without gaps."""
     first = weights[0]
     end = first.data_ptr()
