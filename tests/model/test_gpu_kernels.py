@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.encoded_condition import Modulations
 from tests.conftest import tiny_config
 
 ROWS = """
@@ -47,8 +48,9 @@ for heads, groups, dim, grid in ((4, 2, 48, 3), (3, 3, 96, 4)):
         null = dit.encode_condition(torch.zeros(1, n, config.eva_embedding_size).half())
         for condition, rows in ((encoded, x[:2]), (encoded.with_null_condition(null), x)):
             keys_values = [tree_map_only(torch.Tensor, torch.Tensor.half, kv) for kv in condition.keys_values]
-            modulations = dit._modulations(torch.randn(len(rows), config.time_embed_dim).half())
-            rope = dit._rope(rows)
+            joint = dit.modulate(torch.randn(len(rows), config.time_embed_dim).half())
+            modulations = Modulations.of_joint(joint, dim)
+            rope = condition.rope
             assert gpu_kernels.can_run(blocks, rows, keys_values, torch.float16)
             found = gpu_kernels.run_blocks(blocks, rows, keys_values, modulations, rope)
             dit.float()
@@ -114,12 +116,12 @@ def test_a_layer_makes_21_passes_over_its_activations(residual: str, monkeypatch
             encoded = dit.encode_condition(torch.randn(2, 16, 12).bfloat16())
             launches = Launches(x.numel())
             monkeypatch.setattr(gpu_kernels, "kernels", launches)
-            modulations = dit._modulations(torch.randn(2, 48).bfloat16())
+            modulations = Modulations.of_joint(dit.modulate(torch.randn(2, 48).bfloat16()), 48)
             keys_values = [
                 kv._replace(keys=kv.keys.bfloat16(), values=kv.values.bfloat16())
                 for kv in encoded.keys_values
             ]
-            gpu_kernels.run_blocks(dit.blocks, x, keys_values, modulations, dit._rope(x))
+            gpu_kernels.run_blocks(dit.blocks, x, keys_values, modulations, encoded.rope)
         found.append((len(launches.passes), sum(launches.passes) // (2 * x.numel())))
     passes, of_bfloat16 = (there - here for here, there in zip(*found, strict=True))
     assert passes == 21
