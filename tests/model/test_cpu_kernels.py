@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from blip3o_dit.model import cpu_kernels, layers
+from blip3o_dit.model import cpu_kernels, layers, stacked_layers
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.cpu_kernels import (
     Linear,
@@ -208,9 +208,9 @@ def stacked_pair(monkeypatch: pytest.MonkeyPatch, **changes: object) -> tuple[Ne
 def stacked_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """How the layers' modulations, keys and values are computed: "stacked", or what is called of a block."""
     calls: list[str] = []
-    stacked = cpu_kernels.stacked_keys_values
+    stacked = stacked_layers.keys_values
     monkeypatch.setattr(
-        cpu_kernels, "stacked_keys_values", lambda *given: calls.append("stacked") or stacked(*given)
+        stacked_layers, "keys_values", lambda *given: calls.append("stacked") or stacked(*given)
     )
     for name in ("encode", "modulate"):
         plain = getattr(cpu_kernels.NextDiTBlock, name)

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip3o_dit.model import layers, transformer
+from blip3o_dit.model import layers, stacked_layers, transformer
 from blip3o_dit.model.encoded_condition import KeysValues, Modulations
 
 # Rows of a condition whose keys and values a GPU computes for all layers at once: each layer has its own copy
@@ -118,7 +118,7 @@ class NextDiT(transformer.NextDiT):
             _is_hooked(norm) for block in self.blocks for norm in (block.norm1_context, block.attn2.norm_k)
         ):
             return super().encode(condition)
-        return stacked_keys_values(self.blocks, condition)
+        return stacked_layers.keys_values(self.blocks, _joined([layer.weight for layer in group]), condition)
 
     def run_blocks(
         self,
@@ -169,30 +169,6 @@ class FeedForward(transformer.FeedForward):
         gate = F.silu(gate)
         # Autograd keeps the product's factors; without it their memory can be used again.
         return self.linear_2(gate * up if torch.is_grad_enabled() else gate.mul_(up))
-
-
-def stacked_keys_values(blocks: Sequence[transformer.NextDiTBlock], condition: Tensor) -> list[KeysValues]:
-    """`encode` of blocks whose weights are packed, condition [B, L, d]: a tenth of the launches.
-
-    Keys are normed in float32 at least, as `LayerNorm` does inside.
-    """
-    dtype, (batch, _, width) = condition.dtype, condition.shape
-    attentions = [block.attn2 for block in blocks]
-    context_norms, key_norms = [block.norm1_context for block in blocks], [a.norm_k for a in attentions]
-    gains = torch.stack([norm.weight for norm in context_norms]).to(dtype).unsqueeze(1)  # [layers, 1, d]
-    rows = F.rms_norm(condition.flatten(0, 1), (width,), None, context_norms[0].eps)
-    weight = _joined([layer.weight for a in attentions for layer in (a.to_k, a.to_v)])
-    product = torch.bmm(rows * gains, weight.view(len(blocks), -1, width).mT)  # [layers, B L, 2 G h]
-    keys, values = product.chunk(2, dim=-1)
-    wide = torch.promote_types(dtype, torch.float32)
-    affine = torch.stack([p for norm in key_norms for p in (norm.weight, norm.bias)]).to(wide)
-    scale, shift = affine.unflatten(0, (-1, 2)).unsqueeze(2).unbind(1)  # [layers, 1, G h] each
-    normed = F.layer_norm(keys.to(wide), keys.shape[-1:], eps=key_norms[0].eps)
-    split = [
-        x.unflatten(1, (batch, -1)).unflatten(-1, (-1, attentions[0].head_dim)).transpose(2, 3)
-        for x in (torch.addcmul(shift, normed, scale).to(dtype), values)
-    ]  # [layers, B, G, L, h] each
-    return [KeysValues(*own) for own in zip(*split, strict=True)]
 
 
 STAND_INS: dict[type[nn.Module], type[nn.Module]] = {
