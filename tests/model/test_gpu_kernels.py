@@ -27,6 +27,10 @@ from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.cpu_kernels import FeedForward
 from blip3o_dit.model.encoded_condition import Modulations
 from blip3o_dit.model.quantization import quantize_weight
+from blip3o_dit.utils import stateless_random
+from blip3o_dit.utils.philox import philox
+from blip3o_dit.utils.philox_kernel import philox_words
+from blip3o_dit.utils.stateless_random import draw_names
 from tests.conftest import randomize, tiny_config
 
 torch.manual_seed(0)
@@ -61,6 +65,17 @@ for heads, groups, dim, grid in ((4, 2, 48, 3), (3, 3, 96, 4)):
             distance = float((found - expected).norm() / (expected - rows).norm())
             print(heads, groups, dim, len(rows), distance)
             assert distance < 4e-3, distance
+
+names = draw_names([7, 2**40 + 3, 9], seed=5, stream="test", counter=3, repeats=[0, 2, 1])
+for rows, positions in ((slice(0, 3), 600), (slice(1, 3), 5)):
+    keys, samples = names[:20, 0], names[20:, rows]
+    counter = [torch.arange(positions).repeat(samples.shape[1], 1)]
+    counter += [word[:, None].repeat(1, positions) for word in samples]
+    expected = philox(counter, list(zip(keys[::2], keys[1::2])))
+    found = philox_words(keys, samples, positions)
+    assert torch.equal(found[[0, 2, 1, 3]], torch.stack(expected))
+    normals = stateless_random._normals_by_kernel(keys, samples, positions)
+    torch.testing.assert_close(normals, stateless_random._normals(keys, samples, positions))
 
 for kind in ("int8", "fp8"):  # more than a tile and a piece of each side, and parts of them
     for rows, columns, depth in ((3, 40, 200), (70, 35, 96)):
