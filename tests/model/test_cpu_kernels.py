@@ -244,8 +244,11 @@ def test_all_layers_at_once_are_one_after_the_other(
                     + [network.predict(x, t.expand(4), both) for t in times]
                 )
             )
+            alone = network.encode_condition(condition, mean, times[1:2])
+            at_its_time = network.predict(x[:2], times[1].expand(2), alone)
+        torch.testing.assert_close(at_its_time, outputs[-1][2:4])
         encodings.append(encoded)
-    assert stacked_calls == ["stacked", "stacked"]
+    assert stacked_calls == ["stacked"] * 3
     plain, fast = encodings
     assert plain.modulations is not None and fast.modulations is not None
     assert fast.modulations.joint.is_contiguous()
@@ -309,6 +312,26 @@ def test_layers_that_something_was_done_to_are_called_one_by_one(
     for own, reference in zip(found[0], expected[0], strict=True):
         torch.testing.assert_close(own[:2], reference[:2])
     torch.testing.assert_close(found[1], expected[1])
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_weights_that_would_be_widened_are_multiplied_layer_by_layer(
+    quantized: bool, stacked_calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all layers at once the copies would take as much memory as the weights."""
+    networks = stacked_pair(monkeypatch, dtype=torch.float32 if quantized else torch.bfloat16)
+    condition, temb, found = torch.randn(2, 9, 48), torch.randn(3, 2, 48), []
+    for network in networks:
+        if quantized:
+            for block in network.blocks:
+                for layer in (block.attn2.to_k, block.attn2.to_v, block.norm1.linear):
+                    quantize(layer)
+    use_cpu_kernels(networks[1])
+    with torch.no_grad():
+        found = [[network.modulate(temb), *network.encode(condition)[1][:2]] for network in networks]
+    assert stacked_calls == ["modulate"] * 2 + ["encode"] * 2
+    for own, reference in zip(*found, strict=True):
+        torch.testing.assert_close(own, reference)
 
 
 def test_with_gradients_and_without_a_gpu_layers_are_called_one_by_one(stacked_calls: list[str]) -> None:
