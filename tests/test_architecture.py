@@ -152,6 +152,8 @@ TESTED_IN = {
     "model/layers.py": "model/test_transformer.py",
     "model/triton_kernels.py": "model/test_gpu_kernels.py",
     "model/triton_training.py": "model/test_gpu_training.py",
+    "model/stacked_layers.py": "model/test_cpu_kernels.py",
+    "utils/philox_kernel.py": "model/test_gpu_kernels.py",
     "training/anomalies.py": "training/test_resume.py",
     "training/callbacks.py": "training/test_trainer.py",
     "training/checkpoint.py": "training/test_resume.py",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.encoded_condition import Modulations
 from tests.conftest import tiny_config
 
 ROWS = """
@@ -24,6 +25,10 @@ from blip3o_dit.model import gpu_kernels
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.encoded_condition import Modulations
 from blip3o_dit.model.quantization import quantize_weight
+from blip3o_dit.utils import stateless_random
+from blip3o_dit.utils.philox import philox
+from blip3o_dit.utils.philox_kernel import philox_words
+from blip3o_dit.utils.stateless_random import draw_names
 from tests.conftest import randomize, tiny_config
 
 torch.manual_seed(0)
@@ -41,8 +46,9 @@ for heads, groups, dim, grid in ((4, 2, 48, 3), (3, 3, 96, 4)):
         null = dit.encode_condition(torch.zeros(1, n, config.eva_embedding_size).half())
         for condition, rows in ((encoded, x[:2]), (encoded.with_null_condition(null), x)):
             keys_values = [tree_map_only(torch.Tensor, torch.Tensor.half, kv) for kv in condition.keys_values]
-            modulations = dit._modulations(torch.randn(len(rows), config.time_embed_dim).half())
-            rope = dit._rope(rows)
+            joint = dit.modulate(torch.randn(len(rows), config.time_embed_dim).half())
+            modulations = Modulations.of_joint(joint, dim)
+            rope = condition.rope
             assert gpu_kernels.can_run(blocks, rows, keys_values, torch.float16)
             found = gpu_kernels.run_blocks(blocks, rows, keys_values, modulations, rope)
             dit.float()
@@ -53,6 +59,17 @@ for heads, groups, dim, grid in ((4, 2, 48, 3), (3, 3, 96, 4)):
             distance = float((found - expected).norm() / (expected - rows).norm())
             print(heads, groups, dim, len(rows), distance)
             assert distance < 4e-3, distance
+
+names = draw_names([7, 2**40 + 3, 9], seed=5, stream="test", counter=3, repeats=[0, 2, 1])
+for rows, positions in ((slice(0, 3), 600), (slice(1, 3), 5)):
+    keys, samples = names[:20, 0], names[20:, rows]
+    counter = [torch.arange(positions).repeat(samples.shape[1], 1)]
+    counter += [word[:, None].repeat(1, positions) for word in samples]
+    expected = philox(counter, list(zip(keys[::2], keys[1::2])))
+    found = philox_words(keys, samples, positions)
+    assert torch.equal(found[[0, 2, 1, 3]], torch.stack(expected))
+    normals = stateless_random._normals_by_kernel(keys, samples, positions)
+    torch.testing.assert_close(normals, stateless_random._normals(keys, samples, positions))
 
 for kind in ("int8", "fp8"):  # more than a tile and a piece of each side, and parts of them
     for rows, columns, depth in ((3, 40, 200), (70, 35, 96)):
@@ -108,12 +125,12 @@ def test_a_layer_makes_21_passes_over_its_activations(residual: str, monkeypatch
             encoded = dit.encode_condition(torch.randn(2, 16, 12).bfloat16())
             launches = Launches(x.numel())
             monkeypatch.setattr(gpu_kernels, "kernels", launches)
-            modulations = dit._modulations(torch.randn(2, 48).bfloat16())
+            modulations = Modulations.of_joint(dit.modulate(torch.randn(2, 48).bfloat16()), 48)
             keys_values = [
                 kv._replace(keys=kv.keys.bfloat16(), values=kv.values.bfloat16())
                 for kv in encoded.keys_values
             ]
-            gpu_kernels.run_blocks(dit.blocks, x, keys_values, modulations, dit._rope(x))
+            gpu_kernels.run_blocks(dit.blocks, x, keys_values, modulations, encoded.rope)
         found.append((len(launches.passes), sum(launches.passes) // (2 * x.numel())))
     passes, of_bfloat16 = (there - here for here, there in zip(*found, strict=True))
     assert passes == 21

@@ -23,7 +23,7 @@ for heads, groups, dim, grid, residual in ((4, 2, 48, 3, torch.float32), (3, 3, 
     randomize(model)
     block, tokens = model.dit.blocks[0], grid * grid
     x, condition, to_out = (torch.randn(2, tokens, dim) for _ in range(3))
-    temb, rope = torch.randn(2, config.time_embed_dim), model.dit._rope(x)
+    temb, rope = torch.randn(2, config.time_embed_dim), model.dit._rope(x.device)
 
     def gradients(run, dtype, residual):
         given = [x.to(residual), condition.to(dtype), temb.to(dtype)]

@@ -212,6 +212,8 @@ class FlowBatch(Generic[Points]):
 
 def shift_time(t: Tensor, alpha: float) -> Tensor:
     """t in [0, 1] -> t', by the shift of the noise level; 0 and 1 stay."""
+    if alpha == 1.0:
+        return t
     # 1 - alpha s / (1 + (alpha - 1) s) with s = 1 - t, written so that 0 and 1 are met exactly
     return t / (alpha + (1.0 - alpha) * t)
 

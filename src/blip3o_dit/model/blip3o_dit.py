@@ -396,7 +396,8 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
 
         `names` are those of the noise (`draw_names`).
         """
-        noise = normal_of(names.to(self.device), (self.config.num_tokens, self.config.in_channels))
+        sizes = self.config.num_tokens, self.config.in_channels
+        noise = normal_of(names.to(self.device), sizes, one_kernel=True)
         x_0 = noise_scale * make_path(self.config.flow).initial_point(noise)
         return x_0, self.normalize_condition(eva.to(self.device))
 

@@ -7,6 +7,8 @@
   weight that was moved since is multiplied by itself again. With gradients one joint product would have to be
   cut apart, and its gradients joined again: the products are taken one by one, and the gradients to their
   input are added up inside the products.
+* What generation computes before its first call is one product for all layers at once: their modulations, and
+  on a GPU, for few rows, the condition's keys and values.
 * bfloat16 weights on a processor without bfloat16 arithmetic: the product is taken in float32, from a copy of
   the weight that is made for it and dropped, which is several times faster than emulating bfloat16 and
   keeps half the memory.
@@ -32,9 +34,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip3o_dit.model import layers, transformer
+from blip3o_dit.model import layers, stacked_layers, transformer
 from blip3o_dit.model.encoded_condition import KeysValues, Modulations
 from blip3o_dit.model.transformer import BlockModulation
+
+# Rows of a condition whose keys and values a GPU computes for all layers at once: each layer has its own copy
+# of them, normed.
+MAX_STACKED_ROWS = 512
 
 # Where w x^T is faster than x w^T: at most so many rows of x, and at least so many columns.
 MAX_ROWS, MIN_COLUMNS = 512, 1024
@@ -49,10 +55,11 @@ def use_cpu_kernels(model: nn.Module) -> None:
     """
     for module in model.modules():
         module.__class__ = STAND_INS.get(type(module), type(module))
-        if isinstance(module, NextDiTBlock | FeedForward):
+        if isinstance(module, NextDiT | NextDiTBlock | FeedForward):
             for group in module.joint_layers():
                 if all(type(layer) in (layers.Linear, Linear) for layer in group):
                     pack_weights([layer.weight for layer in group])
+                    pack_weights([layer.bias for layer in group if layer.bias is not None])
                     pack_weights([layer.scale for layer in group if layer.scale is not None])
 
 
@@ -83,6 +90,38 @@ class RMSNorm(layers.RMSNorm):
 
 
 class NextDiT(transformer.NextDiT):
+    def joint_layers(self) -> list[list[layers.Linear]]:
+        """Groups of layers of all blocks: those of modulations, and of the condition's keys and values.
+
+        Each block's part of the latter is its own group.
+        """
+        of_blocks = [block.norm1.linear for block in self.blocks]
+        attentions = [block.attn2 for block in self.blocks]
+        return [
+            [*of_blocks, self.norm_out.linear_1],
+            [layer for attention in attentions for layer in (attention.to_k, attention.to_v)],
+        ]
+
+    def modulate(self, temb: Tensor) -> Tensor:
+        group, _ = self.joint_layers()
+        if not _can_be_stacked(group, temb.dtype):
+            return super().modulate(temb)
+        x, weights = F.silu(temb), [layer.weight for layer in group]
+        bias = _joined([layer.bias for layer in group])
+        if _transposed_gemm_is_faster(x):
+            return _packed_product(x, weights).add_(bias).contiguous()
+        return F.linear(x, _joined(weights), bias)
+
+    def encode(self, condition: Tensor) -> list[KeysValues]:
+        _, group = self.joint_layers()
+        if not _stacking_is_faster(condition) or not _can_be_stacked(group, condition.dtype):
+            return super().encode(condition)
+        if any(
+            is_hooked(norm) for block in self.blocks for norm in (block.norm1_context, block.attn2.norm_k)
+        ):
+            return super().encode(condition)
+        return stacked_layers.keys_values(self.blocks, _joined([layer.weight for layer in group]), condition)
+
     def run_blocks(
         self,
         x: Tensor,
@@ -160,19 +199,20 @@ STAND_INS: dict[type[nn.Module], type[nn.Module]] = {
 def pack_weights(weights: Sequence[Tensor]) -> None:
     """Move the weights [n_i, k] to one piece of memory, one behind another; values and names stay.
 
-    Weights that are sharded over processes stay where they are, and are multiplied one by one.
+    Weights that are sharded over processes stay where they are, and are multiplied one by one; so do those
+    that differ in their dtypes or devices.
     """
     if (
         not weights
         or any(weight.is_meta or not _is_plain(weight) for weight in weights)
+        or len({(weight.dtype, weight.device) for weight in weights}) > 1
         or are_packed(weights)
     ):
         return
-    joined = torch.cat([weight.detach() for weight in weights])
-    start = 0
-    for weight in weights:
-        weight.data = joined[start : start + len(weight)]
-        start += len(weight)
+    joined = weights[0].new_empty(sum(map(len, weights)), *weights[0].shape[1:])
+    # One after the other, so that what each leaves behind is free before the next is copied.
+    for weight, place in zip(weights, joined.split([len(weight) for weight in weights]), strict=True):
+        weight.data = place.copy_(weight.detach())
 
 
 def joint_product(
@@ -222,6 +262,21 @@ def can_be_joined(group: Sequence[nn.Module]) -> bool:
         and not is_hooked(layer)
         for layer in group
     )
+
+
+def _can_be_stacked(group: Sequence[layers.Linear], dtype: torch.dtype) -> bool:
+    """Whether a group of all blocks is one product of inputs in `dtype`: without gradients, casts, scales."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not can_be_joined(group):
+        return False
+    if any(layer.scale is not None or layer.weight.dtype != dtype for layer in group):
+        return False
+    biases = [layer.bias for layer in group if layer.bias is not None]
+    return are_packed([layer.weight for layer in group]) and (not biases or are_packed(biases))
+
+
+def _stacking_is_faster(condition: Tensor) -> bool:
+    """Launches are what few rows take on a GPU."""
+    return condition.is_cuda and condition.numel() <= MAX_STACKED_ROWS * condition.shape[-1]
 
 
 def _traced_products(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:

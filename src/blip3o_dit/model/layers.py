@@ -145,10 +145,10 @@ def official_timestep(t: Tensor) -> Tensor:
 
 
 def sinusoidal_features(timestep: Tensor) -> Tensor:
-    """[B] -> [B, 256]: cosines, then sines, of periods from 2 pi to 2 pi 10000; float32."""
+    """[...] -> [..., 256]: cosines, then sines, of periods from 2 pi to 2 pi 10000; float32."""
     half = TIME_FREQUENCIES // 2
     exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) / half
-    angles = timestep[:, None] * torch.exp(-math.log(10000.0) * exponent)
+    angles = timestep[..., None] * torch.exp(-math.log(10000.0) * exponent)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 

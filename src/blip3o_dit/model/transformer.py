@@ -7,7 +7,6 @@ d = model_dim, H = num_heads, G = num_kv_heads, h = head_dim.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, cast
@@ -76,7 +75,7 @@ class NextDiT(nn.Module):
         with without_autocast(hidden_states.device):
             condition = self.caption_projection(condition.to(dtype))  # [B, L, d]
             temb = self._time_embedding(timestep, self.time_caption_embed.pool(condition))
-            rope = self._rope(hidden_states)  # [N, h / 2] twice
+            rope = self._rope(hidden_states.device)  # [N, h / 2] twice
             embedded_source_mean = self._embed_source_mean(source_mean, dtype)
             x = self._embed(hidden_states, source_mean, embedded_source_mean, dtype)  # [B, N, d]
             for layer in self.blocks:
@@ -101,7 +100,8 @@ class NextDiT(nn.Module):
             pooled = self.time_caption_embed.pool(condition)  # [B, min(d, 1024)]
             return EncodedCondition(
                 pooled=pooled,
-                keys_values=[layer.encode(condition) for layer in self.blocks],
+                keys_values=self.encode(condition),
+                rope=self._rope(condition.device),
                 source_mean=source_mean,
                 embedded_source_mean=self._embed_source_mean(source_mean, dtype),
                 modulations=None if times is None else self._modulations_at(times, pooled),
@@ -114,11 +114,21 @@ class NextDiT(nn.Module):
             if encoded.modulations is not None:
                 modulations = encoded.modulations.at(timestep)
             else:
-                modulations = self._modulations(self._time_embedding(timestep, encoded.pooled))
-            rope = self._rope(hidden_states)  # [N, h / 2] twice
+                joint = self.modulate(self._time_embedding(timestep, encoded.pooled))
+                modulations = Modulations.of_joint(joint, self.config.model_dim)
             x = self._embed(hidden_states, encoded.source_mean, encoded.embedded_source_mean, dtype)
-            x = self.run_blocks(x, encoded.keys_values, modulations, rope)
+            x = self.run_blocks(x, encoded.keys_values, modulations, encoded.rope)
             return self.norm_out(x, modulations.output)
+
+    def encode(self, condition: Tensor) -> list[KeysValues]:
+        """Projected condition [B, L, d] -> what each layer's cross-attention attends to."""
+        return [layer.encode(condition) for layer in self.blocks]
+
+    def modulate(self, temb: Tensor) -> Tensor:
+        """Embedded time and condition [..., min(d, 1024)] -> the modulations of every block and of the last
+        layer, side by side [..., layers 4 d + d]."""
+        of_blocks = [layer.modulate(temb) for layer in self.blocks]
+        return torch.cat([*of_blocks, self.norm_out.modulate(temb)], dim=-1)
 
     def run_blocks(
         self,
@@ -184,22 +194,17 @@ class NextDiT(nn.Module):
         return self.guess_embedder(source_mean) + (self.patch_embedder(source_mean) - bias)
 
     def _time_embedding(self, timestep: Tensor, pooled: Tensor) -> Tensor:
-        features = sinusoidal_features(official_timestep(timestep))  # [B, 256]
-        return self.time_caption_embed(features.to(pooled.dtype), pooled)  # [B, min(d, 1024)]
-
-    def _modulations(self, temb: Tensor) -> Modulations:
-        """[..., min(d, 1024)] -> those of every block and of the last layer."""
-        return Modulations([layer.modulate(temb) for layer in self.blocks], self.norm_out.modulate(temb))
+        features = sinusoidal_features(official_timestep(timestep))  # [..., 256]
+        return self.time_caption_embed(features.to(pooled.dtype), pooled)  # [..., B, min(d, 1024)]
 
     def _modulations_at(self, times: Tensor, pooled: Tensor) -> TimedModulations:
         """Times [K], pooled conditions [B, min(d, 1024)] -> the modulations of every pair."""
-        every_time = times.repeat_interleave(len(pooled))  # [K B]
-        temb = self._time_embedding(every_time, pooled.repeat(len(times), 1))
-        return TimedModulations.joined(times, self._modulations(temb.unflatten(0, (len(times), -1))))
+        temb = self._time_embedding(times[:, None], pooled)  # [K, B, min(d, 1024)]
+        return TimedModulations(times, self.modulate(temb), self.config.model_dim)
 
-    def _rope(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        grid, config = math.isqrt(hidden_states.shape[1]), self.config
-        return rotary_tables(grid, config.head_dim, config.rope_theta, hidden_states.device)
+    def _rope(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        config = self.config
+        return rotary_tables(config.input_size, config.head_dim, config.rope_theta, device)
 
 
 class NextDiTBlock(nn.Module):
