@@ -255,12 +255,12 @@ def attend(
     else:
         cross_sample = sample - without
         cross_first = 4 if TILES == 0 else q_tiles + 2 * k_tiles
-        mean, deviation = _statistics(
+        cross_mean, cross_deviation = _statistics(
             statistics_ptr, first + query, in_queries, cross_first, q_tiles, all_rows, width, cross_eps, TILES
         )
         even, odd = _normed_and_rotated(
             cross_ptr + head * HEAD, cross_sample * tokens + query, cross_stride, in_queries,
-            mean, deviation, cross_weight_ptr + head * HEAD, cross_bias_ptr + head * HEAD,
+            cross_mean, cross_deviation, cross_weight_ptr + head * HEAD, cross_bias_ptr + head * HEAD,
             channel, in_head, cos, sin, dtype,
         )  # fmt: skip
         in_condition = condition_token < condition_tokens
