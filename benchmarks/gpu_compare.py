@@ -255,6 +255,7 @@ def _config(setup: Setup, data: str, output: Path, **settings: Any) -> TrainingC
             "learning_rate": 1e-3,
             "eval_split": 0.0,
             "device": setup.device.type,
+            "cuda_graphs": False,
             **settings,
         }
     )

@@ -44,6 +44,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[list[torch.Size]]:
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed_callables)
     monkeypatch.setattr(torch.cuda, "device", lambda _: torch.no_grad())
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     return shapes
 
 
@@ -92,7 +93,7 @@ def test_what_recorded_passes_do_not_go_with_is_refused(
 
 def test_passes_are_recorded_unasked_on_one_gpu_with_room(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, model, rooms = torch.device("cuda"), tiny_config(), [0]
-    monkeypatch.setattr(recorded_passes, "room_on", lambda _: memory.Room(size=rooms[0], where="there"))
+    monkeypatch.setattr(recorded_passes, "memory_of", lambda _: rooms[0])
 
     def recorded(device: torch.device = gpu, processes: int = 1, **settings: Any) -> bool:
         return recorded_passes.may_record(TrainingConfig(**settings), model, device, processes)

@@ -307,6 +307,11 @@ def room_on(device: torch.device) -> Room:
     return Room(size=resident() + free // here, where=where + shared)
 
 
+def memory_of(gpu: torch.device) -> int:
+    """Bytes of a GPU's memory, whoever uses them."""
+    return torch.cuda.get_device_properties(gpu).total_memory
+
+
 def resident() -> int:
     """Bytes that this process has in memory now."""
     return psutil.Process().memory_info().rss
