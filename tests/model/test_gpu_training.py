@@ -45,6 +45,27 @@ for heads, groups, dim, grid, residual in ((4, 2, 48, 3, torch.float32), (3, 3, 
         assert distance < 8e-3, (name, float(distance))
         assert name in ("out", "x", "condition", "temb") or found[name].dtype == torch.float32
 
+from blip3o_dit.training.memory import Activations
+
+# What the forward pass keeps, as the forecast counts it; half weights are not copied.
+model.half()
+kept, given = {}, {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+condition, temb = condition.half().requires_grad_(), temb.half().requires_grad_()
+given |= {tensor.untyped_storage().data_ptr() for tensor in (condition, temb, *rope)}
+
+def keep(tensor):
+    storage = tensor.untyped_storage()
+    if storage.data_ptr() not in given:
+        kept[storage.data_ptr()] = storage.nbytes(), tensor
+    return tensor
+
+with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    gpu_training.run_block(block, x.requires_grad_(), condition, temb, rope)
+found = sum(size for size, _ in kept.values())
+expected = Activations(config, 2, tokens, 2, torch.device("cuda")).block()
+print(found, expected)
+assert abs(found / expected - 1) < 0.05
+
 block.norm2.register_forward_hook(print)
 assert not gpu_training.can_run(block, condition.half())
 """

@@ -129,7 +129,7 @@ class NextDiT(transformer.NextDiT):
         modulations: Modulations,
         rope: tuple[Tensor, Tensor],
     ) -> Tensor:
-        if x.is_cuda and _has_triton():
+        if x.is_cuda and has_triton():
             from blip3o_dit.model import gpu_kernels  # needs triton, and this module
 
             if gpu_kernels.can_run(self.blocks, x, keys_values, self.compute_dtype):
@@ -145,7 +145,7 @@ class NextDiTBlock(transformer.NextDiTBlock):
         temb: Tensor | BlockModulation,
         rope: tuple[Tensor, Tensor],
     ) -> Tensor:
-        if x.is_cuda and isinstance(condition, Tensor) and isinstance(temb, Tensor) and _has_triton():
+        if x.is_cuda and isinstance(condition, Tensor) and isinstance(temb, Tensor) and has_triton():
             from blip3o_dit.model import gpu_training  # needs triton, and this module
 
             if gpu_training.can_run(self, condition):
@@ -333,7 +333,7 @@ def _packed_product(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
 def quantized_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """x [..., k], a quantised weight [n, k], its rows' scales [n] -> [..., n] in any layout; no gradients."""
     rows = x.reshape(-1, x.shape[-1])
-    if len(rows) <= MAX_ROWS and x.dtype == torch.bfloat16 and x.is_cuda and _has_triton():
+    if len(rows) <= MAX_ROWS and x.dtype == torch.bfloat16 and x.is_cuda and has_triton():
         from blip3o_dit.model import gpu_kernels  # needs triton, and this module
 
         return gpu_kernels.quantized_product(rows, weight, scale).unflatten(0, x.shape[:-1])
@@ -347,7 +347,7 @@ def quantized_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 

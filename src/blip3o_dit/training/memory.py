@@ -14,6 +14,7 @@ import torch
 
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
+from blip3o_dit.model.cpu_kernels import has_triton
 from blip3o_dit.model.layers import has_native_matmul
 from blip3o_dit.training import fsdp
 from blip3o_dit.training.config import TrainingConfig
@@ -183,9 +184,10 @@ class Activations:
         and for a sample the four modulations and six factors of norms                              (10 d).
         """
         d, kv, ffn = self.config.model_dim, self.config.kv_dim, self.config.ffn_dim or 0
-        norm_bytes = _norm_bytes(self.bytes_each, self.device)
-        target = 2 * d * (FLOAT32 + _norm_bytes(FLOAT32, self.device))
-        target += (11 * d + 3 * kv + 4 * ffn) * self.bytes_each + 2 * d * norm_bytes
+        fused = self.device.type == "cuda" and self.bytes_each == 2 and has_triton()
+        norm_bytes = 0 if fused else _norm_bytes(self.bytes_each, self.device)
+        target = 2 * d * (FLOAT32 + (0 if fused else _norm_bytes(FLOAT32, self.device)))
+        target += (11 * d + 3 * kv + (3 if fused else 4) * ffn) * self.bytes_each + 2 * d * norm_bytes
         condition = (d + 3 * kv) * self.bytes_each + d * norm_bytes
         sample = 10 * d * self.bytes_each
         return self.batch * (self.config.num_tokens * target + self.condition_tokens * condition + sample)

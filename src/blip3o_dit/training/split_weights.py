@@ -7,7 +7,6 @@ Apex's DistributedFusedAdam calls it `store_param_remainders`, modded-nanogpt ma
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.adamw import adamw
 from transformers import TrainingArguments
+
+from blip3o_dit.model.cpu_kernels import has_triton
 
 HALF = 1 << 15  # of the step between two bfloat16 numbers, as an integer of float32's bits
 
@@ -98,7 +99,7 @@ class SplitAdamW(AdamW):
             given = [parameter for parameter in group["params"] if parameter.grad is not None]
             for parameter in given:
                 self._begin(parameter)
-            if given and given[0].is_cuda and importlib.util.find_spec("triton"):
+            if given and given[0].is_cuda and has_triton():
                 from blip3o_dit.training import triton_adamw
 
                 scaling = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
