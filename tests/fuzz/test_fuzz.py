@@ -21,14 +21,14 @@ from tests.fuzz.mutators import flip_bytes
 COUNTS = {
     "pickle": 2600,
     "manifest": 1900,
-    "shard": 700,
-    "table": 500,
-    "arrays": 400,
+    "shard": 400,
+    "table": 300,
+    "arrays": 300,
     "config": 1500,
     "training_config": 1500,
     "checkpoint": 300,
     "pictures": 300,
-    "source": 600,
+    "source": 300,
     "model": 300,
     "cli": 300,
 }
