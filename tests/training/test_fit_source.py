@@ -232,8 +232,9 @@ def test_the_least_deviation_follows_the_targets(store: EmbeddingStore, scale: f
 
     exact = Exact(store, lambda eva: eva, lambda clip: clip)
     model, _ = fitted(exact, "ridge", 100)
-    spread = fitted(exact, "ridge_3x3_spread", 100)[0].source_distribution(exact.fetch(range(5))[0]).std
-    assert spread is not None and torch.isfinite(spread).all() and spread.min() > 0
+    predicting, _ = fitted(exact, "ridge_3x3_spread", 100)
+    spread = predicting.source_distribution(exact.fetch(range(5))[0]).std
+    assert torch.isfinite(predicting.source_spread).all() and spread is not None and spread.min() > 0
     targets = exact.fetch(range(10, 110))[1].std(dim=(0, 1))
     torch.testing.assert_close(model.source_std[:7], 0.01 * targets[:7], rtol=0.05, atol=0)
     assert 0 < float(model.source_std[7]) < 0.01 * float(targets[0])  # a constant channel
