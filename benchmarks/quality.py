@@ -62,7 +62,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "noise, preconditioned": NOISE,
     "ridge, preconditioned": {"source": "ridge"},
     "ridge 5x5, preconditioned": {"source": "ridge_5x5"},
-    "ridge 3x3, spread": {"source": "ridge_3x3_spread"},
     "ridge 5x5, spread": {"source": "ridge_5x5_spread"},
     "ridge 3x3, velocity": VELOCITY,
     "ridge 3x3, data": DATA,

@@ -123,7 +123,7 @@ def test_the_network_sees_the_guess_beside_the_point() -> None:
     assert not hasattr(BLIP3oDiTModel(tiny_config()).dit, "guess_embedder")  # BLIP3-o's own network has none
 
 
-@pytest.mark.parametrize("source", ["ridge_3x3", "ridge_3x3_spread"])
+@pytest.mark.parametrize("source", ["ridge_3x3", "ridge_5x5_spread"])
 def test_sampling_follows_the_network_that_was_trained(source: str) -> None:
     """v(y, t) is what `forward` says at x = R(c) + s y, with and without guidance."""
     model = informed_model(source)

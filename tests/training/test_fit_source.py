@@ -57,11 +57,12 @@ def deviation(trainer: BLIP3oTrainer, data: Any, *, training: bool) -> float:
         return float(trainer.flow_batch(batch, training=training).sample.x_1.square().mean().sqrt())
 
 
-@pytest.mark.parametrize("source", ["ridge_3x3", "ridge_3x3_spread"])
+@pytest.mark.parametrize(("source", "within"), [("ridge_3x3", 0.05), ("ridge_5x5_spread", 0.12)])
 def test_training_meets_residuals_as_large_as_new_samples_leave(
-    store: EmbeddingStore, tmp_path: Path, source: str
+    store: EmbeddingStore, tmp_path: Path, source: str, within: float
 ) -> None:
-    """12 x 9 features on 80 pictures: one map for all leaves 0.93 of the deviation there."""
+    """12 x 9 features on 80 pictures: one map for all leaves 0.93 of the deviation there. Of 12 x 25 a fifth
+    more pictures show: the folds' maps leave more than the map of all."""
     trainer = build_trainer(store, config_for(store, tmp_path, eval_split=0.5, source=source))
     assert trainer.eval_dataset is not None
     seen, unseen = (
@@ -69,7 +70,7 @@ def test_training_meets_residuals_as_large_as_new_samples_leave(
         for data, training in ((trainer.train_dataset, True), (trainer.eval_dataset, False))
     )
     assert seen == pytest.approx(1.0, abs=1e-3)
-    assert unseen == pytest.approx(1.0, abs=0.05)
+    assert unseen == pytest.approx(1.0, abs=within)
     assert deviation(trainer, trainer.train_dataset, training=False) < 0.95  # what is cured here
 
 
@@ -166,7 +167,7 @@ def test_one_sample_has_one_map(store: EmbeddingStore) -> None:
     model, _ = fitted(store, "ridge", 100)
     arguments, folds = fit_source(model, store, np.array([4]), max_samples=10, seed=0)
     assert folds is None and all(torch.isfinite(v).all() for v in arguments.values() if v is not None)
-    alone = fitted(store, "ridge_3x3_spread", 100)[0]
+    alone = fitted(store, "ridge_5x5_spread", 100)[0]
     arguments, folds = fit_source(alone, store, np.array([4]), max_samples=10, seed=0)
     assert folds is None and all(torch.isfinite(v).all() for v in arguments.values() if v is not None)
     two = fit_source(model, store, np.array([4, 9]), max_samples=10, seed=0)[1]
@@ -191,7 +192,7 @@ class Uneven(TransformedEmbeddings):
 
 def test_the_spread_follows_what_the_targets_do(store: EmbeddingStore) -> None:
     data = Uneven(store)
-    model, folds = fitted(data, "ridge_3x3_spread", 100)
+    model, folds = fitted(data, "ridge_5x5_spread", 100)
     index = folds.samples.tolist()
     condition, clip = data.fetch(index)
     start = folds.source_distribution(model, condition, index)
@@ -202,13 +203,13 @@ def test_the_spread_follows_what_the_targets_do(store: EmbeddingStore) -> None:
     assert found.std is not None
     true = Uneven.deviation(new)
     pairs = torch.stack([found.std[..., 0].flatten(), true[..., 0].flatten()]).log()
-    assert float(torch.corrcoef(pairs)[0, 1]) > 0.9
-    assert float((found.std[..., 1:].log() - true[..., 1:].log()).square().mean().sqrt()) < 0.15
-    assert float(found.to_flow(fresh).square().mean().sqrt()) == pytest.approx(1.0, abs=0.05)
+    assert float(torch.corrcoef(pairs)[0, 1]) > 0.8
+    assert float((found.std[..., 1:].log() - true[..., 1:].log()).square().mean().sqrt()) < 0.2
+    assert float(found.to_flow(fresh).square().mean().sqrt()) == pytest.approx(1.0, abs=0.12)
 
 
 def test_a_samples_spread_is_by_the_maps_of_its_fold(store: EmbeddingStore) -> None:
-    model, folds = fitted(Uneven(store), "ridge_3x3_spread", 60)
+    model, folds = fitted(Uneven(store), "ridge_5x5_spread", 60)
     assert folds.spread is not None and (folds.spread - folds.spread[0])[1:].abs().amax(dim=(1, 2)).min() > 0
     index = [*range(10, 110), 3]
     condition = store.fetch(index)[0]
@@ -232,7 +233,7 @@ def test_the_least_deviation_follows_the_targets(store: EmbeddingStore, scale: f
 
     exact = Exact(store, lambda eva: eva, lambda clip: clip)
     model, _ = fitted(exact, "ridge", 100)
-    predicting, _ = fitted(exact, "ridge_3x3_spread", 100)
+    predicting, _ = fitted(exact, "ridge_5x5_spread", 100)
     spread = predicting.source_distribution(exact.fetch(range(5))[0]).std
     assert torch.isfinite(predicting.source_spread).all() and spread is not None and spread.min() > 0
     targets = exact.fetch(range(10, 110))[1].std(dim=(0, 1))
