@@ -62,6 +62,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "noise, preconditioned": NOISE,
     "ridge, preconditioned": {"source": "ridge"},
     "ridge 5x5, preconditioned": {"source": "ridge_5x5"},
+    "ridge 5x5, spread": {"source": "ridge_5x5_spread"},
     "ridge 3x3, velocity": VELOCITY,
     "ridge 3x3, data": DATA,
     "default, logit-normal": LOGIT_NORMAL,

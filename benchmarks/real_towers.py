@@ -33,7 +33,13 @@ DIRECTIONS = {
 }
 # Changes to the default recipe. In the last one the folds of the source cut through pictures.
 FOLDS_BY_CROP = "default, folds by crop"
-RECIPES: dict[str, dict[str, Any]] = {"paper": PAPER_RECIPE, "default": {}, FOLDS_BY_CROP: {}}
+SOURCES = ("ridge", "ridge_5x5", "ridge_5x5_spread")
+RECIPES: dict[str, dict[str, Any]] = {
+    "paper": PAPER_RECIPE,
+    "default": {},
+    **{source: {"source": source} for source in SOURCES},
+    FOLDS_BY_CROP: {},
+}
 
 FIGURES = {
     "energy": "energy score",

@@ -1,7 +1,8 @@
 """Ridge regression of target tokens on condition tokens, streamed.
 
-Top-down: the features a map is linear in, the moments that determine it, the choice of the penalty, and two
-regressions: `TokenRidge` from the token at a position, `NeighbourhoodRidge` from the 3x3 tokens around it.
+Top-down: the features a map is linear in, the spread around what it says, the moments that determine it, the
+choice of the penalty, and two regressions: `TokenRidge` from the token at a position, `NeighbourhoodRidge`
+from the 3x3 tokens around it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ PENALTIES = tuple(10.0**exponent for exponent in range(-6, 3))
 
 # Where there is nothing to choose it by.
 USUAL_PENALTY = 1e-3
+
+# Of a predicted deviation, in units of its channel's: no token's noise collapses, and none's drowns the rest.
+SPREAD_BOUNDS = (0.2, 4.0)
 
 
 def neighbour_components(condition_dim: int, size: int = 3) -> int:
@@ -60,6 +64,23 @@ def neighbourhood_features(centred: Tensor, components: Tensor, size: int = 3) -
         if (dy, dx) != (reach, reach)
     ]
     return torch.cat([centred, *around], dim=-1)
+
+
+def spread_features(guess: Tensor) -> Tensor:
+    """What the logarithm of a spread is linear in, [..., 2 C], of a regression's guess [..., C]."""
+    return torch.cat([guess, guess.square()], dim=-1)
+
+
+def relative_spread(guess: Tensor, weight: Tensor) -> Tensor:
+    """Deviation of targets from their guess [..., C], in units of that of their channel, [..., C].
+
+    Its logarithm is linear in the guess and its square, weight [2 C + 1, C] with the bias last
+    (multiplicative heteroscedasticity, Harvey 1976, Econometrica 44). A weight of zero says 1; what is said
+    lies in `SPREAD_BOUNDS`.
+    """
+    logarithm = spread_features(guess) @ weight[:-1] + weight[-1]
+    low, high = (math.log(bound) for bound in SPREAD_BOUNDS)
+    return logarithm.clamp(low, high).exp()
 
 
 def principal_components(

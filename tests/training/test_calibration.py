@@ -354,12 +354,12 @@ def test_generation_with_another_scale_is_another_generation(
     assert differences(request, {"sampling": {"solver": "euler", "noise_scale": 0.9}})
 
 
-@pytest.mark.parametrize("source", ["noise", "ridge"])
+@pytest.mark.parametrize("source", ["noise", "ridge", "ridge_5x5_spread"])
 def test_the_scale_is_of_the_noise_alone(source: str) -> None:
     """An untrained network of the preconditioned kind carries x_0 = R(c) + s eps to nearly itself."""
-    model = BLIP3oDiTModel(
-        tiny_config(flow_matching=dict(source=source, prediction_type="v_prediction"))
-    ).eval()
+    components = 2 if source == "ridge_5x5_spread" else 0
+    flow = dict(source=source, source_components=components, prediction_type="v_prediction")
+    model = BLIP3oDiTModel(tiny_config(flow_matching=flow)).eval()
     eva = torch.randn(3, 9, 12)
     noise, twice, none = (
         model.generate(eva, num_inference_steps=1, noise_scale=scale) for scale in (1.0, 2.0, 0.0)

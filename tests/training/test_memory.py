@@ -63,6 +63,14 @@ def kept_for_backward(
     return sum(held.values())
 
 
+def test_a_predicted_spread_takes_a_number_for_each_of_a_target() -> None:
+    plain, predicted = (
+        Activations(tiny_config(flow_matching=flow), 8, condition_tokens=9, bytes_each=4, device=CPU).ends()
+        for flow in ({}, {"source": "ridge_5x5_spread", "source_components": 2})
+    )
+    assert predicted - plain == 4 * 8 * 9 * 8
+
+
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize(("kv_heads", "recompute"), [(None, False), (1, False), (None, True)])
 def test_activations_of_a_block_are_those_that_autograd_keeps(

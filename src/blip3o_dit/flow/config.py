@@ -17,7 +17,7 @@ PREDICTION_TYPES = tuple(PREDICTIONS)
 SOLVER_NAMES = tuple(SOLVERS)
 TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
 # By name, the side of the square of condition tokens that a source's regression sees.
-SOURCE_SIZES = {"noise": 0, "ridge": 1, "ridge_3x3": 3, "ridge_5x5": 5}
+SOURCE_SIZES = {"noise": 0, "ridge": 1, "ridge_3x3": 3, "ridge_5x5": 5, "ridge_5x5_spread": 5}
 SOURCES = tuple(SOURCE_SIZES)
 
 
@@ -32,7 +32,7 @@ class FlowMatchingConfig:
         sigma_min, sigma_max: noise at t = 1 and at t = 0; 0 <= sigma_min < sigma_max.
         source: what the path starts from. "noise" is N(0, I). The others are informed: a ridge regression
             from the condition token or a square of them, plus noise of its residual's deviation (see
-            `AffineSource`).
+            `AffineSource`); the last one predicts that deviation too.
         source_components: principal components of a neighbour that a source with neighbours uses, or 0.
         condition_dropout: probability with which training replaces a sample's condition by the null
             condition; classifier-free guidance needs it above zero. BLIP3-o uses 0.1.
@@ -88,6 +88,11 @@ class FlowMatchingConfig:
     def source_size(self) -> int:
         """Side of the square of condition tokens around a position that the source's mean depends on."""
         return SOURCE_SIZES[self.source]
+
+    @property
+    def predicts_spread(self) -> bool:
+        """Whether the source's deviation depends on its mean (`ridge.relative_spread`)."""
+        return self.source == "ridge_5x5_spread"
 
     @property
     def fixed_sampling(self) -> tuple[str, int] | None:

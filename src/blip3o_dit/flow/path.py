@@ -165,8 +165,9 @@ class AffineSource:
     """An informed source: the paths of one batch start at x_0 = R(c) + s eps instead of at pure noise.
 
     Conditional flow matching allows any source distribution q_0(x | c) (Tong et al., arXiv 2302.00482). Here
-    R is a ridge regression of the training targets on the conditions and s its residual's standard deviation
-    per channel, in the network's (standardised) units: R(c) [B, N, C], s [C]; None and None for pure noise.
+    R is a ridge regression of the training targets on the conditions and s its residual's standard deviation,
+    in the network's (standardised) units: R(c) [B, N, C], s [C] per channel or [B, N, C] where it is
+    predicted too; None and None for pure noise.
 
     A path from x_0 to x_1 is, in the coordinates y = (x - R(c)) / s, an ordinary path from pure noise to the
     standardised residual. So the flow (path, loss, solver, conversions) works on y and knows nothing of R,
@@ -186,7 +187,10 @@ class AffineSource:
 
     def repeat(self, times: int) -> AffineSource:
         """The same batch, so many times one after the other."""
-        return AffineSource(None if self.mean is None else self.mean.repeat(times, 1, 1), self.std)
+        mean, std = (
+            x.repeat(times, 1, 1) if x is not None and x.ndim == 3 else x for x in (self.mean, self.std)
+        )
+        return AffineSource(mean, std)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from blip3o_dit.model.inputs import check_forward, conditions_of_data
 from blip3o_dit.model.layers import without_autocast
 from blip3o_dit.model.loading import StrictPreTrainedModel
 from blip3o_dit.model.transformer import NextDiT
-from blip3o_dit.ridge import source_features
+from blip3o_dit.ridge import relative_spread, source_features
 from blip3o_dit.utils.stateless_random import draw_names, normal_of
 from blip3o_dit.utils.validation import (
     check_compiler,
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 GENERATION_STREAM = "generation noise"
 
 STATISTICS = ["condition_mean", "condition_std", "target_mean", "target_std"]
-SOURCE_BUFFERS = ["source_weight", "source_bias", "source_std", "source_components"]
+SOURCE_BUFFERS = [f"source_{name}" for name in ("weight", "bias", "std", "components", "spread")]
 
 
 class BLIP3oDiTModel(StrictPreTrainedModel):
@@ -69,6 +69,7 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
     source_bias: Tensor
     source_std: Tensor
     source_components: Tensor
+    source_spread: Tensor
     # bfloat16 would move a channel's mean by up to 0.4 %: the statistics stay float32 beside any weights.
     _keep_in_fp32_modules_strict = STATISTICS + SOURCE_BUFFERS
     _no_split_modules = ["NextDiTBlock"]  # noqa: RUF012 - PreTrainedModel declares a list
@@ -97,6 +98,8 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         self.register_buffer("source_std", torch.ones(config.in_channels))
         if neighbours:
             self.register_buffer("source_components", torch.zeros(width, neighbours))
+        if config.flow.predicts_spread:
+            self.register_buffer("source_spread", torch.zeros(2 * config.in_channels + 1, config.in_channels))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -191,15 +194,23 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         self._fill_buffers("condition", mean=condition[0], std=condition[1])
         self._fill_buffers("target", mean=target[0], std=target[1])
 
-    def set_source(self, *, weight: Tensor, bias: Tensor, std: Tensor, components: Tensor | None) -> None:
+    def set_source(
+        self,
+        *,
+        weight: Tensor,
+        bias: Tensor,
+        std: Tensor,
+        components: Tensor | None,
+        spread: Tensor | None = None,
+    ) -> None:
         """Store a ridge regression in the network's units, and its residual's deviation per channel.
 
         Shapes: weight [F, C] (`source_features`), bias [C], std [C], components [C_eva, r] for r neighbour
-        components.
+        components, spread [2 C + 1, C] for a source that predicts it (`relative_spread`).
         """
         self._fill_buffers("source", weight=weight, bias=bias, std=std)
-        if components is not None:
-            self._fill_buffers("source", components=components)
+        more = {"components": components, "spread": spread}
+        self._fill_buffers("source", **{name: value for name, value in more.items() if value is not None})
 
     def _fill_buffers(self, prefix: str, **values: Tensor) -> None:
         for name, value in values.items():
@@ -215,7 +226,10 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
             return AffineSource()
         with without_autocast(condition.device):
             features = self.source_features(condition.float())
-            return AffineSource(features @ self.source_weight + self.source_bias, self.source_std)
+            mean = features @ self.source_weight + self.source_bias
+            if not self.config.flow.predicts_spread:
+                return AffineSource(mean, self.source_std)
+            return AffineSource(mean, self.source_std * relative_spread(mean, self.source_spread))
 
     def source_features(self, condition: Tensor) -> Tensor:
         """What the source's mean is linear in, [B, N, F], of normalised float32 conditions [B, L, C_eva]."""

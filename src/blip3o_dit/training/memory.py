@@ -211,13 +211,13 @@ class Activations:
         """Before and after the blocks.
 
         In the arithmetic's dtype: the condition, its projection's three results. In float32: input, norm and
-        result of the head; condition, its features for the source; target, noise, x_t, R(c), what is compared
-        and what is reported of it.
+        result of the head; condition, its features for the source; target, noise, x_t, R(c), a predicted s,
+        what is compared and what is reported of it.
         """
         config = self.config
         d, condition_dim, target_dim = config.model_dim, config.eva_embedding_size, config.in_channels
         condition = self.bytes_each * (condition_dim + 3 * d) + FLOAT32 * 2 * condition_dim
-        target = FLOAT32 * (3 * d + 10 * target_dim)
+        target = FLOAT32 * (3 * d + (10 + config.flow.predicts_spread) * target_dim)
         return self.batch * (self.condition_tokens * condition + config.num_tokens * target)
 
     def working(self, recompute: bool) -> int:

@@ -324,8 +324,9 @@ def _set_source(
     if processes.is_main:
         samples = min(config.source_samples, len(split.train))
         what = f"fitting the {config.source} source on {samples} samples"
-        # Twice: principal components, then moments.
-        passes = 2 if model.config.flow.source_components else 1
+        # Principal components, moments; moments of the residuals and how large they are.
+        flow = model.config.flow
+        passes = 1 + bool(flow.source_components) + 2 * flow.predicts_spread
         with threads_of_all(processes.count), working(what, passes * samples, "sample") as count:
             found = fit_source(
                 model,
