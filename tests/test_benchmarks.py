@@ -108,7 +108,7 @@ def test_what_is_measured_are_runs_that_can_be_configured(tmp_path: Path) -> Non
     for kind in gpu_compare.TRAININGS.values():
         TrainingConfig(output_dir=str(tmp_path), **kind.settings)
     names = list(gpu_measure.parts())
-    assert len(names) == len({*names}) == 4 + len(entries) + len(gpu_measure.GENERATIONS)
+    assert len(names) == len({*names}) == 3 + len(entries) + len(gpu_measure.GENERATIONS)
 
 
 def test_one_recorded_call_is_split_around_its_replay(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,8 +176,8 @@ def test_a_part_that_fails_hangs_or_dies_is_one_line_and_what_was_found_is_kept(
 
 
 def test_parts_are_named_by_how_their_names_begin() -> None:
-    assert list(gpu_check.choose(["split: training, batch 32, bf16, cuda"], on_cpu=True)) == [
-        "split: training, batch 32, bf16, cuda graphs"
+    assert list(gpu_check.choose(["split: training, batch 128"], on_cpu=True)) == [
+        "split: training, batch 128, bf16, cuda graphs"
     ]
     with pytest.raises(
         ValueError, match=r"--parts: expected a beginning of one of compare: generation, .*, found spilt"

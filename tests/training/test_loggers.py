@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def test_tensorboard_has_the_run_and_its_continuation_in_one_folder(
         found = [each for file in (tmp_path / name / "runs").glob("events.*") for each in scalars(file)]
         assert [step for step, tag in found if tag == "train/loss"] == [1, 2, 3, 4]
         assert {"train/velocity_cosine", "eval/loss"} & {tag for _, tag in found}
+    time.sleep(1.0)  # tensorboardX names its files by the second
     train(config, resume=tmp_path / "other" / "checkpoint-2")
     assert len(list((tmp_path / "other" / "runs").glob("events.*"))) == 2
 
