@@ -1,10 +1,12 @@
 """The blocks' arithmetic between their products as Triton kernels, for inference on a GPU in 16-bit numbers.
 
 There every pass over the activations takes time that products could have used. Between a layer's products are
-four kernels: one adds a branch to the residual stream and norms the sum for the next product; one takes the
+five kernels: two add a branch to the residual stream and norm the sum for the next product; one takes the
 statistics of queries and keys; one norms, rotates and attends, to tokens and condition at once; one gates the
-feed-forward's halves. Inside they compute in float32: results differ from `transformer.py`'s by
-rounding.
+feed-forward's halves. Inside they compute in float32: results differ from `transformer.py`'s by rounding.
+
+Few rows leave a GPU waiting for weights and launches. There three products are kernels of our own as well:
+one leaves the statistics, two leave summands that the next kernel adds.
 
 A network that something else was done to (hooks, adapters, sharded weights, torch.compile), or whose samples
 have more than 256 tokens, is computed layer by layer as everywhere else.
@@ -203,8 +205,8 @@ def project_few(block: NextDiTBlock, h: Tensor) -> tuple[tuple[Tensor, ...], Ten
     """Of few rows what `block.project(h, h)` returns, with each row's sums over tiles of these numbers and of
     their squares [tiles, B N, 2]; None where that is made in two steps.
 
-    Float32 sums of squares lose the variance of numbers whose mean is a thousand deviations; projections of
-    normed rows have none that is ten.
+    A variance from sums of squares in float32 is exact to 1e-7 of the squared mean: enough unless a row's
+    mean is hundreds of its deviations.
     """
     group, _ = block.joint_layers()
     weights = [layer.weight for layer in group]
