@@ -34,6 +34,7 @@ UNFINISHED_BAR = re.compile(r"(?<!\d)\d?\d%\||: \d\d:\d\d$")
 # Commands that are not on the README's path, run after it in the same folder, each once.
 BESIDE = {
     "distill": "distill checkpoints/run embeddings/pictures --steps 1 --train_steps 4 --batch_size 4",
+    "export": "export checkpoints/run model.pt2 --num_inference_steps 1",
     "export-embeddings": "export-embeddings embeddings/pictures exported.npz",
     "convert": "convert exported.npz converted",
     "merge": "merge embeddings/pictures converted merged",

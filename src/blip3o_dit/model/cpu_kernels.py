@@ -24,7 +24,8 @@ from __future__ import annotations
 
 import importlib.util
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -53,6 +54,18 @@ def use_cpu_kernels(model: nn.Module) -> None:
                 if all(type(layer) in (layers.Linear, Linear) for layer in group):
                     pack_weights([layer.weight for layer in group])
                     pack_weights([layer.scale for layer in group if layer.scale is not None])
+
+
+@contextmanager
+def plain_layers(model: nn.Module) -> Iterator[None]:
+    """Inside, the model's layers are those of `transformer.py` and `layers.py` again."""
+    plain = {stand_in: layer for layer, stand_in in STAND_INS.items()}
+    for module in model.modules():
+        module.__class__ = plain.get(type(module), type(module))
+    try:
+        yield
+    finally:
+        use_cpu_kernels(model)
 
 
 class Linear(layers.Linear):
