@@ -403,7 +403,7 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         """
         encoded = self.dit.encode_condition(condition, source.mean, times)
         if guidance_scale != 1.0:
-            null = self.dit.encode_condition(torch.zeros_like(condition[:1]), times=times)
+            null = self.dit.encode_condition(condition.new_zeros(1, *condition.shape[1:]), times=times)
             both = encoded.with_null_condition(null)
         flow = self.config.flow
         path = make_path(flow, condition.device)
@@ -411,7 +411,8 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         def velocity(y: Tensor, t: Tensor, *, guided: bool = True) -> Tensor:
             x = source.from_flow(y)
             if guided and guidance_scale != 1.0:
-                null, prediction = self.dit.predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+                joint = self.dit.predict(torch.cat([x, x]), torch.cat([t, t]), both)
+                null, prediction = joint.unflatten(0, (2, -1))  # of any batch, for a graph
                 # The conversion to a velocity is affine in the prediction: guiding either is the same.
                 prediction = null + guidance_scale * (prediction - null)
             else:

@@ -252,7 +252,7 @@ class NextDiTBlock(nn.Module):
         if null_value is None:
             mixed = torch.addcmul(own, cross, gate)  # [B, H, N, h]
         else:
-            own_null, own = own.chunk(2)  # [B, H, N, h] twice
+            own_null, own = own.unflatten(0, (2, -1))  # [B, H, N, h] twice
             null_value = null_value.repeat_interleave(own.shape[1] // null_value.shape[1], dim=1)
             mixed = torch.cat([own_null + null_value * gate, torch.addcmul(own, cross, gate)])
         return self.attn2.to_out[0](mixed.transpose(1, 2).flatten(2))  # [B, N, d]
