@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -163,8 +164,11 @@ def _write_pt2(program: ExportedProgram, metadata: dict[str, Any], path: Path) -
 
 
 def _write_onnx(program: ExportedProgram, metadata: dict[str, Any], path: Path) -> None:
+    chatter = logging.getLogger("torch.onnx")  # of packages that are not needed, and parts that will go
+    level = chatter.level
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its own parts that will go
+        warnings.simplefilter("ignore")
+        chatter.setLevel(logging.ERROR)
         converted = torch.onnx.export(
             program,
             dynamo=True,
@@ -174,6 +178,7 @@ def _write_onnx(program: ExportedProgram, metadata: dict[str, Any], path: Path) 
             optimize=False,  # the runtime does so when it reads the file; here it takes minutes
             verbose=False,
         )
+    chatter.setLevel(level)
     assert converted is not None
     converted.model.metadata_props[METADATA] = json.dumps(metadata)
     for node in converted.model.graph.all_nodes():

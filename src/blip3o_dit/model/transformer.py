@@ -244,7 +244,7 @@ class NextDiTBlock(nn.Module):
     def _attend(self, h: Tensor, keys_values: KeysValues, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Self-attention plus gated cross-attention, [B, N, d] -> [B, N, d]."""
         keys, values, null_value = keys_values
-        cross_h = h if null_value is None else h[len(h) // 2 :]  # what attends to null needs no queries
+        cross_h = h if null_value is None else h[h.shape[0] // 2 :]  # what attends to null needs no queries
         q, k, v, cross_q = self.project(h, cross_h)  # [B, N, d or G h]
         own = attend(self.attn1.queries(q, rope), self.attn1.keys(k, rope), self.attn1.values(v))
         cross = attend(self.attn2.queries(cross_q, rope), keys, values)  # [B, H, N, h]
