@@ -101,6 +101,7 @@ TESTED_IN = {
     "cli/command.py": "cli/test_cli.py",
     "cli/convert.py": "cli/test_cli.py",
     "cli/distill.py": "training/test_distillation.py",
+    "cli/export.py": "inference/test_export_model.py",
     "cli/generate.py": "inference/test_from_conditions.py",
     "cli/export_embeddings.py": "data/test_export.py",
     "cli/inspect.py": "extraction/test_inspection.py",

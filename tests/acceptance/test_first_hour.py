@@ -38,6 +38,7 @@ UNFINISHED_BAR = re.compile(r"(?<!\d)\d?\d%\||: \d\d:\d\d$")
 BESIDE = {
     "calibrate": "calibrate checkpoints/run embeddings/pictures --split eval --num_samples 2",
     "distill": "distill checkpoints/run embeddings/pictures --steps 1 --train_steps 4 --batch_size 4",
+    "export": "export checkpoints/run model.pt2 --num_inference_steps 1",
     "export-embeddings": "export-embeddings embeddings/pictures exported.npz",
     "convert": "convert exported.npz converted",
     "merge": "merge embeddings/pictures converted merged",

@@ -95,7 +95,8 @@ def test_a_new_model_samples_the_ridge_and_its_gaussian_residual(source: str) ->
     torch.testing.assert_close(
         model.predict_mean(eva), model.denormalize_target(start.mean), rtol=0, atol=2e-4
     )
-    noise, _ = model.initial_state(*model._draw(eva, 0, None, 0))
+    names, _ = model._draw(eva, 0, None, 0)
+    noise, _ = model.initial_state(model.noise_of(names), eva)
     expected = model.denormalize_target(start.from_flow(noise))
     sampled = model.generate(eva, num_inference_steps=60, solver="midpoint")
     torch.testing.assert_close(sampled, expected, rtol=1e-3, atol=5e-3)

@@ -130,6 +130,7 @@ PLACES_OF_COMMANDS: dict[str, tuple[list[str], set[str]]] = {
     "distill MODEL": (["distill", "PATH", "store", "--steps=1"], OTHERS | {"clip"}),
     "distill DATA": (["distill", "model", "PATH", "--steps=1", "--output_dir=out"], TOKENS),
     "convert": (["convert", "PATH", "out"], TOKENS),
+    "export": (["export", "PATH", "out.pt2"], OTHERS | {"clip"}),
     "export-embeddings": (["export-embeddings", "PATH", "out.npz"], TOKENS),
     "merge": (["merge", "store", "PATH", "out"], {"store"}),
     "append STORE": (["append", "PATH", "store"], {"store"}),

@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": "measure trained models beside baselines on held-out samples, and write a report",
     "plot": "draw the training curves of one run, or of several in one figure",
     "distill": "teach a copy of a trained model to generate in a few network calls",
+    "export": "write a trained model as one file that torch or onnxruntime runs without this package",
     "convert": "write files of embeddings as one embedding store",
     "export-embeddings": "write an embedding store as .npz, .safetensors, .parquet or the documented .pkl",
     "merge": "write the samples of several embedding stores as one",

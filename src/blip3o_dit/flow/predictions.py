@@ -175,15 +175,14 @@ def preconditioning(t: Tensor, path: ProbabilityPath) -> tuple[Tensor, Tensor]:
     its grid, ((var(t') / var(t))^(1/2) - 1) / (t' - t) with var = alpha^2 + sigma^2: a network that puts out
     zero still samples that Gaussian exactly, in however few steps.
     """
-    import torch
-
     alpha, sigma = path.alpha(t), path.sigma(t)
     variance = alpha.square() + sigma.square()
     out = -path.determinant(t) / variance.sqrt()
     if path.grid is None:
         return (alpha * path.alpha_derivative(t) + sigma * path.sigma_derivative(t)) / variance, out
     grid = path.grid.to(t.device)
-    end = grid[torch.searchsorted(grid, t + 1e-5, right=True).clamp(max=len(grid) - 1)]
+    passed = (grid <= t[..., None] + 1e-5).sum(dim=-1)  # as searchsorted, which ONNX does not have
+    end = grid[passed.clamp(max=len(grid) - 1)]
     ratio = ((path.alpha(end).square() + path.sigma(end).square()) / variance).sqrt()
     return (ratio - 1.0) / (end - t).clamp(min=1e-6), out
 

@@ -14,11 +14,11 @@ from transformers import AutoConfig, AutoModel
 
 from blip3o_dit.flow.path import AffineSource, FlowBatch, PathSample, make_path, training_times
 from blip3o_dit.flow.predictions import convert_prediction
-from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER, SOLVERS
+from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.cpu_kernels import use_cpu_kernels
 from blip3o_dit.model.cuda_graphs import CUDAGraphs
-from blip3o_dit.model.generation import Guidance, solve, solve_adaptively
+from blip3o_dit.model.generation import checked_sampling, solve, solve_adaptively
 from blip3o_dit.model.inputs import check_forward, conditions_of_data
 from blip3o_dit.model.layers import without_autocast
 from blip3o_dit.model.loading import StrictPreTrainedModel
@@ -28,8 +28,6 @@ from blip3o_dit.utils.stateless_random import draw_names, normal_of
 from blip3o_dit.utils.validation import (
     check_compiler,
     check_finite_number,
-    check_interval,
-    check_name,
     checked_integer,
     checked_integers,
 )
@@ -325,24 +323,14 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         Raises:
             ValueError: for shapes, names or values that do not fit; says expected and found.
         """
-        check_finite_number("guidance_scale", guidance_scale)
-        if guidance_scale != 1.0 and self.config.flow.condition_dropout == 0.0:
-            raise ValueError(
-                "guidance_scale: expected 1 because this model was trained with condition_dropout 0 "
-                f"and does not know the null condition, found {guidance_scale}"
-            )
-        low, high = check_interval("guidance_interval", guidance_interval)
-        solver = self.config.default_solver if solver is None else solver
-        check_name("solver", solver, (*SOLVERS, ADAPTIVE_SOLVER))
-        if num_inference_steps is not None:
-            num_inference_steps = checked_integer("num_inference_steps", num_inference_steps, low=1)
-        self._check_fixed_sampling(solver, num_inference_steps)
+        solver, steps, guidance = checked_sampling(
+            self.config, num_inference_steps, solver, guidance_scale, guidance_interval
+        )
         scale = self.config.flow.noise_scale if noise_scale is None else noise_scale
         check_finite_number("noise_scale", scale)
         names, eva = self._draw(eva_embeddings, seed, sample_index, sample_number)
         if not len(eva):
             return torch.empty(0, self.config.num_tokens, self.config.in_channels, device=self.device)
-        guidance = Guidance(guidance_scale, low, high)
         if solver == ADAPTIVE_SOLVER:
             check_finite_number("tolerance", tolerance)
             if num_inference_steps is not None:
@@ -350,7 +338,6 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
                     f"num_inference_steps: expected none with solver {solver} (it has a tolerance)"
                 )
             return solve_adaptively(self, names, eva, guidance, tolerance, scale)
-        steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
         recorder = self._graphs if progress is None else None
         return solve(self, names, eva, guidance, steps, solver, scale, recorder=recorder, progress=progress)
 
@@ -387,7 +374,8 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
             raise ValueError(
                 f"estimate: expected prediction_type v_prediction or sample, found {flow.prediction_type}"
             )
-        x_0, condition = self.initial_state(*self._draw(eva_embeddings, seed, sample_index, sample_number))
+        names, eva = self._draw(eva_embeddings, seed, sample_index, sample_number)
+        x_0, condition = self.initial_state(self.noise_of(names), eva)
         t = torch.zeros(len(x_0), device=x_0.device)
         source = self.source_distribution(condition)
         velocity = self.make_velocity_fn(condition, source)(x_0, t)
@@ -396,23 +384,14 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         )
         return self.denormalize_target(source.from_flow(x_1))
 
-    def _check_fixed_sampling(self, solver: str, num_inference_steps: int | None) -> None:
-        """A distilled model knows the average velocity over its own steps and no other."""
-        fixed, steps = self.config.flow.fixed_sampling, num_inference_steps or self.config.default_steps
-        if fixed is not None and fixed != (solver, steps):
-            raise ValueError(
-                f"num_inference_steps: expected {fixed[1]} with solver {fixed[0]}, which this model was "
-                f"taught, found {steps} with {solver}"
-            )
-
-    def initial_state(self, names: Tensor, eva: Tensor, noise_scale: float = 1.0) -> tuple[Tensor, Tensor]:
-        """x_0 [B, N, C] in the flow's units, and the condition in the network's [B, L, C_eva].
-
-        `names` are those of the noise (`draw_names`).
-        """
+    def noise_of(self, names: Tensor) -> Tensor:
+        """N(0, 1), [B, N, C], of its names (`draw_names`)."""
         sizes = self.config.num_tokens, self.config.in_channels
-        noise = normal_of(names.to(self.device), sizes, one_kernel=True)
-        x_0 = noise_scale * make_path(self.config.flow).initial_point(noise)
+        return normal_of(names.to(self.device), sizes, one_kernel=True)
+
+    def initial_state(self, noise: Tensor, eva: Tensor) -> tuple[Tensor, Tensor]:
+        """x_0 [B, N, C] in the flow's units, and the condition in the network's [B, L, C_eva]."""
+        x_0 = make_path(self.config.flow).initial_point(noise)
         return x_0, self.normalize_condition(eva.to(self.device))
 
     def _draw(
@@ -451,7 +430,7 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         """
         encoded = self.dit.encode_condition(condition, source.mean, times)
         if guidance_scale != 1.0:
-            null = self.dit.encode_condition(torch.zeros_like(condition[:1]), times=times)
+            null = self.dit.encode_condition(condition.new_zeros(1, *condition.shape[1:]), times=times)
             both = encoded.with_null_condition(null)
         flow = self.config.flow
         path = make_path(flow, condition.device)
@@ -459,7 +438,8 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         def velocity(y: Tensor, t: Tensor, *, guided: bool = True) -> Tensor:
             x = source.from_flow(y)
             if guided and guidance_scale != 1.0:
-                null, prediction = self.dit.predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+                joint = self.dit.predict(torch.cat([x, x]), torch.cat([t, t]), both)
+                null, prediction = joint.unflatten(0, (2, -1))  # of any batch, for a graph
                 # The conversion to a velocity is affine in the prediction: guiding either is the same.
                 prediction = null + guidance_scale * (prediction - null)
             else:

@@ -63,6 +63,15 @@ def use_cpu_kernels(model: nn.Module) -> None:
                     pack_weights([layer.scale for layer in group if layer.scale is not None])
 
 
+def make_plain(model: nn.Module) -> None:
+    """Undo `use_cpu_kernels`: the plain layers, each weight in memory of its own."""
+    plain = {stand_in: layer for layer, stand_in in STAND_INS.items()}
+    for module in model.modules():
+        module.__class__ = plain.get(type(module), type(module))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+
+
 class Linear(layers.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or not _is_plain(self.weight):

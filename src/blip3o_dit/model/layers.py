@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -64,8 +65,10 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype if has_native_matmul(weight.dtype, weight.device) else torch.float32
 
 
-def without_autocast(device: torch.device) -> torch.autocast:
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which operations follow the dtypes of their inputs."""
+    if torch.compiler.is_exporting():  # in float32; ONNX has no word for such a context
+        return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 

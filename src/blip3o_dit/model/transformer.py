@@ -249,7 +249,7 @@ class NextDiTBlock(nn.Module):
     def _attend(self, h: Tensor, keys_values: KeysValues, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Self-attention plus gated cross-attention, [B, N, d] -> [B, N, d]."""
         keys, values, null_value = keys_values
-        cross_h = h if null_value is None else h[len(h) // 2 :]  # what attends to null needs no queries
+        cross_h = h if null_value is None else h[h.shape[0] // 2 :]  # what attends to null needs no queries
         q, k, v, cross_q = self.project(h, cross_h)  # [B, N, d or G h]
         own = attend(self.attn1.queries(q, rope), self.attn1.keys(k, rope), self.attn1.values(v))
         cross = attend(self.attn2.queries(cross_q, rope), keys, values)  # [B, H, N, h]
@@ -257,7 +257,7 @@ class NextDiTBlock(nn.Module):
         if null_value is None:
             mixed = torch.addcmul(own, cross, gate)  # [B, H, N, h]
         else:
-            own_null, own = own.chunk(2)  # [B, H, N, h] twice
+            own_null, own = own.unflatten(0, (2, -1))  # [B, H, N, h] twice
             null_value = null_value.repeat_interleave(own.shape[1] // null_value.shape[1], dim=1)
             mixed = torch.cat([own_null + null_value * gate, torch.addcmul(own, cross, gate)])
         return self.attn2.to_out[0](mixed.transpose(1, 2).flatten(2))  # [B, N, d]

@@ -194,15 +194,34 @@ def save_tensors(
     """
     from safetensors.torch import save_file  # imports torch, which takes seconds
 
+    with files_aside(path) as folder:
+        save_file(dict(tensors), folder / path.name, metadata=dict(metadata) if metadata else None)
+
+
+@contextmanager
+def files_aside(path: Path) -> Iterator[Path]:
+    """A new folder for the file `path`, and others beside it, for a library that wants a name to write to.
+
+    They take their places when the block ends well, `path` last: where it needs others, it is away while they
+    change.
+
+    Raises:
+        WriteError: when the disk is full or the folder cannot be written.
+    """
     aside = path.with_name(path.name + ASIDE)
     try:
         with _write_errors(path):
             remove_files_and_folders([aside])
             aside.mkdir()
-            save_file(dict(tensors), aside / path.name, metadata=dict(metadata) if metadata else None)
+            yield aside
             _open_to_others(aside)
-            flush(aside / path.name)
-            os.replace(aside / path.name, path)
+            others = sorted({file.name for file in aside.iterdir()} - {path.name})
+            for name in (*others, path.name):
+                flush(aside / name)
+            if others:
+                path.unlink(missing_ok=True)
+            for name in (*others, path.name):
+                os.replace(aside / name, path.with_name(name))
             aside.rmdir()
             flush(path.parent)
     except BaseException:
