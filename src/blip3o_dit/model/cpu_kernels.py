@@ -116,10 +116,10 @@ class NextDiT(transformer.NextDiT):
         if not _can_be_stacked(group, temb.dtype):
             return super().modulate(temb)
         x, weights = F.silu(temb), [layer.weight for layer in group]
-        bias = _joined([layer.bias for layer in group])
+        bias = joined_weights([layer.bias for layer in group])
         if _transposed_gemm_is_faster(x):
             return _packed_product(x, weights).add_(bias).contiguous()
-        return F.linear(x, _joined(weights), bias)
+        return F.linear(x, joined_weights(weights), bias)
 
     def encode(self, condition: Tensor) -> list[KeysValues]:
         _, group = self.joint_layers()
@@ -129,7 +129,9 @@ class NextDiT(transformer.NextDiT):
             is_hooked(norm) for block in self.blocks for norm in (block.norm1_context, block.attn2.norm_k)
         ):
             return super().encode(condition)
-        return stacked_layers.keys_values(self.blocks, _joined([layer.weight for layer in group]), condition)
+        return stacked_layers.keys_values(
+            self.blocks, joined_weights([layer.weight for layer in group]), condition
+        )
 
     def run_blocks(
         self,
@@ -233,7 +235,7 @@ def joint_product(
     if not scales:
         return multi_linear(x, weights, any_layout=any_layout)
     if are_packed(weights) and are_packed(scales):
-        joint = quantized_product(x, _joined(weights), _joined(scales))
+        joint = quantized_product(x, joined_weights(weights), joined_weights(scales))
         parts = joint.split([len(weight) for weight in weights], dim=-1)
     else:
         parts = tuple(map(quantized_product, [x] * len(weights), weights, scales))
@@ -332,7 +334,7 @@ def _needs_grad(*tensors: Tensor) -> bool:
 
 def _packed_product(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """x [..., k] times weights [n_i, k] that are packed -> [..., sum of n_i] in any layout; no gradients."""
-    weight = _cast(_joined(weights), x.dtype)
+    weight = _cast(joined_weights(weights), x.dtype)
     if not _transposed_gemm_is_faster(x):
         return F.linear(x, weight)
     rows = x.reshape(-1, x.shape[-1])
@@ -384,7 +386,7 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _joined(weights: Sequence[Tensor]) -> Tensor:
+def joined_weights(weights: Sequence[Tensor]) -> Tensor:
     """Packed weights, as the one matrix they are."""
     first = weights[0].detach()
     rows = sum(len(weight) for weight in weights)

@@ -28,6 +28,7 @@ from blip3o_dit.model.cpu_kernels import (
     are_packed,
     can_be_joined,
     is_hooked,
+    joined_weights,
     joint_product,
 )
 from blip3o_dit.model.encoded_condition import KeysValues, Modulations
@@ -220,7 +221,7 @@ def project_few(block: NextDiTBlock, h: Tensor) -> tuple[tuple[Tensor, ...], Ten
     sums = torch.empty(sum(sizes) // columns, rows, 2, dtype=torch.float32, device=h.device)
     kernels.product_with_sums[(sum(sizes) // columns,)](
         h.contiguous(),
-        weights[0],
+        joined_weights(weights),
         out,
         sums,
         rows,
