@@ -38,7 +38,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         dict(num_inference_steps=2, guidance_scale=2.5, guidance_interval=(0.2, 1.0)),
     ),
     "student": (
-        dict(flow_matching=RECIPE | {"student_steps": 2}, default_steps=2, normalize_embeddings=True),
+        dict(
+            flow_matching=RECIPE | {"source": "ridge_5x5_spread", "student_steps": 2},
+            default_steps=2,
+            normalize_embeddings=True,
+        ),
         {},
     ),
 }

@@ -12,7 +12,8 @@ import importlib.util
 import json
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -173,11 +174,7 @@ def _write_pt2(program: ExportedProgram, metadata: dict[str, Any], path: Path) -
 
 
 def _write_onnx(program: ExportedProgram, metadata: dict[str, Any], path: Path) -> None:
-    chatter = logging.getLogger("torch.onnx")  # of packages that are not needed, and parts that will go
-    level = chatter.level
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        chatter.setLevel(logging.ERROR)
+    with _quiet_converter():
         converted = torch.onnx.export(
             program,
             dynamo=True,
@@ -187,7 +184,6 @@ def _write_onnx(program: ExportedProgram, metadata: dict[str, Any], path: Path) 
             optimize=False,  # the runtime does so when it reads the file; here it takes minutes
             verbose=False,
         )
-    chatter.setLevel(level)
     assert converted is not None
     converted.model.metadata_props[METADATA] = json.dumps(metadata)
     for node in converted.model.graph.all_nodes():
@@ -200,6 +196,20 @@ def _write_onnx(program: ExportedProgram, metadata: dict[str, Any], path: Path) 
         beside = (folder / _data_file(path).name).exists()
     if not beside:
         _data_file(path).unlink(missing_ok=True)  # of the larger model that this one replaced
+
+
+@contextmanager
+def _quiet_converter() -> Iterator[None]:
+    """Without its words on packages that are not needed, and on parts of its own that will go."""
+    chatter = logging.getLogger("torch.onnx")
+    level = chatter.level
+    chatter.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        chatter.setLevel(level)
 
 
 def _data_file(path: Path) -> Path:
