@@ -125,7 +125,7 @@ def trace(model: BLIP3oDiTModel, solver: str, steps: int, guidance: Guidance) ->
 
 
 class _Sampler(nn.Module):
-    """`tokens_from_noise` as a module, of noise that calibration scales; all that is no tensor is settled."""
+    """`tokens_from_noise` as a module, with all that is no tensor settled."""
 
     def __init__(
         self, model: BLIP3oDiTModel, guidance_scale: float, guided: Sequence[bool], solver: str
@@ -135,8 +135,8 @@ class _Sampler(nn.Module):
         self.settings = guidance_scale, guided, solver
 
     def forward(self, condition: Tensor, noise: Tensor) -> Tensor:
-        noise = self.model.config.flow.noise_scale * noise
-        return tokens_from_noise(self.model, noise, condition, *self.settings)
+        scale = self.model.config.flow.noise_scale
+        return tokens_from_noise(self.model, noise, condition, *self.settings, scale)
 
 
 def _check_target(path: Path, overwrite: bool) -> None:

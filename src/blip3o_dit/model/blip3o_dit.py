@@ -389,9 +389,9 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         sizes = self.config.num_tokens, self.config.in_channels
         return normal_of(names.to(self.device), sizes, one_kernel=True)
 
-    def initial_state(self, noise: Tensor, eva: Tensor) -> tuple[Tensor, Tensor]:
+    def initial_state(self, noise: Tensor, eva: Tensor, noise_scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """x_0 [B, N, C] in the flow's units, and the condition in the network's [B, L, C_eva]."""
-        x_0 = make_path(self.config.flow).initial_point(noise)
+        x_0 = noise_scale * make_path(self.config.flow).initial_point(noise)
         return x_0, self.normalize_condition(eva.to(self.device))
 
     def _draw(

@@ -108,13 +108,13 @@ def _solve(
 ) -> Tensor:
     """Given inputs on the model's device, nothing here copies between devices or asks a GPU for a number, as
     a recording demands."""
-    noise, shift = noise_scale * model.noise_of(names), model.config.flow.time_shift
+    noise, shift = model.noise_of(names), model.config.flow.time_shift
     times = SOLVERS[solver].call_times(time_grid(steps, shift, noise.device))
     rows = len(times) * len(noise) * (1 if guidance.scale == 1.0 else 2)
     known = times if rows * model.dit.modulation_bytes <= MAX_MODULATION_BYTES else None
     guided = guidance.in_steps(steps, shift)
     return tokens_from_noise(
-        model, noise, eva, guidance.scale, guided, solver, times=known, progress=progress
+        model, noise, eva, guidance.scale, guided, solver, noise_scale, times=known, progress=progress
     )
 
 
@@ -125,17 +125,18 @@ def tokens_from_noise(
     guidance_scale: float,
     guided: Sequence[bool],
     solver: str,
+    noise_scale: float,
     *,
     times: Tensor | None = None,
     progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
 ) -> Tensor:
-    """As `solve`, of the noise itself [B, N, C], scaled already, in float32; this is what is exported.
+    """As `solve`, of the noise itself [B, N, C]: N(0, 1) in float32; this is what is exported.
 
     Args:
         guided: one for each step, whether guidance acts in it.
         times: of all calls, if their modulations shall be computed before the first one.
     """
-    x_0, condition = model.initial_state(noise, eva)
+    x_0, condition = model.initial_state(noise, eva, noise_scale)
     source = model.source_distribution(condition)
     velocity = model.make_velocity_fn(condition, source, guidance_scale, times)
     x_1 = integrate(
@@ -159,7 +160,7 @@ def solve_adaptively(
     noise_scale: float,
 ) -> Tensor:
     """As `solve`, by the solver that chooses its steps."""
-    x_0, condition = model.initial_state(noise_scale * model.noise_of(names), eva)
+    x_0, condition = model.initial_state(model.noise_of(names), eva, noise_scale)
     source = model.source_distribution(condition)
     velocity = model.make_velocity_fn(condition, source, guidance.scale)
 
