@@ -24,10 +24,8 @@ torch.compile sees the plain network but for the joint products, which it would 
 
 from __future__ import annotations
 
-import importlib.util
 import threading
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -37,6 +35,7 @@ from torch import Tensor, nn
 from blip3o_dit.model import layers, stacked_layers, transformer
 from blip3o_dit.model.encoded_condition import KeysValues, Modulations
 from blip3o_dit.model.transformer import BlockModulation
+from blip3o_dit.utils.validation import triton_works
 
 # Rows of a condition whose keys and values a GPU computes for all layers at once: each layer has its own copy
 # of them, normed.
@@ -140,7 +139,7 @@ class NextDiT(transformer.NextDiT):
         modulations: Modulations,
         rope: tuple[Tensor, Tensor],
     ) -> Tensor:
-        if x.is_cuda and has_triton():
+        if x.is_cuda and triton_works():
             from blip3o_dit.model import gpu_kernels  # needs triton, and this module
 
             if gpu_kernels.can_run(self.blocks, x, keys_values, self.compute_dtype):
@@ -156,7 +155,7 @@ class NextDiTBlock(transformer.NextDiTBlock):
         temb: Tensor | BlockModulation,
         rope: tuple[Tensor, Tensor],
     ) -> Tensor:
-        if x.is_cuda and isinstance(condition, Tensor) and isinstance(temb, Tensor) and has_triton():
+        if x.is_cuda and isinstance(condition, Tensor) and isinstance(temb, Tensor) and triton_works():
             from blip3o_dit.model import gpu_training  # needs triton, and this module
 
             if gpu_training.can_run(self, condition):
@@ -344,7 +343,7 @@ def _packed_product(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
 def quantized_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """x [..., k], a quantised weight [n, k], its rows' scales [n] -> [..., n] in any layout; no gradients."""
     rows = x.reshape(-1, x.shape[-1])
-    if len(rows) <= MAX_ROWS and x.dtype == torch.bfloat16 and x.is_cuda and has_triton():
+    if len(rows) <= MAX_ROWS and x.dtype == torch.bfloat16 and x.is_cuda and triton_works():
         from blip3o_dit.model import gpu_kernels  # needs triton, and this module
 
         return gpu_kernels.quantized_product(rows, weight, scale).unflatten(0, x.shape[:-1])
@@ -355,11 +354,6 @@ def quantized_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     for some, wide in zip(weight.split(at_once), out.split(at_once), strict=True):
         torch.mm(_cast(some, x.dtype), rows.t(), out=wide)
     return out.mul_(scale[:, None]).t().unflatten(0, x.shape[:-1])
-
-
-@cache
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _transposed_gemm_is_faster(x: Tensor) -> bool:

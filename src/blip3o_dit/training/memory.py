@@ -14,11 +14,11 @@ import torch
 
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
-from blip3o_dit.model.cpu_kernels import has_triton
 from blip3o_dit.model.layers import has_native_matmul
 from blip3o_dit.training import fsdp
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.muon import block_matrices
+from blip3o_dit.utils.validation import triton_works
 
 GIB = 2**30
 FLOAT32 = 4
@@ -184,7 +184,7 @@ class Activations:
         and for a sample the four modulations and six factors of norms                              (10 d).
         """
         d, kv, ffn = self.config.model_dim, self.config.kv_dim, self.config.ffn_dim or 0
-        fused = self.device.type == "cuda" and self.bytes_each == 2 and has_triton()
+        fused = self.device.type == "cuda" and self.bytes_each == 2 and triton_works()
         norm_bytes = 0 if fused else _norm_bytes(self.bytes_each, self.device)
         target = 2 * d * (FLOAT32 + (0 if fused else _norm_bytes(FLOAT32, self.device)))
         target += (11 * d + 3 * kv + (3 if fused else 4) * ffn) * self.bytes_each + 2 * d * norm_bytes

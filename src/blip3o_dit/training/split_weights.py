@@ -17,7 +17,7 @@ from torch.optim import AdamW
 from torch.optim.adamw import adamw
 from transformers import TrainingArguments
 
-from blip3o_dit.model.cpu_kernels import has_triton
+from blip3o_dit.utils.validation import triton_works
 
 HALF = 1 << 15  # of the step between two bfloat16 numbers, as an integer of float32's bits
 
@@ -99,7 +99,7 @@ class SplitAdamW(AdamW):
             given = [parameter for parameter in group["params"] if parameter.grad is not None]
             for parameter in given:
                 self._begin(parameter)
-            if given and given[0].is_cuda and has_triton():
+            if given and given[0].is_cuda and triton_works():
                 from blip3o_dit.training import triton_adamw
 
                 scaling = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))

@@ -11,12 +11,8 @@ NumPy's generators on the CPU, with all parts of the name in the key.
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
-import shutil
 from collections.abc import Sequence
-from functools import cache
 from hashlib import blake2b
 
 import numpy as np
@@ -24,6 +20,7 @@ import torch
 from torch import Tensor
 
 from blip3o_dit.utils.philox import ROUNDS, normal_pairs, philox, round_keys
+from blip3o_dit.utils.validation import triton_works
 
 # Of the numbers that a name stands for; a run that goes on with others says so.
 DRAWS_VERSION = 2
@@ -91,7 +88,7 @@ def normal_of(names: Tensor, shape: Sequence[int], *, one_kernel: bool = False) 
     out = torch.empty(samples.shape[1], count, device=device)
     if not out.numel():
         return out.view(len(out), *shape)
-    normals_of = _normals_by_kernel if one_kernel and names.is_cuda and _triton_works() else _normals
+    normals_of = _normals_by_kernel if one_kernel and names.is_cuda and triton_works() else _normals
     # Blocks of four numbers: on a CPU so many that their words stay in its caches.
     blocks = 2**15 if device.type == "cpu" else 2**20
     positions = -(-count // 4)
@@ -118,13 +115,6 @@ def _normals_by_kernel(keys: Tensor, sample: Tensor, positions: int) -> Tensor:
     drawn = philox_words(keys, sample, positions)  # the first round's keys are Philox's own
     pairs = torch.stack(normal_pairs(drawn[:2], drawn[2:]), dim=-1)  # [2, b, positions, 2]
     return pairs.permute(1, 2, 0, 3).flatten(2)
-
-
-@cache
-def _triton_works() -> bool:
-    """Whether it is there, and a compiler for what launches its kernels."""
-    compilers = (os.environ.get("CC", "gcc"), "gcc", "clang")
-    return importlib.util.find_spec("triton") is not None and any(map(shutil.which, compilers))
 
 
 def stateless_uniform(
