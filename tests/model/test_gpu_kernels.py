@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
-import subprocess
 import sys
 from typing import Any
 from unittest.mock import MagicMock
@@ -17,6 +15,7 @@ from torch import Tensor
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.encoded_condition import Modulations
 from tests.conftest import tiny_config
+from tests.helpers.interpreted import needs_triton, run_interpreted
 
 ROWS = """
 import torch
@@ -92,13 +91,9 @@ for kind in ("int8", "fp8"):  # more than a tile and a piece of each side, and p
 """
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton comes with CUDA builds of torch")
+@needs_triton
 def test_the_interpreted_kernels_are_the_plain_blocks() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", ROWS], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_interpreted(ROWS)
 
 
 class Launches:

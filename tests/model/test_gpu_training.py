@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
-import pytest
+from tests.helpers.interpreted import needs_triton, run_interpreted
 
 # Outputs and all gradients of a block in half precision, beside the plain block in float32.
 ROWS = """
@@ -71,10 +66,6 @@ assert not gpu_training.can_run(block, condition.half())
 """
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton comes with CUDA builds of torch")
+@needs_triton
 def test_the_interpreted_kernels_are_the_plain_block_and_its_gradients() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", ROWS], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
+    run_interpreted(ROWS)

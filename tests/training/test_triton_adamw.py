@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
-import pytest
+from tests.helpers.interpreted import needs_triton, run_interpreted
 
 # Clipping inside a step, a step that is not taken, weight decay; no tensor fills its programs.
 ROWS = """
@@ -69,10 +64,6 @@ assert abs(float(optimizer.state[weight]["exp_avg_sq"].double().mean()) - 0.999*
 """
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton comes with CUDA builds of torch")
+@needs_triton
 def test_the_interpreted_kernel_is_fused_adamw() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", ROWS], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
+    run_interpreted(ROWS)

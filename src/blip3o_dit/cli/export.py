@@ -6,7 +6,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from blip3o_dit.cli.arguments import add_flags, given_settings
+from blip3o_dit.cli.arguments import add_flags, add_weights, given_settings
 from blip3o_dit.cli.generate import GenerationConfig
 from blip3o_dit.cli.parser import CommandParser
 from blip3o_dit.flow.config import SOLVER_NAMES
@@ -31,12 +31,7 @@ def add_arguments(parser: CommandParser) -> None:
         solver={"choices": SOLVER_NAMES},
         guidance_interval={"metavar": ("LOW", "HIGH")},
     )
-    parser.add_argument(
-        "--weights",
-        choices=("auto", "ema", "raw"),
-        default="auto",
-        help="averaged (ema) or last (raw) weights (default: auto, averaged where there are any)",
-    )
+    add_weights(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:

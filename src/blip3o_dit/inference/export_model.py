@@ -29,7 +29,7 @@ from blip3o_dit.model.blip3o_dit import GENERATION_STREAM, BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.cpu_kernels import make_plain
 from blip3o_dit.model.generation import Guidance, checked_sampling, tokens_from_noise
-from blip3o_dit.model.loading import EMA_VARIANT, find_weights, pick_weights
+from blip3o_dit.model.loading import find_weights, pick_weights, variant_of
 from blip3o_dit.model.quantization import is_quantized
 from blip3o_dit.utils.atomic import files_aside
 from blip3o_dit.utils.hub import model_folder
@@ -87,7 +87,7 @@ def export_model(
     )
     check_name("solver", solver, tuple(SOLVERS))
     weights = pick_weights(model_path, weights)
-    variant = EMA_VARIANT if weights == "ema" else None
+    variant = variant_of(weights)
     model = BLIP3oDiTModel.load_for_inference(model_path, dtype=torch.float32, variant=variant)
     metadata = _metadata(config, solver, steps, guidance) | {"model": describe_model(model_path, weights)}
     with working("tracing the network's calls"):

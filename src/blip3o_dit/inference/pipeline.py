@@ -28,7 +28,7 @@ from blip3o_dit.inference.request import (
 from blip3o_dit.metrics.fidelity import FidelitySums
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.layers import has_native_matmul
-from blip3o_dit.model.loading import EMA_VARIANT, pick_weights
+from blip3o_dit.model.loading import pick_weights, variant_of
 from blip3o_dit.model.quantization import check_quantize
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.utils.distributed import Processes, join_processes, pick_device
@@ -86,7 +86,7 @@ class BLIP3oInference:
         model: Any = BLIP3oDiTModel.load_for_inference(
             self.model_path,
             dtype=dtype,
-            variant=EMA_VARIANT if self.weights == "ema" else None,
+            variant=variant_of(self.weights),
             quantize=quantize,
         )
         self.model: BLIP3oDiTModel = model.to(self.device)

@@ -24,7 +24,7 @@ from blip3o_dit import __version__
 from blip3o_dit.data.embeddings import Embeddings
 from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER, SOLVERS
 from blip3o_dit.model.config import CONFIG_FILE, BLIP3oDiTConfig
-from blip3o_dit.model.loading import EMA_VARIANT, weights_files
+from blip3o_dit.model.loading import variant_of, weights_files
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.utils.checksums import digests_of
 from blip3o_dit.utils.json_files import short_repr
@@ -98,7 +98,7 @@ def choose_indices(
 
 def describe_model(folder: Path, weights: str) -> dict[str, Any]:
     """`weights` are "ema" or "raw"."""
-    files = weights_files(folder, EMA_VARIANT if weights == "ema" else None)
+    files = weights_files(folder, variant_of(weights))
     names = [CONFIG_FILE, *(file.name for file in files)]
     return {"weights": weights, "sha256": _digest(sorted(digests_of(folder, names).items()))}
 

@@ -122,11 +122,9 @@ class NextDiT(transformer.NextDiT):
 
     def encode(self, condition: Tensor) -> list[KeysValues]:
         _, group = self.joint_layers()
-        if not _stacking_is_faster(condition) or not _can_be_stacked(group, condition.dtype):
-            return super().encode(condition)
-        if any(
-            is_hooked(norm) for block in self.blocks for norm in (block.norm1_context, block.attn2.norm_k)
-        ):
+        norms = [norm for block in self.blocks for norm in (block.norm1_context, block.attn2.norm_k)]
+        stacked = _stacking_is_faster(condition) and _can_be_stacked(group, condition.dtype)
+        if not stacked or any(map(is_hooked, norms)):
             return super().encode(condition)
         return stacked_layers.keys_values(
             self.blocks, joined_weights([layer.weight for layer in group]), condition

@@ -288,7 +288,11 @@ def product(x: Tensor, layer: Any, name: str) -> Tensor:
 def swiglu(feed_forward: FeedForward, h: Tensor) -> Tensor:
     """silu(linear_1 h) * linear_3 h: [B, N, d] -> [B, N, inner]."""
     (group,) = feed_forward.joint_layers()
-    gate, up = joint_product(h, group, any_layout=True)
+    return gated(*joint_product(h, group, any_layout=True))
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up: [B, N, inner] twice, each a part of rows that may be longer -> [B, N, inner]."""
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     inner, block = gate.shape[-1], 1024
     rows = gate.shape[0] * gate.shape[1]

@@ -18,9 +18,9 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from blip3o_dit.model import triton_kernels, triton_training
+from blip3o_dit.model import triton_training
 from blip3o_dit.model.cpu_kernels import NextDiTBlock, is_hooked, joint_product
-from blip3o_dit.model.gpu_kernels import add_and_norm, is_plain
+from blip3o_dit.model.gpu_kernels import add_and_norm, gated, is_plain
 from blip3o_dit.model.layers import LayerNorm, RMSNorm
 from blip3o_dit.model.transformer import attend
 
@@ -60,21 +60,16 @@ def _attend(block: Any, h: Tensor, condition: Tensor, rope: Rope) -> Tensor:
     cross_k, cross_v = block.project_condition(condition)
     size = own.head_dim
     mixed = attend(
-        _heads(layer_norm(q, own.norm_q, size, rope), size),
-        _heads(layer_norm(k, own.norm_k, size, rope), size),
-        _heads(v, size),
+        own.split_heads(layer_norm(q, own.norm_q, size, rope)),
+        own.split_heads(layer_norm(k, own.norm_k, size, rope)),
+        own.values(v),
     )
     crossed = attend(
-        _heads(layer_norm(cross_q, cross.norm_q, size, rope), size),
-        _heads(layer_norm(cross_k, cross.norm_k, size), size),
-        _heads(cross_v, size),
+        cross.split_heads(layer_norm(cross_q, cross.norm_q, size, rope)),
+        cross.split_heads(layer_norm(cross_k, cross.norm_k, size)),
+        cross.values(cross_v),
     )
     return gated_sum(mixed.transpose(1, 2), crossed.transpose(1, 2), block.gate).flatten(2)
-
-
-def _heads(x: Tensor, size: int) -> Tensor:
-    """[B, N, H h] -> [B, H, N, h]."""
-    return x.unflatten(-1, (-1, size)).transpose(1, 2)
 
 
 def norm(x: Tensor, module: RMSNorm, scale: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -153,10 +148,10 @@ class _AddAndNorm(torch.autograd.Function):
         )
         pointers = (to_total, to_normed, total, weight, scale, branch, gate_weight, gate)
         results = (to_x, to_branch, of_norm, of_gate)
+        # Where there is no tensor its pointer is not used.
+        given = [like if held is None else held for held in (*pointers, *results)]
         triton_training.add_and_norm_backward[(batch, pieces)](
-            *(
-                like if held is None else held for held in (*pointers, *results)
-            ),  # where there is none: unused
+            *given,
             0 if scale is None else scale.stride(0),
             0 if gate is None else gate.stride(0),
             tokens,
@@ -318,12 +313,8 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
-        out, inner, block = torch.empty_like(gate), gate.shape[-1], 1024
-        triton_kernels.swiglu[(gate.numel() // inner, triton.cdiv(inner, block))](
-            gate, up, out, inner, inner, inner, BLOCK=block, num_warps=4
-        )
         ctx.save_for_backward(gate, up)
-        return out
+        return gated(gate, up)
 
     @staticmethod
     @once_differentiable

@@ -307,18 +307,19 @@ class Attention(nn.Module):
 
     def queries(self, q: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Projected [B, N, d] -> [B, H, N, h], rotated."""
-        return rotate(self._split_heads(self.norm_q(q)), rope)
+        return rotate(self.split_heads(self.norm_q(q)), rope)
 
     def keys(self, k: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Projected [B, L, G h] -> [B, G, L, h], rotated when `rope` is given."""
-        keys = self._split_heads(self.norm_k(k))
+        keys = self.split_heads(self.norm_k(k))
         return rotate(keys, rope) if rope else keys
 
     def values(self, v: Tensor) -> Tensor:
         """Projected [B, L, G h] -> [B, G, L, h]."""
-        return self._split_heads(v)
+        return self.split_heads(v)
 
-    def _split_heads(self, x: Tensor) -> Tensor:
+    def split_heads(self, x: Tensor) -> Tensor:
+        """[B, L, H h] -> [B, H, L, h]."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 

@@ -5,6 +5,11 @@ import triton.language as tl
 
 
 @triton.jit
+def tanh(x):
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+
+
+@triton.jit
 def add_and_norm(
     x_ptr,
     branch_ptr,
@@ -37,7 +42,7 @@ def add_and_norm(
             branch += tl.load(branch_ptr + place, mask=inside, other=0.0).to(tl.float32)
         gate = tl.load(gate_ptr + sample * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
         weight = tl.load(gate_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        factor = weight * (2.0 * tl.sigmoid(2.0 * gate) - 1.0)  # tanh
+        factor = weight * tanh(gate)
         x += branch * tl.rsqrt(tl.sum(branch * branch, axis=0) / width + branch_eps) * factor
         tl.store(total_ptr + row * width + column, x.to(total_ptr.dtype.element_ty), mask=inside)
     if NORM:
@@ -248,7 +253,7 @@ def attend(
     scores = (tl.dot(even, tl.trans(k_even)) + tl.dot(odd, tl.trans(k_odd))) * factor
     out = _softmax_values(scores, in_tokens, values)
 
-    gate = 2.0 * tl.sigmoid(2.0 * tl.load(gate_ptr + head).to(tl.float32)) - 1.0  # tanh
+    gate = tanh(tl.load(gate_ptr + head).to(tl.float32))
     if sample < without:
         null = tl.load(null_ptr + group * HEAD + channel, mask=in_head, other=0.0).to(tl.float32)
         out += gate * null[None, :]

@@ -7,10 +7,7 @@ gradients are the same at every run.
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _tanh(x):
-    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+from blip3o_dit.model.triton_kernels import tanh
 
 
 @triton.jit
@@ -59,7 +56,7 @@ def add_and_norm_backward(
     if ADD:
         gate = tl.load(gate_ptr + sample * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
         gate_weight = tl.load(gate_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        gate_factor = gate_weight * _tanh(gate)
+        gate_factor = gate_weight * tanh(gate)
     for i in range(ROWS):
         token = piece * ROWS + i
         mask = inside & (token < tokens)
@@ -119,7 +116,7 @@ def factor_gradients(
         place = sample[:, None] * modulation_stride + column[None, :]
         modulation = tl.load(modulation_ptr + place, mask=mask, other=0.0).to(tl.float32)
         if GATE:
-            gate = _tanh(modulation)
+            gate = tanh(modulation)
             to_weight += own * gate
             to_modulation = own * weight[None, :] * (1.0 - gate * gate)
         else:
@@ -237,7 +234,7 @@ def gated_sum_backward(
     """`partial` [programs, width]: the rows' sums of gradient times cross."""
     column = tl.arange(0, BLOCK)
     inside = column < width
-    gate = _tanh(tl.load(gate_ptr + column // HEAD, mask=inside, other=0.0).to(tl.float32))
+    gate = tanh(tl.load(gate_ptr + column // HEAD, mask=inside, other=0.0).to(tl.float32))
     to_gate = tl.zeros((BLOCK,), dtype=tl.float32)
     for i in range(ROWS):
         row = tl.program_id(0).to(tl.int64) * ROWS + i

@@ -26,7 +26,7 @@ from blip3o_dit.metrics import conditional
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.calibration import CALIBRATION_FILE, Calibration, read_calibration
 from blip3o_dit.model.config import CONFIG_FILE, BLIP3oDiTConfig
-from blip3o_dit.model.loading import EMA_VARIANT, pick_weights
+from blip3o_dit.model.loading import pick_weights, variant_of
 from blip3o_dit.training.config import TRAINING_CONFIG_FILE, TrainingConfig
 from blip3o_dit.utils.atomic import replace_files
 from blip3o_dit.utils.distributed import SINGLE_PROCESS, Processes, pick_device
@@ -202,7 +202,7 @@ def calibrate_model(
     indices = choose_samples(_unseen(model_path, source, split), max_samples=num_samples, seed=seed)
     place = pick_device(device)
     model: BLIP3oDiTModel = BLIP3oDiTModel.load_for_inference(
-        model_path, dtype=torch.float32, variant=EMA_VARIANT if chosen_weights == "ema" else None
+        model_path, dtype=torch.float32, variant=variant_of(chosen_weights)
     ).to(place)
     with working(f"calibrating on {len(indices)} samples"):
         found = calibrate(model, HeldBack(source, np.sort(indices), seed=seed, batch_size=batch_size))

@@ -20,10 +20,10 @@ from blip3o_dit.data.embeddings import Embeddings, check_sizes, open_embeddings
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.loading import (
-    EMA_VARIANT,
     check_is_model,
     finish_model,
     pick_weights,
+    variant_of,
     weights_files,
 )
 from blip3o_dit.training.checkpoint import (
@@ -94,7 +94,7 @@ def _distill(
 ) -> Path:
     """`distill` into a folder that is held."""
     with working(f"checking {model_path}"):
-        variant = EMA_VARIANT if pick_weights(model_path, "auto") == "ema" else None
+        variant = variant_of(pick_weights(model_path, "auto"))
         checksum = " ".join(sha256(file) for file in weights_files(model_path, variant))
     run, sizes = TrainingConfig.from_folder(model_path), BLIP3oDiTConfig.from_pretrained(model_path)
     _check_teacher(sizes, config)
