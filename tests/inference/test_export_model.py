@@ -197,6 +197,17 @@ def test_refusals(
     assert not list(exported.glob("new*")) and not list(exported.glob("m.*"))
 
 
+def test_the_hub_is_asked_for_the_weights_that_are_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_hub(name: str, *, weights: str = "auto") -> Path:
+        raise FileNotFoundError(f"{name}: {weights}")
+
+    monkeypatch.setattr(module, "model_folder", no_hub)
+    with pytest.raises(FileNotFoundError, match="owner/name: raw"):
+        export_model("owner/name", tmp_path / "model.pt2", weights="raw")
+
+
 def test_quantised_weights_are_refused(tiny_model: BLIP3oDiTModel) -> None:
     quantize_blocks(tiny_model, "int8")
     with pytest.raises(ValueError, match="expected weights as they were trained, found quantised ones"):

@@ -79,7 +79,7 @@ def export_model(
     """
     path = Path(path)
     _check_target(path, overwrite)
-    model_path = model_folder(model_path)
+    model_path = model_folder(model_path, weights=weights)
     find_weights(model_path, weights)
     config = BLIP3oDiTConfig.from_pretrained(model_path)
     solver, steps, guidance = checked_sampling(
