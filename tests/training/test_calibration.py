@@ -133,7 +133,14 @@ def test_nothing_is_held_back_of_few_samples_or_where_nothing_is_evaluated(
 
 
 # From a guess that is too sure of itself: the scale that is found is not 1.
-SETTINGS: dict[str, Any] = dict(max_steps=6, eval_steps=2, save_steps=2, learning_rate=0.01, source="ridge")
+SETTINGS: dict[str, Any] = dict(
+    max_steps=6,
+    eval_steps=2,
+    save_steps=2,
+    learning_rate=0.01,
+    source="ridge",
+    prediction_type="v_prediction",  # where a new network does not sample its source
+)
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +236,28 @@ def test_the_best_averages_are_the_models(
     assert about is not None and about.weights_of == step
     assert "should have stopped after step 4 of 6" in about.sentences()[1]
     assert f"averaged weights of step {step}" in about.sentences()[1]
+
+
+LEARNED = torch.tensor([0.5, 0.7, 0.5, 0.7])
+
+
+@pytest.mark.parametrize("lost", [LEARNED / 2, LEARNED - LEARNED.mean(), LEARNED - LEARNED.mean() - 0.01])
+def test_a_network_that_is_worse_than_its_source_is_left_out(
+    store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: Tensor
+) -> None:
+    """By more than the standard error of the difference; raw weights are those of the last step."""
+    energies = iter([LEARNED, LEARNED - lost])
+    monkeypatch.setattr(finishing, "_energies", lambda *_: next(energies))
+    folder = train(config_for(store, tmp_path / "model", **SETTINGS | {"prediction_type": "preconditioned"}))
+    about, inference = read_calibration(folder), BLIP3oInference(folder, device="cpu", dtype=torch.float32)
+    assert about is not None and about.steps == 6 and inference.weights == "ema"
+    eva = store.fetch([0, 1, 2])[0]
+    start = inference.model.source_distribution(inference.model.normalize_condition(eva))
+    guess = inference.model.normalize_target(inference.model.predict_mean(eva))
+    is_source, worse = torch.allclose(guess, start.mean, atol=1e-4), float(lost.mean()) > 0.01
+    assert is_source == worse == (about.weights_of == 0)
+    assert ("samples the source alone" in " ".join(about.sentences())) == worse
+    assert load_file(folder / "model.safetensors")["dit.norm_out.linear_2.weight"].abs().max() > 0
 
 
 def test_a_run_stops_early_and_stays_stopped(

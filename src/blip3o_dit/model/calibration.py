@@ -21,7 +21,8 @@ class Calibration:
         samples: how many. before, after: `FIGURES` of them without the scale and with it.
         steps: optimizer steps of the training; 0 where nothing is known of it.
         energy_scores: [step, energy score] of some of these samples while it trained.
-        weights_of: the step whose averaged weights the model has.
+        weights_of: the step whose averaged weights the model has; 0 after a training: none of them was better
+            than the source alone, which the model samples.
 
     Raises:
         ValueError: names the field, what it expects and what it found.
@@ -61,6 +62,12 @@ class Calibration:
             f"{after['spread_error_ratio']:.2f} after; energy score {before['energy_score']:.4g} before, "
             f"{after['energy_score']:.4g} after."
         ]
+        if self.steps and not self.weights_of:
+            return [
+                *lines,
+                "No weights of this training sampled better than the source that it began with: the model "
+                "samples the source alone. The data may be few, or the learning rate too high.",
+            ]
         if len(self.energy_scores) < 2:
             return lines
         (best, lowest), (last, at_end) = (

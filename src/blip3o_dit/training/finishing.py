@@ -8,12 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from blip3o_dit.model.calibration import Calibration
 from blip3o_dit.training.base_trainer import ExactResumeTrainer
 from blip3o_dit.training.calibration import HeldBack, calibrate, set_noise_scale
 from blip3o_dit.training.checkpoint import best_saved
+from blip3o_dit.training.fsdp import own_part
 
 ENERGY = "eval_energy_score"
 
@@ -36,18 +38,50 @@ def finish(trainer: ExactResumeTrainer) -> None:
 
 def _choose_weights(trainer: ExactResumeTrainer, held_back: HeldBack) -> Calibration:
     """The last weights, unless the averages of an earlier checkpoint had a better energy score when it was
-    evaluated, and have it still when both are calibrated."""
+    evaluated, and have it still when both are calibrated; or no weights at all did."""
     ema, output, last = trainer.ema, Path(trainer.config.output_dir), trainer.state.global_step
     best = trainer.processes.broadcast(best_saved(output, trainer.state.log_history, ENERGY))
     found = replace(_calibrated(trainer, held_back), weights_of=last)
-    if ema is None or best in (None, last):
+    if ema is not None and best not in (None, last):
+        ema.load(output / f"checkpoint-{best}")
+        earlier = replace(_calibrated(trainer, held_back), weights_of=best)
+        if earlier.after["energy_score"] < found.after["energy_score"]:
+            found = earlier
+        else:
+            ema.load(output / f"checkpoint-{last}")
+    return _unless_the_source_is_better(trainer, held_back, found)
+
+
+def _unless_the_source_is_better(
+    trainer: ExactResumeTrainer, held_back: HeldBack, found: Calibration
+) -> Calibration:
+    """What was chosen; or, where the energy score got worse than it was before the first step, that.
+
+    A new network puts out zero, and samples the informed source. So do the averages whose last layer is
+    zero, whatever the others learned. Worse by more than the standard error of the difference, that is.
+    """
+    ema, flow = trainer.ema, trainer.unwrapped_model.config.flow
+    starts_at_source = flow.source != "noise" and flow.prediction_type == "preconditioned"
+    if ema is None or not starts_at_source or flow.student_steps or trainer.config.init_from:
         return found
-    ema.load(output / f"checkpoint-{best}")
-    earlier = replace(_calibrated(trainer, held_back), weights_of=best)
-    if earlier.after["energy_score"] < found.after["energy_score"]:
-        return earlier
-    ema.load(output / f"checkpoint-{last}")
+    learned = _energies(trainer, held_back)
+    output = [own_part(ema.weights[f"dit.norm_out.linear_2.{name}"]) for name in ("weight", "bias")]
+    kept = [value.clone() for value in output]
+    for value in output:
+        value.zero_()
+    lost = learned - _energies(trainer, held_back)
+    if float(lost.mean()) > float(lost.std()) / len(lost) ** 0.5:
+        return replace(_calibrated(trainer, held_back), weights_of=0)
+    for value, before in zip(output, kept, strict=True):
+        value.copy_(before)
     return found
+
+
+def _energies(trainer: ExactResumeTrainer, held_back: HeldBack) -> Tensor:
+    """The energy score of each sample [n] by the averaged weights."""
+    model = trainer.unwrapped_model.eval()
+    with nullcontext() if trainer.ema is None else trainer.ema.applied(model):
+        return held_back.scores(model).energy
 
 
 def _calibrated(trainer: ExactResumeTrainer, held_back: HeldBack) -> Calibration:
