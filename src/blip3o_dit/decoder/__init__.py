@@ -1,0 +1,1 @@
+"""A small decoder: target tokens become pictures. See docs/pixels.md."""
