@@ -45,8 +45,9 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     assert main([*words, "--num_samples=3", "--seed=1", "--device=cpu"]) == 0
     some = {file.name for file in (tmp_path / "out").iterdir()}
     assert len(some) == 3
-    assert main([*words[:3], str(tmp_path / "other"), "--num_samples=3", "--seed=2"]) == 0
-    assert {file.name for file in (tmp_path / "other").iterdir()} != some
+    assert main([*words, "--num_samples=3", "--seed=2", "--overwrite"]) == 0
+    others = {file.name for file in (tmp_path / "out").iterdir()}
+    assert len(others) == 3 and others != some
 
 
 def test_it_reads_what_generate_writes(folder: Path, tmp_path: Path) -> None:
@@ -91,7 +92,12 @@ def test_what_does_not_fit_is_refused(
     for words, message in (
         ([decoder, str(tmp_path / "wide"), out], "expected 9 tokens of 8 numbers, .* found 9 of 10"),
         ([decoder, str(tmp_path / "grid"), out], "expected 9 tokens of 8 numbers, .* found 4 of 8"),
-        ([decoder, store, str(tmp_path / "full")], "expected a new folder for pictures, found a folder with"),
+        ([decoder, store, str(tmp_path / "full")], "expected a new folder, found a folder with"),
+        (
+            [decoder, store, str(tmp_path / "full"), "--overwrite"],
+            "expected a new folder, found a folder with",
+        ),
+        ([decoder, store, str(folder / "painted")], "found a folder of pictures .--overwrite replaces it"),
         ([store, store, out], "expected a decoder's folder, found an embedding store: `blip3o-dit train-dec"),
         ([decoder, decoder, out], "expected embeddings .* found a decoder of tokens to pictures"),
         ([decoder, store, out, "--num_samples=0"], "num_samples: expected an integer >= 1, found 0"),

@@ -61,7 +61,8 @@ def test_settings_that_cannot_be() -> None:
 
 def test_a_new_decoder_paints_the_mean_picture() -> None:
     torch.manual_seed(1)
-    decoder = TokenDecoder(DecoderConfig(num_tokens=9, channels=8, picture_size=12, width=16, num_heads=2))
+    sizes = dict(num_tokens=9, channels=8, picture_size=12, width=16, num_layers=1, num_heads=2)
+    decoder = TokenDecoder(DecoderConfig(**sizes))
     decoder.mean_picture.uniform_(0.2, 0.8)
     expected = (255 * decoder.mean_picture).round().byte().permute(1, 2, 0)
     assert torch.equal(decoder.eval().decode(torch.randn(3, 9, 8)), expected.expand(3, 12, 12, 3))

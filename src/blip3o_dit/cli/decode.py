@@ -30,6 +30,7 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument(
         "--batch_size", type=int, default=64, metavar="N", help="samples at a time (default: 64)"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace a folder of PNG files")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: auto)"
     )
@@ -55,5 +56,6 @@ def run(arguments: argparse.Namespace) -> None:
         num_samples=arguments.num_samples,
         seed=arguments.seed,
         batch_size=arguments.batch_size,
+        overwrite=arguments.overwrite,
     )
     logger.info("%s: %d pictures of %d pixels", arguments.output, count, decoder.config.picture_size)

@@ -42,9 +42,9 @@ class DecoderConfig:
     num_tokens: int
     channels: int
     picture_size: int
-    width: int = 192
-    num_layers: int = 3
-    num_heads: int = 6
+    width: int
+    num_layers: int
+    num_heads: int
     normalize_embeddings: bool = False
 
     def __post_init__(self) -> None:
@@ -100,7 +100,7 @@ class DecoderTrainingConfig:
         check=check_size,
     )
     width: int = setting(128, "hidden width", check=check_size)
-    num_layers: int = setting(3, "transformer layers", check=check_size)
+    num_layers: int = setting(2, "transformer layers", check=check_size)
     num_heads: int = setting(4, "attention heads", check=check_size)
     steps: int | None = setting(
         None,

@@ -36,6 +36,7 @@ def decode_embeddings(
     num_samples: int | None = None,
     seed: int = 0,
     batch_size: int = 64,
+    overwrite: bool = False,
 ) -> int:
     """Write one PNG for each sample's target tokens into a new folder, named by the key; returns how many.
 
@@ -44,6 +45,7 @@ def decode_embeddings(
     Args:
         output: made when all pictures are there; may be an empty folder.
         num_samples: only so many, chosen by the seed.
+        overwrite: replace the pictures that are there.
 
     Raises:
         ValueError: tokens of another shape than the decoder's; something is in the folder.
@@ -51,7 +53,7 @@ def decode_embeddings(
     """
     check_fits(decoder, source.num_tokens, source.target_dim, source.path)
     output = Path(output)
-    check_empty(output)
+    check_output(output, overwrite=overwrite)
     count = source.num_samples if num_samples is None else num_samples
     indices = stateless_choice(source.num_samples, count, seed=seed, stream="decoded samples")
     names = _file_names(source, indices)
@@ -78,10 +80,15 @@ def check_fits(decoder: TokenDecoder, num_tokens: int, channels: int, where: str
         )
 
 
-def check_empty(output: Path) -> None:
-    """Refuse (ValueError) a place where something is."""
-    if output.exists() and (not output.is_dir() or {file.name for file in output.iterdir()} - IGNORED):
-        raise ValueError(f"{output}: expected a new folder for pictures, found {recognise(output).what}")
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Refuse (ValueError) a place where something is, or with `overwrite` something else than PNG files."""
+    if not output.exists():
+        return
+    there = {file for file in output.iterdir() if file.name not in IGNORED} if output.is_dir() else {output}
+    pictures = output.is_dir() and all(file.suffix == ".png" and file.is_file() for file in there)
+    if there and not (overwrite and pictures):
+        way = " (overwrite=True replaces it)" if pictures else ""
+        raise ValueError(f"{output}: expected a new folder, found {recognise(output).what}{way}")
 
 
 def check_scale(decoder: TokenDecoder, tokens: Tensor, where: str | Path) -> None:

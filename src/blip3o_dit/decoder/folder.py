@@ -87,7 +87,7 @@ def _read_config(file: Path) -> tuple[DecoderConfig, dict[str, Any]]:
     names = [option.name for option in fields(DecoderConfig)]
     with error_context(file):
         check_known("settings", content, [*NOTED, *names])
-        missing = {"num_tokens", "channels", "picture_size"} - set(content)
+        missing = set(names) - {"normalize_embeddings"} - set(content)
         if missing:
             raise ValueError(f"expected {sorted(missing)}, found none")
         about = content.get("training", {})

@@ -44,10 +44,10 @@ class TokenDecoder(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
         self.paint = nn.Linear(width, 3 * patch**2)
-        self.smooth = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.GELU(), nn.Conv2d(16, 3, 3, padding=1))
-        for last in (self.paint, self.smooth[-1]):
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+        last = nn.Conv2d(16, 3, 3, padding=1)
+        self.smooth = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.GELU(), last)
+        for parameter in (*self.paint.parameters(), *last.parameters()):
+            nn.init.zeros_(parameter)
 
     def standardize(self, tokens: Tensor) -> Tensor:
         """[B, N, C] in the units of the data -> what `forward` takes."""

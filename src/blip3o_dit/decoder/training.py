@@ -181,7 +181,10 @@ def _train(
             loss = picture_loss(decoder(tokens), pictures.floats(rows).to(device), edges=config.edges)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0, error_if_nonfinite=True)
+            if not torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0).isfinite():
+                raise ValueError(
+                    f"learning_rate {config.learning_rate:g}: the loss of step {step} is not finite"
+                )
             optimizer.step()
             schedule.step()
             bar(1)
@@ -203,9 +206,10 @@ def noise(indices: np.ndarray, tokens: Tensor, *, tau: float, seed: int, epoch: 
 
     A decoder then takes generated tokens, which are not quite true ones (RAE, arXiv 2510.11690, 4.3).
     """
+    samples: list[int] = indices.tolist()
     named: dict[str, Any] = {"seed": seed, "counter": epoch, "device": tokens.device}
-    level = tau * stateless_normal(indices, (1, 1), stream="decoder noise level", **named).abs()
-    return level * stateless_normal(indices, tokens.shape[1:], stream="decoder noise", **named)
+    level = tau * stateless_normal(samples, (1, 1), stream="decoder noise level", **named).abs()
+    return level * stateless_normal(samples, tokens.shape[1:], stream="decoder noise", **named)
 
 
 def _measure(

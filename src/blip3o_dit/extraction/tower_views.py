@@ -46,7 +46,7 @@ def are_scaled(manifest: Mapping[str, Any]) -> bool:
 def size_seen(manifest: Mapping[str, Any], side: str) -> int | None:
     """Pixels a side of what the tower of "eva" or "clip" saw; None where that is not known."""
     found = _preprocessing(manifest, side)
-    return found and found.size
+    return None if found is None else found.size
 
 
 def _preprocessing(manifest: Mapping[str, Any], side: str) -> Preprocessing | None:
