@@ -1,4 +1,4 @@
-"""Predicted tokens as pictures: what a decoder makes of each sampler's, and how near that is to the truth's."""
+"""Predicted tokens as pictures: what a decoder makes of each sampler's, beside what it makes of the truth."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_decoder(decoder: TokenDecoder, loaded: Sequence[BLIP3oInference], source: Embeddings) -> None:
-    """Refuse (ValueError) a decoder that does not take the models' tokens; say so if it has seen the samples."""
+    """Refuse (ValueError) a decoder that does not take the models' tokens; warn if it may know samples."""
     check_fits(decoder, source.num_tokens, source.target_dim, source.path)
     first = loaded[0]
     if first.model.config.normalize_embeddings and not decoder.config.normalize_embeddings:
@@ -46,8 +46,8 @@ def check_decoder(decoder: TokenDecoder, loaded: Sequence[BLIP3oInference], sour
         other = [name for name in SPLIT_SETTINGS if known.get(name) != getattr(run, name)]
         if other:
             logger.warning(
-                "the decoder was trained on another split (%s) than the model: it may have seen pictures that "
-                "are shown as held out",
+                "the decoder was trained on another split (%s) than the model: it may have seen pictures "
+                "that are held out here",
                 ", ".join(f"{name} {known.get(name)}, not {getattr(run, name)}" for name in other),
             )
 

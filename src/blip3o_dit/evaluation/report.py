@@ -257,10 +257,10 @@ def _decoded_table(decoded: Mapping[str, Any]) -> Table:
     known = decoded["true_tokens_psnr"]
     limit = "" if known is None else f" (on pictures that it has not seen, a PSNR of {known:.1f} dB)"
     note = (
-        f"Predicted tokens as pictures of {decoded['picture_size']} pixels, against the true tokens as pictures: "
-        f"{decoded['samples']} samples. The decoder is small: it shows where shapes and colours are, no texture "
-        f"and no small detail, and true tokens too come out smoother than their picture{limit}. A method's "
-        "best guess is smooth, and so nearer than a sample."
+        f"Predicted tokens as pictures of {decoded['picture_size']} pixels, against the true tokens as "
+        f"pictures: {decoded['samples']} samples. The decoder is small: it shows where shapes and colours "
+        "are, no texture and no small detail, and true tokens too come out smoother than their "
+        f"picture{limit}. A method's best guess is smooth, and so nearer than a sample."
     )
     columns = {"PSNR of a sample, dB": ("sample", "psnr"), "L1 of a sample": ("sample", "l1")}
     columns |= {"PSNR of the best guess, dB": ("best_guess", "psnr")}
