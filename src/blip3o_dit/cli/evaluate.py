@@ -55,7 +55,7 @@ def add_arguments(parser: CommandParser) -> None:
         "--decoder",
         type=Path,
         metavar="DIR",
-        help="show and compare predicted tokens as pictures, by this decoder (train-decoder)",
+        help="show and compare predicted tokens as pictures, by this decoder (default: do not)",
     )
     add_tf32(parser.group("weights, device and precision"))
 
