@@ -1,7 +1,7 @@
 """The whole road on real pictures, in a few minutes on two cores: `make demo`.
 
 1,797 handwritten digits -> two small vision towers -> an embedding store -> training -> CLIP tokens
-generated for held-out pictures -> a table beside baselines, and a picture.
+generated for held-out pictures, and decoded to pictures -> a table beside baselines, and a figure.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from PIL import Image
 from blip3o_dit.cli.command import set_up_logging
 from blip3o_dit.data.dataset import Split, split_permutation
 from blip3o_dit.data.store import EmbeddingStore
+from blip3o_dit.decoder import DecoderTrainingConfig, TokenDecoder, load_decoder, train_decoder
 from blip3o_dit.evaluation.baselines import PositionMean
 from blip3o_dit.evaluation.config import EvaluationConfig
 from blip3o_dit.evaluation.evaluate import evaluate_models
@@ -53,6 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps of the DiT")
+    parser.add_argument("--decoder_steps", type=int, default=250, help="optimizer steps of the decoder")
     parser.add_argument("--tower_steps", type=int, default=250, help="optimizer steps per tower")
     arguments = parser.parse_args()
     set_up_logging()
@@ -61,16 +63,19 @@ def main() -> None:
     output = arguments.output_dir
     pictures, labels = load_digit_pictures()
     split = split_permutation(len(pictures), eval_split=EVAL_SPLIT, seed=SEED)
-    logger.info("1/5  two vision towers, trained on %d digits of %d", len(split.train), len(pictures))
+    logger.info("1/6  two vision towers, trained on %d digits of %d", len(split.train), len(pictures))
     towers = digit_towers(pictures, labels, split.train, seed=SEED, steps=arguments.tower_steps)
 
-    logger.info("2/5  extracting the tokens of all pictures")
+    logger.info("2/6  extracting the tokens of all pictures")
     store = extract_store(output, pictures, labels, towers)
 
-    logger.info("3/5  training the diffusion transformer on %s", store.path)
+    logger.info("3/6  training the diffusion transformer on %s", store.path)
     model = train(training_config(output, store, arguments.steps), overwrite=True)
 
-    logger.info("4/5  measuring it on the %d held-out digits, beside baselines", len(split.eval))
+    logger.info("4/6  training a decoder, which turns CLIP tokens into pictures")
+    decoder = trained_decoder(output, store, arguments.decoder_steps)
+
+    logger.info("5/6  measuring it on the %d held-out digits, beside baselines", len(split.eval))
     found = evaluate_models(
         [model],
         store.path,
@@ -84,12 +89,13 @@ def main() -> None:
             draw_samples=120,
         ),
         pictures=pictures_of_store(store.manifest),
+        decoder=decoder,
         command="make demo",
     )
 
-    logger.info("5/5  drawing")
+    logger.info("6/6  drawing")
     scores = shown_scores(found)
-    plot(output, model, store, (pictures, labels), split, scores)
+    plot(output, model, store, (pictures, labels), split, scores, decoder)
     print("\n" + table(scores) + "\n\n" + "\n".join(found["summary"]) + "\n" + CAUTION)
     print(f"\nThe report: {output / 'report.html'}\nThe picture: {output / 'demo.png'}")
     print(f"{time.monotonic() - started:.0f} s in all, results in {output}")
@@ -147,6 +153,13 @@ def training_config(output_dir: Path, store: EmbeddingStore, steps: int) -> Trai
     )
 
 
+def trained_decoder(output: Path, store: EmbeddingStore, steps: int) -> TokenDecoder:
+    config = DecoderTrainingConfig(steps=steps, eval_split=EVAL_SPLIT, seed=SEED, device="cpu")
+    images = output / "pictures" / "digits.jsonl"
+    train_decoder(store, images, output / "decoder", config, overwrite=True)
+    return load_decoder(output / "decoder")
+
+
 CAUTION = (
     "These towers are tiny and know only digits: the figures show that the pipeline works, and\n"
     "say nothing of how well real EVA-CLIP tokens determine real CLIP tokens."
@@ -169,8 +182,9 @@ def plot(
     digits: tuple[np.ndarray, np.ndarray],
     split: Split,
     scores: dict[str, dict[str, float]],
+    decoder: TokenDecoder,
 ) -> None:
-    """`demo.png`: eight held-out digits, true and generated tokens, the training curve and the scores."""
+    """`demo.png`: eight held-out digits, their tokens, true and generated, as pictures; curve and scores."""
     pictures, labels = digits
     wanted = (0, 2, 3, 4, 5, 6, 8, 9)
     shown = split.eval[[int(np.flatnonzero(labels[split.eval] == digit)[0]) for digit in wanted]]
@@ -190,6 +204,7 @@ def plot(
         pictures=pictures[shown],
         labels=labels[shown],
         rows={name: tokens.numpy() for name, tokens in rows.items()},
+        decoded={name: decoder.decode(tokens).numpy() for name, tokens in rows.items()},
         training_curve={"training": curve(log, "loss"), "held-out": curve(log, "eval_loss")},
         metrics=scores,
         title_note=(

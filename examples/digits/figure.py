@@ -27,15 +27,17 @@ def draw_demo_figure(
     pictures: np.ndarray,
     labels: Sequence[int],
     rows: Mapping[str, np.ndarray],
+    decoded: Mapping[str, np.ndarray],
     training_curve: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     metrics: Mapping[str, Mapping[str, float]],
     title_note: str,
 ) -> None:
-    """Draw the demo's figure as a PNG of 1600 x 780 pixels.
+    """Draw the demo's figure as a PNG of 1600 x 1200 pixels.
 
     pictures: uint8 [k, 32, 32, 3]; labels: [k]; eight of them fit well.
     rows: name -> tokens [k, N, W] in display order, N a row-major square grid. The true tokens come
         first; the colours of all rows are fitted on them alone.
+    decoded: the same names -> the tokens as pictures, uint8 [k, S, S, 3]; under the tokens.
     training_curve: name -> (steps, losses); losses are shown on a logarithmic axis.
     metrics: method -> {metric: value}; one bar chart for each metric, in order of appearance. A
         method that lacks a metric has no bar there. A name has one colour in `rows` and `metrics`.
@@ -44,23 +46,28 @@ def draw_demo_figure(
     Raises ValueError when pictures, labels and rows do not agree in shape.
     """
     rows = {name: np.asarray(tokens, dtype=np.float64) for name, tokens in rows.items()}
-    _check_shapes(pictures, labels, rows)
+    _check_shapes(pictures, labels, rows, decoded)
     names = list(dict.fromkeys([*rows, *metrics]))
     colours = {name: METHOD_COLOURS[i % len(METHOD_COLOURS)] for i, name in enumerate(names)}
 
-    figure = Figure(figsize=(12.8, 6.24), dpi=125, facecolor="white")
+    figure = Figure(figsize=(12.8, 9.6), dpi=125, facecolor="white")
     left, right = figure.add_gridspec(
-        1, 2, width_ratios=(1.7, 1), left=0.09, right=0.985, top=0.875, bottom=0.105, wspace=0.255
+        1, 2, width_ratios=(1.7, 1), left=0.09, right=0.985, top=0.905, bottom=0.07, wspace=0.255
     )
-    upper, lower = right.subgridspec(2, 1, height_ratios=(1.05, 1), hspace=0.62)
-    _draw_tokens(figure, left, pictures, labels, rows, colours)
+    upper, lower = right.subgridspec(2, 1, height_ratios=(1.05, 1), hspace=0.42)
+    _draw_tokens(figure, left, pictures, labels, rows, decoded, colours)
     _draw_curve(figure, upper, training_curve)
     _draw_metrics(figure, lower, metrics, colours)
-    figure.text(0.5, 0.035, title_note, ha="center", va="center", fontsize=TEXT_SIZE, color=INK)
+    figure.text(0.5, 0.028, title_note, ha="center", va="center", fontsize=TEXT_SIZE, color=INK)
     FigureCanvasAgg(figure).print_png(path)
 
 
-def _check_shapes(pictures: np.ndarray, labels: Sequence[int], rows: Mapping[str, np.ndarray]) -> None:
+def _check_shapes(
+    pictures: np.ndarray,
+    labels: Sequence[int],
+    rows: Mapping[str, np.ndarray],
+    decoded: Mapping[str, np.ndarray],
+) -> None:
     if not rows:
         raise ValueError("rows: expected at least the true tokens, found none")
     true = next(iter(rows.values()))
@@ -69,6 +76,8 @@ def _check_shapes(pictures: np.ndarray, labels: Sequence[int], rows: Mapping[str
     for name, tokens in rows.items():
         if tokens.shape != true.shape:
             raise ValueError(f"rows[{name!r}]: expected {true.shape}, found {tokens.shape}")
+    if {name: len(found) for name, found in decoded.items()} != {name: len(true) for name in rows}:
+        raise ValueError(f"decoded: expected {len(true)} pictures of each of {list(rows)}, found others")
     if len(pictures) != len(true) or len(labels) != len(true):
         raise ValueError(
             f"expected {len(true)} pictures and labels, as in rows, "
@@ -82,12 +91,14 @@ def _draw_tokens(
     pictures: np.ndarray,
     labels: Sequence[int],
     rows: Mapping[str, np.ndarray],
+    decoded: Mapping[str, np.ndarray],
     colours: Mapping[str, str],
 ) -> None:
-    """One column for each digit: its picture, then its tokens as each row has them."""
+    """One column for each digit: its picture, then each row's tokens of it, above what they decode to."""
     true = next(iter(rows.values()))  # [k, N, W]
     side = math.isqrt(true.shape[1])
-    cells = place.subgridspec(1 + len(rows), len(true), hspace=0.10, wspace=0.08)
+    pairs = place.subgridspec(1 + len(rows), 1, height_ratios=(1, *(2.06,) * len(rows)), hspace=0.13)
+    cells = pairs[0].subgridspec(1, len(true), wspace=0.08)
     for column, picture in enumerate(pictures):
         cell = _image_cell(figure, cells[0, column], picture)
         cell.set_title(str(labels[column]), fontsize=TEXT_SIZE, color=INK, pad=4)
@@ -95,11 +106,15 @@ def _draw_tokens(
             _name_row(cell, "picture", None)
     for row, (name, tokens) in enumerate(rows.items(), start=1):
         maps = pca_colors(tokens, true).reshape(-1, side, side, 3)  # [k, side, side, 3]
-        for column, colour_map in enumerate(maps):
-            cell = _image_cell(figure, cells[row, column], colour_map)
+        cells = pairs[row].subgridspec(2, len(true), hspace=0.06, wspace=0.08)
+        for column, (colour_map, picture) in enumerate(zip(maps, decoded[name], strict=True)):
+            cell = _image_cell(figure, cells[0, column], colour_map)
+            _image_cell(figure, cells[1, column], picture)
             if column == 0:
-                _name_row(cell, name, colours[name])
-    _panel_title(figure, place, f"Held-out digits and their {side}x{side} tokens")
+                _name_row(cell, name, colours[name], height=2.06)
+    _panel_title(
+        figure, place, f"Held-out digits: their {side}x{side} tokens, and the pictures these decode to"
+    )
 
 
 def _image_cell(figure: Figure, place: SubplotSpec, image: np.ndarray) -> Axes:
@@ -110,11 +125,14 @@ def _image_cell(figure: Figure, place: SubplotSpec, image: np.ndarray) -> Axes:
     return axes
 
 
-def _name_row(cell: Axes, name: str, colour: str | None) -> None:
-    """The row's name left of its first cell, with the colour its bars have, if it has any."""
+def _name_row(cell: Axes, name: str, colour: str | None, *, height: float = 1.0) -> None:
+    """The row's name left of its first cell, with the colour its bars have, if it has any.
+
+    height: of the row, in cells, from the first one's upper edge.
+    """
     cell.text(
         -0.17,
-        0.5,
+        1 - height / 2,
         textwrap.fill(name, 13),
         transform=cell.transAxes,
         ha="right",
@@ -123,7 +141,9 @@ def _name_row(cell: Axes, name: str, colour: str | None) -> None:
         color=INK,
     )
     if colour is not None:
-        cell.plot([-0.09, -0.09], [0, 1], transform=cell.transAxes, color=colour, lw=3.5, clip_on=False)
+        cell.plot(
+            [-0.09, -0.09], [1 - height, 1], transform=cell.transAxes, color=colour, lw=3.5, clip_on=False
+        )
 
 
 def _draw_curve(
@@ -198,7 +218,7 @@ def _draw_bars(axes: Axes, values: Mapping[str, float | None], colours: Mapping[
 def _panel_title(figure: Figure, place: SubplotSpec, title: str) -> None:
     """The title at the panel's left edge, clear of what stands directly above its axes."""
     box = place.get_position(figure)
-    figure.text(box.x0, box.y1 + 0.055, title, ha="left", fontsize=TITLE_SIZE, color=INK)
+    figure.text(box.x0, box.y1 + 0.036, title, ha="left", fontsize=TITLE_SIZE, color=INK)
 
 
 def _plain(axes: Axes) -> None:

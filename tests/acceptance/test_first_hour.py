@@ -39,6 +39,8 @@ BESIDE = {
     "calibrate": "calibrate checkpoints/run embeddings/pictures --split eval --num_samples 2",
     "distill": "distill checkpoints/run embeddings/pictures --steps 1 --train_steps 4 --batch_size 4",
     "export": "export checkpoints/run model.pt2 --num_inference_steps 1",
+    "train-decoder": "train-decoder embeddings/pictures images --output_dir decoder --steps 2 --width 16",
+    "decode": "decode decoder results/generated decoded",
     "export-embeddings": "export-embeddings embeddings/pictures exported.npz",
     "convert": "convert exported.npz converted",
     "merge": "merge embeddings/pictures converted merged",

@@ -213,7 +213,7 @@ def test_figure_is_a_png_as_wide_as_promised(tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert path.stat().st_size > 20_000
     image = imread(path)
-    assert image.shape[:2] == (780, 1600)
+    assert image.shape[:2] == (1200, 1600)
     assert image[..., :3].std() > 0.1
 
 
@@ -223,6 +223,7 @@ def test_figure_is_a_png_as_wide_as_promised(tmp_path):
         ({"labels": [1, 2]}, "expected 3 pictures and labels"),
         ({"pictures": np.zeros((2, 32, 32, 3), np.uint8)}, "expected 3 pictures and labels"),
         ({"rows": {}}, "expected at least the true tokens"),
+        ({"decoded": {"DiT": np.zeros((3, 32, 32, 3), np.uint8)}}, "decoded: expected 3 pictures of each"),
         ({"rows": {"true": np.zeros((3, 15, 48))}}, "N a square"),
         (
             {"rows": {"true": np.zeros((3, 16, 48)), "ridge": np.zeros((3, 16, 64))}},
@@ -243,6 +244,7 @@ def _figure_inputs():
         "pictures": rng.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8),
         "labels": [4, 0, 7],
         "rows": {name: rng.normal(size=(3, 16, 48)) for name in names},
+        "decoded": {name: rng.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8) for name in names},
         "training_curve": {"training": (np.arange(1, 50), 1 / np.arange(1, 50))},
         "metrics": {
             "true CLIP tokens": {"digit accuracy": 0.98},

@@ -18,7 +18,7 @@ from PIL import Image
 from blip3o_dit.cli.command import command_parser
 from blip3o_dit.cli.main import COMMANDS, main
 from tests.data.test_safe_unpickler import HOSTILE
-from tests.fuzz.formats import Make, documented, write_model, write_store
+from tests.fuzz.formats import Make, documented, write_decoder, write_model, write_store
 from tests.fuzz.judge import Trial
 
 # Values of a flag that asks for work in proportion are kept small: ten billion steps are slow by right.
@@ -47,6 +47,8 @@ WEIGHTS = {
     "calibrate": 2,
     "extract": 4,
     "distill": 2,
+    "train-decoder": 2,
+    "decode": 10,
 }
 
 
@@ -97,6 +99,7 @@ class _Places:
         self.out, self.canary = folder / "out", folder / "canary"
         self.store, self.model = write_store(folder / "store"), write_model(folder / "model")
         (self.model / "training_log.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+        self.decoder = write_decoder(folder / "decoder")
         self.pickle, self.evil = folder / "data.pkl", folder / "evil.pkl"
         self.pickle.write_bytes(pickle.dumps(documented()))
         self.evil.write_bytes(HOSTILE["os.system by GLOBAL"](self.canary))
@@ -122,6 +125,7 @@ class _Places:
             "data.pkl",
             "store",
             "model",
+            "decoder",
             "pictures",
             "data.pkl/x",
             "loop/x",
@@ -175,6 +179,8 @@ class _Places:
             ],
             "evaluate": [model, data, "--output_dir", out, *few],
             "calibrate": [model, data, "--split=eval"],
+            "train-decoder": [data, str(self.pictures), "--output_dir", out, "--steps=1", "--width=8"],
+            "decode": [str(self.decoder), data, out],
             "extract": [str(self.pictures), "--output", out],
         }[name]
 

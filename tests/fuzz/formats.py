@@ -24,6 +24,9 @@ from blip3o_dit.data.dataset import split_samples
 from blip3o_dit.data.embeddings import open_embeddings
 from blip3o_dit.data.manifest import MANIFEST
 from blip3o_dit.data.store import StoreWriter
+from blip3o_dit.decoder.config import DecoderConfig
+from blip3o_dit.decoder.folder import save_decoder
+from blip3o_dit.decoder.network import TokenDecoder
 from blip3o_dit.extraction.image_decoding import UnreadableImageError, decode_image
 from blip3o_dit.extraction.inspection import format_inspection, inspect_embeddings
 from blip3o_dit.extraction.sources.listing import list_images
@@ -66,6 +69,13 @@ def write_model(folder: Path) -> Path:
     model.save_pretrained(folder, variant=EMA_VARIANT)
     config = TrainingConfig(embeddings_path="store", output_dir="run", model_dim=8, num_heads=1)
     (folder / "training_config.json").write_bytes(config.to_json())
+    return folder
+
+
+def write_decoder(folder: Path) -> Path:
+    """As `train-decoder` leaves it, as small as the real class can be."""
+    sizes = dict(picture_size=4, width=8, num_layers=1, num_heads=1)
+    save_decoder(TokenDecoder(DecoderConfig(num_tokens=TOKENS, channels=TARGET, **sizes)), folder)
     return folder
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 
 from blip3o_dit.cli.main import main
 from blip3o_dit.data.manifest import FORMAT, MANIFEST, STORE_ASIDE
+from blip3o_dit.decoder.folder import save_decoder
 from blip3o_dit.extraction.resume import SETTINGS_FILE
 from blip3o_dit.model.config import CONFIG_FILE, BLIP3oDiTConfig
 from blip3o_dit.training.checkpoint import OPTIMIZER_TENSORS, PROGRESS_FILE
@@ -26,6 +27,7 @@ from blip3o_dit.training.curves import LOG_FILE
 from blip3o_dit.utils import recognise
 from blip3o_dit.utils.file_kinds import file_kind
 from blip3o_dit.utils.recognise import EMBEDDINGS, MODEL, PICTURES, STORE, refusal
+from tests.helpers.painted import random_decoder
 from tests.helpers.stores import write_linear_store
 from tests.helpers.training import train_model
 
@@ -92,6 +94,7 @@ PLACES = {
     "clip": "a model of another kind ('clip')",
     "run": "a run that is not finished",
     "model": "a trained model",
+    "decoder": "a decoder of tokens to pictures",
     "model/checkpoint-2": "a checkpoint of a run",
     "model/model.safetensors": "a safetensors file",
     "store": "an embedding store",
@@ -129,6 +132,10 @@ PLACES_OF_COMMANDS: dict[str, tuple[list[str], set[str]]] = {
     "evaluate DATA": (["evaluate", "model", "PATH"], TOKENS),
     "distill MODEL": (["distill", "PATH", "store", "--steps=1"], OTHERS | {"clip"}),
     "distill DATA": (["distill", "model", "PATH", "--steps=1", "--output_dir=out"], TOKENS),
+    "train-decoder STORE": (["train-decoder", "PATH", "images", "--output_dir=out"], TOKENS),
+    "train-decoder IMAGES": (["train-decoder", "store", "PATH", "--output_dir=out"], READABLE | LISTS),
+    "decode DECODER": (["decode", "PATH", "store", "out"], {"decoder"}),
+    "decode DATA": (["decode", "decoder", "PATH", "out"], TOKENS),
     "convert": (["convert", "PATH", "out"], TOKENS),
     "export": (["export", "PATH", "out.pt2"], OTHERS | {"clip"}),
     "export-embeddings": (["export-embeddings", "PATH", "out.npz"], TOKENS),
@@ -164,6 +171,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "documented.pkl").write_bytes(pickle.dumps(content))
     store = write_linear_store(folder / "store", samples=12)
     model = train_model(store, folder / "model", save_steps=2)
+    save_decoder(random_decoder(), folder / "decoder")
     (folder / "run").mkdir()
     for name in (TRAINING_CONFIG_FILE, LOG_FILE):
         shutil.copy(model / name, folder / "run")

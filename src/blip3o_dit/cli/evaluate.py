@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 EXAMPLES = (
     "blip3o-dit evaluate checkpoints/run embeddings/store",
+    "blip3o-dit evaluate checkpoints/run embeddings/store --decoder checkpoints/decoder",
     "blip3o-dit evaluate checkpoints/run embeddings/store --compare checkpoints/other --output_dir results",
 )
 
@@ -50,6 +51,12 @@ def add_arguments(parser: CommandParser) -> None:
         metavar="WHERE",
         help="where the pictures are, as for extract, to show some (default: where the store's were)",
     )
+    parser.group("page").add_argument(
+        "--decoder",
+        type=Path,
+        metavar="DIR",
+        help="show and compare predicted tokens as pictures, by this decoder (default: do not)",
+    )
     add_tf32(parser.group("weights, device and precision"))
 
 
@@ -58,6 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     config = EvaluationConfig(**given_settings(arguments, EvaluationConfig))
 
     from blip3o_dit.data.embeddings import open_embeddings
+    from blip3o_dit.decoder.folder import load_decoder
     from blip3o_dit.evaluation.evaluate import evaluate_models
     from blip3o_dit.evaluation.kept import has_parts
     from blip3o_dit.extraction.shown_images import pictures_of_store
@@ -66,6 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
         use_tf32(config.device)
     source = open_embeddings(arguments.embeddings)
     pictures = pictures_of_store(getattr(source, "manifest", {}), arguments.pictures)
+    decoder = load_decoder(arguments.decoder) if arguments.decoder else None
     folder = _output_dir(arguments)
     try:
         result = evaluate_models(
@@ -74,6 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.output_dir,
             config,
             pictures=pictures,
+            decoder=decoder,
             command=shlex.join(["blip3o-dit", *sys.argv[1:]]),
         )
     except KeyboardInterrupt as error:

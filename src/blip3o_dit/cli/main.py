@@ -20,6 +20,8 @@ COMMANDS = {
     "generate": "generate CLIP tokens for the samples of an embedding store or pickle, or for pictures",
     "calibrate": "fit how much noise a trained model should sample from, and write it into its folder",
     "evaluate": "measure trained models beside baselines on held-out samples, and write a report",
+    "train-decoder": "train a small network that turns the target tokens of a store into pictures",
+    "decode": "write generated or true tokens as pictures, with a decoder",
     "plot": "draw the training curves of one run, or of several in one figure",
     "distill": "teach a copy of a trained model to generate in a few network calls",
     "export": "write a trained model as one file that torch or onnxruntime runs without this package",

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 
 from blip3o_dit.data.embeddings import Embeddings, generated_by, said_of_generated
+from blip3o_dit.decoder.network import TokenDecoder
 from blip3o_dit.evaluation import report, scores
 from blip3o_dit.evaluation.baselines import fit_baselines
 from blip3o_dit.evaluation.config import EvaluationConfig
+from blip3o_dit.evaluation.decoded import check_decoder, decoded_rows, measure_decoded, said_of_decoded
 from blip3o_dit.evaluation.kept import NOWHERE, Kept, describe_evaluation, going_on
 from blip3o_dit.evaluation.predictions import Predictions, collect_predictions
 from blip3o_dit.evaluation.reference import Progress, ReferenceSet, collect_reference, fit_probe
@@ -54,6 +56,7 @@ def evaluate_models(
     config: EvaluationConfig | None = None,
     *,
     pictures: Callable[[list[str]], list[Any]] | None = None,
+    decoder: TokenDecoder | None = None,
     progress: bool = True,
     command: str | None = None,
 ) -> dict[str, Any]:
@@ -68,6 +71,7 @@ def evaluate_models(
         output_dir: for metrics.json, report.html and README.md; None means the first model's folder.
         pictures: keys -> RGB images, or name -> image where there are several of one, or None, for the page;
             called once, at the end.
+        decoder: turns tokens into pictures, for the page and for `decoded` in metrics.json.
         command: shown on the page.
 
     Returns: the content of metrics.json, whose schema is in docs/evaluation.md, on the first process; an
@@ -83,6 +87,8 @@ def evaluate_models(
         check_writable(folder / report.METRICS_FILE)
     loaded = _load(models, config, progress and processes.is_main)
     source, indices, available = held_out_samples(loaded, embeddings, config)
+    if decoder is not None:
+        check_decoder(decoder, loaded, source)
     samplers = _model_samplers(loaded, config)
     if not processes.is_main:
         _help_sampling(samplers, source, indices, config, processes)
@@ -104,6 +110,7 @@ def evaluate_models(
             available=available,
             regression_like=loaded[0],
             pictures=pictures,
+            decoder=decoder,
             progress=progress,
             processes=processes,
             kept=kept,
@@ -161,6 +168,7 @@ def evaluate_samplers(
     available: int | None = None,
     regression_like: BLIP3oInference | None = None,
     pictures: Callable[[list[str]], list[Any]] | None = None,
+    decoder: TokenDecoder | None = None,
     progress: bool = True,
     processes: Processes = SINGLE_PROCESS,
     kept: Kept = NOWHERE,
@@ -212,10 +220,13 @@ def evaluate_samplers(
             "curve_baseline": _curve_baseline(baselines, described, reference)
             if config.curve_calls
             else None,
+            "decoded": measure_decoded(decoder, everything, reference, bars) if decoder else None,
             "command": None,
         }
         result["summary"] = summarize(result)
-        return result, _shown(everything, reference, pictures)
+        if result["decoded"]:
+            result["summary"].append(said_of_decoded(result["decoded"]))
+        return result, _shown(everything, reference, pictures, decoder)
 
 
 def _baselines(
@@ -353,6 +364,7 @@ def _shown(
     samplers: Sequence[Sampler],
     reference: ReferenceSet,
     pictures: Callable[[list[str]], list[Any]] | None,
+    decoder: TokenDecoder | None,
 ) -> ShownSamples | None:
     """Tokens of a few samples: the reference, two samples and the best guess of each model, and ridge's."""
     config = reference.config
@@ -379,6 +391,7 @@ def _shown(
             for key, record in zip(keys, records, strict=True)
         ],
         [_views(found) for found in pictures(keys)] if pictures else [],
+        decoded_rows(decoder, shown, eva, samplers) if decoder else {},
     )
 
 

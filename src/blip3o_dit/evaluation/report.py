@@ -173,6 +173,8 @@ def _content(result: Mapping[str, Any], samples: ShownSamples | None) -> dict[st
     samplers, data = result["methods"], result["data"]
     models = [sampler for sampler in samplers if sampler["is_model"]]
     tables = [_table(table, result) for table in TABLES]
+    if result.get("decoded"):
+        tables.append(_decoded_table(result["decoded"]))
     return {
         "title": f"Evaluation of {listed([model['folder'] for model in result['models']])}",
         "subtitle": (
@@ -249,6 +251,28 @@ def _table(table: MetricTable, result: Mapping[str, Any]) -> Table:
             for name, is_model, scores in rows
         ],
     )
+
+
+def _decoded_table(decoded: Mapping[str, Any]) -> Table:
+    known = decoded["true_tokens_psnr"]
+    limit = "" if known is None else f" (on pictures that it has not seen, a PSNR of {known:.1f} dB)"
+    note = (
+        f"Predicted tokens as pictures of {decoded['picture_size']} pixels, against the true tokens as "
+        f"pictures: {decoded['samples']} samples. The decoder is small: it shows where shapes and colours "
+        "are, no texture and no small detail, and true tokens too come out smoother than their "
+        f"picture{limit}. A method's best guess is smooth, and so nearer than a sample."
+    )
+    columns = {"PSNR of a sample, dB": ("sample", "psnr"), "L1 of a sample": ("sample", "l1")}
+    columns |= {"PSNR of the best guess, dB": ("best_guess", "psnr")}
+    rows = [
+        Row(
+            name,
+            method["is_model"],
+            [_cell(method.get(kind, {}).get(figure)) for kind, figure in columns.values()],
+        )
+        for name, method in decoded["methods"].items()
+    ]
+    return Table("Decoded to pictures", note, list(columns), rows)
 
 
 def _best(metric: Metric, rows: Sequence[tuple[str, bool, Any]], differences: Any) -> float | None:

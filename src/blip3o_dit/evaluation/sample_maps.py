@@ -6,7 +6,7 @@ import base64
 import io
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,13 @@ MAP_PIXELS, PICTURE_PIXELS = 128, 192  # a side
 
 @dataclass(frozen=True)
 class ShownSamples:
-    """name -> tokens [k, N, C], the reference first; a title of each sample; name -> picture, of each."""
+    """name -> tokens [k, N, C], the reference first; a title of each sample; name -> picture, of each;
+    name -> decoded pictures, uint8 [k, S, S, 3]."""
 
     rows: Mapping[str, np.ndarray]
     titles: Sequence[str]
     pictures: Sequence[Mapping[str, Any]] = ()
+    decoded: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,14 @@ class Block:
 
 def blocks(samples: ShownSamples) -> Iterator[Block]:
     """The samples, `PER_BLOCK` at a time, with all rows of each."""
-    strips = [*_picture_strips(samples.pictures), *_map_strips(samples.rows)]
+    strips = [
+        *_picture_strips(samples.pictures),
+        *(
+            Strip(name, [_picture(Image.fromarray(pixels)) for pixels in pictures])
+            for name, pictures in samples.decoded.items()
+        ),
+        *_map_strips(samples.rows),
+    ]
     for start in range(0, len(samples.titles), PER_BLOCK):
         chosen = slice(start, min(start + PER_BLOCK, len(samples.titles)))
         yield Block(

@@ -19,8 +19,6 @@ from blip3o_dit.utils.json_files import one_line
 MAX_JPEG2000_PIXELS = 2**25
 # Pixels that are converted at a time where that takes more memory than the picture
 TILE_PIXELS = 2**18
-# Pixels that a picture to be shown keeps a side, at least, before it gets its size
-SHOWN_AT = 896
 # In a decoded image's `info`: how grey values of more than 8 bits were scaled
 SCALED = "grey values scaled"
 

@@ -10,16 +10,18 @@ from typing import Any
 
 from PIL import Image
 
-from blip3o_dit.extraction.image_decoding import SHOWN_AT, decode_image
+from blip3o_dit.extraction.image_decoding import decode_image
 from blip3o_dit.extraction.sources.image_list import ImageList
 from blip3o_dit.extraction.sources.image_ref import ImageRef
 from blip3o_dit.extraction.sources.listing import list_images, named
 from blip3o_dit.extraction.sources.options import ListingOptions
-from blip3o_dit.extraction.tower_views import are_scaled, tower_views
+from blip3o_dit.extraction.tower_views import VIEW_PIXELS, are_scaled, tower_views
 from blip3o_dit.utils.json_files import one_line, printable
 
 # Without being asked, a command lists no more images than this to show a few.
 MAX_LISTED = 200_000
+# Pixels that are decoded for one that is shown, a side, at least
+DECODED_PER_PIXEL = 4
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,9 @@ Views = Callable[[bytes], dict[str, Image.Image]]
 Shown = Callable[[list[str]], list[dict[str, Image.Image] | None]]
 
 
-def pictures_of_store(manifest: Mapping[str, Any], where: str | None = None) -> Shown:
+def pictures_of_store(
+    manifest: Mapping[str, Any], where: str | None = None, *, pixels: int = VIEW_PIXELS
+) -> Shown:
     """The pictures at `where`, or by default those that the store was made from.
 
     Those of another set with the same names are never shown: `where` has to hold the pictures that the store
@@ -39,10 +43,13 @@ def pictures_of_store(manifest: Mapping[str, Any], where: str | None = None) -> 
     Nobody asked for the default: it is looked for when a few are shown, and whatever is wrong is one line of
     the log.
 
+    Args:
+        pixels: of a view, a side, see `tower_views`.
+
     Raises:
         FileNotFoundError, ValueError: for `where`: nothing can be listed there, or it holds other pictures.
     """
-    views = _views(manifest)
+    views = _views(manifest, pixels)
     if where is not None:
         return _asked_for(manifest, where, views)
 
@@ -59,9 +66,10 @@ def pictures_of_store(manifest: Mapping[str, Any], where: str | None = None) -> 
     return of_keys
 
 
-def _views(manifest: Mapping[str, Any]) -> Views:
+def _views(manifest: Mapping[str, Any], pixels: int) -> Views:
     """As `tower_views`, of a picture's bytes, which are decoded no larger than the views need."""
-    views, shown_at = tower_views(manifest), SHOWN_AT if are_scaled(manifest) else None
+    views = tower_views(manifest, pixels)
+    shown_at = DECODED_PER_PIXEL * pixels if are_scaled(manifest) else None
     return lambda data: views(decode_image(data, shown_at=shown_at))
 
 

@@ -34,10 +34,13 @@ MODEL_ASIDE, REPLACES_FILE = f"model{ASIDE}", "replaces.json"
 
 
 @contextmanager
-def written_aside(final: Path, *, files_only: bool = False, replaces: Iterable[str] = ()) -> Iterator[Path]:
+def written_aside(
+    final: Path, *, files_only: bool = False, replaces: Iterable[str] = (), sealed: bool = True
+) -> Iterator[Path]:
     """A new folder to fill, which takes the name `final` when it is whole; after an error it is removed.
 
-    With `files_only` its files move into `final`, which may hold others, see `publish_files`.
+    With `files_only` its files move into `final`, which may hold others, see `publish_files`. It has
+    checksums unless it is not to be `sealed`.
 
     Raises:
         WriteError: when the disk is full or the folder cannot be written.
@@ -51,7 +54,8 @@ def written_aside(final: Path, *, files_only: bool = False, replaces: Iterable[s
             aside.mkdir(parents=True)
             yield aside
             _open_to_others(aside)
-            seal(aside)
+            if sealed:
+                seal(aside)
             if files_only:
                 publish_files(aside, final, {*sealed_names(final), *replaces})
             else:

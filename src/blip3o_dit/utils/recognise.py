@@ -21,8 +21,8 @@ from blip3o_dit.utils.file_kinds import PICTURE_SUFFIXES, READ_AT_ONCE, file_kin
 from blip3o_dit.utils.json_files import printable, read_json, short_repr, show_names
 
 # What may be expected at a path, and how that is said.
-EMBEDDINGS, STORE, MODEL, CHECKPOINT, RUN, PICTURES = (
-    *("embeddings", "store", "model", "checkpoint", "run", "pictures"),
+EMBEDDINGS, STORE, MODEL, CHECKPOINT, RUN, PICTURES, DECODER = (
+    *("embeddings", "store", "model", "checkpoint", "run", "pictures", "decoder"),
 )
 _WANTED = {
     EMBEDDINGS: "embeddings (a store, .pkl, .pt, .npz, .npy, .safetensors, parquet, or a saved Hugging Face "
@@ -32,7 +32,10 @@ _WANTED = {
     CHECKPOINT: "a checkpoint folder",
     RUN: "the folder of a run, with training_log.jsonl",
     PICTURES: "pictures",
+    DECODER: "a decoder's folder",
 }
+# What the configuration of a decoder (`decoder/folder.py`) says it is
+DECODER_TYPE = "blip3o-dit-decoder"
 # What is found, by groups to which the same is said.
 TRAINED = frozenset(("model", "checkpoint", "run"))
 MADE_HERE = TRAINED | {"store", "unfinished"}
@@ -120,6 +123,10 @@ def _way(path: Path, wanted: str, found: Found) -> str:
         return f"`blip3o-dit inspect {name}` says which embeddings it learned from"
     if wanted == STORE and kind in _OF_TOKENS:
         return f"`blip3o-dit convert {name} STORE` makes one of it"
+    if wanted == DECODER and kind in _OF_TOKENS:
+        return f"`blip3o-dit train-decoder {name} IMAGES --output_dir DECODER` trains one"
+    if kind == "decoder":
+        return f"`blip3o-dit decode {name} STORE OUT` makes pictures with it"
     if wants_model and kind in _OF_TOKENS:
         return f"`blip3o-dit train --embeddings_path {name} --output_dir RUN` trains a model"
     if wants_model and kind in _OF_PICTURES:
@@ -215,6 +222,8 @@ def _model(path: Path, names: Sequence[str]) -> Found | None:
     except ValueError:
         return Found("folder", "a folder whose config.json cannot be read")
     type_ = config.get("model_type") if isinstance(config, dict) else None
+    if type_ == DECODER_TYPE and "model.safetensors" in names:
+        return Found("decoder", "a decoder of tokens to pictures")
     if type_ != "blip3o-dit":
         return Found("foreign", f"a model of another kind ({printable(short_repr(type_))})")
     if "progress.json" in names and "optimizer.safetensors" in names:
