@@ -50,7 +50,7 @@ def test_each_flag_reaches_its_field() -> None:
     for option in fields(TrainingConfig):
         if option.name in needs_a_model or option.name in NOTED:
             continue
-        if isinstance(option.default, bool) or option.name == "cuda_graphs":
+        if isinstance(option.default, bool) or option.name in ("cuda_graphs", "async_checkpoints"):
             value = not option.default and option.name not in (
                 "fp16",
                 "selective_checkpointing",

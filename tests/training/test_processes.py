@@ -89,6 +89,14 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(store: Path, tmp_
     verify_checkpoint(tmp_path / "run" / "checkpoint-4")
 
 
+def test_a_rank_that_hangs_in_its_step_is_named_by_one_of_the_others(store: Path, tmp_path: Path) -> None:
+    """Rank 0 waits for its gradients meanwhile. Both would end; here they go on, to say what they said."""
+    changes = dict(batch_size=16, max_steps=4, rank_timeout=3.0, eval_split=0.0, source="noise")
+    found = launch(jobs.train_with_a_rank_that_hangs, 2, store, tmp_path / "run", changes)
+    said = [line for lines in found for line in lines if line]
+    assert said == ["error: rank 1 has not finished step 3 within 3 s\n"]
+
+
 def test_a_loss_that_is_not_finite_in_one_process_stops_all_before_its_step(
     store: Path, tmp_path: Path
 ) -> None:

@@ -30,7 +30,7 @@ from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.training.anomalies import SPIKES_FILE
 from blip3o_dit.training.config import LOWER_IS_BETTER, TrainingConfig
 from blip3o_dit.utils.atomic import ASIDE, REPLACED, remove_files_and_folders, restore_replaced
-from blip3o_dit.utils.checksums import verify
+from blip3o_dit.utils.checksums import CHECKSUMS_FILE, verify
 from blip3o_dit.utils.json_files import finite_or_none, read_json_object, short_repr, show_names
 from blip3o_dit.utils.recognise import CHECKPOINT, refusal
 from blip3o_dit.utils.stateless_random import DRAWS_VERSION
@@ -128,8 +128,9 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
 
 
-def newest_whole(output_dir: Path) -> Path | None:
-    """The newest checkpoint whose files are all there and unaltered; says why it passes over others."""
+def newest_whole(output_dir: Path, since: float = 0.0) -> Path | None:
+    """The newest checkpoint whose files are all there and unaltered; says why it passes over others. Not one
+    that was finished before `since`, in seconds since 1970."""
     for left in output_dir.glob(f"checkpoint-*{REPLACED}"):
         restore_replaced(left.with_name(left.name.removesuffix(REPLACED)))
     for path in checkpoints(output_dir):
@@ -138,7 +139,7 @@ def newest_whole(output_dir: Path) -> Path | None:
         except ValueError as error:
             logger.warning("passed over: %s", error)
         else:
-            return path
+            return path if (path / CHECKSUMS_FILE).stat().st_mtime >= since else None
     return None
 
 

@@ -296,6 +296,11 @@ class TrainingConfig:
         "newest checkpoints kept, and the best one of those that were evaluated (default: all)",
         check=_at_least_1,
     )
+    async_checkpoints: bool | None = setting(
+        None,
+        "write checkpoints while the run goes on, from a copy in the host's memory (default: on a GPU, where "
+        "that has room for one)",
+    )
     best_metric: str | None = setting(
         None,
         "figure that names the best checkpoint (default: energy_score of samples held back, or the held-out "
@@ -309,6 +314,12 @@ class TrainingConfig:
     )
     max_hours: float | None = setting(
         None, "save and stop after so many hours (default: no limit)", check=_positive
+    )
+    rank_timeout: float | None = setting(
+        None,
+        "of several processes, seconds in which a step must get on: a rank that hangs is named, and all end "
+        "with status 76, for the launcher to restart (default: none)",
+        check=_positive,
     )
     eval_steps: int | None = setting(
         None,
