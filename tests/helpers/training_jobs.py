@@ -97,6 +97,24 @@ def train_with_a_rank_that_hangs(store: Path, output: Path, changes: dict[str, A
     return said
 
 
+def train_short_of_memory(store: Path, output: Path, changes: dict[str, Any], most: int) -> int:
+    """`train_once`, where from the third step on the second process has no memory for passes of more samples
+    than `most`; the pieces that batches were cut into."""
+    plain = BLIP3oTrainer.compute_loss
+    trainers: list[Any] = []
+
+    def compute_loss(self: BLIP3oTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        trainers.append(self)
+        loss = plain(self, model, inputs, *args, **kwargs)
+        if os.environ["RANK"] == "1" and self.state.global_step >= 2 and len(inputs["index"]) > most:
+            raise MemoryError
+        return loss
+
+    BLIP3oTrainer.compute_loss = compute_loss  # type: ignore[method-assign]
+    train_once(store, output, changes)
+    return trainers[0].micro_batches.pieces
+
+
 def train_with_a_fault(store: Path, output: Path, changes: dict[str, Any]) -> tuple[str, bool]:
     """`train_once`, where the loss of the second process alone is NaN in the third step; the error, and
     whether the weights are those before that step."""

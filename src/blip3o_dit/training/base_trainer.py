@@ -57,6 +57,7 @@ from blip3o_dit.training.fit_source import SourceFolds, load_folds
 from blip3o_dit.training.fsdp import check_sharding, keep_the_dtype_rule, let_generate
 from blip3o_dit.training.heartbeat import Heartbeat
 from blip3o_dit.training.metrics import Throughput, TrainingMetrics, measure_throughput
+from blip3o_dit.training.micro_batches import MicroBatches, may_cut
 from blip3o_dit.training.optimizer_state import gathered_state, load_optimizer, save_optimizer, unwrapped
 from blip3o_dit.training.overrides import overrides_trainer
 from blip3o_dit.training.recorded_passes import may_record, record_passes
@@ -133,6 +134,9 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         can_skip = config.memory != "low" and config.optimizer == "adamw"
         self._gated = deferred and can_skip and not config.fp16
         self.heartbeat = Heartbeat()
+        self.micro_batches: MicroBatches | None = None
+        if may_cut(config, args.world_size):
+            self.micro_batches = MicroBatches(self, super().training_step)
         self._gradients: GradientNorms | None = None  # of the last step, not looked at yet
         self._overflowed = False  # the loss scaler skips the step under way
         self.stop_request = StopRequest(config.max_hours)
@@ -171,7 +175,7 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         config = self.config
         if may_record(config, self.unwrapped_model.config, self.args.device, self.args.world_size):
             dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
-            record_passes(self.unwrapped_model, config.batch_size, dtype)
+            self.drop_recorded_passes = record_passes(self.unwrapped_model, config.batch_size, dtype)
 
     def _write_in_the_background(self) -> None:
         """Have checkpoints written while the run goes on, where there is room: the first process decides."""
@@ -179,6 +183,9 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         here = self.processes.is_main and may_go_on(config, model, self.args.device, self.args.world_size)
         if self.processes.broadcast(here):
             self.files.go_on(checkpoint_bytes(config, model))
+
+    def drop_recorded_passes(self) -> None:
+        """Take passes as they were before `record_passes`, which gives this another meaning."""
 
     @abstractmethod
     def loss_again(self, batch: dict[str, Any]) -> Tensor:
@@ -225,7 +232,10 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
                 self._throughput = measure_throughput(self.unwrapped_model, self.config, self.args.device)
         self.heartbeat.mark(self.state.global_step + 1)
         with self._throughput.waiting():
-            return super().get_batch_samples(*args, **kwargs)
+            batches, items = super().get_batch_samples(*args, **kwargs)
+        if self.micro_batches is not None:
+            self.micro_batches.begin(batches)
+        return batches, items
 
     @overrides_trainer
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -239,10 +249,12 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
 
     # A step that is not finite -------------------------------------------------------------------------
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The stock one goes on after a loss that is not finite."""
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """The stock one goes on after a loss that is not finite, and not when memory runs out."""
         try:
-            return super().training_step(*args, **kwargs)
+            if self.micro_batches is None:
+                return super().training_step(model, inputs, *args, **kwargs)
+            return self.micro_batches.step(model)
         except NonFiniteLossError as error:
             raise self._diagnosed(error, self.state.global_step + 1) from None
 
@@ -426,6 +438,7 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
             loss_until_log=self._total_loss_scalar,
             last_logged_step=self._globalstep_last_logged,
             monitor=self.step_metrics.state,
+            pieces=self.micro_batches.pieces if self.micro_batches else 1,
         )
         if not self.args.should_save:
             return
@@ -471,6 +484,8 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         self._total_loss_scalar = self._loop_state.loss_until_log
         self._globalstep_last_logged = self._loop_state.last_logged_step
         self.step_metrics.restore(self._loop_state.monitor, self.args.device)
+        if self.micro_batches is not None:
+            self.micro_batches.go_on(self._loop_state.pieces)
 
     def on_train_end(self, *_: Any, **kwargs: Any) -> None:
         """What was read ahead is not needed, and workers would stay; what comes next reads checkpoints."""

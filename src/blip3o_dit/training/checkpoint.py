@@ -88,7 +88,8 @@ class RunIdentity:
 class LoopState:
     """Where a run is, beside the Trainer's own counters: what the next log line will say of the steps since
     the last one. `monitor` holds the sums and the count of `TrainingMetrics`; `draws` is the version of the
-    random numbers, 1 where none was written."""
+    random numbers, 1 where none was written; `pieces` those that batches were cut into for want of memory,
+    written only where they were."""
 
     run: RunIdentity
     loss_since_log: float
@@ -96,6 +97,7 @@ class LoopState:
     last_logged_step: int
     monitor: tuple[list[float], int] | None
     draws: int = DRAWS_VERSION
+    pieces: int = 1
 
     def warn_of_other_draws(self, checkpoint: str) -> None:
         """Say that a continued run is not the one that it would have been."""
@@ -107,7 +109,10 @@ class LoopState:
             )
 
     def write(self, folder: Path) -> None:
-        (folder / PROGRESS_FILE).write_text(json.dumps(asdict(self), indent=1))
+        values = asdict(self)
+        if self.pieces == 1:  # so that earlier versions can go on
+            del values["pieces"]
+        (folder / PROGRESS_FILE).write_text(json.dumps(values, indent=1))
 
     @classmethod
     def read(cls, folder: Path) -> LoopState:

@@ -172,6 +172,11 @@ class TrainingConfig:
         32, "training samples per device and step", group="optimisation", check=_at_least_1
     )
     gradient_accumulation_steps: int = setting(1, "batches per optimizer step", check=_at_least_1)
+    auto_micro_batch: bool | None = setting(
+        None,
+        "when memory runs out in a step, take it again, and all later ones, in smaller passes that add up to "
+        "the same batch (default: in one process; in several, gradients are then exchanged after the passes)",
+    )
     optimizer: str = setting(
         "adamw", "muon: for the matrices of the blocks, AdamW for the rest", choices=OPTIMIZERS
     )

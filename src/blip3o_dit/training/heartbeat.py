@@ -20,6 +20,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from blip3o_dit.utils.distributed import Processes
 
 HUNG = 76  # exit status
+PLACES = 2**20  # of a step's marks: processes that took some again agree when the next step begins
 KEY = "blip3o-dit/rank-{}"
 
 
@@ -83,7 +84,8 @@ class Heartbeat:
 
     def mark(self, step: int) -> None:
         """Something of optimizer step `step` is done; the first one may take long, as kernels are loaded."""
-        self._done = (self._done[0] + 1, step, step <= self._first_step)
+        marks = max(self._done[0] + 1, step * PLACES)
+        self._done = (marks, step, step <= self._first_step)
 
     def busy(self) -> None:
         """Until the next mark this process does what may take long, as an evaluation."""

@@ -50,6 +50,7 @@ RESUMABLE_CHANGES = {
     # together the samples of a step, which `check_checkpoint` compares
     "batch_size",
     "gradient_accumulation_steps",
+    "auto_micro_batch",
     "solver",
     "num_inference_steps",
 }
