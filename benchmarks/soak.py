@@ -2,8 +2,8 @@
 
 Each disturbance hits a process of its own that continues the run by `--resume_from_checkpoint auto`, or as a
 launcher starts it again, without a word. Its checkpoints are waited for or not, bfloat16 is multiplied or
-emulated, and in some runs memory lacks from a step on. When a run is complete its weights, averages, optimizer
-state and logged figures must be those of a run that nobody disturbed; then the next one begins.
+emulated, and in some runs memory lacks from a step on. When a run is complete its weights, averages,
+optimizer state and logged figures must be those of a run that nobody disturbed; then the next one begins.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ def short_of_memory(
     backward: bool = False,
     error: Callable[[], BaseException],
 ) -> list[int]:
-    """From this step on each pass, or every so many, of more samples than `most` fails, when it begins or halfway
-    through its backward pass. Returns how many samples each pass had."""
+    """From this step on each pass, or every so many, of more samples than `most` fails, when it begins or
+    halfway through its backward pass. Returns how many samples each pass had."""
     plain, passes, lacks = BLIP3oTrainer.compute_loss, [], [False]
 
     def fail(gradient: torch.Tensor) -> torch.Tensor:
