@@ -1,4 +1,4 @@
-"""torchrun --max-restarts: a worker killed, or hanging, every few steps; does the run end with the same bits?
+"""torchrun --max-restarts: a worker killed, or hanging, every few steps; does the run end with its bits?
 
 Two processes on a CPU. In each attempt one of them, drawn by the seed, is killed or hangs some steps after the
 checkpoint that the attempt began with, until there were as many disturbances as asked for. Seconds are from
@@ -39,9 +39,10 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         folder = Path(temporary)
         write_store(folder / "store")
-        for name, number in (("undisturbed", 0), ("disturbed", arguments.disturbances)):
-            _launched(folder / name, number, arguments)
-        equal = same_run(folder / "undisturbed", folder / "disturbed")
+        for name in ("undisturbed", "disturbed"):
+            _launched(folder / name, name == "disturbed", arguments)
+        steps = steps_for(arguments.disturbances)
+        equal = same_run(folder / "undisturbed", folder / "disturbed", steps)
         events = [json.loads(line) for line in (folder / f"disturbed-{EVENTS}").read_text().splitlines()]
         said = (folder / "disturbed.txt").read_text()
     disturbed = [event for event in events if event["what"] != "step"]
@@ -69,11 +70,17 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def _launched(output: Path, disturbances: int, arguments: argparse.Namespace) -> None:
+def steps_for(disturbances: int) -> int:
+    """Enough that the run is not done before all of them: each lets it get on by 3 steps at most."""
+    return 3 * disturbances + 6
+
+
+def _launched(output: Path, disturbed: bool, arguments: argparse.Namespace) -> None:
     """One training under torchrun, which may restart it as often as it is disturbed."""
+    disturbances = arguments.disturbances
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     words += [str(arguments.processes), "--max-restarts", str(disturbances), "-m", "benchmarks.restarts"]
-    words += [str(output), str(disturbances), str(arguments.seed)]
+    words += [str(output), str(disturbances), str(arguments.seed), str(int(disturbed))]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(f"{output}.txt", "w") as log:
         status = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
@@ -81,14 +88,14 @@ def _launched(output: Path, disturbances: int, arguments: argparse.Namespace) ->
         raise RuntimeError(f"torchrun ended with {status}: {Path(f'{output}.txt').read_text()[-3000:]}")
 
 
-def work(output: Path, disturbances: int, seed: int) -> int:
+def work(output: Path, disturbances: int, seed: int, disturbed: int) -> int:
     """What each worker does: the command line's `train`, disturbed in this attempt or not."""
     from blip3o_dit.cli.main import main
     from blip3o_dit.training.trainer import BLIP3oTrainer
 
     attempt, rank = restarts(), int(os.environ["RANK"])
     chance = random.Random(f"{seed} {attempt}")
-    whose, after = chance.randrange(int(os.environ["WORLD_SIZE"])), chance.randint(2, 7)
+    whose, after = chance.randrange(int(os.environ["WORLD_SIZE"])), chance.randint(2, 4)
     plain, first = BLIP3oTrainer.compute_loss, []
 
     def note(what: str, step: int) -> None:
@@ -100,7 +107,7 @@ def work(output: Path, disturbances: int, seed: int) -> int:
         first.append(step)
         if rank == 0 and step == first[0] + 1 and first.count(step) == 1:
             note("step", step - 1)
-        if attempt < disturbances and rank == whose and step == first[0] + after:
+        if disturbed and attempt < disturbances and rank == whose and step == first[0] + after:
             if attempt % HANG_EVERY == HANG_EVERY - 1:
                 note("hangs", step)
                 time.sleep(3600)
@@ -111,10 +118,10 @@ def work(output: Path, disturbances: int, seed: int) -> int:
     BLIP3oTrainer.compute_loss = compute_loss  # type: ignore[method-assign]
     words = ["train", "--embeddings_path", str(output.parent / "store"), "--output_dir", str(output)]
     words += ["--rank_timeout", str(PATIENCE), "--async_checkpoints"]
-    for name, value in (SETTINGS | {"batch_size": 4, "max_steps": 24}).items():
+    for name, value in (SETTINGS | {"batch_size": 4, "max_steps": steps_for(disturbances)}).items():
         words += [f"--{name}", str(value)]
     return main(words)
 
 
 if __name__ == "__main__":
-    sys.exit(work(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))
+    sys.exit(work(Path(sys.argv[1]), *map(int, sys.argv[2:])))

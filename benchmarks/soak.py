@@ -300,9 +300,9 @@ def corrupt(output: Path, chance: random.Random) -> None:
     file.write_bytes(content)
 
 
-def same_run(a: Path, b: Path) -> bool:
+def same_run(a: Path, b: Path, steps: int = STEPS["max_steps"]) -> bool:
     """Whether two finished runs have the same weights, averages, optimizer state and logged figures."""
-    last = f"checkpoint-{STEPS['max_steps']}"
+    last = f"checkpoint-{steps}"
     names = ["model.safetensors", "model.ema.safetensors", f"{last}/optimizer.safetensors"]
     names += [f"{last}/optimizer.json", f"{last}/progress.json"]
     return all((a / name).read_bytes() == (b / name).read_bytes() for name in names) and figures(
