@@ -1,8 +1,8 @@
 """torchrun --max-restarts: a worker killed, or hanging, every few steps; does the run end with its bits?
 
-Two processes on a CPU. In each attempt one of them, drawn by the seed, is killed or hangs some steps after the
-checkpoint that the attempt began with, until there were as many disturbances as asked for. Seconds are from
-the disturbance to the end of the next attempt's first step: the launcher, imports, reading the checkpoint.
+Two processes on a CPU. In each attempt one of them, drawn by the seed, is killed or hangs some steps after
+the checkpoint that the attempt began with, until there were as many disturbances as asked for. Seconds are
+from the disturbance to the end of the next attempt's first step: launcher, imports, reading the checkpoint.
 """
 
 from __future__ import annotations
