@@ -162,7 +162,7 @@ def test_a_step_that_is_taken_again_is_checked_and_recorded_passes_are_dropped(
     short_of_memory(monkeypatch, 4, step=2, error=MemoryError)
     trainer, dropped = make_trainer(store, tmp_path, **EVERY), []
     trainer.losses._deferred = True
-    trainer.drop_recorded_passes = lambda: dropped.append(trainer.state.global_step)  # type: ignore[method-assign]
+    trainer._drop_recordings = lambda: dropped.append(trainer.state.global_step)
     plain = trainer.losses.withdraw
 
     def withdraw(step: int) -> None:

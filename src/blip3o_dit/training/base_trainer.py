@@ -7,7 +7,7 @@ is trained is in `trainer.py`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,7 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         self._gradients: GradientNorms | None = None  # of the last step, not looked at yet
         self._overflowed = False  # the loss scaler skips the step under way
         self.stop_request = StopRequest(config.max_hours)
+        self._drop_recordings: Callable[[], None] | None = None
         self._loop_state: LoopState | None = None  # of the checkpoint that the run continues
         self._stream: BatchStream | None = None
         self._throughput: Throughput | None = None
@@ -175,7 +176,7 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         config = self.config
         if may_record(config, self.unwrapped_model.config, self.args.device, self.args.world_size):
             dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
-            self.drop_recorded_passes = record_passes(self.unwrapped_model, config.batch_size, dtype)
+            self._drop_recordings = record_passes(self.unwrapped_model, config.batch_size, dtype)
 
     def _write_in_the_background(self) -> None:
         """Have checkpoints written while the run goes on, where there is room: the first process decides."""
@@ -185,7 +186,9 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
             self.files.go_on(checkpoint_bytes(config, model))
 
     def drop_recorded_passes(self) -> None:
-        """Take passes as they were before `record_passes`, which gives this another meaning."""
+        """Take the passes of all later steps as they were before `record_passes`."""
+        if self._drop_recordings is not None:
+            self._drop_recordings()
 
     @abstractmethod
     def loss_again(self, batch: dict[str, Any]) -> Tensor:
