@@ -29,6 +29,8 @@ TABLES = {
     "evaluation": "time and peak memory of an evaluation at full widths",
     "quantization": "quantised weights: energy scores beside float32's, time of a call, bytes",
     "fine-tuning": "digits 0 to 4 from scratch, and from a model of 5 to 9: steps to the same energy score",
+    "checkpoints": "how long a run stands still for a checkpoint, and its steps while one is written",
+    "restarts": "a training under torchrun whose workers are killed or hang, beside an undisturbed one",
     "soak": "killed, stopped and damaged trainings beside one that nobody disturbed",
 }
 # Modules with `main(words) -> exit status`, which print what they find themselves:

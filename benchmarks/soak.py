@@ -1,24 +1,29 @@
 """Soak: a training killed, stopped, corrupted and short of disk at seeded moments; is it still the same run?
 
-Each disturbance hits a process of its own that continues the run by `--resume_from_checkpoint auto`. When the
-run is complete its weights, averages, optimizer state and logged figures must be those of a run that nobody
-disturbed; then the next one begins, until the time is over.
+Each disturbance hits a process of its own that continues the run by `--resume_from_checkpoint auto`, or as a
+launcher starts it again, without a word. Its checkpoints are waited for or not, bfloat16 is multiplied or
+emulated, and in some runs memory lacks from a step on. When a run is complete its weights, averages,
+optimizer state and logged figures must be those of a run that nobody disturbed; then the next one begins.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
+import itertools
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +31,13 @@ import torch
 
 from benchmarks.measure import Row
 from blip3o_dit.data.store import StoreWriter
+from blip3o_dit.model.layers import BFLOAT16_VARIABLE
+from blip3o_dit.utils.distributed import RESTARTS_VARIABLE
 
 SIZES: dict[str, Any] = dict(model_dim=64, num_layers=2, num_heads=2, batch_size=8, eval_batch_size=8)
 STEPS = dict(max_steps=24, logging_steps=5, save_steps=3, eval_steps=6, eval_samples=4, save_total_limit=3)
 SETTINGS = SIZES | STEPS | dict(eval_inference_steps=2, source_samples=64, device="cpu", learning_rate=1e-3)
+LACKS_FROM, MOST = 8, 4  # the step from which on memory lacks for passes of more samples
 
 # Where a run can be hit: the module, the class or None, and the function on whose n-th call it is.
 PHASES: dict[str, tuple[str, str | None, str]] = {
@@ -40,16 +48,21 @@ PHASES: dict[str, tuple[str, str | None, str]] = {
     "evaluation": ("blip3o_dit.model.blip3o_dit", "BLIP3oDiTModel", "generate"),
     "saving": ("blip3o_dit.training.trainer", "BLIP3oTrainer", "_write_checkpoint"),
     "saving the optimizer": ("blip3o_dit.training.base_trainer", None, "save_optimizer"),
+    "writing a file": ("blip3o_dit.training.background", None, "_write"),
     "checksums": ("blip3o_dit.utils.checksums", None, "flush"),
     "renaming": ("blip3o_dit.utils.atomic", None, "publish"),
     "removing old ones": ("blip3o_dit.training.base_trainer", None, "keep_newest"),
     "the final model": ("blip3o_dit.utils.atomic", None, "publish_files"),
 }
 CALLS = {"loading": 30, "forward": 22, "backward": 22, "optimizer step": 22, "evaluation": 4, "checksums": 60}
+CALLS |= {"writing a file": 36}
+WRITING = ("saving", "saving the optimizer", "writing a file", "checksums", "renaming", "the final model")
+KINDS = ("kill", "kill", "stop", "corrupt", "full disk", "lost disk", "kill by time")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--runs", type=int, help="so many runs; no time limit")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--kills", type=int, help="only SIGKILLs, so many, spread over the phases; no time limit"
@@ -61,7 +74,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         soak = Soak(Path(folder), arguments.seed)
         until = time.monotonic() + 60 * arguments.minutes
-        while soak.kills < arguments.kills if arguments.kills else time.monotonic() < until:
+        while _goes_on(soak, arguments, until):
             soak.disturbed_run(only_kills=arguments.kills is not None, most=arguments.kills)
     rows: list[Row] = [{"disturbance": kind, "times": n} for kind, n in sorted(soak.counts.items())]
     rows.append({"disturbance": "runs that ended like the undisturbed one", "times": soak.equal})
@@ -71,8 +84,40 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def _goes_on(soak: Soak, arguments: argparse.Namespace, until: float) -> bool:
+    if arguments.kills or arguments.runs:
+        return soak.kills < (arguments.kills or 0) or soak.equal + soak.different < (arguments.runs or 0)
+    return time.monotonic() < until
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How the processes of a run do it. The first two change its bits.
+
+    Args:
+        bfloat16: "native" or "emulated".
+        lacks_memory: from a step on.
+        background: checkpoints are written while it goes on.
+        restarted: by a launcher, not by a flag.
+    """
+
+    bfloat16: str
+    lacks_memory: bool
+    background: bool = False
+    restarted: bool = False
+
+    @property
+    def of_its_bits(self) -> Mode:
+        return Mode(self.bfloat16, self.lacks_memory)
+
+    def __str__(self) -> str:
+        words = {"lacks memory": self.lacks_memory, "in the background": self.background}
+        words["restarted"] = self.restarted
+        return ", ".join([self.bfloat16, *(name for name, given in words.items() if given)])
+
+
 class Soak:
-    """Disturbed runs beside one that is not.
+    """Disturbed runs beside those that are not.
 
     Args:
         folder: for the store and the runs.
@@ -86,36 +131,49 @@ class Soak:
         self.equal = self.different = self.kills = 0
         self.store = folder / "store"
         write_store(self.store)
-        self.reference = folder / "undisturbed"
-        status = in_a_process(self.store, self.reference, None)
-        if status != 0:
-            raise RuntimeError(f"the undisturbed run ended with {status}: {log_of(self.reference)}")
+        self._references: dict[Mode, Path] = {}
+
+    def reference(self, mode: Mode) -> Path:
+        """The run of these bits that nobody disturbs."""
+        if mode not in self._references:
+            output = self._folder / f"undisturbed-{len(self._references)}"
+            status = in_a_process(self.store, output, None, mode)
+            if status != 0:
+                raise RuntimeError(f"the undisturbed run ended with {status}: {log_of(output)}")
+            self._references[mode] = output
+        return self._references[mode]
 
     def disturbed_run(self, *, only_kills: bool, most: int | None = None) -> None:
         """One run from its beginning to its end, disturbed until it happens to get through."""
-        output = self._folder / f"run-{self.equal + self.different}"
-        while True:
+        output, chance = self._folder / f"run-{self.equal + self.different}", self._random
+        mode = Mode(chance.choice(("native", "emulated")), *(chance.random() < 0.5 for _ in range(3)))
+        for attempt in itertools.count():
             disturbance = self._choose(only_kills) if most is None or self.kills < most else None
-            status = in_a_process(self.store, output, disturbance)
+            status = in_a_process(self.store, output, disturbance, mode, attempt)
             if status == 0:
                 break
             self._note(disturbance, status, output)
             if disturbance and disturbance["kind"] == "corrupt":
                 corrupt(output, self._random)
-        if same_run(self.reference, output):
+        self.counts[f"mode: {mode}"] += 1
+        if same_run(self.reference(mode.of_its_bits), output):
             self.equal += 1
         else:
             self.different += 1
+        print(
+            f"run {self.equal + self.different}: {attempt} disturbances, {mode}; {self.equal} equal",
+            flush=True,
+        )
+        shutil.rmtree(output)
 
     def _choose(self, only_kills: bool) -> dict[str, Any]:
-        kinds = ["kill"] if only_kills else ["kill", "kill", "stop", "corrupt", "full disk", "kill by time"]
-        kind = self._random.choice(kinds)
-        phase = self._random.choice(list(PHASES))
+        kind = "kill" if only_kills else self._random.choice(KINDS)
+        phase = self._random.choice(WRITING if kind == "lost disk" else list(PHASES))
         call = self._random.randint(1, CALLS.get(phase, 3))
         return {"kind": kind, "phase": phase, "call": call, "seconds": self._random.uniform(0.0, 4.0)}
 
     def _note(self, disturbance: dict[str, Any] | None, status: int, output: Path) -> None:
-        expected = {"stop": {75}, "full disk": {74}}
+        expected = {"stop": {75}, "full disk": {74}, "lost disk": {74}}
         allowed = {-signal.SIGKILL} if disturbance else set()
         allowed = expected.get(disturbance["kind"], allowed) if disturbance else allowed
         if status not in allowed:
@@ -133,11 +191,13 @@ def write_store(path: Path) -> None:
         writer.append(eva, clip, [{"key": str(i)} for i in range(len(eva))])
 
 
-def in_a_process(store: Path, output: Path, disturbance: dict[str, Any] | None) -> int:
+def in_a_process(
+    store: Path, output: Path, disturbance: dict[str, Any] | None, mode: Mode, attempt: int = 0
+) -> int:
     """Continue (or begin) the run in a fresh process; returns its exit status, negative for a signal."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["blip3o_dit.training.run", "blip3o_dit.cli.train"])
-    process = context.Process(target=train_disturbed, args=(store, output, disturbance))
+    process = context.Process(target=train_disturbed, args=(store, output, disturbance, mode, attempt))
     process.start()
     if disturbance and disturbance["kind"] == "kill by time":
         process.join(disturbance["seconds"])
@@ -147,10 +207,13 @@ def in_a_process(store: Path, output: Path, disturbance: dict[str, Any] | None) 
     return process.exitcode
 
 
-def train_disturbed(store: Path, output: Path, disturbance: dict[str, Any] | None) -> None:
+def train_disturbed(
+    store: Path, output: Path, disturbance: dict[str, Any] | None, mode: Mode, attempt: int
+) -> None:
     """What the process does: the command line's `train`, hit by the disturbance."""
     from blip3o_dit.cli.main import main
 
+    os.environ[BFLOAT16_VARIABLE] = mode.bfloat16
     torch.set_num_threads(1)
     output.mkdir(exist_ok=True)
     with open(f"{output}.txt", "w") as log:
@@ -159,7 +222,13 @@ def train_disturbed(store: Path, output: Path, disturbance: dict[str, Any] | Non
     if disturbance is not None and disturbance["kind"] != "kill by time":
         arm(disturbance)
     words = ["train", "--embeddings_path", str(store), "--output_dir", str(output)]
-    words += ["--resume_from_checkpoint", "auto"]
+    words += ["--bf16", "--async_checkpoints" if mode.background else "--no_async_checkpoints"]
+    if mode.restarted:
+        os.environ[RESTARTS_VARIABLE] = str(attempt)
+    else:
+        words += ["--resume_from_checkpoint", "auto"]
+    if mode.lacks_memory:
+        let_memory_lack()
     for name, value in SETTINGS.items():
         words += [f"--{name}", str(value)]
     sys.exit(main(words))
@@ -181,6 +250,8 @@ def arm(disturbance: dict[str, Any]) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         elif disturbance["kind"] == "full disk":
             fill_the_disk()
+        elif disturbance["kind"] == "lost disk":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
         else:  # somewhere inside the call, not always where it begins
             moment = threading.Timer(inside.uniform(0.0, 0.02), os.kill, (os.getpid(), signal.SIGKILL))
             moment.start()
@@ -190,6 +261,20 @@ def arm(disturbance: dict[str, Any]) -> None:
         return plain(*args, **kwargs)
 
     setattr(owner, name, hit)
+
+
+def let_memory_lack() -> None:
+    """From a step on, for passes of too many samples."""
+    from blip3o_dit.training.trainer import BLIP3oTrainer
+
+    plain = BLIP3oTrainer.compute_loss
+
+    def compute_loss(self: BLIP3oTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step >= LACKS_FROM and len(inputs["index"]) > MOST:
+            raise MemoryError
+        return plain(self, model, inputs, *args, **kwargs)
+
+    BLIP3oTrainer.compute_loss = compute_loss  # type: ignore[method-assign]
 
 
 def fill_the_disk() -> None:
@@ -215,9 +300,9 @@ def corrupt(output: Path, chance: random.Random) -> None:
     file.write_bytes(content)
 
 
-def same_run(a: Path, b: Path) -> bool:
+def same_run(a: Path, b: Path, steps: int = STEPS["max_steps"]) -> bool:
     """Whether two finished runs have the same weights, averages, optimizer state and logged figures."""
-    last = f"checkpoint-{STEPS['max_steps']}"
+    last = f"checkpoint-{steps}"
     names = ["model.safetensors", "model.ema.safetensors", f"{last}/optimizer.safetensors"]
     names += [f"{last}/optimizer.json", f"{last}/progress.json"]
     return all((a / name).read_bytes() == (b / name).read_bytes() for name in names) and figures(

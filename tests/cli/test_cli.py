@@ -40,6 +40,7 @@ def documented_pickle(path: Path, samples: int = 6) -> Path:
     return path
 
 
+YES_NO_OR_DEFAULT = ("cuda_graphs", "async_checkpoints", "auto_micro_batch")
 NOT_WITH_OTHERS = ("fp16", "selective_checkpointing", "cuda_graphs")
 
 
@@ -50,7 +51,7 @@ def test_each_flag_reaches_its_field() -> None:
     for option in fields(TrainingConfig):
         if option.name in needs_a_model or option.name in NOTED:
             continue
-        if isinstance(option.default, bool) or option.name == "cuda_graphs":
+        if isinstance(option.default, bool) or option.name in YES_NO_OR_DEFAULT:
             value = not option.default and option.name not in (
                 "fp16",
                 "selective_checkpointing",

@@ -72,6 +72,11 @@ def train_model(store: EmbeddingStore, output: Path, **changes: Any) -> Path:
     return train(tiny_training(store.path, output, **(settings | changes)))
 
 
+def same_files(a: Path, b: Path, *names: str) -> bool:
+    """Whether files of these names are equal in two folders."""
+    return all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
+
+
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Whether two state dicts are equal to the last bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

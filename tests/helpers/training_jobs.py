@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model import transformer
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.layers import BFLOAT16_VARIABLE
+from blip3o_dit.training import heartbeat
 from blip3o_dit.training.anomalies import NonFiniteLossError
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.ema import ExponentialMovingAverage
@@ -74,6 +76,43 @@ def train_stopped(store: Path, output: Path, changes: dict[str, Any]) -> str:
     except StoppedEarly as error:
         return str(error)
     return "not stopped"
+
+
+def train_with_a_rank_that_hangs(store: Path, output: Path, changes: dict[str, Any]) -> list[str]:
+    """`train_once`, where the second process hangs in its third step until it is noticed; what is said."""
+    plain, noticed, said = BLIP3oTrainer.compute_loss, threading.Event(), []
+
+    def compute_loss(self: BLIP3oTrainer, *args: Any, **kwargs: Any) -> Any:
+        if os.environ["RANK"] == "1" and self.state.global_step == 2:
+            assert noticed.wait(20)
+        return plain(self, *args, **kwargs)
+
+    def go_on(line: str) -> None:
+        said.append(line)
+        noticed.set()
+
+    BLIP3oTrainer.compute_loss = compute_loss  # type: ignore[method-assign]
+    heartbeat.end_process = go_on
+    train_once(store, output, changes)
+    return said
+
+
+def train_short_of_memory(store: Path, output: Path, changes: dict[str, Any], most: int) -> int:
+    """`train_once`, where from the third step on the second process has no memory for passes of more samples
+    than `most`; the pieces that batches were cut into."""
+    plain = BLIP3oTrainer.compute_loss
+    trainers: list[Any] = []
+
+    def compute_loss(self: BLIP3oTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        trainers.append(self)
+        loss = plain(self, model, inputs, *args, **kwargs)
+        if os.environ["RANK"] == "1" and self.state.global_step >= 2 and len(inputs["index"]) > most:
+            raise MemoryError
+        return loss
+
+    BLIP3oTrainer.compute_loss = compute_loss  # type: ignore[method-assign]
+    train_once(store, output, changes)
+    return trainers[0].micro_batches.pieces
 
 
 def train_with_a_fault(store: Path, output: Path, changes: dict[str, Any]) -> tuple[str, bool]:
@@ -219,9 +258,10 @@ def shard_and_train(folder: Path, checkpointing: bool) -> None:
     losses += _steps(model, average, processes.rank, processes.count)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=options)
-    average.save(model, folder, write=processes.is_main)
+    averages = average.whole_state(model, keep=processes.is_main)
     if processes.is_main:
         model.save_pretrained(folder, state_dict=state)
+        model.save_pretrained(folder, state_dict=averages, variant="ema")
         torch.save({"losses": losses, "generated": generated}, folder / "found.pt")
 
 

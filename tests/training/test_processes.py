@@ -89,6 +89,27 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(store: Path, tmp_
     verify_checkpoint(tmp_path / "run" / "checkpoint-4")
 
 
+def test_a_rank_that_hangs_in_its_step_is_named_by_one_of_the_others(store: Path, tmp_path: Path) -> None:
+    """Rank 0 waits for its gradients meanwhile. Both would end; here they go on, to say what they said."""
+    changes = dict(batch_size=16, max_steps=4, rank_timeout=3.0, eval_split=0.0, source="noise")
+    found = launch(jobs.train_with_a_rank_that_hangs, 2, store, tmp_path / "run", changes)
+    said = [line for lines in found for line in lines if line]
+    assert said == ["error: rank 1 has not finished step 3 within 3 s\n"]
+
+
+def test_where_one_process_lacks_memory_all_take_smaller_passes(store: Path, tmp_path: Path) -> None:
+    """And gradients that are exchanged after the passes are those that are exchanged meanwhile."""
+    changes = dict(batch_size=16, max_steps=4, eval_split=0.0, source="noise", gradient_accumulation_steps=2)
+    launch(jobs.train_once, 2, store, tmp_path / "meanwhile", changes)
+    expected = load_file(tmp_path / "meanwhile" / "model.safetensors")
+    cut = changes | dict(auto_micro_batch=True)
+    for most, pieces in ((16, 1), (4, 4)):
+        found = launch(jobs.train_short_of_memory, 2, store, tmp_path / f"after-{most}", cut, most)
+        assert found == [pieces] * 2
+        for name, tensor in load_file(tmp_path / f"after-{most}" / "model.safetensors").items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
 def test_a_loss_that_is_not_finite_in_one_process_stops_all_before_its_step(
     store: Path, tmp_path: Path
 ) -> None:

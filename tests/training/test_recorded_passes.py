@@ -51,7 +51,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[list[torch.Size]]:
 @pytest.mark.parametrize("source", ["noise", "ridge"])
 def test_full_batches_are_replayed_in_training_only(recorded: list[list[torch.Size]], source: str) -> None:
     model = BLIP3oDiTModel(tiny_config(flow_matching={"source": source}))
-    record_passes(model, 3, None)
+    drop = record_passes(model, 3, None)
     assert len(recorded) == 1 and len(recorded[0]) == (3 if source == "noise" else 4)
     inputs = {n: (torch.randn(n, 9, 8), torch.rand(n), torch.randn(n, 9, 12)) for n in (2, 3)}
     model(*inputs[3])
@@ -60,6 +60,9 @@ def test_full_batches_are_replayed_in_training_only(recorded: list[list[torch.Si
     with torch.no_grad():
         model(*inputs[3])
     model.eval()
+    model(*inputs[3])
+    model.train()
+    drop()
     model(*inputs[3])
     assert len(recorded) == 2
 

@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
         from blip3o_dit.training.run import run_alone
 
     with output_folder(output, "a training", dry_run=arguments.dry_run):
-        resume = _checkpoint(arguments.resume_from_checkpoint, output)
+        resume = _own_checkpoint(output) or _checkpoint(arguments.resume_from_checkpoint, output)
         config = resolve_config(
             given_settings(arguments, TrainingConfig),
             debug=arguments.debug,
@@ -103,6 +103,20 @@ def _output_dir(arguments: argparse.Namespace) -> Path:
         missing = "output_dir" if getattr(arguments, "embeddings_path", None) else "embeddings_path"
         raise ValueError(f"--{missing}: expected a path, found none")
     return Path(output)
+
+
+def _own_checkpoint(output: Path) -> Path | None:
+    """What a run that its launcher starts again has left: whatever its flags say, it goes on from there. What
+    was there before the launcher is none of its own."""
+    from blip3o_dit.training.checkpoint import newest_whole
+    from blip3o_dit.utils.distributed import launcher_began, restarts
+
+    if not restarts():
+        return None
+    with working(f"checking the checkpoints in {output}"):
+        found = newest_whole(output, since=launcher_began())
+    logger.info("restarted by the launcher (%d): %s", restarts(), found or "no checkpoint yet")
+    return found
 
 
 def _checkpoint(given: str | None, output: Path) -> Path | None:

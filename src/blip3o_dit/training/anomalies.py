@@ -95,6 +95,11 @@ class LossMonitor:
         """The micro-batches of a step that was not forgotten, or the one at fault, for a diagnosis."""
         return [inputs for number, inputs in self._inputs if number == step]
 
+    def withdraw(self, step: int) -> None:
+        """Drop what was taken in of a step that is taken again."""
+        self._pending = [entry for entry in self._pending if entry[1] != step]
+        self._inputs = [entry for entry in self._inputs if entry[0] != step]
+
     def forget(self, step: int) -> None:
         """Drop the inputs kept for a diagnosis; the steps up to this one were finite."""
         self._inputs = [entry for entry in self._inputs if entry[0] > step]

@@ -73,6 +73,10 @@ def training_arguments(config: TrainingConfig, *, evaluate: bool) -> TrainingArg
     if config.memory == "split" and (arguments.world_size > 1 or fsdp.asked_for()):
         found = "FSDP" if fsdp.asked_for() else f"{arguments.world_size} processes"
         raise ValueError(f"--memory split: expected one process without FSDP, found {found}")
+    if config.async_checkpoints and fsdp.asked_for():
+        raise ValueError("--async_checkpoints: expected a run without FSDP, found one with it")
+    if config.auto_micro_batch and fsdp.asked_for():
+        raise ValueError("--auto_micro_batch: expected a run without FSDP, found one with it")
     asked = launcher_precision()
     if any(not getattr(config, name) for name in asked):
         raise ValueError(

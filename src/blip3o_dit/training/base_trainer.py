@@ -7,7 +7,7 @@ is trained is in `trainer.py`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from blip3o_dit.data.worker_batches import whole_batch
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.calibration import CALIBRATION_FILE, Calibration
 from blip3o_dit.model.layers import has_native_matmul
-from blip3o_dit.model.loading import EMA_FILE
+from blip3o_dit.model.loading import EMA_FILE, WEIGHTS_FILE
 from blip3o_dit.training.anomalies import (
     DIAGNOSIS_FILE,
     SPIKES_FILE,
@@ -38,6 +38,7 @@ from blip3o_dit.training.anomalies import (
     write_diagnosis,
     write_spike,
 )
+from blip3o_dit.training.background import OF_WEIGHTS, CheckpointFiles, may_go_on
 from blip3o_dit.training.calibration import HeldBack
 from blip3o_dit.training.callbacks import JSONLogCallback
 from blip3o_dit.training.checkpoint import (
@@ -50,10 +51,13 @@ from blip3o_dit.training.checkpoint import (
 )
 from blip3o_dit.training.clipping import clip, skip_unless
 from blip3o_dit.training.config import TRAINING_CONFIG_FILE, TrainingConfig
+from blip3o_dit.training.disk import checkpoint_bytes
 from blip3o_dit.training.ema import ExponentialMovingAverage, as_float32
 from blip3o_dit.training.fit_source import SourceFolds, load_folds
 from blip3o_dit.training.fsdp import check_sharding, keep_the_dtype_rule, let_generate
+from blip3o_dit.training.heartbeat import Heartbeat
 from blip3o_dit.training.metrics import Throughput, TrainingMetrics, measure_throughput
+from blip3o_dit.training.micro_batches import MicroBatches, may_cut
 from blip3o_dit.training.optimizer_state import gathered_state, load_optimizer, save_optimizer, unwrapped
 from blip3o_dit.training.overrides import overrides_trainer
 from blip3o_dit.training.recorded_passes import may_record, record_passes
@@ -106,6 +110,7 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         self.source_folds = source_folds
         self.noise = BatchNoise(config.seed, "training")
         self.processes = Processes(args.process_index, args.world_size, args.device)
+        self.files = CheckpointFiles(self.processes)
         self.held_back: HeldBack | None = None
         if held_back is not None and len(held_back):
             self.held_back = HeldBack(
@@ -128,9 +133,14 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         self.losses = LossMonitor(deferred=deferred, on_spike=self._on_spike)
         can_skip = config.memory != "low" and config.optimizer == "adamw"
         self._gated = deferred and can_skip and not config.fp16
+        self.heartbeat = Heartbeat()
+        self.micro_batches: MicroBatches | None = None
+        if may_cut(config, args.world_size):
+            self.micro_batches = MicroBatches(self, super().training_step)
         self._gradients: GradientNorms | None = None  # of the last step, not looked at yet
         self._overflowed = False  # the loss scaler skips the step under way
         self.stop_request = StopRequest(config.max_hours)
+        self._drop_recordings: Callable[[], None] | None = None
         self._loop_state: LoopState | None = None  # of the checkpoint that the run continues
         self._stream: BatchStream | None = None
         self._throughput: Throughput | None = None
@@ -166,7 +176,19 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         config = self.config
         if may_record(config, self.unwrapped_model.config, self.args.device, self.args.world_size):
             dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
-            record_passes(self.unwrapped_model, config.batch_size, dtype)
+            self._drop_recordings = record_passes(self.unwrapped_model, config.batch_size, dtype)
+
+    def _write_in_the_background(self) -> None:
+        """Have checkpoints written while the run goes on, where there is room: the first process decides."""
+        config, model = self.config, self.unwrapped_model.config
+        here = self.processes.is_main and may_go_on(config, model, self.args.device, self.args.world_size)
+        if self.processes.broadcast(here):
+            self.files.go_on(checkpoint_bytes(config, model))
+
+    def drop_recorded_passes(self) -> None:
+        """Take the passes of all later steps as they were before `record_passes`."""
+        if self._drop_recordings is not None:
+            self._drop_recordings()
 
     @abstractmethod
     def loss_again(self, batch: dict[str, Any]) -> Tensor:
@@ -211,8 +233,12 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         if self._throughput is None:
             with working("measuring how fast products are here", lasting=False):
                 self._throughput = measure_throughput(self.unwrapped_model, self.config, self.args.device)
+        self.heartbeat.mark(self.state.global_step + 1)
         with self._throughput.waiting():
-            return super().get_batch_samples(*args, **kwargs)
+            batches, items = super().get_batch_samples(*args, **kwargs)
+        if self.micro_batches is not None:
+            self.micro_batches.begin(batches)
+        return batches, items
 
     @overrides_trainer
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -226,10 +252,12 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
 
     # A step that is not finite -------------------------------------------------------------------------
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The stock one goes on after a loss that is not finite."""
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """The stock one goes on after a loss that is not finite, and not when memory runs out."""
         try:
-            return super().training_step(*args, **kwargs)
+            if self.micro_batches is None:
+                return super().training_step(model, inputs, *args, **kwargs)
+            return self.micro_batches.step(model)
         except NonFiniteLossError as error:
             raise self._diagnosed(error, self.state.global_step + 1) from None
 
@@ -264,8 +292,17 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         asked = self.control
         if asked.should_log or asked.should_evaluate or asked.should_save or asked.should_training_stop:
             self._check_step()
+            self.heartbeat.busy()
         with nullcontext() if self._throughput is None else self._throughput.pause():
             super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def note_loss(self, loss: Tensor, inputs: dict[str, Any]) -> None:
+        """Take in what the forward pass of a micro-batch has found."""
+        step = self.state.global_step + 1
+        self.losses.add(loss, step, inputs)
+        self.heartbeat.mark(step)
+        if self._throughput is not None:
+            self._throughput.count(len(inputs["index"]))
 
     def _check_step(self) -> None:
         """Look at the last step whose gradients are there: raises NonFiniteLossError unless it was sound."""
@@ -321,6 +358,8 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
             optimizer._is_overflow = self._overflowed
 
     def on_step_end(self, *_: Any, **kwargs: Any) -> None:
+        self.heartbeat.mark(self.state.global_step)
+        self.files.check()
         if self.ema is not None and not self._overflowed:
             exact = as_float32 if self.split is None else self.split.exact
             self.ema.update(self.unwrapped_model, self.state.global_step, exact)
@@ -349,29 +388,39 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         """The stock one pickles, and writes in place: a killed run would leave half of a checkpoint."""
         output, name = Path(self.args.output_dir or ""), f"checkpoint-{self.state.global_step}"
         self.store_flos()
-        with working(f"writing {name}", lasting=False), self._written_aside(output / name) as aside:
-            self._write_checkpoint(aside)
-        if self.args.should_save:
-            best = best_saved(output, self.state.log_history, f"eval_{self.config.best_metric or 'loss'}")
+        log, metric = list(self.state.log_history), f"eval_{self.config.best_metric or 'loss'}"
+
+        def remove_others() -> None:
+            best = best_saved(output, log, metric)
             keep_newest(output, self.config.save_total_limit, best_step=best)
+
+        writing = working(f"writing {name}", lasting=False)
+        with writing, self.files.checkpoint(output / name, remove_others) as aside:
+            self._write_checkpoint(aside)
 
     def save_final_model(self) -> None:
         """The model files of the output folder, moved there when all of them are whole."""
         output = Path(self.args.output_dir or "")
         writing = working("writing the model")
-        with writing, self._exact(), self._written_aside(output, files_only=True) as aside:
-            self.save_model(str(aside), _internal_call=True)
-            if self.ema is not None:
-                model = self.unwrapped_model
-                self.ema.save(model, aside, write=self.args.should_save, dtype=model.dtype)
+        with writing, self._exact(), self._written_aside(output) as aside:
+            self._save_weights(aside, dtype_of_averages=self.unwrapped_model.dtype)
             if self.args.should_save:
                 save_trainer_state(self.state, aside / TRAINER_STATE_FILE)
 
+    def _save_weights(self, folder: Path, dtype_of_averages: torch.dtype = torch.float32) -> None:
+        """The model's files, and its averages."""
+        self.save_model(str(folder), _internal_call=True)
+        if self.ema is not None:
+            write = self.args.should_save
+            averages = self.ema.whole_state(self.unwrapped_model, keep=write, dtype=dtype_of_averages)
+            if write:
+                self.files.put(averages, folder / EMA_FILE, OF_WEIGHTS)
+
     @contextmanager
-    def _written_aside(self, final: Path, *, files_only: bool = False) -> Iterator[Path]:
+    def _written_aside(self, final: Path) -> Iterator[Path]:
         """`written_aside` on the process that saves; all take part: weights may be shared out over them."""
         if self.args.should_save:
-            with written_aside(final, files_only=files_only, replaces=[EMA_FILE]) as aside:
+            with written_aside(final, files_only=True, replaces=[EMA_FILE]) as aside:
                 yield aside
         else:
             yield final
@@ -383,9 +432,7 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
 
     def _write_checkpoint(self, folder: Path) -> None:
         with self._exact():
-            self.save_model(str(folder), _internal_call=True)
-            if self.ema is not None:
-                self.ema.save(self.unwrapped_model, folder, write=self.args.should_save)
+            self._save_weights(folder)
         optimizer = gathered_state(self.unwrapped_model, self.optimizer)
         assert isinstance(self.train_dataset, EmbeddingDataset)
         loop_state = LoopState(
@@ -394,23 +441,28 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
             loss_until_log=self._total_loss_scalar,
             last_logged_step=self._globalstep_last_logged,
             monitor=self.step_metrics.state,
+            pieces=self.micro_batches.pieces if self.micro_batches else 1,
         )
         if not self.args.should_save:
             return
         scaler = self.accelerator.scaler
         assert self.lr_scheduler is not None
-        save_optimizer(folder, optimizer, self.lr_scheduler, scaler.state_dict() if scaler else None)
+        scale = scaler.state_dict() if scaler else None
+        save_optimizer(folder, optimizer, self.lr_scheduler, scale, self.files.put)
         loop_state.write(folder)
         if self.source_folds is not None:
-            self.source_folds.save(folder)
+            self.source_folds.save(folder, self.files.put)
         save_trainer_state(self.state, folder / TRAINER_STATE_FILE)
 
     @overrides_trainer
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """The stock one leaves a pickle that nothing reads; ours is plain text, training_config.json."""
+        """The stock one writes tensors at once, and leaves a pickle that nothing reads; ours is plain text,
+        training_config.json."""
         folder = output_dir or self.args.output_dir or ""
-        super()._save(folder, state_dict)
+        super()._save(folder, {})  # config.json
         if self.args.should_save:
+            weights = self.unwrapped_model.state_dict() if state_dict is None else state_dict
+            self.files.put(weights, Path(folder, WEIGHTS_FILE), OF_WEIGHTS)
             Path(folder, TRAINING_CONFIG_FILE).write_bytes(self.config.to_json())
             if self.calibration is not None:
                 Path(folder, CALIBRATION_FILE).write_bytes(self.calibration.to_json())
@@ -423,6 +475,9 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         if self.ema is not None:
             self.ema.lay_out_like(self.unwrapped_model)
         self.record_passes()
+        self._write_in_the_background()
+        if self.config.rank_timeout and self.processes.count > 1:
+            self.heartbeat.begin(self.processes, self.config.rank_timeout, self.state.global_step + 1)
         assert all(name in vars(self) for name in PRIVATE_SUMS), "the Trainer sums its loss elsewhere"
         # The Trainer would go on with the intervals that the checkpoint was written with.
         self.state.compute_steps(self.args, self.state.max_steps)
@@ -432,11 +487,16 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         self._total_loss_scalar = self._loop_state.loss_until_log
         self._globalstep_last_logged = self._loop_state.last_logged_step
         self.step_metrics.restore(self._loop_state.monitor, self.args.device)
+        if self.micro_batches is not None:
+            self.micro_batches.go_on(self._loop_state.pieces)
 
     def on_train_end(self, *_: Any, **kwargs: Any) -> None:
-        """What was read ahead is not needed, and its workers would stay."""
+        """What was read ahead is not needed, and workers would stay; what comes next reads checkpoints."""
         if self._stream is not None:
             self._stream.close()
+        self.heartbeat.end()
+        self.files.wait()
+        self.processes.barrier()
 
     @overrides_trainer
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -30,7 +30,7 @@ from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.training.anomalies import SPIKES_FILE
 from blip3o_dit.training.config import LOWER_IS_BETTER, TrainingConfig
 from blip3o_dit.utils.atomic import ASIDE, REPLACED, remove_files_and_folders, restore_replaced
-from blip3o_dit.utils.checksums import verify
+from blip3o_dit.utils.checksums import CHECKSUMS_FILE, verify
 from blip3o_dit.utils.json_files import finite_or_none, read_json_object, short_repr, show_names
 from blip3o_dit.utils.recognise import CHECKPOINT, refusal
 from blip3o_dit.utils.stateless_random import DRAWS_VERSION
@@ -88,7 +88,8 @@ class RunIdentity:
 class LoopState:
     """Where a run is, beside the Trainer's own counters: what the next log line will say of the steps since
     the last one. `monitor` holds the sums and the count of `TrainingMetrics`; `draws` is the version of the
-    random numbers, 1 where none was written."""
+    random numbers, 1 where none was written; `pieces` those that batches were cut into for want of memory,
+    written only where they were."""
 
     run: RunIdentity
     loss_since_log: float
@@ -96,6 +97,7 @@ class LoopState:
     last_logged_step: int
     monitor: tuple[list[float], int] | None
     draws: int = DRAWS_VERSION
+    pieces: int = 1
 
     def warn_of_other_draws(self, checkpoint: str) -> None:
         """Say that a continued run is not the one that it would have been."""
@@ -107,7 +109,10 @@ class LoopState:
             )
 
     def write(self, folder: Path) -> None:
-        (folder / PROGRESS_FILE).write_text(json.dumps(asdict(self), indent=1))
+        values = asdict(self)
+        if self.pieces == 1:  # so that earlier versions can go on
+            del values["pieces"]
+        (folder / PROGRESS_FILE).write_text(json.dumps(values, indent=1))
 
     @classmethod
     def read(cls, folder: Path) -> LoopState:
@@ -128,8 +133,9 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
 
 
-def newest_whole(output_dir: Path) -> Path | None:
-    """The newest checkpoint whose files are all there and unaltered; says why it passes over others."""
+def newest_whole(output_dir: Path, since: float = 0.0) -> Path | None:
+    """The newest checkpoint whose files are all there and unaltered; says why it passes over others. Not one
+    that was finished before `since`, in seconds since 1970."""
     for left in output_dir.glob(f"checkpoint-*{REPLACED}"):
         restore_replaced(left.with_name(left.name.removesuffix(REPLACED)))
     for path in checkpoints(output_dir):
@@ -138,7 +144,7 @@ def newest_whole(output_dir: Path) -> Path | None:
         except ValueError as error:
             logger.warning("passed over: %s", error)
         else:
-            return path
+            return path if (path / CHECKSUMS_FILE).stat().st_mtime >= since else None
     return None
 
 

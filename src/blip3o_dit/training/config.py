@@ -171,6 +171,11 @@ class TrainingConfig:
         32, "training samples per device and step", group="optimisation", check=_at_least_1
     )
     gradient_accumulation_steps: int = setting(1, "batches per optimizer step", check=_at_least_1)
+    auto_micro_batch: bool | None = setting(
+        None,
+        "when memory runs out in a step, take it again, and all later ones, in smaller passes that add up to "
+        "the same batch (default: in one process; in several, gradients are then exchanged after the passes)",
+    )
     optimizer: str = setting(
         "adamw", "muon: for the matrices of the blocks, AdamW for the rest", choices=OPTIMIZERS
     )
@@ -297,6 +302,11 @@ class TrainingConfig:
         "newest checkpoints kept, and the best one of those that were evaluated (default: all)",
         check=_at_least_1,
     )
+    async_checkpoints: bool | None = setting(
+        None,
+        "write checkpoints while the run goes on, from a copy in the host's memory (default: on a GPU, where "
+        "that has room for one)",
+    )
     best_metric: str | None = setting(
         None,
         "figure that names the best checkpoint (default: energy_score of samples held back, or the held-out "
@@ -310,6 +320,12 @@ class TrainingConfig:
     )
     max_hours: float | None = setting(
         None, "save and stop after so many hours (default: no limit)", check=_positive
+    )
+    rank_timeout: float | None = setting(
+        None,
+        "of several processes, seconds in which a step must get on: a rank that hangs is named, and all end "
+        "with status 76, for the launcher to restart (default: none)",
+        check=_positive,
     )
     eval_steps: int | None = setting(
         None,

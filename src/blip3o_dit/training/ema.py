@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
-from blip3o_dit.model.loading import EMA_FILE, EMA_VARIANT
+from blip3o_dit.model.loading import EMA_FILE
 from blip3o_dit.training.fsdp import own_part, shard_like, sharded_parameters, whole_tensors
 from blip3o_dit.utils.validation import damage_refused
 
@@ -110,27 +110,19 @@ class ExponentialMovingAverage:
             else:
                 parameter.copy_(average if own is None else own[name])
 
-    def save(
-        self,
-        model: BLIP3oDiTModel,
-        folder: str | Path,
-        *,
-        write: bool = True,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        """Write `model.ema.safetensors`: averaged weights, and the model's statistics.
+    def whole_state(
+        self, model: BLIP3oDiTModel, *, keep: bool = True, dtype: torch.dtype = torch.float32
+    ) -> dict[str, Tensor]:
+        """What `model.ema.safetensors` holds: averaged weights, and the model's statistics.
 
-        All processes must call it, and one of them with `write`: parts of weights are put together. An
+        All processes must call it, and one of them with `keep`: parts of weights are put together. An
         average in another dtype than float32 cannot be continued from exactly.
         """
-        averaged = whole_tensors(self.weights, keep=write)
-        if not write:
-            return
-        state = model.state_dict() | {name: value.to(dtype) for name, value in averaged.items()}
-        model.save_pretrained(folder, state_dict=state, variant=EMA_VARIANT)
+        averaged = whole_tensors(self.weights, keep=keep)
+        return model.state_dict() | {name: value.to(dtype) for name, value in averaged.items()}
 
     def load(self, folder: str | Path) -> None:
-        """Read what `save` wrote. Raises ValueError when the file is missing or does not fit."""
+        """Read such a file. Raises ValueError when the file is missing or does not fit."""
         file = Path(folder) / EMA_FILE
         if not file.is_file():
             raise ValueError(f"{file}: expected averaged weights to resume from, found none")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from blip3o_dit.data.dataset import choose_samples, group_ranks
@@ -37,6 +37,7 @@ from blip3o_dit.ridge import (
     source_features,
     spread_features,
 )
+from blip3o_dit.training.background import PutTensors
 from blip3o_dit.utils.distributed import cores
 from blip3o_dit.utils.validation import damage_refused
 
@@ -104,9 +105,8 @@ class SourceFolds:
         places = np.searchsorted(samples, wanted).clip(max=len(samples) - 1)
         return np.where(samples[places] == wanted, self.fold.numpy()[places], -1)
 
-    def save(self, folder: Path) -> None:
-        held = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
-        save_file({name: tensor.cpu().contiguous() for name, tensor in held.items()}, folder / FOLDS_FILE)
+    def save(self, folder: Path, put: PutTensors) -> None:
+        put({name: tensor for name, tensor in vars(self).items() if tensor is not None}, folder / FOLDS_FILE)
 
 
 def load_folds(folder: Path, model: BLIP3oDiTModel) -> SourceFolds | None:

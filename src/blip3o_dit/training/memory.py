@@ -50,6 +50,7 @@ class Forecast:
         teacher: weights that are read and never change, in distillation.
         copies: weights in the arithmetic's narrower dtype, kept from the forward to the backward pass.
         activations: all that the forward pass keeps for the backward pass.
+        staging: of the host's memory for a copy of a checkpoint that is being written.
         working: of the backward pass in one block, which it computes again first with checkpointing.
         gradients_wait: gradients are there when a forward pass begins, as between accumulated batches.
         fragmentation: of what comes and goes, the share that is kept beside it, in freed pieces that are too
@@ -61,6 +62,7 @@ class Forecast:
     weights: int = 0
     averages: int = 0
     optimizer: int = 0
+    staging: int = 0
     gradients: int = 0
     copies: int = 0
     activations: int = 0
@@ -72,7 +74,7 @@ class Forecast:
     def total(self) -> int:
         """At the largest moment of a step."""
         lasting = self.program + self.teacher + self.weights + self.averages + self.optimizer
-        return lasting + self._coming_and_going + self.fragments
+        return lasting + self.staging + self._coming_and_going + self.fragments
 
     @property
     def fragments(self) -> int:
@@ -94,6 +96,7 @@ class Forecast:
             "weights": self.weights,
             "averaged weights": self.averages,
             "optimizer": self.optimizer,
+            "copy of a checkpoint": self.staging,
             "gradients": self.gradients,
             "weights in the arithmetic's dtype": self.copies,
             "activations": self.activations,

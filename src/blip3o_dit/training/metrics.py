@@ -91,6 +91,15 @@ class TrainingMetrics:
         self._count += 1
 
     @property
+    def sums(self) -> tuple[Tensor | None, int]:
+        """Sums and count, which can be set to what they were."""
+        return self._sums, self._count
+
+    @sums.setter
+    def sums(self, before: tuple[Tensor | None, int]) -> None:
+        self._sums, self._count = before
+
+    @property
     def state(self) -> tuple[list[float], int] | None:
         """Sums and count, for a checkpoint; without those at the end that are unknown."""
         if self._sums is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from blip3o_dit.training.background import PutTensors
 from blip3o_dit.training.checkpoint import OPTIMIZER_NUMBERS, OPTIMIZER_TENSORS, from_its_weights
 from blip3o_dit.utils.json_files import read_json_object, short_repr
 from blip3o_dit.utils.validation import damage_refused
@@ -49,10 +50,14 @@ def gathered_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
 
 
 def save_optimizer(
-    folder: Path, state: dict[str, Any], scheduler: LRScheduler, scaler: dict[str, Any] | None
+    folder: Path,
+    state: dict[str, Any],
+    scheduler: LRScheduler,
+    scaler: dict[str, Any] | None,
+    put: PutTensors,
 ) -> None:
     """Write the state of the optimizer (as `gathered_state` gives it), its schedule and, with float16, the
-    loss scaler's."""
+    loss scaler's; tensors by `put`."""
     tensors: dict[str, Tensor] = {}
     signed: dict[str, bool] = {}
     for number, values in state["state"].items():
@@ -69,7 +74,7 @@ def save_optimizer(
         "scheduler": _json_values(scheduler.state_dict()),
         "scaler": scaler,
     }
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / OPTIMIZER_TENSORS)
+    put(tensors, folder / OPTIMIZER_TENSORS)
     (folder / OPTIMIZER_NUMBERS).write_text(json.dumps(numbers, indent=1))
 
 

@@ -8,7 +8,9 @@ at every pass, where accumulated ones would lie: there is no accumulation.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,8 +40,9 @@ def may_record(config: TrainingConfig, model: BLIP3oDiTConfig, device: torch.dev
     return needed.total + needed.activations + needed.gradients <= memory_of(device)
 
 
-def record_passes(model: BLIP3oDiTModel, batch_size: int, dtype: torch.dtype | None) -> None:
-    """From now on training passes of this many samples are replayed; all others run as before.
+def record_passes(model: BLIP3oDiTModel, batch_size: int, dtype: torch.dtype | None) -> Callable[[], None]:
+    """From now on training passes of this many samples are replayed; all others run as before. Returns what
+    drops the recordings.
 
     Before anything else uses the GPU in another thread, as a loader that pins memory does. `dtype` is what
     autocast casts to, None without it. Neither weights nor gradients change.
@@ -61,6 +64,7 @@ def record_passes(model: BLIP3oDiTModel, batch_size: int, dtype: torch.dtype | N
 
     dit.forward = forward  # type: ignore[assignment,method-assign]
     logger.info("forward and backward pass of %d samples recorded as CUDA graphs", batch_size)
+    return partial(setattr, dit, "forward", plain)
 
 
 def _example(model: BLIP3oDiTModel, batch_size: int) -> tuple[Tensor, ...]:

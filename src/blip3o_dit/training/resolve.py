@@ -31,6 +31,7 @@ RESUMABLE_CHANGES = {
     "logging_steps",
     "save_steps",
     "save_total_limit",
+    "async_checkpoints",
     "eval_steps",
     "eval_loss_samples",
     "eval_samples",
@@ -45,9 +46,11 @@ RESUMABLE_CHANGES = {
     "best_metric",
     "early_stop",
     "max_hours",
+    "rank_timeout",
     # together the samples of a step, which `check_checkpoint` compares
     "batch_size",
     "gradient_accumulation_steps",
+    "auto_micro_batch",
     "solver",
     "num_inference_steps",
 }

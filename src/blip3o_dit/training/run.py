@@ -46,7 +46,7 @@ from blip3o_dit.training.checkpoint import (
 )
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.console import ConsoleCallback, closing_bar, estimate, evaluations_left
-from blip3o_dit.training.disk import check_disk
+from blip3o_dit.training.disk import check_disk, checkpoint_bytes
 from blip3o_dit.training.finishing import EarlyStop, finish
 from blip3o_dit.training.fit_source import SourceFolds, fit_source, threads_of_all
 from blip3o_dit.training.init_from import check_start, kept_folds, load_start, refuse_overwritten_start
@@ -182,7 +182,7 @@ def train_to_the_end(trainer: ExactResumeTrainer, resume: Path | None, *, go_on:
     Raises:
         StoppedEarly: a stop was asked for, and a checkpoint saved; `go_on` says how to continue from it.
     """
-    with closing_bar(trainer):
+    with closing_bar(trainer), trainer.files:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if trainer.stop_request.cut_short(trainer.state):
         raise StoppedEarly(
@@ -291,6 +291,9 @@ def _check_memory(config: TrainingConfig, model: BLIP3oDiTConfig, *, table: bool
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     room = room_on(device)
     needed = forecast(config, model, device, processes=_processes())
+    if config.async_checkpoints and device.type == "cpu":
+        copy = checkpoint_bytes(config, model)  # which is done without where it does not fit
+        needed = replace(needed, staging=copy if needed.total + copy <= room.size else 0)
     if table:
         logger.info("memory of each process\n%s", needed.table(room))
     check_room(needed, room, ways_to_fit(config))

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from blip3o_dit.utils.distributed import launcher_began, restarts
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -25,12 +27,14 @@ class StopRequest(TrainerCallback):
 
     All processes stop after the same step: once a step they tell each other, by way of the CPU, whether one
     of them was asked to. They read the answers a step later, so that none waits for another; the run then
-    ends a step after the one in which the signal came. `max_hours` count from when this is built.
+    ends a step after the one in which the signal came. `max_hours` count from when this is built, or from
+    when the launcher began that has started the run again.
     """
 
     def __init__(self, max_hours: float | None) -> None:
         self.reason: str | None = None
-        self._until = None if max_hours is None else time.monotonic() + 3600.0 * max_hours
+        gone = time.time() - launcher_began() if restarts() else 0.0
+        self._until = None if max_hours is None else time.monotonic() + 3600.0 * max_hours - gone
         self._max_hours = max_hours
         self._complete = False  # the last step is taken
         self._group: Any = None

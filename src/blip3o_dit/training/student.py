@@ -89,9 +89,7 @@ class StudentTrainer(ExactResumeTrainer):
     ) -> Any:
         """Mean loss of a batch. The step of one that is not finite changes no weight."""
         loss = self._loss(model, inputs)
-        self.losses.add(loss, self.state.global_step + 1, inputs)
-        if self._throughput is not None:
-            self._throughput.count(len(inputs["index"]))
+        self.note_loss(loss, inputs)
         return loss
 
     def loss_again(self, batch: dict[str, Any]) -> Tensor:

@@ -80,9 +80,7 @@ class BLIP3oTrainer(ExactResumeTrainer):
         flow = self.flow_batch(inputs, training=True)
         prediction = flow.predict(model)
         output = self.loss_fn(prediction, flow.sample)
-        self.losses.add(output.loss, self.state.global_step + 1, inputs)
-        if self._throughput is not None:
-            self._throughput.count(len(inputs["index"]))
+        self.note_loss(output.loss, inputs)
         mean = None if self.unwrapped_model.config.standardize else self.unwrapped_model.target_mean.float()
         self.step_metrics.add(self.loss_fn, flow.sample, flow.source, prediction, output, mean)
         return (output.loss, prediction) if return_outputs else output.loss

@@ -14,6 +14,7 @@ from datetime import timedelta
 from itertools import islice
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed
 from accelerate import PartialState
@@ -32,6 +33,8 @@ SIZE_VARIABLES = (
     "MV2_COMM_WORLD_SIZE",
     "SLURM_STEP_NUM_TASKS",
 )
+
+RESTARTS_VARIABLE = "TORCHELASTIC_RESTART_COUNT"
 
 _CPU = torch.device("cpu")
 
@@ -159,6 +162,19 @@ def launched_processes() -> tuple[str, int]:
     if not value.isdecimal():
         raise ValueError(f"{name}: expected a number of processes, found {value!r}")
     return name, int(value)
+
+
+def restarts() -> int:
+    """How often torchrun, or a launcher built on it, has started these processes again."""
+    return int(os.environ.get(RESTARTS_VARIABLE) or 0)
+
+
+def launcher_began() -> float:
+    """When the launcher began that started this process, in seconds since 1970: not what lies between them,
+    which is started again with it and has its variables."""
+    ancestors = psutil.Process().parents()
+    launchers = (one for one in ancestors if RESTARTS_VARIABLE not in one.environ())
+    return next(launchers, ancestors[-1]).create_time()
 
 
 def cores() -> int:
