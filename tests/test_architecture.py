@@ -114,6 +114,7 @@ TESTED_IN = {
     "cli/verify.py": "data/test_combine.py",
     "utils/durations.py": "utils/test_progress.py",
     "data/array_embeddings.py": "data/test_array_files.py",
+    "data/shard_cache.py": "data/test_remote_shards.py",
     "data/choices.py": "data/test_dataset.py",
     "data/checks.py": "data/test_store.py",
     "data/towers.py": "inference/test_from_conditions.py",

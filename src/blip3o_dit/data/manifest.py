@@ -80,14 +80,14 @@ def read_manifest(path: Path, *, check_files: bool = True) -> dict[str, Any]:
     finish_publishing(path / STORE_ASIDE, path, MANIFEST)
     if not file.is_file():
         raise refusal(path, STORE)
-    manifest = read_json(file)
-    _check_manifest(file, manifest)
+    manifest = checked_manifest(file, read_json(file))
     for shard in manifest["shards"] if check_files else []:
         check_shard_file(path, shard)
     return manifest
 
 
-def _check_manifest(file: Path, manifest: Any) -> None:
+def checked_manifest(file: Path, manifest: Any) -> dict[str, Any]:
+    """The manifest that was read from `file`. Raises ValueError for anything but a store's."""
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{file}: expected format {FORMAT!r}, found another file")
     if manifest.get("format_version") != FORMAT_VERSION:
@@ -116,6 +116,7 @@ def _check_manifest(file: Path, manifest: Any) -> None:
     total = sum(shard["num_samples"] for shard in manifest["shards"])
     if total != manifest["num_samples"] or total < 1:
         raise ValueError(f"{file}: num_samples is {manifest['num_samples']}, its shards hold {total}")
+    return manifest
 
 
 def check_shard_entry(file: Path, shard: Any) -> None:
