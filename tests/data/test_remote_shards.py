@@ -208,7 +208,8 @@ def test_the_bound_is_a_number(cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.usefixtures("cache")
 def test_what_is_no_store(tmp_path: Path) -> None:
     with pytest.raises(
-        FileNotFoundError, match=r"^memory://nowhere/manifest.json: expected a file or folder"
+        FileNotFoundError,
+        match=r"^memory://nowhere: expected an embedding store there, found no manifest.json$",
     ):
         EmbeddingStore("memory://nowhere")
     (tmp_path / "other").mkdir()

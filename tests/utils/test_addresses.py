@@ -11,7 +11,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from blip3o_dit.utils import addresses
-from blip3o_dit.utils.addresses import Address, RemoteFolder, cache_folder, place
+from blip3o_dit.utils.addresses import Address, RemoteFolder, cache_folder, located
 from blip3o_dit.utils.errors import ReadError
 
 
@@ -19,24 +19,24 @@ from blip3o_dit.utils.errors import ReadError
     "address", ["s3://bucket/a/b", "hf://datasets/owner/name", "file:///tmp/a", "memory://a"]
 )
 def test_an_address_is_a_path_with_two_slashes(address: str) -> None:
-    for given in (address, Path(address), place(address), f"{address}/"):
-        found = place(given)
+    for given in (address, Path(address), located(address), f"{address}/"):
+        found = located(given)
         assert isinstance(found, Address) and str(found) == address and found.resolve() == found
-    assert str(place(address) / "manifest.json") == f"{address}/manifest.json"
-    assert str(pickle.loads(pickle.dumps(place(address)))) == address
-    assert place(address).name == address.rpartition("/")[2]
+    assert str(located(address) / "manifest.json") == f"{address}/manifest.json"
+    assert str(pickle.loads(pickle.dumps(located(address)))) == address
+    assert located(address).name == address.rpartition("/")[2]
 
 
 def test_what_is_no_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "s3:" / "bucket").mkdir(parents=True)
     for path in ("embeddings/store", "C:/store", "/a/b", "a b:/c", "s3://bucket", "s3:"):
-        assert type(place(path)) is type(Path())
-    assert isinstance(place("s3://other"), Address)
+        assert type(located(path)) is type(Path())
+    assert isinstance(located("s3://other"), Address)
 
 
 def test_files_are_listed_and_read() -> None:
-    folder = RemoteFolder(place("memory://listed/there"))
+    folder = RemoteFolder(located("memory://listed/there"))
     memory = fsspec.filesystem("memory")
     memory.pipe_file("/listed/there/a", b"0123456789")
     memory.pipe_file("/listed/there/below/b", b"0")
@@ -50,7 +50,7 @@ def test_files_are_listed_and_read() -> None:
 def test_a_file_comes_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(addresses, "_BLOCK", 4)
     fsspec.filesystem("memory").pipe_file("/blocks/a", b"0123456789")
-    assert list(RemoteFolder(place("memory://blocks")).blocks("a", 10)) == [b"0123", b"4567", b"89"]
+    assert list(RemoteFolder(located("memory://blocks")).blocks("a", 10)) == [b"0123", b"4567", b"89"]
 
 
 class _Failing:
@@ -71,7 +71,7 @@ def test_a_lost_connection_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> No
     fsspec.filesystem("memory").pipe_file("/lost/a", b"0")
     waited: list[float] = []
     monkeypatch.setattr(addresses.time, "sleep", waited.append)
-    folder, down = RemoteFolder(place("memory://lost")), OSError(errno.ECONNRESET, "Connection reset")
+    folder, down = RemoteFolder(located("memory://lost")), OSError(errno.ECONNRESET, "Connection reset")
     _Failing(monkeypatch, down, TimeoutError())
     assert folder.read("a") == b"0" and waited == [1.0, 4.0]
     _Failing(monkeypatch, *[down] * 4)
@@ -81,7 +81,7 @@ def test_a_lost_connection_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_what_no_further_try_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = RemoteFolder(place("memory://refused"))
+    folder = RemoteFolder(located("memory://refused"))
     with pytest.raises(FileNotFoundError, match=r"^memory://refused/a: expected a file or folder there"):
         folder.read("a")
     _Failing(monkeypatch, PermissionError(errno.EACCES, "Access Denied"))
@@ -95,9 +95,9 @@ def test_protocols_that_cannot_be_read() -> None:
     with pytest.raises(
         ValueError, match=r"^gs://bucket/x: .* that reads gs://, found none: `pip install gcsfs`$"
     ):
-        RemoteFolder(place("gs://bucket/x")).sizes()
+        RemoteFolder(located("gs://bucket/x")).sizes()
     with pytest.raises(ValueError, match=r"^nothing://x: expected an address that fsspec reads: .*nothing"):
-        RemoteFolder(place("nothing://x")).sizes()
+        RemoteFolder(located("nothing://x")).sizes()
 
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:

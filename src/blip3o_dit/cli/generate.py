@@ -306,7 +306,10 @@ def _are_pictures(path: Path) -> bool:
     from blip3o_dit.data.manifest import MANIFEST
     from blip3o_dit.data.table_files import holds_tokens
     from blip3o_dit.extraction.sources.listing import names_pictures
+    from blip3o_dit.utils.addresses import Address, located
 
+    if isinstance(located(path), Address):
+        return False
     if path.is_dir():
         names = {file.name for file in path.iterdir()}
         embeddings = MANIFEST in names or any(name.endswith((".npy", ".safetensors")) for name in names)

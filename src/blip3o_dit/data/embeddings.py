@@ -14,7 +14,7 @@ from blip3o_dit.data.array_embeddings import AS_IT_IS, Arrangement
 from blip3o_dit.data.checks import AnyIndices, Indices, Record
 from blip3o_dit.data.manifest import MANIFEST, STORE_ASIDE
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.utils.addresses import Address, place
+from blip3o_dit.utils.addresses import Address, located
 from blip3o_dit.utils.json_files import printable
 from blip3o_dit.utils.recognise import EMBEDDINGS, refusal
 
@@ -62,7 +62,7 @@ def open_embeddings(
     Raises:
         FileNotFoundError, ValueError: one line naming the file, what was expected and what was found.
     """
-    found = _open(place(path), verify, arrangement)
+    found = _open(located(path), verify, arrangement)
     made_by = generated_by(found)
     if made_by is not None:
         logger.info("%s: its clip tokens are %s: they count as the targets", path, said_of_generated(made_by))

@@ -25,7 +25,7 @@ from blip3o_dit.data.manifest import MANIFEST, checked_manifest
 from blip3o_dit.data.sample_checksums import NAME as CHECKSUMS
 from blip3o_dit.data.sample_checksums import sample_checksum
 from blip3o_dit.data.shard_cache import CachedShard, ShardCache
-from blip3o_dit.utils.addresses import RemoteFolder
+from blip3o_dit.utils.addresses import Address, RemoteFolder, located
 from blip3o_dit.utils.json_files import parse_json, short_repr
 
 # Bytes that are read of a shard to begin with, more than its header has; and the longest header.
@@ -41,6 +41,12 @@ _DTYPES = {
 }
 
 logger = logging.getLogger(__name__)
+
+
+def is_store_address(path: str | Path) -> bool:
+    """Whether a path is an address at which a store is."""
+    where = located(path)
+    return isinstance(where, Address) and MANIFEST in RemoteFolder(where).sizes()
 
 
 class Array(NamedTuple):
@@ -86,7 +92,13 @@ class RemoteShards:
     def manifest(self, *, check_files: bool) -> dict[str, Any]:
         """As `read_manifest`."""
         file = self.address / MANIFEST
-        manifest = checked_manifest(file, parse_json(file, self.files.read(MANIFEST)))
+        try:
+            content = self.files.read(MANIFEST)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{self.address}: expected an embedding store there, found no {MANIFEST}"
+            ) from error
+        manifest = checked_manifest(file, parse_json(file, content))
         sizes = self.files.sizes() if check_files else {}
         for shard in manifest["shards"] if check_files else ():
             found = sizes.get(shard["file"])

@@ -38,7 +38,7 @@ from blip3o_dit.data.sample_checksums import sample_checksum
 from blip3o_dit.data.shard_writer import ShardWriter
 from blip3o_dit.data.store_folder import StoreFolder
 from blip3o_dit.data.verified import Identity, check_once, identity
-from blip3o_dit.utils.addresses import Address, place
+from blip3o_dit.utils.addresses import Address, located
 from blip3o_dit.utils.checksums import sha256
 from blip3o_dit.utils.json_files import one_line, show_names
 from blip3o_dit.utils.validation import check_name
@@ -75,7 +75,7 @@ class EmbeddingStore:
 
     def __init__(self, path: str | Path, *, verify: str = "first", check_files: bool = True) -> None:
         check_name("verify", verify, VERIFY_CHOICES)
-        self.path = place(path)
+        self.path = located(path)
         self.verified_first = verify == "first"
         self._elsewhere = RemoteShards(self.path) if isinstance(self.path, Address) else None
         opened = partial(read_manifest, self.path) if self._elsewhere is None else self._elsewhere.manifest
@@ -120,15 +120,15 @@ class EmbeddingStore:
         # In the order of the files, and each sample straight from its map to its place: gathering a batch
         # and converting it would go over the same bytes three times.
         for row in np.argsort(wanted).tolist():
-            shard, inner = int(shards[row]), int(inside[row])
-            if (shard, inner) in fetched:
-                eva[row], clip[row] = fetched[shard, inner]
+            shard, place = int(shards[row]), int(inside[row])
+            if (shard, place) in fetched:
+                eva[row], clip[row] = fetched[shard, place]
                 continue
             mapped = self._map(shard)
-            eva[row] = mapped.eva[inner]
-            clip[row] = mapped.clip[inner]
+            eva[row] = mapped.eva[place]
+            clip[row] = mapped.clip[place]
             if self.verified_first and mapped.sums is not None:
-                self._check_sample(shard, inner)
+                self._check_sample(shard, place)
         self._release_pages(4 * (eva.numel() + clip.numel()))
         return eva, clip
 

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from blip3o_dit.utils.atomic import atomic_file
 from blip3o_dit.utils.errors import RETRY_AFTER, ReadError
 from blip3o_dit.utils.json_files import one_line
 
@@ -32,6 +33,8 @@ _LIBRARY_ERRORS = {
     "huggingface_hub.errors": "HTTPError",
 }
 
+_OF_THIS_DISK = ("file", "local")
+
 T = TypeVar("T")
 
 
@@ -40,13 +43,13 @@ class Address(type(Path())):  # type: ignore[misc]
 
     def __str__(self) -> str:
         scheme, _, rest = super().__str__().partition(":/")
-        return f"{scheme}://{'/' if scheme in ('file', 'local') else ''}{rest}"
+        return f"{scheme}://{'/' if scheme in _OF_THIS_DISK else ''}{rest}"
 
     def resolve(self, strict: bool = False) -> Address:
         return self
 
 
-def place(path: str | Path) -> Path:
+def located(path: str | Path) -> Path:
     """The path, as an `Address` if it is one: `s3://bucket/x`, also after `Path` has taken one slash away.
 
     What is there on this disk comes first.
@@ -55,6 +58,20 @@ def place(path: str | Path) -> Path:
         return path
     is_address = _SCHEME.match(str(path)) is not None and not os.path.lexists(path)
     return Address(str(path)) if is_address else Path(path)
+
+
+def may_be_there(path: str | Path) -> bool:
+    """Whether a path is there; of an address that is not asked."""
+    return isinstance(located(path), Address) or Path(path).exists()
+
+
+def refuse_address(path: Path) -> None:
+    """Refuse (ValueError) an address where only a folder of this disk can be written to."""
+    if isinstance(located(path), Address):
+        raise ValueError(
+            f"{located(path)}: expected a path on this disk to write to, found an address: "
+            "`blip3o-dit push FOLDER ADDRESS` sends a folder there"
+        )
 
 
 class RemoteFolder:
@@ -111,12 +128,37 @@ class RemoteFolder:
             digest.update(block)
         return digest.hexdigest()
 
-    def sizes(self) -> dict[str, int]:
-        """The files of the folder, without those in folders below, and how many bytes each has."""
-        listed = self._retried("", lambda files, path: files.ls(path, detail=True, refresh=True))
+    def sizes(self, *, or_none: bool = False) -> dict[str, int]:
+        """The files of the folder, without those in folders below, and how many bytes each has.
+
+        With `or_none` a folder that is not there has none.
+        """
+        try:
+            listed = self._retried("", lambda files, path: files.ls(path, detail=True, refresh=True))
+        except FileNotFoundError:
+            if not or_none:
+                raise
+            return {}
         return {
             entry["name"].rpartition("/")[2]: entry["size"] for entry in listed if entry["type"] == "file"
         }
+
+    def download(self, name: str, path: Path) -> None:
+        """A file of any size, to a path of this disk; whole or not there."""
+        with atomic_file(path) as file:
+            for block in self.blocks(name, self.sizes()[name]):
+                file.write(block)
+
+    def send(self, file: Path) -> None:
+        """A file of this disk, under its name."""
+        self._retried(file.name, lambda files, path: files.put_file(str(file), path))
+
+    def write(self, name: str, content: bytes) -> None:
+        """A small file."""
+        self._retried(name, lambda files, path: files.pipe_file(path, content))
+
+    def remove(self, name: str) -> None:
+        self._retried(name, lambda files, path: files.rm_file(path))
 
     def _path(self, files: Any, name: str) -> str:
         return files._strip_protocol(str(self.address / name if name else self.address))
@@ -145,7 +187,8 @@ def file_system(address: Path) -> Any:
 
     protocol = str(address).partition("://")[0]
     try:
-        return fsspec.url_to_fs(str(address))[0]
+        options = {"auto_mkdir": True} if protocol in _OF_THIS_DISK else {}
+        return fsspec.url_to_fs(str(address), **options)[0]
     except ImportError as error:
         package = known_implementations.get(protocol, {}).get("class", "").partition(".")[0]
         way = one_line(error) if package in ("", "fsspec") else f"`pip install {package}`"
