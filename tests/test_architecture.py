@@ -107,6 +107,7 @@ TESTED_IN = {
     "cli/inspect.py": "extraction/test_inspection.py",
     "__main__.py": "cli/test_cli.py",
     "cli/main.py": "cli/test_cli.py",
+    "cli/outputs.py": "utils/test_sending.py",
     "cli/push.py": "utils/test_hub.py",
     "publish.py": "utils/test_hub.py",
     "cli/merge.py": "data/test_combine.py",

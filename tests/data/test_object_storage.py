@@ -1,4 +1,4 @@
-"""Training on a store that lies elsewhere: the same bits as on this disk, a tenth of the store in the cache."""
+"""Training on a store that lies elsewhere: the bits of one on this disk, with a tenth of it in the cache."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def test_every_command_takes_a_name(
     assert main(["generate", "me/model", store, "out.npz", *cpu]) == 0
     assert main(["inspect", "me/model"]) == 0
     assert main(["evaluate", "me/model", store, *cpu]) == 2
-    assert "--output_dir: expected a folder, as me/model is on the hub" in capsys.readouterr().err
+    assert "--output_dir: expected a folder, as me/model is not on this disk" in capsys.readouterr().err
     distilled = [
         "distill",
         "me/model",

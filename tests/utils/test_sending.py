@@ -111,6 +111,24 @@ def test_a_model_goes_and_is_used_from_there(tmp_path: Path, tiny_model: BLIP3oD
         BLIP3oInference(f"memory://{tmp_path.name}", device="cpu")
 
 
+def test_commands_write_stores_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store, there = str(write_linear_store(tmp_path / "store").path), f"memory://{tmp_path.name}"
+    assert main(["convert", store, f"{there}/converted", "--dtype", "float32"]) == 0
+    assert main(["merge", f"{there}/converted", store, f"{there}/merged"]) == 0
+    assert capsys.readouterr().out == f"{there}/converted\n{there}/merged\n"
+    assert torch.equal(EmbeddingStore(f"{there}/merged").fetch([40])[0], EmbeddingStore(store).fetch([40])[0])
+    assert not list((tmp_path / "cache" / "outputs").iterdir())
+    assert main(["convert", store, f"{there}/converted"]) == 2  # which is there
+    assert main(["convert", store, f"{there}/converted", "--overwrite"]) == 0
+    assert EmbeddingStore(f"{there}/converted").manifest["dtype"] == "float16"
+    for refused in (
+        ["generate", "model", store, f"{there}/out.npz"],
+        ["export-embeddings", store, f"{there}/out.npz"],
+        ["extract", "images", "--output", f"{there}/merged", "--append"],
+    ):
+        assert main(refused) == 2
+
+
 def test_what_cannot_be_written_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = write_linear_store(tmp_path / "store")
     assert main(["append", "memory://x", str(store.path)]) == 2

@@ -77,6 +77,14 @@ class Sending:
         self.there.write(SENDING, json.dumps({"files": self.sent}).encode())
 
 
+def check_sending(address: Path, last: str, *, overwrite: bool = False) -> None:
+    """Refuse (ValueError) before anything is made what `Sending` would refuse, or nobody could write."""
+    sending = Sending(address, last, overwrite=overwrite)
+    if SENDING not in sending.sizes:
+        sending.there.write(SENDING, b"{}")
+        sending.there.remove(SENDING)
+
+
 def send_folder(
     folder: Path, digests: Mapping[str, str], last: str, address: Path, *, overwrite: bool = False
 ) -> int:
