@@ -8,7 +8,7 @@ from pathlib import Path
 
 from blip3o_dit.cli.outputs import store_output
 from blip3o_dit.cli.parser import CommandParser
-from blip3o_dit.data.choices import DTYPE_NAMES
+from blip3o_dit.data.choices import STORE_DTYPES
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def add_arguments(parser: CommandParser) -> None:
         "Hugging Face datasets, stores",
     )
     parser.add_argument("store", type=Path, help="folder to write, or an address, s3://bucket/store")
-    parser.add_argument("--dtype", choices=DTYPE_NAMES, default="float16", help="precision on disk")
+    parser.add_argument("--dtype", choices=STORE_DTYPES, default="float16", help="precision on disk")
     parser.add_argument(
         "--shard_size", type=int, metavar="N", help="samples per shard (default: as many as take 256 MiB)"
     )

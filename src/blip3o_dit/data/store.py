@@ -25,8 +25,11 @@ from torch import Tensor
 
 from blip3o_dit.data.checks import Indices, Record, check_indices, check_record, check_square
 from blip3o_dit.data.choices import VERIFY_CHOICES
+from blip3o_dit.data.int8_tokens import NAME as INT8
+from blip3o_dit.data.int8_tokens import restored, width_on_disk
 from blip3o_dit.data.manifest import (
     DTYPES,
+    ON_DISK,
     check_shard_file,
     read_manifest,
     write_manifest,
@@ -107,8 +110,11 @@ class EmbeddingStore:
         return self._fetch(indices, torch.float32)
 
     def fetch_stored(self, indices: Indices) -> tuple[Tensor, Tensor]:
-        """The same in the store's dtype: half the bytes for a batch that goes from process to process."""
-        return self._fetch(indices, DTYPES[self.manifest["dtype"]])
+        """The same in the store's dtype: half the bytes for a batch that goes from process to process.
+
+        Of int8 stores float32, what their tokens mean.
+        """
+        return self._fetch(indices, DTYPES.get(self.manifest["dtype"], torch.float32))
 
     def _fetch(self, indices: Indices, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         check_indices(self.path, indices, self.num_samples)
@@ -116,19 +122,20 @@ class EmbeddingStore:
         eva = torch.empty(len(wanted), self.num_tokens, self.condition_dim, dtype=dtype)
         clip = torch.empty(len(wanted), self.num_tokens, self.target_dim, dtype=dtype)
         shards, inside = self._locate(wanted)
+        is_int8 = self.manifest["dtype"] == INT8
         fetched = {} if self._elsewhere is None else self._fetch_from(self._elsewhere, shards, inside)
         # In the order of the files, and each sample straight from its map to its place: gathering a batch
         # and converting it would go over the same bytes three times.
         for row in np.argsort(wanted).tolist():
             shard, place = int(shards[row]), int(inside[row])
             if (shard, place) in fetched:
-                eva[row], clip[row] = fetched[shard, place]
-                continue
-            mapped = self._map(shard)
-            eva[row] = mapped.eva[place]
-            clip[row] = mapped.clip[place]
-            if self.verified_first and mapped.sums is not None:
-                self._check_sample(shard, place)
+                sample = fetched[shard, place]
+            else:
+                mapped = self._map(shard)
+                sample = mapped.eva[place], mapped.clip[place]
+                if self.verified_first and mapped.sums is not None:
+                    self._check_sample(shard, place)
+            eva[row], clip[row] = map(restored, sample) if is_int8 else sample
         self._release_pages(4 * (eva.numel() + clip.numel()))
         return eva, clip
 
@@ -273,10 +280,11 @@ class EmbeddingStore:
         for name, width in (("eva", self.condition_dim), ("clip", self.target_dim)):
             if name not in arrays:
                 raise ValueError(f"{file}: not a readable shard: expected {name}, found {show_names(arrays)}")
-            tensor, expected = arrays[name], [count, self.num_tokens, width]
+            expected = [count, self.num_tokens, width_on_disk(width, self.manifest["dtype"])]
+            tensor = arrays[name]
             if list(tensor.shape) != expected:
                 raise ValueError(f"{file}: {name}: expected shape {expected}, found {list(tensor.shape)}")
-            if tensor.dtype != DTYPES[self.manifest["dtype"]]:
+            if tensor.dtype != ON_DISK[self.manifest["dtype"]]:
                 raise ValueError(f"{file}: {name}: expected {self.manifest['dtype']}, found {tensor.dtype}")
         sums = arrays.get(CHECKSUMS)
         if sums is not None and (list(sums.shape) != [count] or sums.dtype != CHECKSUM_DTYPE):
@@ -310,7 +318,7 @@ class StoreWriter:
     Args:
         path: folder to create, or an empty one, or with `overwrite` a store's; see `StoreFolder`.
         num_tokens, condition_dim, target_dim: sizes of a sample.
-        dtype: "float16", "bfloat16" or "float32" on disk.
+        dtype: "float16", "bfloat16", "float32" or "int8" on disk.
         shard_size: samples per shard; None aims at 256 MiB.
         encoders: {"eva": {...}, "clip": {...}}, names and revisions, kept in the manifest.
         pooling, normalization: how the tokens were made, kept in the manifest.
@@ -334,8 +342,8 @@ class StoreWriter:
         normalization: str = "none",
         overwrite: bool = False,
     ) -> None:
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype: expected one of {tuple(DTYPES)}, found {dtype!r}")
+        if dtype not in ON_DISK:
+            raise ValueError(f"dtype: expected one of {tuple(ON_DISK)}, found {dtype!r}")
         self.path = Path(path)
         check_square(self.path, num_tokens)
         sizes = {"condition_dim": condition_dim, "target_dim": target_dim, "shard_size": shard_size}
