@@ -39,9 +39,7 @@ def test_a_store_of_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert (found - true).abs().max() <= 0.0040 * true.abs().max() and not torch.equal(found, true)
     assert torch.equal(small.fetch_stored([7])[0], eva[:1])
     assert small.records() == plain.records()
-    assert (
-        sample_bytes((9, 12, 8), "int8") == 9 * (12 + 4 + 8 + 4) < sample_bytes((9, 12, 8), "float16") * 1.5
-    )
+    assert sample_bytes((64, 1280, 768), "int8") == 64 * (1284 + 772)
     small.verify()
     again = convert_files([small.path], tmp_path / "again", dtype="int8", shard_size=10)
     merged = merge_stores([small.path, again.path], tmp_path / "merged").store
@@ -55,7 +53,7 @@ def test_bytes_are_not_taken_for_other_numbers(tmp_path: Path) -> None:
     store = convert_files([write_linear_store(tmp_path / "a").path], tmp_path / "b", dtype="int8")
     file = store.path / MANIFEST
     file.write_text(file.read_text().replace('"dtype": "int8"', '"dtype": "float16"'))
-    with pytest.raises(ValueError, match="expected at least|expected shape"):
+    with pytest.raises(ValueError, match=r"expected at least|expected shape"):
         EmbeddingStore(store.path).fetch([0])
-    with pytest.raises(ValueError, match="expected one of .*'int8'"):
+    with pytest.raises(ValueError, match=r"expected one of .*'int8'"):
         StoreWriter(tmp_path / "c", num_tokens=9, condition_dim=1, target_dim=1, dtype="int4")
