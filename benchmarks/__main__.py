@@ -28,6 +28,7 @@ TABLES = {
     "memory": "peak memory of training and generation beside what was forecast",
     "evaluation": "time and peak memory of an evaluation at full widths",
     "quantization": "quantised weights: energy scores beside float32's, time of a call, bytes",
+    "store-dtypes": "digits from stores of float32, 16 bits and int8: energy scores beside float32's",
     "fine-tuning": "digits 0 to 4 from scratch, and from a model of 5 to 9: steps to the same energy score",
     "checkpoints": "how long a run stands still for a checkpoint, and its steps while one is written",
     "restarts": "a training under torchrun whose workers are killed or hang, beside an undisturbed one",

@@ -1,4 +1,4 @@
-"""A model or an embedding store sent to the Hugging Face hub, with a card.
+"""A model or an embedding store sent to the Hugging Face hub, with a card, or to an address.
 
 Of a model's folder go its weights, configuration, settings and checksums, of a checkpoint no optimizer; the
 evaluation's report goes along where there is one. A store becomes a data set.
@@ -6,13 +6,21 @@ evaluation's report goes along where there is one. A store becomes a data set.
 
 from __future__ import annotations
 
+import logging
+from fnmatch import fnmatch
 from pathlib import Path
 
 from blip3o_dit.data.manifest import MANIFEST
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.utils.hub import MODEL_FILES, RAW, Repository
+from blip3o_dit.utils.addresses import located
+from blip3o_dit.utils.checksums import CHECKSUMS_FILE, digests_of, sha256
+from blip3o_dit.utils.hub import CARD_FILE, MODEL_FILES, RAW, Repository
 from blip3o_dit.utils.json_files import printable
+from blip3o_dit.utils.progress import working
 from blip3o_dit.utils.recognise import MODEL, recognise, refusal
+from blip3o_dit.utils.sending import send_folder
+
+logger = logging.getLogger(__name__)
 
 _OF_A_MODEL = (*MODEL_FILES, RAW, "metrics.json", "report.html", "training_log.jsonl", "training_curves.png")
 _OF_A_STORE = (MANIFEST, "shard-*", "skipped.jsonl")
@@ -45,6 +53,40 @@ def push_to_hub(
         repository, kind="dataset" if is_store else "model", private=private, revision=revision
     )
     return there.send(folder, patterns, card=card, message=f"{folder.resolve().name}, by blip3o-dit")
+
+
+def push_to_address(folder: str | Path, address: str | Path, *, overwrite: bool = False) -> str:
+    """Send a model or an embedding store to `s3://bucket/place`, or wherever else fsspec writes; returns it.
+
+    What is there already with the right checksums is not sent again. The store's manifest, or the model's
+    checksums, go last: until then nothing there passes for whole.
+
+    Raises:
+        FileNotFoundError, ValueError: one line: neither model nor whole store here, or another one there
+            without `overwrite`. ReadError: the connection is lost.
+    """
+    folder = Path(folder)
+    kind = recognise(folder).kind
+    if kind not in ("model", "checkpoint", "store"):
+        raise refusal(folder, MODEL)
+    if kind == "store":
+        shards = EmbeddingStore(folder).manifest["shards"]
+        known = {entry["file"]: entry["sha256"] for entry in shards}
+        known |= {entry["table"]: entry["table_sha256"] for entry in shards}
+        last, more = MANIFEST, [name for name in ("skipped.jsonl", CARD_FILE) if (folder / name).is_file()]
+    else:
+        files = [file.name for file in folder.iterdir() if file.is_file()]
+        known, last = {}, CHECKSUMS_FILE if CHECKSUMS_FILE in files else "config.json"
+        more = [
+            name
+            for name in files
+            if name != last and any(fnmatch(name, pattern) for pattern in (*_OF_A_MODEL, CARD_FILE))
+        ]
+    known |= digests_of(folder, more) if kind != "store" else {name: sha256(folder / name) for name in more}
+    with working(f"sending {folder} to {located(address)}"):
+        sent = send_folder(folder, known, last, located(address), overwrite=overwrite)
+    logger.info("%d of %d files were sent", sent, len(known))
+    return str(located(address))
 
 
 def model_card(name: str) -> str:

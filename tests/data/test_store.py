@@ -385,7 +385,7 @@ def test_a_store_without_samples_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dtype": "float64"}, r"expected one of \('float16', 'bfloat16', 'float32'\), found 'float64'"),
+        ({"dtype": "float64"}, r"expected one of \('float16', .*'int8'\), found 'float64'"),
         ({"num_tokens": 8}, "square number of tokens .*, found 8"),
         ({"num_tokens": 0}, "square number of tokens .*, found 0"),
         ({"num_tokens": -4}, "square number of tokens .*, found -4"),

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
@@ -126,7 +126,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "GET":
             self.hub.fetched.append(path)
         etag = hashlib.sha1(data).hexdigest()
-        self._answer(200, data, {"ETag": f'"{etag}"', "X-Repo-Commit": self.hub.commit(name, revision)})
+        part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if part:
+            data = data[int(part[1]) : int(part[2]) + 1]
+        self._answer(206 if part else 200, data, {"ETag": f'"{etag}"', "X-Repo-Commit": self.hub.commit(name, revision)})
 
     def do_PUT(self) -> None:
         self.hub.large[self.path.rpartition("/")[2]] = self._body()
@@ -144,6 +147,10 @@ class _Handler(BaseHTTPRequestHandler):
             here = self.hub.repositories[found[1]]
             here.setdefault(unquote(found[2]), dict(here[MAIN]))
             self._answer(200, {})
+        elif found := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/paths-info/(.+)", self.path):
+            asked = parse_qs(body.decode())["paths"] if b"paths=" in body else json.loads(body)["paths"]
+            files = self.hub.files(found[1], found[2])
+            self._answer(200, [_entry(path, files[path]) for path in asked if path in files])
         elif "/preupload/" in self.path:
             modes = [
                 {

@@ -15,6 +15,7 @@ from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.publish import push_to_hub
 from blip3o_dit.utils.hub import model_folder, names_a_repository
 from tests.helpers.hub_server import HubServer, hub_server
+from tests.helpers.remote import counted
 from tests.helpers.stores import write_linear_store
 from tests.helpers.training import train_model
 
@@ -53,6 +54,19 @@ def test_a_model_sent_and_fetched_gives_the_same_samples(here: Path, hub: HubSer
     torch.testing.assert_close(auto.generate(eva), expected)
 
 
+def test_a_store_is_read_sample_by_sample(
+    here: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BLIP3O_DIT_CACHE", str(tmp_path / "samples"))
+    push_to_hub(here / "store", "me/data")
+    store = EmbeddingStore("hf://datasets/me/data")
+    with counted() as traffic:
+        assert torch.equal(store.fetch([3, 21])[0], EmbeddingStore(here / "store").fetch([3, 21])[0])
+    assert traffic.bytes < 3 * 720 + 3000
+    with pytest.raises(FileNotFoundError, match="^hf://datasets/me/nothing: expected an embedding store"):
+        EmbeddingStore("hf://datasets/me/nothing")
+
+
 def test_every_command_takes_a_name(
     here: Path, hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -62,7 +76,7 @@ def test_every_command_takes_a_name(
     assert main(["generate", "me/model", store, "out.npz", *cpu]) == 0
     assert main(["inspect", "me/model"]) == 0
     assert main(["evaluate", "me/model", store, *cpu]) == 2
-    assert "--output_dir: expected a folder, as me/model is on the hub" in capsys.readouterr().err
+    assert "--output_dir: expected a folder, as me/model is not on this disk" in capsys.readouterr().err
     distilled = [
         "distill",
         "me/model",

@@ -6,8 +6,9 @@ import argparse
 import logging
 from pathlib import Path
 
+from blip3o_dit.cli.outputs import store_output
 from blip3o_dit.cli.parser import CommandParser
-from blip3o_dit.data.choices import DTYPE_NAMES
+from blip3o_dit.data.choices import STORE_DTYPES
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +26,8 @@ def add_arguments(parser: CommandParser) -> None:
         help="the documented .pkl, or .pt, .npz, .npy (two, or their folder), .safetensors, parquet, saved "
         "Hugging Face datasets, stores",
     )
-    parser.add_argument("store", type=Path, help="folder to write")
-    parser.add_argument("--dtype", choices=DTYPE_NAMES, default="float16", help="precision on disk")
+    parser.add_argument("store", type=Path, help="folder to write, or an address, s3://bucket/store")
+    parser.add_argument("--dtype", choices=STORE_DTYPES, default="float16", help="precision on disk")
     parser.add_argument(
         "--shard_size", type=int, metavar="N", help="samples per shard (default: as many as take 256 MiB)"
     )
@@ -54,10 +55,13 @@ def run(arguments: argparse.Namespace) -> None:
     from blip3o_dit.data.store_folder import writing_alone
 
     arrangement = Arrangement(arguments.drop_class_token, arguments.pool, arguments.tokens)
-    with writing_alone(arguments.store, "convert"):
+    with (
+        store_output(arguments.store, overwrite=arguments.overwrite) as output,
+        writing_alone(output, "convert"),
+    ):
         store = convert_files(
             arguments.embeddings,
-            arguments.store,
+            output,
             dtype=arguments.dtype,
             shard_size=arguments.shard_size,
             overwrite=arguments.overwrite,

@@ -102,7 +102,9 @@ def _output_dir(arguments: argparse.Namespace) -> Path:
     from blip3o_dit.utils.hub import model_folder
 
     if arguments.output_dir is None and model_folder(arguments.model) != Path(arguments.model):
-        raise ValueError(f"--output_dir: expected a folder, as {arguments.model} is on the hub, found none")
+        raise ValueError(
+            f"--output_dir: expected a folder, as {arguments.model} is not on this disk, found none"
+        )
     return arguments.output_dir or Path(arguments.model)
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from blip3o_dit.cli.arguments import add_flags, given_settings
 from blip3o_dit.cli.main import run_script
+from blip3o_dit.cli.outputs import store_output
 from blip3o_dit.cli.parser import CommandParser
 from blip3o_dit.extraction.config import ExtractionConfig
+from blip3o_dit.utils.addresses import refuse_address
 from blip3o_dit.utils.json_files import escaped
 
 DEFAULT_STORE = Path("embeddings/store")
@@ -50,18 +53,20 @@ def add_arguments(parser: CommandParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     as_pickle = arguments.format == "pickle"
     output: Path = arguments.output or (DEFAULT_PICKLE if as_pickle else DEFAULT_STORE)
-    store_path = output.with_suffix(".store") if as_pickle else output
     places = arguments.pictures
     settings = given_settings(arguments, ExtractionConfig) | {
         "images": places[0] if len(places) == 1 else tuple(places),
-        "output": str(store_path),
+        "output": str(output.with_suffix(".store") if as_pickle else output),
     }
     config = ExtractionConfig(**settings)
+    if as_pickle or config.append or config.retry_skipped:
+        refuse_address(output)
     try:
         if arguments.dry_run:
             _show_plan(config)
-        else:
-            _extract(config, output if as_pickle else None)
+            return
+        with store_output(Path(config.output), overwrite=config.overwrite) as folder:
+            _extract(replace(config, output=str(folder)), output if as_pickle else None)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted: what was done is kept, the same command continues") from None
 

@@ -18,6 +18,7 @@ from blip3o_dit.cli.arguments import (
     given_settings,
     use_tf32,
 )
+from blip3o_dit.cli.outputs import store_output
 from blip3o_dit.cli.parser import CommandParser
 from blip3o_dit.data.choices import DTYPE_NAMES, QUANTIZATIONS
 from blip3o_dit.flow.config import SOLVER_NAMES
@@ -128,13 +129,23 @@ def _add_computing(parser: CommandParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Generate, write, and print the metrics as JSON; what was begun is gone on with."""
-    from blip3o_dit.inference.output import check_output, finished_generation
+    from blip3o_dit.inference.output import is_file_output
+    from blip3o_dit.utils.addresses import refuse_address
     from blip3o_dit.utils.hub import model_folder
 
     if arguments.tf32:
         use_tf32(arguments.device)
     given = given_settings(arguments, GenerationConfig)
     arguments.model = model_folder(arguments.model, weights=arguments.weights)
+    if is_file_output(arguments.output):
+        refuse_address(arguments.output)
+    with store_output(arguments.output, overwrite=given.get("overwrite", False)) as arguments.output:
+        _generate(arguments, given)
+
+
+def _generate(arguments: argparse.Namespace, given: dict[str, Any]) -> None:
+    from blip3o_dit.inference.output import check_output, finished_generation
+
     finished = finished_generation(arguments.output)
     replaces = given.get("overwrite", False) or finished is not None
     check_output(arguments.output, overwrite=replaces, pooled=given.get("pooled", False))
@@ -306,7 +317,10 @@ def _are_pictures(path: Path) -> bool:
     from blip3o_dit.data.manifest import MANIFEST
     from blip3o_dit.data.table_files import holds_tokens
     from blip3o_dit.extraction.sources.listing import names_pictures
+    from blip3o_dit.utils.addresses import Address, located
 
+    if isinstance(located(path), Address):
+        return False
     if path.is_dir():
         names = {file.name for file in path.iterdir()}
         embeddings = MANIFEST in names or any(name.endswith((".npy", ".safetensors")) for name in names)

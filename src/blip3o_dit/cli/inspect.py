@@ -57,9 +57,13 @@ def add_arguments(parser: CommandParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from blip3o_dit.data.remote_shards import is_store_address
     from blip3o_dit.utils.hub import model_folder
     from blip3o_dit.utils.recognise import TRAINED, recognise
 
+    if is_store_address(arguments.embeddings):
+        _run_on_embeddings(arguments)
+        return
     arguments.embeddings = model_folder(arguments.embeddings)
     if recognise(arguments.embeddings).kind in TRAINED:
         _run_on_model(arguments)
@@ -78,6 +82,7 @@ def _run_on_embeddings(arguments: argparse.Namespace) -> None:
     from blip3o_dit.data.embeddings import open_embeddings
     from blip3o_dit.extraction.inspection import format_inspection, inspect_embeddings
     from blip3o_dit.extraction.shown_images import pictures_of_store
+    from blip3o_dit.utils.addresses import Address
 
     source = open_embeddings(arguments.embeddings)
     if arguments.samples < 1:
@@ -87,7 +92,7 @@ def _run_on_embeddings(arguments: argparse.Namespace) -> None:
     inspection = inspect_embeddings(source, progress=reading)
     _write(asdict(inspection), format_inspection(inspection), arguments.json)
     if not arguments.no_picture:
-        path = arguments.embeddings.resolve()
+        path = Path(source.path.name) if isinstance(source.path, Address) else source.path.resolve()
         target = arguments.picture or path.with_name(f"{path.stem}_inspection.png")
         _draw(source, target, arguments, pictures)
         logger.info("the picture: %s", target)

@@ -29,7 +29,7 @@ COMMANDS = {
     "export-embeddings": "write an embedding store as .npz, .safetensors, .parquet or the documented .pkl",
     "merge": "write the samples of several embedding stores as one",
     "append": "add the samples of other embedding stores whose keys are new to a store",
-    "push": "send a model or an embedding store to the Hugging Face hub",
+    "push": "send a model or an embedding store to the Hugging Face hub, or to s3:// and others",
     "verify": "read all of an embedding store, check every checksum, and name every damaged file",
 }
 

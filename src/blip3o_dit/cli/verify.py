@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
         damaged += 1
     if damaged:
         raise ValueError(
-            f"{arguments.store}: {damaged} of {2 * len(store.manifest['shards'])} files are damaged: copy "
+            f"{store.path}: {damaged} of {2 * len(store.manifest['shards'])} files are damaged: copy "
             "them again from where they are whole, or make the store anew"
         )
     logger.info(

@@ -8,8 +8,10 @@ from typing import Any
 from blip3o_dit.utils.json_files import short_repr
 from blip3o_dit.utils.validation import is_number
 
-# How tokens are stored: names of torch's dtypes.
+# What tokens are computed with and stored in: names of torch's dtypes.
 DTYPE_NAMES = ("float16", "bfloat16", "float32")
+# What a store may hold: also bytes with a scale for each token (`int8_tokens.py`).
+STORE_DTYPES = (*DTYPE_NAMES, "int8")
 # How the weights of blocks are quantised for generating (`model/quantization.py`).
 QUANTIZATIONS = ("int8", "fp8")
 # When checksums of a store are checked.

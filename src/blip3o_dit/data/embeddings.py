@@ -14,6 +14,7 @@ from blip3o_dit.data.array_embeddings import AS_IT_IS, Arrangement
 from blip3o_dit.data.checks import AnyIndices, Indices, Record
 from blip3o_dit.data.manifest import MANIFEST, STORE_ASIDE
 from blip3o_dit.data.store import EmbeddingStore
+from blip3o_dit.utils.addresses import Address, located
 from blip3o_dit.utils.json_files import printable
 from blip3o_dit.utils.recognise import EMBEDDINGS, refusal
 
@@ -61,7 +62,7 @@ def open_embeddings(
     Raises:
         FileNotFoundError, ValueError: one line naming the file, what was expected and what was found.
     """
-    found = _open(Path(path), verify, arrangement)
+    found = _open(located(path), verify, arrangement)
     made_by = generated_by(found)
     if made_by is not None:
         logger.info("%s: its clip tokens are %s: they count as the targets", path, said_of_generated(made_by))
@@ -71,6 +72,8 @@ def open_embeddings(
 def _open(path: Path, verify: str, arrangement: Arrangement) -> Embeddings:
     from blip3o_dit.data.array_files import open_file, open_folder  # which are built on this module
 
+    if isinstance(path, Address):
+        return EmbeddingStore(path, verify=verify)
     if not path.is_dir():
         return open_file(path, arrangement)
     if any((path / name).exists() for name in (MANIFEST, STORE_ASIDE)):

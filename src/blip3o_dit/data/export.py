@@ -20,6 +20,7 @@ from blip3o_dit.data.checks import Record
 from blip3o_dit.data.embeddings import Embeddings, batches, fetch_stored
 from blip3o_dit.data.pickle_format import write_pickle
 from blip3o_dit.data.table_files import RECORD, pyarrow
+from blip3o_dit.utils.addresses import refuse_address
 from blip3o_dit.utils.atomic import atomic_file
 
 BATCH = 256
@@ -37,6 +38,7 @@ def export_embeddings(source: Embeddings, path: str | Path, *, overwrite: bool =
         ValueError: for another suffix, or a file that is there without `overwrite`.
     """
     path = Path(path)
+    refuse_address(path)
     writers: dict[str, Callable[[Embeddings, Path], None]] = {
         ".npz": _write_npz,
         ".safetensors": _write_safetensors,

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from blip3o_dit.data.checks import check_square
-from blip3o_dit.data.choices import DTYPE_NAMES
+from blip3o_dit.data.choices import DTYPE_NAMES, STORE_DTYPES
+from blip3o_dit.data.int8_tokens import width_on_disk
 from blip3o_dit.utils.atomic import ASIDE, finish_publishing, write_atomically
 from blip3o_dit.utils.json_files import MAX_JSON_BYTES, is_plain_name, read_json, short_repr
 from blip3o_dit.utils.recognise import STORE, instead_of, refusal
@@ -23,6 +24,7 @@ FORMAT_VERSION = 1
 # A manifest of so many, at up to 350 bytes each, is read whole: `json_files.MAX_JSON_BYTES`.
 MAX_SHARDS = 150_000
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
+ON_DISK: dict[str, torch.dtype] = {name: getattr(torch, name) for name in STORE_DTYPES}
 
 _MANIFEST_COUNTS = ("num_samples", "num_tokens", "condition_dim", "target_dim")
 _SHARD_FIELDS = {
@@ -80,14 +82,14 @@ def read_manifest(path: Path, *, check_files: bool = True) -> dict[str, Any]:
     finish_publishing(path / STORE_ASIDE, path, MANIFEST)
     if not file.is_file():
         raise refusal(path, STORE)
-    manifest = read_json(file)
-    _check_manifest(file, manifest)
+    manifest = checked_manifest(file, read_json(file))
     for shard in manifest["shards"] if check_files else []:
         check_shard_file(path, shard)
     return manifest
 
 
-def _check_manifest(file: Path, manifest: Any) -> None:
+def checked_manifest(file: Path, manifest: Any) -> dict[str, Any]:
+    """The manifest that was read from `file`. Raises ValueError for anything but a store's."""
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{file}: expected format {FORMAT!r}, found another file")
     if manifest.get("format_version") != FORMAT_VERSION:
@@ -96,14 +98,14 @@ def _check_manifest(file: Path, manifest: Any) -> None:
             f"found {short_repr(manifest.get('format_version'))}"
         )
     _check_fields(file, manifest, dict.fromkeys(_MANIFEST_COUNTS, int) | {"shards": list, "dtype": str})
-    if manifest["dtype"] not in DTYPES:
+    if manifest["dtype"] not in ON_DISK:
         raise ValueError(
-            f"{file}: dtype: expected one of {tuple(DTYPES)}, found {short_repr(manifest['dtype'])}"
+            f"{file}: dtype: expected one of {tuple(ON_DISK)}, found {short_repr(manifest['dtype'])}"
         )
     _check_encoders(file, manifest.get("encoders", {}))
     check_square(file, manifest["num_tokens"])
-    widths = manifest["condition_dim"] + manifest["target_dim"]
-    bytes_per_sample = manifest["num_tokens"] * widths * DTYPES[manifest["dtype"]].itemsize
+    sizes = manifest["num_tokens"], manifest["condition_dim"], manifest["target_dim"]
+    bytes_per_sample = sample_bytes(sizes, manifest["dtype"])
     for shard in manifest["shards"]:
         check_shard_entry(file, shard)
         # The sizes say how much memory a batch takes: no more than the shards have.
@@ -116,6 +118,13 @@ def _check_manifest(file: Path, manifest: Any) -> None:
     total = sum(shard["num_samples"] for shard in manifest["shards"])
     if total != manifest["num_samples"] or total < 1:
         raise ValueError(f"{file}: num_samples is {manifest['num_samples']}, its shards hold {total}")
+    return manifest
+
+
+def sample_bytes(sizes: tuple[int, int, int], dtype: str) -> int:
+    """Of a sample's tokens in a store of this dtype: sizes are tokens, condition width, target width."""
+    tokens, *widths = sizes
+    return tokens * sum(width_on_disk(width, dtype) for width in widths) * ON_DISK[dtype].itemsize
 
 
 def check_shard_entry(file: Path, shard: Any) -> None:

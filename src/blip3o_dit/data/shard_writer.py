@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from blip3o_dit.data.checks import Record, check_pair
-from blip3o_dit.data.manifest import DTYPES, check_shard_count
+from blip3o_dit.data.int8_tokens import NAME as INT8
+from blip3o_dit.data.int8_tokens import quantized
+from blip3o_dit.data.manifest import DTYPES, check_shard_count, sample_bytes
 from blip3o_dit.data.sample_checksums import NAME as CHECKSUMS
 from blip3o_dit.data.sample_checksums import sample_checksums
 from blip3o_dit.utils.atomic import save_tensors, write_atomically
@@ -27,7 +29,7 @@ class ShardWriter:
     Args:
         where: the store's path, for messages. folder: where the shards go.
         sizes: tokens, condition width, target width.
-        dtype: "float16", "bfloat16" or "float32" on disk. shard_size: None aims at 256 MiB.
+        dtype: "float16", "bfloat16", "float32" or "int8" on disk. shard_size: None aims at 256 MiB.
         first_shard, first_sample: what the store has already.
     """
 
@@ -43,8 +45,7 @@ class ShardWriter:
         first_sample: int = 0,
     ) -> None:
         self.where, self.folder, self.sizes, self.dtype = where, folder, sizes, dtype
-        bytes_per_sample = sizes[0] * (sizes[1] + sizes[2]) * DTYPES[dtype].itemsize
-        self.shard_size = shard_size or max(1, 2**28 // bytes_per_sample)
+        self.shard_size = shard_size or max(1, 2**28 // sample_bytes(sizes, dtype))
         self.entries: list[dict[str, Any]] = []
         self._first_shard, self._written = first_shard, first_sample
         self._pending: list[tuple[Tensor, Tensor]] = []
@@ -106,6 +107,8 @@ def to_disk(where: Path, tokens: Tensor, name: str, dtype: str) -> Tensor:
         ValueError: when a value does not fit, or a token would lose more than `MAX_ERROR`.
     """
     tokens = tokens.detach().cpu()
+    if dtype == INT8:
+        return quantized(tokens)
     stored = tokens.to(DTYPES[dtype], copy=True)
     if not torch.isfinite(stored).all():
         raise ValueError(

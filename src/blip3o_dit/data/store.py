@@ -14,6 +14,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,20 +25,25 @@ from torch import Tensor
 
 from blip3o_dit.data.checks import Indices, Record, check_indices, check_record, check_square
 from blip3o_dit.data.choices import VERIFY_CHOICES
+from blip3o_dit.data.int8_tokens import NAME as INT8
+from blip3o_dit.data.int8_tokens import restored, width_on_disk
 from blip3o_dit.data.manifest import (
     DTYPES,
+    ON_DISK,
     check_shard_file,
     read_manifest,
     write_manifest,
 )
+from blip3o_dit.data.remote_shards import OpenShard, RemoteShards
 from blip3o_dit.data.sample_checksums import DTYPE as CHECKSUM_DTYPE
 from blip3o_dit.data.sample_checksums import NAME as CHECKSUMS
 from blip3o_dit.data.sample_checksums import sample_checksum
 from blip3o_dit.data.shard_writer import ShardWriter
 from blip3o_dit.data.store_folder import StoreFolder
 from blip3o_dit.data.verified import Identity, check_once, identity
+from blip3o_dit.utils.addresses import Address, located
 from blip3o_dit.utils.checksums import sha256
-from blip3o_dit.utils.json_files import one_line
+from blip3o_dit.utils.json_files import one_line, show_names
 from blip3o_dit.utils.validation import check_name
 
 # Bytes (as float32) a store hands out before it drops its maps; mapping again costs microseconds a shard.
@@ -46,11 +52,12 @@ UNMAP_AFTER = 2**26
 
 
 class Shard(NamedTuple):
-    """A mapped shard; `sums` [n] is None in older stores."""
+    """A mapped shard; `sums` [n] is None in older stores, `elsewhere` where the shard lies on this disk."""
 
     eva: Tensor
     clip: Tensor
     sums: Tensor | None
+    elsewhere: OpenShard | None = None
 
 
 class EmbeddingStore:
@@ -59,7 +66,7 @@ class EmbeddingStore:
     Opening reads the manifest and the sizes of the files; `fetch` maps shards when it needs them.
 
     Args:
-        path: the store's folder.
+        path: the store's folder, or its address: `s3://bucket/store`, or whatever else fsspec reads.
         verify: "first" checks a sample's CRC-32 when this process first reads it, and again when the file
             changed; of a shard without these its SHA-256, once on a machine. "never" relies on sizes and
             shapes.
@@ -71,9 +78,11 @@ class EmbeddingStore:
 
     def __init__(self, path: str | Path, *, verify: str = "first", check_files: bool = True) -> None:
         check_name("verify", verify, VERIFY_CHOICES)
-        self.path = Path(path)
+        self.path = located(path)
         self.verified_first = verify == "first"
-        self.manifest = read_manifest(self.path, check_files=check_files)
+        self._elsewhere = RemoteShards(self.path) if isinstance(self.path, Address) else None
+        opened = partial(read_manifest, self.path) if self._elsewhere is None else self._elsewhere.manifest
+        self.manifest = opened(check_files=check_files)
         self.num_samples: int = self.manifest["num_samples"]
         self.num_tokens: int = self.manifest["num_tokens"]
         self.condition_dim: int = self.manifest["condition_dim"]
@@ -101,8 +110,11 @@ class EmbeddingStore:
         return self._fetch(indices, torch.float32)
 
     def fetch_stored(self, indices: Indices) -> tuple[Tensor, Tensor]:
-        """The same in the store's dtype: half the bytes for a batch that goes from process to process."""
-        return self._fetch(indices, DTYPES[self.manifest["dtype"]])
+        """The same in the store's dtype: half the bytes for a batch that goes from process to process.
+
+        Of int8 stores float32, what their tokens mean.
+        """
+        return self._fetch(indices, DTYPES.get(self.manifest["dtype"], torch.float32))
 
     def _fetch(self, indices: Indices, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         check_indices(self.path, indices, self.num_samples)
@@ -110,17 +122,39 @@ class EmbeddingStore:
         eva = torch.empty(len(wanted), self.num_tokens, self.condition_dim, dtype=dtype)
         clip = torch.empty(len(wanted), self.num_tokens, self.target_dim, dtype=dtype)
         shards, inside = self._locate(wanted)
+        is_int8 = self.manifest["dtype"] == INT8
+        fetched = {} if self._elsewhere is None else self._fetch_from(self._elsewhere, shards, inside)
         # In the order of the files, and each sample straight from its map to its place: gathering a batch
         # and converting it would go over the same bytes three times.
         for row in np.argsort(wanted).tolist():
             shard, place = int(shards[row]), int(inside[row])
-            mapped = self._map(shard)
-            eva[row] = mapped.eva[place]
-            clip[row] = mapped.clip[place]
-            if self.verified_first and mapped.sums is not None:
-                self._check_sample(shard, place)
+            if (shard, place) in fetched:
+                sample = fetched[shard, place]
+            else:
+                mapped = self._map(shard)
+                sample = mapped.eva[place], mapped.clip[place]
+                if self.verified_first and mapped.sums is not None:
+                    self._check_sample(shard, place)
+            eva[row], clip[row] = map(restored, sample) if is_int8 else sample
         self._release_pages(4 * (eva.numel() + clip.numel()))
         return eva, clip
+
+    def _fetch_from(
+        self, elsewhere: RemoteShards, shards: np.ndarray, inside: np.ndarray
+    ) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
+        """The samples that are not in the cache, or not as they were written, by shard and row."""
+        samples = set(zip(shards.tolist(), inside.tolist(), strict=True))
+        opened: dict[int, OpenShard] = {}
+        needed = sorted({shard for shard, _ in samples})
+        new = [self.manifest["shards"][shard] for shard in needed if shard not in self._maps]
+        elsewhere.prepare(new, verify=self.verified_first)
+        for shard in needed:
+            mapped = self._map(shard)
+            assert mapped.elsewhere is not None
+            opened[shard] = mapped.elsewhere
+        missing = [s for s in samples if not opened[s[0]].cached.has(s[1]) or not self._is_whole(*s)]
+        found = elsewhere.fetch(opened, missing)
+        return {sample: (arrays["eva"], arrays["clip"]) for sample, arrays in found.items()}
 
     def records(self, indices: Indices | None = None) -> list[Record]:
         """See `Embeddings.records`."""
@@ -176,6 +210,9 @@ class EmbeddingStore:
 
     def _verify_shard(self, shard: int) -> None:
         entry = self.manifest["shards"][shard]
+        if self._elsewhere is not None:
+            self._elsewhere.verify(entry)
+            return
         file = self.path / entry["file"]
         self._maps.pop(shard, None)
         check_shard_file(self.path, entry)
@@ -191,58 +228,81 @@ class EmbeddingStore:
 
     def _check_sample(self, shard: int, place: int) -> None:
         """Refuse (ValueError) a sample that is not what was written; looked at once."""
-        _, checked = self._checked[shard]
-        if checked[place]:
-            return
-        mapped, file = self._maps[shard], self.path / self.manifest["shards"][shard]["file"]
-        assert mapped.sums is not None
-        if sample_checksum(mapped.eva[place], mapped.clip[place]) != int(mapped.sums[place]):
+        if not self._is_whole(shard, place):
             raise ValueError(
-                f"{file}: sample {self.shard_starts[shard] + place}: its CRC-32 is not the stored one: "
-                "the file was altered"
+                f"{self.path / self.manifest['shards'][shard]['file']}: sample "
+                f"{self.shard_starts[shard] + place}: its CRC-32 is not the stored one: the file was altered"
             )
-        checked[place] = True
+
+    def _is_whole(self, shard: int, place: int) -> bool:
+        """Whether a sample has the CRC-32 that was stored with it; looked at once."""
+        mapped = self._maps[shard]
+        if not self.verified_first or mapped.sums is None:
+            return True
+        _, checked = self._checked[shard]
+        if not checked[place]:
+            found = sample_checksum(mapped.eva[place], mapped.clip[place])
+            checked[place] = found == int(mapped.sums[place])
+        return bool(checked[place])
 
     def _map(self, shard: int) -> Shard:
         if shard not in self._maps:
             entry = self.manifest["shards"][shard]
-            file = self.path / entry["file"]
-            now = _identity(file)
-            mapped = self._open_shard(file, entry["num_samples"])
-            if self.verified_first and mapped.sums is None and self._verified.get(shard) != now:
-                self._verified[shard] = check_once(file, shard, entry["sha256"])
-            if mapped.sums is not None and self._checked.get(shard, (None,))[0] != now:
-                self._checked[shard] = (now, np.zeros(entry["num_samples"], dtype=bool))
-            self._maps[shard] = mapped
+            if self._elsewhere is None:
+                self._maps[shard] = self._map_file(shard, entry)
+            else:
+                opened = self._elsewhere.open(entry, verify=self.verified_first)
+                self._maps[shard] = self._checked_shard(
+                    self.path / entry["file"], entry["num_samples"], opened.tensors(), opened
+                )
+                self._checked.setdefault(shard, ((), np.zeros(entry["num_samples"], dtype=bool)))
         return self._maps[shard]
 
-    def _open_shard(self, file: Path, count: int) -> Shard:
+    def _map_file(self, shard: int, entry: Mapping[str, Any]) -> Shard:
+        file = self.path / entry["file"]
+        now = _identity(file)
         try:
             with safe_open(file, framework="pt") as tensors:
-                eva, clip = tensors.get_tensor("eva"), tensors.get_tensor("clip")
-                known = CHECKSUMS in tensors.keys()  # noqa: SIM118
-                sums = tensors.get_tensor(CHECKSUMS) if known else None
+                arrays = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: not a readable shard: {one_line(error)}") from error
-        widths = {"eva": self.condition_dim, "clip": self.target_dim}
-        for (name, width), tensor in zip(widths.items(), (eva, clip), strict=True):
-            expected = [count, self.num_tokens, width]
+        mapped = self._checked_shard(file, entry["num_samples"], arrays)
+        if self.verified_first and mapped.sums is None and self._verified.get(shard) != now:
+            self._verified[shard] = check_once(file, shard, entry["sha256"])
+        if mapped.sums is not None and self._checked.get(shard, (None,))[0] != now:
+            self._checked[shard] = (now, np.zeros(entry["num_samples"], dtype=bool))
+        return mapped
+
+    def _checked_shard(
+        self, file: Path, count: int, arrays: Mapping[str, Tensor], elsewhere: OpenShard | None = None
+    ) -> Shard:
+        """These arrays. Raises ValueError unless they are of the shapes and dtypes of the store."""
+        for name, width in (("eva", self.condition_dim), ("clip", self.target_dim)):
+            if name not in arrays:
+                raise ValueError(f"{file}: not a readable shard: expected {name}, found {show_names(arrays)}")
+            expected = [count, self.num_tokens, width_on_disk(width, self.manifest["dtype"])]
+            tensor = arrays[name]
             if list(tensor.shape) != expected:
                 raise ValueError(f"{file}: {name}: expected shape {expected}, found {list(tensor.shape)}")
-            if tensor.dtype != DTYPES[self.manifest["dtype"]]:
+            if tensor.dtype != ON_DISK[self.manifest["dtype"]]:
                 raise ValueError(f"{file}: {name}: expected {self.manifest['dtype']}, found {tensor.dtype}")
+        sums = arrays.get(CHECKSUMS)
         if sums is not None and (list(sums.shape) != [count] or sums.dtype != CHECKSUM_DTYPE):
             raise ValueError(
                 f"{file}: {CHECKSUMS}: expected {CHECKSUM_DTYPE} of shape [{count}], "
                 f"found {sums.dtype} of shape {list(sums.shape)}"
             )
-        return Shard(eva, clip, sums)
+        return Shard(arrays["eva"], arrays["clip"], sums, elsewhere)
 
     def _table(self, shard: int) -> list[Record]:
         entry = self.manifest["shards"][shard]
         file = self.path / entry["table"]
-        _check_digest(file, entry["table_sha256"])
-        lines = file.read_bytes().removesuffix(b"\n").split(b"\n")
+        if self._elsewhere is None:
+            _check_digest(file, entry["table_sha256"])
+            content = file.read_bytes()
+        else:
+            content = self._elsewhere.table(entry)
+        lines = content.removesuffix(b"\n").split(b"\n")
         if len(lines) != entry["num_samples"]:
             raise ValueError(f"{file}: expected {entry['num_samples']} records, found {len(lines)}")
         first = int(self.shard_starts[shard])
@@ -258,7 +318,7 @@ class StoreWriter:
     Args:
         path: folder to create, or an empty one, or with `overwrite` a store's; see `StoreFolder`.
         num_tokens, condition_dim, target_dim: sizes of a sample.
-        dtype: "float16", "bfloat16" or "float32" on disk.
+        dtype: "float16", "bfloat16", "float32" or "int8" on disk.
         shard_size: samples per shard; None aims at 256 MiB.
         encoders: {"eva": {...}, "clip": {...}}, names and revisions, kept in the manifest.
         pooling, normalization: how the tokens were made, kept in the manifest.
@@ -282,8 +342,8 @@ class StoreWriter:
         normalization: str = "none",
         overwrite: bool = False,
     ) -> None:
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype: expected one of {tuple(DTYPES)}, found {dtype!r}")
+        if dtype not in ON_DISK:
+            raise ValueError(f"dtype: expected one of {tuple(ON_DISK)}, found {dtype!r}")
         self.path = Path(path)
         check_square(self.path, num_tokens)
         sizes = {"condition_dim": condition_dim, "target_dim": target_dim, "shard_size": shard_size}

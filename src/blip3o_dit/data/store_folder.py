@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from blip3o_dit.data.manifest import FORMAT, MANIFEST, STORE_ASIDE
+from blip3o_dit.utils.addresses import refuse_address
 from blip3o_dit.utils.atomic import (
     abandon_files,
     finish_publishing,
@@ -150,6 +151,7 @@ def check_claim(path: Path, overwrite: bool, parts: str | None = None) -> None:
 
 def check_is_folder(path: Path) -> None:
     """Refuse (ValueError) a file or a broken link where a folder is to be written to."""
+    refuse_address(path)
     if not path.is_dir() and (path.exists() or path.is_symlink()):
         raise ValueError(f"{path}: expected a folder to write to, found a file or a broken link")
 

@@ -34,6 +34,7 @@ from blip3o_dit.inference.output import check_writable
 from blip3o_dit.inference.pipeline import BLIP3oInference, target_statistics
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.calibration import read_calibration
+from blip3o_dit.utils.addresses import refuse_address
 from blip3o_dit.utils.distributed import SINGLE_PROCESS, Processes, join_processes
 from blip3o_dit.utils.durations import in_words
 from blip3o_dit.utils.json_files import escaped
@@ -82,6 +83,7 @@ def evaluate_models(
     """
     config = config or EvaluationConfig()
     folder = Path(models[0] if output_dir is None else output_dir)
+    refuse_address(folder)
     processes = join_processes(config.device)
     if processes.is_main and (output_dir is not None or folder.is_dir()):  # else loading says what is there
         check_writable(folder / report.METRICS_FILE)

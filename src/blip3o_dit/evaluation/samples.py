@@ -11,6 +11,7 @@ from blip3o_dit.data.embeddings import Embeddings, TransformedEmbeddings
 from blip3o_dit.evaluation.config import EvaluationConfig
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.training.config import SPLIT_SETTINGS, TRAINING_CONFIG_FILE, TrainingConfig
+from blip3o_dit.utils.addresses import may_be_there
 from blip3o_dit.utils.stateless_random import stateless_choice
 
 
@@ -93,7 +94,7 @@ def fitting_samples(
 def _training_embeddings(runs: Sequence[TrainingConfig], embeddings: Path) -> str:
     """The embeddings that all the models were trained on."""
     paths = sorted({run.embeddings_path for run in runs})
-    if len(paths) != 1 or not Path(paths[0]).exists():
+    if len(paths) != 1 or not may_be_there(paths[0]):
         raise ValueError(
             f"{embeddings}: with --split all the baselines need embeddings to be fitted on (--fit_on), "
             f"found {'none' if len(paths) != 1 else 'none at ' + paths[0]}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from blip3o_dit.data.choices import DTYPE_NAMES
+from blip3o_dit.data.choices import DTYPE_NAMES, STORE_DTYPES
 from blip3o_dit.extraction.sources.options import ListingOptions
 from blip3o_dit.utils.settings import setting
 from blip3o_dit.utils.validation import check_name, check_range, is_number
@@ -57,7 +57,7 @@ class ExtractionConfig:
     )
     dtype: str = setting("float32", "precision of the towers", choices=DTYPE_NAMES, decides=True)
     store_dtype: str = setting(
-        "float16", "precision on disk", group="store", choices=DTYPE_NAMES, decides=True
+        "float16", "precision on disk", group="store", choices=STORE_DTYPES, decides=True
     )
     shard_size: int = setting(1024, "pictures per shard", decides=True)
     batch_size: int = setting(32, "pictures per call of a tower", group="speed", noted=True)
@@ -105,7 +105,7 @@ class ExtractionConfig:
 
     def __post_init__(self) -> None:
         check_name("dtype", self.dtype, DTYPE_NAMES)
-        check_name("store_dtype", self.store_dtype, DTYPE_NAMES)
+        check_name("store_dtype", self.store_dtype, STORE_DTYPES)
         for name, low in _MINIMUM.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from blip3o_dit.data.manifest import DTYPES, MANIFEST
+from blip3o_dit.data.manifest import MANIFEST, sample_bytes
 from blip3o_dit.extraction.config import DEFAULT_CLIP, DEFAULT_EVA, ExtractionConfig
 from blip3o_dit.extraction.extract import list_for
 from blip3o_dit.extraction.extractor import Extractor
@@ -135,8 +135,8 @@ def _size(config: ExtractionConfig, images: ImageList, towers: Towers | None) ->
         widths = [KNOWN_WIDTHS.get(name, 0) for name in (config.eva, config.clip)]
     if not all(widths):
         return 0
-    tokens = config.tokens * sum(widths) * DTYPES[config.store_dtype].itemsize
-    return len(images) * (tokens + RECORD_BYTES)
+    sizes = config.tokens, widths[0], widths[1]
+    return len(images) * (sample_bytes(sizes, config.store_dtype) + RECORD_BYTES)
 
 
 def _state(config: ExtractionConfig, output: Path, images: ImageList, shards: int, progress: bool) -> str:

@@ -16,11 +16,9 @@ from dataclasses import dataclass
 
 from blip3o_dit.extraction.image_decoding import UnreadableImageError
 from blip3o_dit.extraction.sources.image_ref import OF_ONE_FILE, ImageRef
-from blip3o_dit.utils.errors import ReadError
+from blip3o_dit.utils.errors import RETRY_AFTER, ReadError
 from blip3o_dit.utils.json_files import one_line, printable
 
-# Seconds before each further try of a read that failed.
-RETRY_AFTER = (1.0, 4.0, 25.0)
 # Begins the reason of an image whose bytes could not be had: a later try may have them.
 NOT_READ = "cannot be read"
 

@@ -15,6 +15,7 @@ from blip3o_dit.data.array_embeddings import GENERATED, POOLED_VECTORS
 from blip3o_dit.data.manifest import MANIFEST, STORE_ASIDE
 from blip3o_dit.data.safe_unpickler import load_pickle
 from blip3o_dit.data.store_folder import GENERATION_PARTS, check_claim
+from blip3o_dit.utils.addresses import refuse_address
 from blip3o_dit.utils.atomic import atomic_file, dump_atomically, finish_publishing
 from blip3o_dit.utils.json_files import read_json
 
@@ -66,6 +67,7 @@ def check_output(path: Path, *, overwrite: bool = False, pooled: bool = False) -
 
 def check_writable(path: Path) -> None:
     """Raises ValueError for a device, and where a file or folder of this name cannot be made."""
+    refuse_address(path)
     if path.exists() and not path.is_file() and not path.is_dir():
         raise ValueError(f"{path}: expected a file or folder to write, found a device")
     existing = path.parent

@@ -28,6 +28,7 @@ from blip3o_dit.model.calibration import CALIBRATION_FILE, Calibration, read_cal
 from blip3o_dit.model.config import CONFIG_FILE, BLIP3oDiTConfig
 from blip3o_dit.model.loading import pick_weights, variant_of
 from blip3o_dit.training.config import TRAINING_CONFIG_FILE, TrainingConfig
+from blip3o_dit.utils.addresses import located
 from blip3o_dit.utils.atomic import replace_files
 from blip3o_dit.utils.distributed import SINGLE_PROCESS, Processes, pick_device
 from blip3o_dit.utils.json_files import read_json_object
@@ -226,7 +227,7 @@ def _unseen(model_path: Path, source: Embeddings, split: str) -> np.ndarray:
         if (
             run is not None
             and run.embeddings_path
-            and Path(run.embeddings_path).resolve() == source.path.resolve()
+            and located(run.embeddings_path).resolve() == source.path.resolve()
         ):
             raise ValueError(
                 f"{source.path}: --split all expects embeddings that the model was not trained on, found "

@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import safe_open
 
 from blip3o_dit.training.curves import LOG_FILE, read_log
+from blip3o_dit.utils.addresses import may_be_there
 from blip3o_dit.utils.atomic import MODEL_ASIDE, finish_publishing
 from blip3o_dit.utils.checksums import check_sizes
 from blip3o_dit.utils.json_files import (
@@ -224,7 +225,7 @@ def _data(settings: dict[str, Any], run: dict[str, Any], folder: Path) -> dict[s
     path = settings.get("embeddings_path") or None
     return {
         "path": path,
-        "there": Path(path).exists() if isinstance(path, str) else None,
+        "there": may_be_there(path) if isinstance(path, str) else None,
         "samples": run.get("samples"),
         "held_out": settings.get("eval_split"),
         "group_pattern": settings.get("group_pattern") or None,

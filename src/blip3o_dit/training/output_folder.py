@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from blip3o_dit.utils.addresses import refuse_address
 from blip3o_dit.utils.folder_lock import held_folder
 
 
@@ -30,6 +31,7 @@ def output_folder(folder: Path, what: str, *, dry_run: bool = False) -> Iterator
 
 def _check_writable(folder: Path) -> None:
     """Refuse (ValueError, PermissionError) a folder that cannot be made or written to."""
+    refuse_address(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder to write to, found a file")
     existing = folder

@@ -5,6 +5,9 @@ A user's mistake is a ValueError or OSError, everywhere: one line with what was 
 
 from __future__ import annotations
 
+# Seconds before each further try of a read that failed.
+RETRY_AFTER = (1.0, 4.0, 25.0)
+
 
 class WriteError(OSError):
     """Something could not be written whole; what was there before is untouched."""

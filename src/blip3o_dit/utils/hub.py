@@ -7,11 +7,15 @@ those of huggingface_hub: HF_TOKEN or `hf auth login`, HF_HOME, HF_ENDPOINT, HF_
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from blip3o_dit.utils.addresses import Address, RemoteFolder, cache_folder, located
+from blip3o_dit.utils.atomic import write_atomically
 from blip3o_dit.utils.checksums import CHECKSUMS_FILE
 from blip3o_dit.utils.json_files import one_line
 from blip3o_dit.utils.progress import has_terminal, working
@@ -28,7 +32,7 @@ AVERAGED, RAW = "model.ema*.safetensors", "model*.safetensors"
 
 
 def model_folder(name: str | Path, *, weights: str = "auto") -> Path:
-    """The folder of a model: what was named, or what the hub has under that name, fetched.
+    """The folder of a model: what was named, or what the hub or an address has under that name, fetched.
 
     Args:
         weights: "auto" fetches the averaged ones, or those of the last step where there are none; "ema" the
@@ -38,6 +42,8 @@ def model_folder(name: str | Path, *, weights: str = "auto") -> Path:
         FileNotFoundError: no folder has the name, and the hub does not give it.
     """
     check_name("weights", weights, ("auto", "ema", "raw"))
+    if isinstance(located(name), Address):
+        return _model_at(located(name), weights)
     if not names_a_repository(name):
         return Path(name)
     repository, _, revision = str(name).partition("@")
@@ -46,6 +52,35 @@ def model_folder(name: str | Path, *, weights: str = "auto") -> Path:
     if weights == "auto" and not list(folder.glob(AVERAGED)):
         folder = download(repository, folder.name, [*MODEL_FILES, RAW])
     return folder
+
+
+def _model_at(address: Path, weights: str) -> Path:
+    """What is read of the model at an address, in the cache: in another folder when it changes there.
+
+    Raises:
+        FileNotFoundError: no model is there.
+    """
+    there = RemoteFolder(address)
+    sizes = there.sizes()
+    if "config.json" not in sizes:
+        raise FileNotFoundError(f"{address}: expected a model folder with config.json, found none")
+    small = {name: there.read(name) for name in _matching(sizes, MODEL_FILES)}
+    raw = set(_matching(sizes, [RAW])) - set(_matching(sizes, [AVERAGED]))
+    averaged = set() if weights == "raw" else set(_matching(sizes, [AVERAGED]))
+    about = hashlib.sha256(repr((str(address), sorted(small.items()), sorted(sizes.items()))).encode())
+    folder = cache_folder() / "models" / about.hexdigest()[:32]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in sorted(averaged or (raw if weights != "ema" else ())):
+        if not (folder / name).exists():
+            with working(f"fetching {address / name}"):
+                there.download(name, folder / name)
+    for name, content in small.items():
+        write_atomically(folder / name, content)
+    return folder
+
+
+def _matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    return [name for name in sorted(names) if any(fnmatch(name, pattern) for pattern in patterns)]
 
 
 def names_a_repository(name: str | Path) -> bool:
