@@ -43,7 +43,7 @@ def add_arguments(parser: CommandParser) -> None:
         "--tokens",
         type=int,
         metavar="N",
-        help="how many tokens are in columns of flat lists, which are refused without it (default: none)",
+        help="how many tokens are in each flat row, one after the other (default: one, of all its numbers)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a store that is there")
 

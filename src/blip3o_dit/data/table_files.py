@@ -1,7 +1,7 @@
 """Embeddings in tables: parquet files, and datasets that Hugging Face datasets saved to disk.
 
-A column of tokens is a list of lists of floats, an array of a tensor type, or a flat list whose tokens are
-told. A piece of a table (a row group, a record batch) is in memory at a time, beside keys and captions.
+A column of tokens is a list of lists of floats, an array of a tensor type, or a flat list: one vector. A
+piece of a table (a row group, a record batch) is in memory at a time, beside keys and captions.
 """
 
 from __future__ import annotations
@@ -108,7 +108,6 @@ def _open(
         [read for read, _ in pieces],
         list(accumulate((count for _, count in pieces), initial=0)),
         (find_name(path, known, EVA_NAMES), find_name(path, known, CLIP_NAMES)),
-        arrangement.flat_tokens,
     )
     eva, clip = reader(np.array([0]))
     count = reader.starts[-1]
@@ -140,10 +139,8 @@ class TableReader:
         pieces: Sequence[Any],
         starts: list[int],
         names: tuple[str, str],
-        flat_tokens: int | None,
     ) -> None:
         self.path, self.pieces, self.starts, self.names = path, pieces, starts, names
-        self.flat_tokens = flat_tokens
         self._kept: tuple[int, list[Tensor]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -178,15 +175,13 @@ class TableReader:
     def _piece(self, number: int) -> list[Tensor]:
         if self._kept is None or self._kept[0] != number:
             table = self.pieces[number](list(self.names))
-            tensors = [
-                as_tensor(self.path, name, table.column(name), self.flat_tokens) for name in self.names
-            ]
+            tensors = [as_tensor(self.path, name, table.column(name)) for name in self.names]
             self._kept = (number, tensors)
         return self._kept[1]
 
 
-def as_tensor(path: Path, name: str, column: Any, flat_tokens: int | None) -> Tensor:
-    """A column of nested or flat lists of floats, or of a tensor type, as [n, N, C]."""
+def as_tensor(path: Path, name: str, column: Any) -> Tensor:
+    """A column of nested or flat lists of floats, or of a tensor type, as [n, N, C] or [n, C]."""
     arrow = pyarrow()
     array, count = column, len(column)
     if isinstance(array, arrow.ChunkedArray):
@@ -207,17 +202,6 @@ def as_tensor(path: Path, name: str, column: Any, flat_tokens: int | None) -> Te
         raise ValueError(f"{path}: {name}: expected lists of floats, found {short_repr(str(column.type))}")
     if shape is not None and len(sizes) == 1:
         sizes = list(shape)
-    if len(sizes) == 1 and flat_tokens:
-        if sizes[0] % flat_tokens:
-            raise ValueError(
-                f"{path}: {name}: expected a multiple of {flat_tokens} numbers (--tokens), found {sizes[0]}"
-            )
-        sizes = [flat_tokens, sizes[0] // flat_tokens]
-    if len(sizes) == 1:
-        raise ValueError(
-            f"{path}: {name}: expected lists of tokens, found flat lists of {sizes[0]} numbers: "
-            "`blip3o-dit convert --tokens N` says how many tokens they are"
-        )
     values = array.to_numpy(zero_copy_only=False)
     return torch.from_numpy(np.array(values).reshape(count, *sizes))
 

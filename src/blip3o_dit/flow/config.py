@@ -21,6 +21,11 @@ SOURCE_SIZES = {"noise": 0, "ridge": 1, "ridge_3x3": 3, "ridge_5x5": 5, "ridge_5
 SOURCES = tuple(SOURCE_SIZES)
 
 
+def source_on(source: str, num_tokens: int) -> str:
+    """The same source without the neighbours that a grid of one token does not have."""
+    return "ridge" if num_tokens == 1 and source in ("ridge_3x3", "ridge_5x5") else source
+
+
 @dataclass(frozen=True, kw_only=True)
 class FlowMatchingConfig:
     """The path, where it starts, what the network predicts on it, and how times are sampled.
