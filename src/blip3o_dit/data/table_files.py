@@ -42,7 +42,7 @@ def open_parquet(path: Path, files: Sequence[Path], arrangement: Arrangement) ->
     arrow = pyarrow()
     pieces = []
     for file in files:
-        with _readable(file):
+        with readable(file):
             metadata = arrow.parquet.read_metadata(file)
             _refuse_inflated(file, metadata)
             groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
@@ -90,7 +90,7 @@ def holds_tokens(path: Path) -> bool:
     if not tables or tables[0].suffix not in (".parquet", ".arrow"):
         return False
     file = tables[0]
-    with _readable(file):
+    with readable(file):
         is_parquet = file.suffix == ".parquet"
         schema = pyarrow().parquet.read_schema(file) if is_parquet else _batches(file)[0].schema
     return not {*EVA_NAMES, *CLIP_NAMES}.isdisjoint(schema.names)
@@ -168,7 +168,7 @@ class TableReader:
         for piece in self.pieces if names else []:
             table = piece(list(names))
             for name in names:
-                with _readable(self.path):
+                with readable(self.path):
                     values[name] += table.column(name).to_pylist()
         return values
 
@@ -229,7 +229,7 @@ def _list_size(path: Path, name: str, array: Any) -> int:
 
 def _row_group(file: Path, group: int, columns: list[str] | None) -> Any:
     """These columns of a row group; the names of all without any."""
-    with _readable(file):
+    with readable(file):
         parquet = pyarrow().parquet.ParquetFile(file)
         return parquet.schema_arrow.names if columns is None else parquet.read_row_group(group, columns)
 
@@ -243,7 +243,7 @@ def _batch(file: Path, number: int, columns: list[str] | None) -> Any:
 def _batches(file: Path) -> list[Any]:
     """The record batches of a file, mapped."""
     arrow = pyarrow()
-    with _readable(file):
+    with readable(file):
         source = arrow.memory_map(str(file))
         try:
             return list(arrow.ipc.open_stream(source))
@@ -253,7 +253,16 @@ def _batches(file: Path) -> list[Any]:
 
 
 @contextmanager
-def _readable(file: Path) -> Iterator[None]:
+def open_table(file: Path) -> Iterator[Any]:
+    """A parquet file, to read in pieces. Raises ValueError for what cannot be read."""
+    with readable(file), pyarrow().parquet.ParquetFile(file) as opened:
+        _refuse_inflated(file, opened.metadata)
+        yield opened
+
+
+@contextmanager
+def readable(file: Path) -> Iterator[None]:
+    """Whatever a table's reader makes of a damaged file, as one line that names it."""
     arrow = pyarrow()
     try:
         yield
