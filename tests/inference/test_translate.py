@@ -51,7 +51,7 @@ def vectors() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def expected(inference: BLIP3oInference, vectors: np.ndarray) -> Translation:
-    return inference.translate(vectors, draws=3, **FAST)
+    return inference.translate(vectors, draws=3, way="mean", **FAST)
 
 
 def draws_of(model: BLIP3oDiTModel, vectors: np.ndarray, count: int) -> Tensor:
@@ -64,12 +64,13 @@ def test_the_mean_of_the_draws_and_their_spread(
 ) -> None:
     """The spread is what the scores of calibration call it, here of all numbers together."""
     draws = draws_of(inference.model, vectors, 3)
+    estimates = [inference.model.predict_mean(vectors[:, None], sample_number=k) for k in range(3)]
     torch.testing.assert_close(expected.vectors, draws.mean(dim=0))
     score = spread_and_error(draws, torch.zeros_like(draws[0])).spread
     torch.testing.assert_close(expected.spread, (8 * score).sqrt().float())
     for way, vector in (
         ("sample", draws[0]),
-        ("one_call", inference.model.predict_mean(vectors[:, None])[:, 0]),
+        (None, torch.stack(estimates).mean(dim=0)[:, 0]),
     ):
         found = translate_vectors(inference.model, torch.from_numpy(vectors), draws=3, way=way, **FAST)
         torch.testing.assert_close(found.vectors, vector)
@@ -132,7 +133,7 @@ def test_files_in_and_out_in_order(
     """In blocks of 4 that row groups of 6 cut through; what stands beside the vectors stays beside them."""
     monkeypatch.setattr(vector_files, "BLOCK", 4)
     old, new = write(tmp_path, kind, vectors), tmp_path / output
-    assert translate_file(inference, old, new, draws=3, batch_size=3, **FAST) == COUNT
+    assert translate_file(inference, old, new, draws=3, way="mean", batch_size=3, **FAST) == COUNT
     if output == "new.npy":
         found, spread = np.load(new), np.load(tmp_path / "new.spread.npy")
     else:
@@ -160,7 +161,7 @@ def test_a_stopped_translation_goes_on(
     output = "new.npy"
     monkeypatch.setattr(vector_files, "BLOCK", 4)
     old, new = write(tmp_path, ".parquet", vectors), tmp_path / output
-    words = ["translate", str(root / "model"), str(old), str(new), "--draws", "2", *WORDS]
+    words = ["translate", str(root / "model"), str(old), str(new), "--draws=2", "--way=mean", *WORDS]
     assert main([*words[:3], str(tmp_path / f"whole {output}"), *words[4:]]) == 0
     generate, calls = BLIP3oDiTModel.generate, []
 

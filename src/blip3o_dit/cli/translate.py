@@ -32,9 +32,10 @@ class TranslationConfig:
     column: str | None = setting(
         None, "array or column of the vectors (default: the only one of the model's width)", group="vectors"
     )
-    way: str = setting(
-        "mean",
-        "what stands for each vector's draws: their mean, the mean by one network call, or the first of them",
+    way: str | None = setting(
+        None,
+        "the mean by one network call from each draw's noise, the mean of the draws, or the first of them "
+        "(default: estimate; mean for a student)",
         choices=WAYS,
     )
     draws: int = setting(8, "draws of each vector, by which its spread is measured", group=SAMPLING)

@@ -9,7 +9,7 @@ from blip3o_dit.utils.json_files import short_repr
 from blip3o_dit.utils.validation import is_number
 
 # What stands for the draws of a translated vector (`inference/translate.py`).
-WAYS = ("mean", "one_call", "sample")
+WAYS = ("estimate", "mean", "sample")
 # How tokens are stored: names of torch's dtypes.
 DTYPE_NAMES = ("float16", "bfloat16", "float32")
 # How the weights of blocks are quantised for generating (`model/quantization.py`).

@@ -129,7 +129,7 @@ class BLIP3oInference:
         vectors: Tensor | np.ndarray,
         *,
         draws: int = DRAWS,
-        way: str = "mean",
+        way: str | None = None,
         sample_index: Sequence[int] | None = None,
         **sampling: Any,
     ) -> Translation:

@@ -60,21 +60,23 @@ def translate_vectors(
     vectors: Tensor | np.ndarray,
     *,
     draws: int = DRAWS,
-    way: str = "mean",
+    way: str | None = None,
     sample_index: Sequence[int] | None = None,
     **sampling: Any,
 ) -> Translation:
     """Translate vectors [n, C_eva] by a model of one token.
 
     Args:
-        draws: of each vector, at least 2. way: one of `WAYS`.
+        draws: K, of each vector, at least 2.
+        way: "estimate", the mean that one network call says at t = 0, averaged over the K noises; "mean",
+            that of the draws; "sample", the first of them. None takes the first that the model has.
         sample_index: names the noise of each; 0 to n-1 by default.
         sampling: as for `BLIP3oDiTModel.generate`.
 
     Raises:
         ValueError: one line: for other shapes and values, a model of several tokens, a way that it has not.
     """
-    check_translates(model, way)
+    way = checked_way(model, way)
     draws = checked_integer("draws", draws, low=2)
     conditions = vectors[:, None] if vectors.ndim == 2 else vectors
     drawn = torch.stack(
@@ -88,22 +90,28 @@ def translate_vectors(
     spread = ((1 + 1 / draws) / (draws - 1) * squares).sqrt()
     if way == "sample":
         centre = drawn[0]
-    elif way == "one_call":
-        seed = sampling.get("seed", 0)
-        centre = model.predict_mean(conditions, seed=seed, sample_index=sample_index)[:, 0]
+    elif way == "estimate":
+        names: dict[str, Any] = {"seed": sampling.get("seed", 0), "sample_index": sample_index}
+        estimates = [model.predict_mean(conditions, sample_number=k, **names) for k in range(draws)]
+        centre = torch.stack(estimates).mean(dim=0)[:, 0]
     if model.config.normalize_embeddings:
         centre = F.normalize(centre, dim=-1)
     return Translation(centre.cpu(), spread.cpu())
 
 
-def check_translates(model: BLIP3oDiTModel, way: str) -> None:
-    """Refuse (ValueError) a model of several tokens, and a way that it has not."""
+def checked_way(model: BLIP3oDiTModel, way: str | None) -> str:
+    """One of `WAYS`. Raises ValueError for others, and for a model of several tokens."""
+    flow = model.config.flow
+    if way is None:
+        estimates = flow.fixed_sampling is None and flow.prediction.gives_mean_at_noise
+        way = "estimate" if estimates else "mean"
     check_name("way", way, WAYS)
     if model.config.num_tokens != 1:
         raise ValueError(
             f"translate: expected a model of one vector a sample, found one of "
             f"{model.config.num_tokens} tokens (`blip3o-dit generate` makes these)"
         )
+    return way
 
 
 def translate_file(
@@ -113,7 +121,7 @@ def translate_file(
     *,
     column: str | None = None,
     draws: int = DRAWS,
-    way: str = "mean",
+    way: str | None = None,
     batch_size: int = 256,
     overwrite: bool = False,
     progress: bool = True,
@@ -135,7 +143,7 @@ def translate_file(
     vectors, output, how = Path(vectors), Path(output), Sampling(**sampling)
     draws = checked_integer("draws", draws, low=2)
     batch_size = checked_integer("batch_size", batch_size, low=1)
-    check_translates(inference.model, way)
+    way = checked_way(inference.model, way)
     check_vector_output(output, overwrite)
     check_writable(output)
     config = inference.model.config
