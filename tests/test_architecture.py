@@ -122,6 +122,7 @@ TESTED_IN = {
     "data/pickle_values.py": "data/test_safe_unpickler.py",
     "data/sample_checksums.py": "data/test_store.py",
     "data/shard_writer.py": "data/test_store.py",
+    "data/kept_vectors.py": "extraction/test_kept_vectors.py",
     "data/table_files.py": "data/test_array_files.py",
     "data/vector_files.py": "inference/test_translate.py",
     "evaluation/config.py": "evaluation/test_evaluate.py",

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 from blip3o_dit.cli.parser import CommandParser
-from blip3o_dit.data.choices import DTYPE_NAMES
+from blip3o_dit.data.choices import DTYPE_NAMES, KEPT
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,11 @@ def add_arguments(parser: CommandParser) -> None:
         metavar="N",
         help="how many tokens are in each flat row, one after the other (default: one, of all its numbers)",
     )
+    parser.add_argument(
+        "--vectors",
+        choices=KEPT,
+        help="of a store, one vector a sample: those that `extract --keep` put beside its tokens",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a store that is there")
 
 
@@ -62,6 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
             shard_size=arguments.shard_size,
             overwrite=arguments.overwrite,
             arrangement=arrangement,
+            vectors=arguments.vectors,
         )
     logger.info(
         "%s: %d samples of %d tokens, %d and %d wide, in %d shard(s)",

@@ -8,6 +8,8 @@ from typing import Any
 from blip3o_dit.utils.json_files import short_repr
 from blip3o_dit.utils.validation import is_number
 
+# What extraction can keep of a tower beside its grid (`kept_vectors.py`).
+KEPT = ("class", "pooled")
 # What stands for the draws of a translated vector (`inference/translate.py`).
 WAYS = ("estimate", "mean", "sample")
 # How tokens are stored: names of torch's dtypes.

@@ -11,6 +11,7 @@ import torch
 
 from blip3o_dit.data.checks import check_square
 from blip3o_dit.data.choices import DTYPE_NAMES
+from blip3o_dit.data.kept_vectors import check_kept_widths
 from blip3o_dit.utils.atomic import ASIDE, finish_publishing, write_atomically
 from blip3o_dit.utils.json_files import MAX_JSON_BYTES, is_plain_name, read_json, short_repr
 from blip3o_dit.utils.recognise import STORE, instead_of, refusal
@@ -101,6 +102,7 @@ def _check_manifest(file: Path, manifest: Any) -> None:
             f"{file}: dtype: expected one of {tuple(DTYPES)}, found {short_repr(manifest['dtype'])}"
         )
     _check_encoders(file, manifest.get("encoders", {}))
+    check_kept_widths(file, manifest.get("kept", {}))
     check_square(file, manifest["num_tokens"])
     widths = manifest["condition_dim"] + manifest["target_dim"]
     bytes_per_sample = manifest["num_tokens"] * widths * DTYPES[manifest["dtype"]].itemsize

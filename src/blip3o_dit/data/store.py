@@ -78,6 +78,8 @@ class EmbeddingStore:
         self.num_tokens: int = self.manifest["num_tokens"]
         self.condition_dim: int = self.manifest["condition_dim"]
         self.target_dim: int = self.manifest["target_dim"]
+        # Vectors beside the grid and their widths: see `kept_vectors.py`
+        self.kept: dict[str, int] = self.manifest.get("kept", {})
         counts = [shard["num_samples"] for shard in self.manifest["shards"]]
         self.shard_starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self._verified: dict[int, Identity] = {}  # by this process, or the one that started it
@@ -109,7 +111,7 @@ class EmbeddingStore:
         wanted = np.asarray(indices, dtype=np.int64)
         eva = torch.empty(len(wanted), self.num_tokens, self.condition_dim, dtype=dtype)
         clip = torch.empty(len(wanted), self.num_tokens, self.target_dim, dtype=dtype)
-        shards, inside = self._locate(wanted)
+        shards, inside = self.locate(wanted)
         # In the order of the files, and each sample straight from its map to its place: gathering a batch
         # and converting it would go over the same bytes three times.
         for row in np.argsort(wanted).tolist():
@@ -128,7 +130,7 @@ class EmbeddingStore:
             return [record for shard in range(len(self.shard_starts) - 1) for record in self._table(shard)]
         check_indices(self.path, indices, self.num_samples)
         wanted = np.asarray(indices, dtype=np.int64)
-        shards, inside = self._locate(wanted)
+        shards, inside = self.locate(wanted)
         found: dict[int, Record] = {}
         for shard in np.unique(shards):
             table = self._table(int(shard))
@@ -136,7 +138,7 @@ class EmbeddingStore:
                 found[int(wanted[row])] = table[inside[row]]
         return [found[int(index)] for index in wanted]
 
-    def _locate(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def locate(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The shard of each sample, and its row there."""
         shards = np.searchsorted(self.shard_starts, wanted, side="right") - 1
         return shards, wanted - self.shard_starts[shards]
@@ -262,6 +264,7 @@ class StoreWriter:
         shard_size: samples per shard; None aims at 256 MiB.
         encoders: {"eva": {...}, "clip": {...}}, names and revisions, kept in the manifest.
         pooling, normalization: how the tokens were made, kept in the manifest.
+        kept: widths of vectors beside the tokens, by name; see `kept_vectors.py`.
 
     Raises:
         ValueError: for data that cannot be trained on (counts, ranks, a token count that is not a square,
@@ -280,6 +283,7 @@ class StoreWriter:
         encoders: Mapping[str, Any] | None = None,
         pooling: str | None = None,
         normalization: str = "none",
+        kept: Mapping[str, int] | None = None,
         overwrite: bool = False,
     ) -> None:
         if dtype not in DTYPES:
@@ -296,14 +300,25 @@ class StoreWriter:
             self.path, self._folder.aside, sizes_of_sample, dtype=dtype, shard_size=shard_size
         )
         self._about = {"encoders": dict(encoders or {}), "pooling": pooling, "normalization": normalization}
+        if kept:
+            self._about["kept"] = dict(kept)
 
     @property
     def shard_size(self) -> int:
         return self._shards.shard_size
 
-    def append(self, eva: Tensor, clip: Tensor, records: Sequence[Record]) -> None:
-        """Add n samples: eva [n, L, C_eva], clip [n, N, C_clip], n records with a "key" each."""
-        self._shards.append(eva, clip, records)
+    def append(
+        self,
+        eva: Tensor,
+        clip: Tensor,
+        records: Sequence[Record],
+        kept: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Add n samples: eva [n, L, C_eva], clip [n, N, C_clip], n records with a "key" each.
+
+        `kept` are the vectors [n, C] by the names that the writer was told.
+        """
+        self._shards.append(eva, clip, records, kept)
 
     def close(self) -> EmbeddingStore:
         """Write what is pending and the manifest; returns the store, opened."""
