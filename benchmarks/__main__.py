@@ -27,6 +27,7 @@ TABLES = {
     "loading": "reading a store: samples per second, memory, time to the first batch",
     "memory": "peak memory of training and generation beside what was forecast",
     "evaluation": "time and peak memory of an evaluation at full widths",
+    "migration": "an index of translated vectors: recall beside ridge's, and what the spread is good for",
     "quantization": "quantised weights: energy scores beside float32's, time of a call, bytes",
     "store-dtypes": "digits from stores of float32, 16 bits and int8: energy scores beside float32's",
     "fine-tuning": "digits 0 to 4 from scratch, and from a model of 5 to 9: steps to the same energy score",

@@ -48,8 +48,8 @@ BESIDE = {
     "verify": "verify merged",
     "plot": "plot checkpoints/run",
 }
-# It needs a hub: tests/utils/test_hub.py has one.
-ELSEWHERE = {"push"}
+# One needs a hub (tests/utils/test_hub.py), one a model of vectors (tests/inference/test_translate.py).
+ELSEWHERE = {"push", "translate"}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from blip3o_dit.data.embeddings import open_embeddings
 from blip3o_dit.data.pooling import pool_tokens
 from blip3o_dit.data.store import EmbeddingStore
 from tests.data.test_store import refused
-from tests.helpers import array_files as forms
 from tests.helpers.array_files import CAPTIONS, COUNT, KEYS, WRITERS, arrays, write_as
 
 
@@ -124,7 +123,8 @@ LAYOUTS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str]] = {
         ".reshape(n, C, -1).swapaxes(1, 2)",
     ),
     "channels last": (lambda x: x.reshape(COUNT, 2, 2, -1), "it takes .reshape(n, -1, C))"),
-    "one vector": (lambda x: x.mean(axis=1), "(one vector a sample? as [:, None] it is one token)"),
+    "long rows": (lambda x: np.zeros((len(x), 16_385)), "flat rows of 16385: `blip3o-dit convert --tokens"),
+    "no numbers": (lambda x: x[:, 0, :0], "eva: expected at least one number a sample, found 0"),
 }
 
 
@@ -135,10 +135,36 @@ def test_another_layout_is_named_with_what_makes_it_right(tmp_path: Path, name: 
     assert hint in refused(lambda: open_embeddings(path))
 
 
-def test_flat_lists_need_their_number_of_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("form", [*WRITERS, "parquet, flat lists"])
+def test_one_vector_a_sample_is_a_grid_of_one_token(tmp_path: Path, form: str) -> None:
+    """Rows of [n, C], with keys and captions: mapped arrays, tensors, lists of arrays and columns."""
+    eva, clip = (side[:, 0] for side in arrays())
+    path = write_as(form, tmp_path, eva, clip)
+    source = open_embeddings(path)
+    assert (source.num_tokens, source.condition_dim, source.target_dim) == (1, 6, 3)
+    found = source.fetch([6, 0])
+    assert np.array_equal(found[0].numpy(), eva[[6, 0], None])
+    assert np.array_equal(found[1].numpy(), clip[[6, 0], None])
+    store = convert_files([path], tmp_path / "store", dtype="float32")
+    assert store.num_tokens == 1 and np.array_equal(store.fetch(range(COUNT))[0][:, 0].numpy(), eva)
+    assert store.records() == source.records()
+
+
+def test_vectors_beside_tokens_are_refused(tmp_path: Path) -> None:
     eva, clip = arrays()
-    path = forms.as_parquet("flat")(tmp_path / "flat.parquet", eva, clip)
-    assert "flat lists of 24 numbers: `blip3o-dit convert" in refused(lambda: open_embeddings(path))
+    path = write_as("npz", tmp_path, eva[:, 0], clip)
+    assert "as many eva as clip tokens, found 1 and 4 (`blip3o-dit convert --pool 1`" in refused(
+        lambda: open_embeddings(path)
+    )
+
+
+@pytest.mark.parametrize("form", ["parquet, flat lists", "npz"])
+def test_flat_rows_are_as_many_tokens_as_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    eva, clip = arrays()
+    flat = (eva, clip) if "parquet" in form else (eva.reshape(COUNT, -1), clip.reshape(COUNT, -1))
+    path = write_as(form, tmp_path, *flat)
     assert main(["convert", str(path), str(tmp_path / "s"), "--tokens", "4", "--dtype", "float32"]) == 0
     assert np.array_equal(EmbeddingStore(tmp_path / "s").fetch(range(COUNT))[0].numpy(), eva)
     assert main(["convert", str(path), str(tmp_path / "t"), "--tokens", "9"]) == 2

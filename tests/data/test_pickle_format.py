@@ -141,9 +141,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {EVA_KEY: torch.zeros(5, 4, 6, dtype=torch.int32)},
         f"{EVA_KEY}: expected an array of floats, found torch.int32",
     ),
-    "rank 2": (
-        {EVA_KEY: EVA[:, 0]},
-        f"{EVA_KEY}: expected rank 3 [samples, tokens, width], found shape [5, 6]",
+    "rank 1": (
+        {EVA_KEY: EVA[:, 0, 0]},
+        f"{EVA_KEY}: expected rank 3 [samples, tokens, width], found shape [5]",
     ),
     "rank 4": (
         {CLIP_KEY: CLIP.reshape(5, 2, 2, 3)},

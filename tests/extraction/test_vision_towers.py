@@ -142,10 +142,16 @@ def test_patch_tokens_of_every_family(family: str, tmp_path: Path) -> None:
     assert (encoder.grid, encoder.width) == (6, 32)
     pixels = torch.randn(2, 3, 24, 24)
     with torch.no_grad():
-        expected = model(pixel_values=pixels).last_hidden_state
+        output = model(pixel_values=pixels)
+        expected = output.last_hidden_state
         found = encoder(pixels)
+        grid, vectors = encoder.with_vectors(pixels)
     assert expected.shape[1] == 36 + prefix
     torch.testing.assert_close(found, expected[:, prefix:])
+    there = {"class": expected[:, 0] if prefix else None, "pooled": output.pooler_output}
+    assert torch.equal(grid, found) and vectors.keys() == {name for name in there if there[name] is not None}
+    for name, vector in vectors.items():
+        torch.testing.assert_close(vector, there[name])
     assert own_token_changes_most(encoder)
 
 

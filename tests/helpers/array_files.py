@@ -81,12 +81,13 @@ def as_memmap_in_a_pickle(path: Path, eva: Any, clip: Any) -> Path:
 def table_of(eva: Any, clip: Any, kind: str) -> pa.Table:
     def column(tokens: np.ndarray) -> Any:
         if kind == "nested":
-            return pa.array(tokens.tolist(), pa.list_(pa.list_(pa.float32())))
+            inner_type = pa.list_(pa.float32())
+            return pa.array(tokens.tolist(), pa.list_(inner_type) if tokens.ndim == 3 else inner_type)
         flat = pa.array(tokens.ravel())
-        inner = pa.FixedSizeListArray.from_arrays(flat, tokens.shape[2])
+        inner = pa.FixedSizeListArray.from_arrays(flat, tokens.shape[-1])
         if kind == "fixed":
-            return pa.FixedSizeListArray.from_arrays(inner, tokens.shape[1])
-        whole = pa.FixedSizeListArray.from_arrays(flat, tokens.shape[1] * tokens.shape[2])
+            return inner if tokens.ndim == 2 else pa.FixedSizeListArray.from_arrays(inner, tokens.shape[1])
+        whole = pa.FixedSizeListArray.from_arrays(flat, tokens[0].size)
         if kind == "flat":
             return whole
         type_ = pa.fixed_shape_tensor(pa.float32(), tokens.shape[1:])
@@ -143,6 +144,9 @@ WRITERS: dict[str, tuple[str, Callable[[Path, Any, Any], Path]]] = {
 }
 
 
+FLAT = {"parquet, flat lists": (".parquet", as_parquet("flat"))}  # which do not say how many tokens they are
+
+
 def write_as(form: str, folder: Path, eva: Any, clip: Any) -> Path:
-    suffix, writer = WRITERS[form]
+    suffix, writer = (WRITERS | FLAT)[form]
     return writer(folder / f"embeddings{suffix}", eva, clip)

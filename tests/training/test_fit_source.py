@@ -19,6 +19,7 @@ from blip3o_dit.data.embeddings import TransformedEmbeddings
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.ridge import TokenRidge, relative_spread
+from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.fit_source import (
     FOLDS,
     FOLDS_FILE,
@@ -75,7 +76,7 @@ def test_training_meets_residuals_as_large_as_new_samples_leave(
 
 
 def fitted(store: Any, source: str, most: int) -> tuple[BLIP3oDiTModel, SourceFolds]:
-    sizes = dict(num_tokens=9, condition_dim=12, target_dim=8)
+    sizes = dict(num_tokens=store.num_tokens, condition_dim=12, target_dim=8)
     config = replace(config_for(store, Path("nowhere")), source=source)
     model = BLIP3oDiTModel(config.model(**sizes))
     arguments, folds = fit_source(model, store, np.arange(10, 110), max_samples=most, seed=3)
@@ -126,6 +127,20 @@ def test_the_maps_are_ridge_regressions_on_the_other_samples(
     torch.testing.assert_close(
         model.source_distribution(eva).mean, everything.predict(eva), rtol=1e-4, atol=1e-4
     )
+
+
+def test_on_one_token_the_neighbours_add_nothing_and_are_left_out(tmp_path: Path) -> None:
+    """`train` on vectors takes ridge where ridge_3x3 is asked for: the same map of fewer features."""
+    store = write_linear_store(tmp_path / "store", samples=110, tokens=1)
+    eva = store.fetch(range(10))[0]
+    alone, around = (fitted(store, source, 100)[0] for source in ("ridge", "ridge_3x3"))
+    assert alone.source_weight.shape == (12, 8) and around.source_weight.shape == (9 * 12, 8)
+    expected, found = alone.source_distribution(eva), around.source_distribution(eva)
+    torch.testing.assert_close(found.mean, expected.mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.std, expected.std, rtol=1e-4, atol=1e-5)
+    run = train(config_for(store, tmp_path / "run", max_steps=1, num_epochs=None, eval_samples=0))
+    assert TrainingConfig.from_folder(run).source == "ridge"
+    assert BLIP3oDiTModel.from_pretrained(run).config.flow.source == "ridge"
 
 
 def test_each_sample_has_the_map_of_its_fold_and_one_that_was_not_fitted_the_whole(

@@ -128,6 +128,7 @@ PLACES_OF_COMMANDS: dict[str, tuple[list[str], set[str]]] = {
         ["generate", "model", "PATH", "out", "--device=cpu"],
         TOKENS | READABLE | LISTS,
     ),
+    "translate MODEL": (["translate", "PATH", "vectors.npy", "out.npy"], OTHERS | {"clip"}),
     "evaluate MODEL": (["evaluate", "PATH", "store"], OTHERS | {"clip"}),
     "evaluate DATA": (["evaluate", "model", "PATH"], TOKENS),
     "distill MODEL": (["distill", "PATH", "store", "--steps=1"], OTHERS | {"clip"}),

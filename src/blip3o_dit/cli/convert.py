@@ -8,7 +8,7 @@ from pathlib import Path
 
 from blip3o_dit.cli.outputs import store_output
 from blip3o_dit.cli.parser import CommandParser
-from blip3o_dit.data.choices import STORE_DTYPES
+from blip3o_dit.data.choices import KEPT, STORE_DTYPES
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,12 @@ def add_arguments(parser: CommandParser) -> None:
         "--tokens",
         type=int,
         metavar="N",
-        help="how many tokens are in columns of flat lists, which are refused without it (default: none)",
+        help="how many tokens are in each flat row, one after the other (default: one, of all its numbers)",
+    )
+    parser.add_argument(
+        "--vectors",
+        choices=KEPT,
+        help="of a store, one vector a sample: those that `extract --keep` put beside its tokens",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a store that is there")
 
@@ -66,6 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
             shard_size=arguments.shard_size,
             overwrite=arguments.overwrite,
             arrangement=arrangement,
+            vectors=arguments.vectors,
         )
     logger.info(
         "%s: %d samples of %d tokens, %d and %d wide, in %d shard(s)",

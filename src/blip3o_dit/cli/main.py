@@ -18,6 +18,7 @@ COMMANDS = {
     "inspect": "say what is in a store or pickle, and draw a few samples, or what a model or run is",
     "train": "train the diffusion transformer on an embedding store or pickle",
     "generate": "generate CLIP tokens for the samples of an embedding store or pickle, or for pictures",
+    "translate": "turn one embedding model's vectors, one a sample, into another's, and say how sure each is",
     "calibrate": "fit how much noise a trained model should sample from, and write it into its folder",
     "evaluate": "measure trained models beside baselines on held-out samples, and write a report",
     "train-decoder": "train a small network that turns the target tokens of a store into pictures",

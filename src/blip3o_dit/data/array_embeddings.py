@@ -49,15 +49,19 @@ CONFIG = "config"
 
 CHECKED_AT_ONCE = 256
 
+# Rows of more numbers than any embedding has are tokens one after the other, until something else is said.
+MOST_IN_A_VECTOR = 16_384
+
 
 @dataclass(frozen=True)
 class Arrangement:
-    """What is done to tokens as they are read: [n, N, C] -> [n, N', C].
+    """What is done to tokens as they are read: [n, N, C] -> [n, N', C]. A row of [n, C] is one token.
 
     Args:
         drop_class_token: leave out the first of N tokens where N - 1 is a square and N is not.
         pool: means over windows of the grid, to so many tokens, on a side that has more.
-        flat_tokens: how many tokens are in a column of flat lists, which does not say so.
+        flat_tokens: how many tokens are in each row of [n, M], which does not say so; None: one, of at most
+            `MOST_IN_A_VECTOR` numbers.
     """
 
     drop_class_token: bool = False
@@ -65,6 +69,8 @@ class Arrangement:
     flat_tokens: int | None = None
 
     def __call__(self, tokens: Tensor) -> Tensor:
+        if tokens.ndim == 2:
+            tokens = tokens.unflatten(1, (self.flat_tokens or 1, -1))
         count = tokens.shape[1]
         if self.drop_class_token and not is_square(count) and is_square(count - 1):
             tokens = tokens[:, 1:]
@@ -74,7 +80,10 @@ class Arrangement:
 
     def shape(self, where: Path, name: str, shape: Sequence[int]) -> tuple[int, int, int]:
         """The shape that tokens of this shape get. Raises ValueError for other ranks and uneven pooling."""
-        check_rank(where, name, shape)
+        if len(shape) == 2:
+            self._check_flat(where, name, shape[1])
+        else:
+            check_rank(where, name, shape)
         if self.pool is not None and not is_square(self.pool):
             raise ValueError(f"{where}: --pool: expected a square number of tokens, found {self.pool}")
         try:
@@ -82,6 +91,17 @@ class Arrangement:
         except ValueError as error:
             raise ValueError(f"{where}: {name}: {error}") from error
         return shape[0], tokens, width
+
+    def _check_flat(self, where: Path, name: str, numbers: int) -> None:
+        count = self.flat_tokens
+        if count is None and numbers > MOST_IN_A_VECTOR:
+            raise ValueError(
+                f"{where}: {name}: expected at most {MOST_IN_A_VECTOR} numbers in a vector, found flat rows "
+                f"of {numbers}: `blip3o-dit convert --tokens N` says how many tokens they are"
+            )
+        if not numbers or numbers % (count or 1):
+            wanted = f"a multiple of {count} numbers (--tokens)" if count else "at least one number a sample"
+            raise ValueError(f"{where}: {name}: expected {wanted}, found {numbers}")
 
 
 AS_IT_IS = Arrangement()
@@ -93,8 +113,9 @@ class RawEmbeddings:
 
     Args:
         path: for messages. files: those it was read from.
-        read: rows, ascending or not -> eva [n, L, C_eva] and clip [n, N, C], L and N may differ.
-        eva_shape, clip_shape: of all samples.
+        read: rows, ascending or not -> eva [n, L, C_eva] and clip [n, N, C], L and N may differ; vectors
+            [n, C] are not yet one token each.
+        eva_shape, clip_shape: of all samples, as `read` gives them.
         shard_starts: see `Embeddings`; one shard by default.
         in_memory: whether all of it can be checked at once, without reading a file again.
         generated_by: what the file says of the model that generated the targets; None if none did.
@@ -263,7 +284,7 @@ def find_name(path: Path, content: Mapping[Any, Any], names: Sequence[str]) -> s
 
 
 def as_tokens(path: Path, content: Mapping[Any, Any], names: Sequence[str]) -> Tensor | np.ndarray:
-    """An array or tensor of floats [n, N, C]; a list of arrays of one shape is stacked.
+    """An array or tensor of floats [n, N, C] or [n, C]; a list of arrays of one shape is stacked.
 
     Raises:
         ValueError: naming key, expectation and finding.
@@ -276,7 +297,7 @@ def as_tokens(path: Path, content: Mapping[Any, Any], names: Sequence[str]) -> T
     if not floats and not (isinstance(value, Tensor) and value.is_floating_point()):
         kind = getattr(value, "dtype", type(value).__name__)
         raise ValueError(f"{path}: {key}: expected an array of floats, found {kind}")
-    if value.ndim != 3:
+    if value.ndim not in (2, 3):
         check_rank(path, key, value.shape)
     return value
 

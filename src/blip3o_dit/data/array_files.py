@@ -7,6 +7,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +97,12 @@ def open_pair(first: Path, second: Path, arrangement: Arrangement = AS_IT_IS) ->
     """Two .npy files, of which one has "eva" in its name, or the first is eva's."""
     named = ["eva" in path.stem.lower() for path in (first, second)]
     eva, clip = (second, first) if named == [False, True] else (first, second)
-    content = {EVA_NAMES[0]: _load_npy(eva), CLIP_NAMES[0]: _load_npy(clip)}
+    content = {EVA_NAMES[0]: load_npy(eva), CLIP_NAMES[0]: load_npy(clip)}
     return ArrayEmbeddings(raw_from_content(eva, [eva, clip], content, in_memory=False), arrangement)
 
 
 def _open_npy_folder(path: Path, names: set[str], arrangement: Arrangement) -> ArrayEmbeddings:
-    content = {name: _load_npy(path / f"{name}.npy") for name in names}
+    content = {name: load_npy(path / f"{name}.npy") for name in names}
     files = [path / f"{name}.npy" for name in sorted(names)]
     for name in (*KEY_NAMES, *CAPTION_NAMES, *LABEL_NAMES):
         if (path / f"{name}.json").is_file():
@@ -110,7 +111,7 @@ def _open_npy_folder(path: Path, names: set[str], arrangement: Arrangement) -> A
     return ArrayEmbeddings(raw_from_content(path, files, content, in_memory=False), arrangement)
 
 
-def _load_npy(path: Path) -> np.ndarray:
+def load_npy(path: Path) -> np.ndarray:
     """The array, mapped."""
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -134,15 +135,26 @@ def _zip_names(path: Path) -> list[str]:
         raise ValueError(f"{path}: not a readable zip file: {one_line(error)}") from error
 
 
-def _open_npz(path: Path, arrangement: Arrangement) -> ArrayEmbeddings:
+def read_npz(path: Path, known: Container[str] | None = None) -> dict[str, Any]:
+    """The arrays of a .npz file that holds no objects, by name; None for those of names that are not known.
+
+    Raises:
+        ValueError: one line: what cannot be read, or says that it holds more than its bytes can.
+    """
     content: dict[str, Any] = {}
     try:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
                 name = member.filename.removesuffix(".npy")
-                content[name] = _read_member(archive, member) if name in KNOWN_NAMES else None
+                wanted = known is None or name in known
+                content[name] = _read_member(archive, member) if wanted else None
     except (*_ZIP_ERRORS, *_HEADER_ERRORS, zlib.error) as error:
         raise ValueError(f"{path}: not a readable .npz file: {_plain(error)}") from error
+    return content
+
+
+def _open_npz(path: Path, arrangement: Arrangement) -> ArrayEmbeddings:
+    content = read_npz(path, KNOWN_NAMES)
     return ArrayEmbeddings(raw_from_content(path, [path], content, in_memory=True), arrangement)
 
 

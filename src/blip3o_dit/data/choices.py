@@ -8,6 +8,10 @@ from typing import Any
 from blip3o_dit.utils.json_files import short_repr
 from blip3o_dit.utils.validation import is_number
 
+# What extraction can keep of a tower beside its grid (`kept_vectors.py`).
+KEPT = ("class", "pooled")
+# What stands for the draws of a translated vector (`inference/translate.py`).
+WAYS = ("estimate", "mean", "sample")
 # What tokens are computed with and stored in: names of torch's dtypes.
 DTYPE_NAMES = ("float16", "bfloat16", "float32")
 # What a store may hold: also bytes with a scale for each token (`int8_tokens.py`).

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from blip3o_dit.data.checks import Record
 from blip3o_dit.data.embeddings import batches, check_not_mixed
+from blip3o_dit.data.kept_vectors import fetch_kept
 from blip3o_dit.data.manifest import write_manifest
 from blip3o_dit.data.shard_writer import ShardWriter
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
@@ -29,7 +30,7 @@ SIDES = ("eva", "clip")
 _SIZES = ("num_tokens", "condition_dim", "target_dim", "dtype")
 _COUNTED = {"format", "format_version", "num_samples", "shards", *_SIZES}
 
-Append = Callable[[Tensor, Tensor, Sequence[Record]], None]
+Append = Callable[[Tensor, Tensor, Sequence[Record], Mapping[str, Tensor]], None]
 
 
 class Combined(NamedTuple):
@@ -61,6 +62,7 @@ def merge_stores(
         encoders=common_encoders(stores) | {"merged_from": [str(path) for path in paths]},
         pooling=next((s.manifest["pooling"] for s in stores if s.manifest.get("pooling")), None),
         normalization=stores[0].manifest.get("normalization", "none"),
+        kept=stores[0].kept,
         overwrite=overwrite,
     )
     known = KnownSamples(keep_first=keep_first)
@@ -134,7 +136,8 @@ class KnownSamples:
             records = store.records(range(start, stop))
             new = [i for i in range(start, stop) if self._is_new(store, i, records[i - start])]
             for rows in batches(new, 256):
-                append(*store.fetch_stored(rows), [records[i - start] for i in rows])
+                kept = fetch_kept(store, rows)
+                append(*store.fetch_stored(rows), [records[i - start] for i in rows], kept)
             count += len(new)
         return count
 
@@ -144,7 +147,7 @@ class KnownSamples:
             return True
         if not self._keep_first:
             same = record == first.records([place])[0]
-            tokens = zip(first.fetch_stored([place]), store.fetch_stored([index]), strict=True)
+            tokens = zip(_all_of(first, place), _all_of(store, index), strict=True)
             if not same or not all(torch.equal(a, b) for a, b in tokens):
                 raise ValueError(
                     f"{store.path}: sample {index}: expected the key {short_repr(record['key'])} once, or "
@@ -154,11 +157,18 @@ class KnownSamples:
         return False
 
 
+def _all_of(store: EmbeddingStore, index: int) -> list[Tensor]:
+    """Tokens and kept vectors of a sample."""
+    kept = fetch_kept(store, [index])
+    return [*store.fetch_stored([index]), *(kept[name] for name in sorted(kept))]
+
+
 def check_alike(first: EmbeddingStore, other: EmbeddingStore, *, dtypes: bool = True) -> None:
     """Refuse (ValueError) stores of other sizes, or tokens made otherwise, as far as both say how."""
     check_not_mixed([first, other])
     for name in _SIZES if dtypes else _SIZES[:-1]:
         _check_same(first, other, name, first.manifest[name], other.manifest[name])
+    _check_same(first, other, "kept vectors", first.kept, other.kept)
     for name in ("pooling", "normalization"):
         _check_same(first, other, name, first.manifest.get(name), other.manifest.get(name))
     for side in SIDES:

@@ -18,6 +18,7 @@ from blip3o_dit.data.embeddings import (
     generated_by,
     open_embeddings,
 )
+from blip3o_dit.data.kept_vectors import KeptVectors
 from blip3o_dit.data.manifest import check_shard_count
 from blip3o_dit.data.pickle_format import PickledEmbeddings, config_for_json
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
@@ -44,16 +45,20 @@ def convert_files(
     shard_size: int | None = None,
     overwrite: bool = False,
     arrangement: Arrangement = AS_IT_IS,
+    vectors: str | None = None,
 ) -> EmbeddingStore:
     """Write files of embeddings and stores, in their order, as one store at `target`.
 
-    Two .npy files are the two sides of one source. Keys that were made up go on from source to source.
+    Two .npy files are the two sides of one source. Keys that were made up go on from source to source. With
+    `vectors` ("class" or "pooled") samples are of one token: what stores keep of them beside their grid.
 
     Raises:
         ValueError: for what cannot be read or stored, other sizes than the first source's, and a key of
             one source that another has too.
     """
-    sources = _open_all([Path(path) for path in paths], arrangement)
+    sources: list[Embeddings] = _open_all([Path(path) for path in paths], arrangement)
+    if vectors is not None:
+        sources = [_vectors_of(source, vectors) for source in sources]
     num_tokens, condition_dim, target_dim = _sizes(sources[0], arrangement)
     samples = sum(source.num_samples for source in sources)
     if shard_size is not None and shard_size >= 1:
@@ -96,6 +101,12 @@ def _open_all(paths: Sequence[Path], arrangement: Arrangement) -> list[Embedding
     return sources
 
 
+def _vectors_of(source: Embeddings, kind: str) -> Embeddings:
+    if not isinstance(source, EmbeddingStore):
+        raise ValueError(f"{source.path}: --vectors {kind}: expected a store, found another format")
+    return KeptVectors(source, kind)
+
+
 def _sizes(source: Embeddings, arrangement: Arrangement) -> tuple[int, int, int]:
     """Tokens and widths as they will be stored; a store's tokens are arranged as they are written."""
     shape = (source.num_samples, source.num_tokens, source.condition_dim)
@@ -109,13 +120,16 @@ def _about(sources: Sequence[Embeddings], arrangement: Arrangement) -> dict[str,
     encoders: dict[str, Any] = {"converted_from": names[0] if len(names) == 1 else names}
     if isinstance(sources[0], PickledEmbeddings) and len(sources) == 1:
         encoders["config"] = config_for_json(sources[0].path, sources[0].config)
-    stores = [source for source in sources if isinstance(source, EmbeddingStore)]
+    origins = [source.store if isinstance(source, KeptVectors) else source for source in sources]
+    stores = [source for source in origins if isinstance(source, EmbeddingStore)]
     made_by = generated_by(sources[0])
     if made_by is not None:
         encoders["clip"] = {"generated_by": config_for_json(sources[0].path, made_by)}
     about: dict[str, Any] = {"encoders": common_encoders(stores) | encoders}
     pooling = next((s.manifest["pooling"] for s in stores if s.manifest.get("pooling")), None)
     pooled = None if arrangement.pool is None else f"mean to {arrangement.pool} tokens"
+    if isinstance(sources[0], KeptVectors):
+        pooling = f"none, the vectors {sources[0].names}"
     about["pooling"] = ", then ".join(part for part in (pooling, pooled) if part) or None
     if stores and len(stores) == len(sources):
         about["normalization"] = stores[0].manifest.get("normalization", "none")

@@ -12,6 +12,7 @@ import torch
 from blip3o_dit.data.checks import check_square
 from blip3o_dit.data.choices import DTYPE_NAMES, STORE_DTYPES
 from blip3o_dit.data.int8_tokens import width_on_disk
+from blip3o_dit.data.kept_vectors import check_kept_widths
 from blip3o_dit.utils.atomic import ASIDE, finish_publishing, write_atomically
 from blip3o_dit.utils.json_files import MAX_JSON_BYTES, is_plain_name, read_json, short_repr
 from blip3o_dit.utils.recognise import STORE, instead_of, refusal
@@ -103,6 +104,7 @@ def checked_manifest(file: Path, manifest: Any) -> dict[str, Any]:
             f"{file}: dtype: expected one of {tuple(ON_DISK)}, found {short_repr(manifest['dtype'])}"
         )
     _check_encoders(file, manifest.get("encoders", {}))
+    check_kept_widths(file, manifest.get("kept", {}))
     check_square(file, manifest["num_tokens"])
     sizes = manifest["num_tokens"], manifest["condition_dim"], manifest["target_dim"]
     bytes_per_sample = sample_bytes(sizes, manifest["dtype"])

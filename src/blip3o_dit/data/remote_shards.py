@@ -156,6 +156,20 @@ class RemoteShards:
                 found |= {(run.number, run.first + row): sample for row, sample in enumerate(samples)}
         return found
 
+    def rows(self, entry: Mapping[str, Any], names: Sequence[str], rows: Sequence[int]) -> dict[str, Tensor]:
+        """Rows of some of a shard's arrays, read from the address and not cached."""
+        arrays = {name: self.open(entry, verify=False).arrays[name] for name in names}
+        places = [
+            (array.start + row * array.per_sample(), array.per_sample())
+            for array in arrays.values()
+            for row in rows
+        ]
+        contents = iter(self.files.ranges([(entry["file"], start, start + size) for start, size in places]))
+        return {
+            name: torch.cat([array.of(bytearray(next(contents)), 0, 1) for _ in rows])
+            for name, array in arrays.items()
+        }
+
     def table(self, entry: Mapping[str, Any]) -> bytes:
         """A shard's table, its SHA-256 checked."""
         expected = entry["table_sha256"]
@@ -269,7 +283,7 @@ class Run(NamedTuple):
         return [dict(zip(arrays, rows, strict=True)) for rows in zip(*contents, strict=True)]
 
     def _of_samples(self) -> dict[str, Array]:
-        return {name: array for name, array in self.shard.arrays.items() if name != CHECKSUMS}
+        return {name: self.shard.arrays[name] for name in ("eva", "clip")}
 
 
 def _in_parts(shards: Mapping[int, OpenShard], wanted: Sequence[tuple[int, int]]) -> Iterator[list[Run]]:

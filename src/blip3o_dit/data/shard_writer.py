@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import Tensor
 from blip3o_dit.data.checks import Record, check_pair
 from blip3o_dit.data.int8_tokens import NAME as INT8
 from blip3o_dit.data.int8_tokens import quantized
+from blip3o_dit.data.kept_vectors import CHECKSUMS as KEPT_CHECKSUMS
+from blip3o_dit.data.kept_vectors import dtype_of, kept_checksums
 from blip3o_dit.data.manifest import DTYPES, check_shard_count, sample_bytes
 from blip3o_dit.data.sample_checksums import NAME as CHECKSUMS
 from blip3o_dit.data.sample_checksums import sample_checksums
@@ -48,20 +50,29 @@ class ShardWriter:
         self.shard_size = shard_size or max(1, 2**28 // sample_bytes(sizes, dtype))
         self.entries: list[dict[str, Any]] = []
         self._first_shard, self._written = first_shard, first_sample
-        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._pending: list[dict[str, Tensor]] = []
         self._lines: list[str] = []
 
-    def append(self, eva: Tensor, clip: Tensor, records: Sequence[Record]) -> None:
+    def append(
+        self,
+        eva: Tensor,
+        clip: Tensor,
+        records: Sequence[Record],
+        kept: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """See `StoreWriter.append`."""
         where, first = self.where, self._written + len(self._lines)
         check_pair(where, eva, clip, records, expected=self.sizes, offset=first)
         lines = [json_line(where, first + row, record) for row, record in enumerate(records)]
         # Copies: the caller may reuse its buffers.
-        stored = [to_disk(where, tokens, name, self.dtype) for name, tokens in (("eva", eva), ("clip", clip))]
+        sides = {"eva": eva, "clip": clip}
+        stored = {name: to_disk(where, tokens, name, self.dtype) for name, tokens in sides.items()}
+        for name, vectors in (kept or {}).items():
+            stored[name] = to_disk(where, vectors, name, dtype_of(self.dtype))
         start = 0
         while start < len(lines):
             piece = slice(start, start + self.shard_size - len(self._lines))
-            self._pending.append((stored[0][piece], stored[1][piece]))
+            self._pending.append({name: tokens[piece] for name, tokens in stored.items()})
             self._lines.extend(lines[piece])
             if len(self._lines) == self.shard_size:
                 self.flush()
@@ -73,22 +84,36 @@ class ShardWriter:
             return
         number = self._first_shard + len(self.entries)
         check_shard_count(self.where, self._written + len(self._lines), self.shard_size)
-        eva = torch.cat([pair[0] for pair in self._pending])
-        clip = torch.cat([pair[1] for pair in self._pending])
-        self.entries.append(write_shard(self.folder, number, eva, clip, self._lines))
+        joined = {name: torch.cat([part[name] for part in self._pending]) for name in self._pending[0]}
+        eva, clip = joined.pop("eva"), joined.pop("clip")
+        self.entries.append(write_shard(self.folder, number, eva, clip, self._lines, joined))
         self._written += len(self._lines)
         self._pending, self._lines = [], []
 
 
-def write_shard(folder: Path, number: int, eva: Tensor, clip: Tensor, lines: Sequence[str]) -> dict[str, Any]:
+def write_shard(
+    folder: Path,
+    number: int,
+    eva: Tensor,
+    clip: Tensor,
+    lines: Sequence[str],
+    kept: Mapping[str, Tensor] | None = None,
+) -> dict[str, Any]:
     """Write one shard and its table; returns its manifest entry. Tensors in the dtype of the store.
+
+    Args:
+        kept: vectors [n, C] beside the tokens (`kept_vectors.py`).
 
     Raises:
         WriteError, OSError: when they cannot be written; nothing under their names is half written.
     """
     file, table = folder / f"shard-{number:05d}.safetensors", folder / f"shard-{number:05d}.jsonl"
     tokens = {"eva": eva.contiguous(), "clip": clip.contiguous()}
-    save_tensors(tokens | {CHECKSUMS: sample_checksums(**tokens)}, file)
+    tensors = tokens | {CHECKSUMS: sample_checksums(**tokens)}
+    if kept:
+        vectors = {name: vector.contiguous() for name, vector in kept.items()}
+        tensors |= vectors | {KEPT_CHECKSUMS: kept_checksums(vectors)}
+    save_tensors(tensors, file)
     write_atomically(table, ("\n".join(lines) + "\n").encode())
     return {
         "file": file.name,
@@ -121,7 +146,9 @@ def to_disk(where: Path, tokens: Tensor, name: str, dtype: str) -> Tensor:
 
 
 def _check_precision(where: Path, tokens: Tensor, stored: Tensor, name: str, dtype: str) -> None:
-    """Values far below the smallest ones of a dtype become zero or coarse: [n, N, C] each."""
+    """Values far below the smallest ones of a dtype become zero or coarse: [n, N, C] or [n, C] each."""
+    if tokens.ndim == 2:
+        tokens, stored = tokens[:, None], stored[:, None]
     largest = tokens.abs().amax(dim=-1)  # [n, N]
     bad = (tokens - stored.float()).abs().amax(dim=-1) > MAX_ERROR * largest
     if bad.any():

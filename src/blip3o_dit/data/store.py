@@ -80,13 +80,15 @@ class EmbeddingStore:
         check_name("verify", verify, VERIFY_CHOICES)
         self.path = located(path)
         self.verified_first = verify == "first"
-        self._elsewhere = RemoteShards(self.path) if isinstance(self.path, Address) else None
-        opened = partial(read_manifest, self.path) if self._elsewhere is None else self._elsewhere.manifest
+        self.elsewhere = RemoteShards(self.path) if isinstance(self.path, Address) else None
+        opened = partial(read_manifest, self.path) if self.elsewhere is None else self.elsewhere.manifest
         self.manifest = opened(check_files=check_files)
         self.num_samples: int = self.manifest["num_samples"]
         self.num_tokens: int = self.manifest["num_tokens"]
         self.condition_dim: int = self.manifest["condition_dim"]
         self.target_dim: int = self.manifest["target_dim"]
+        # Vectors beside the grid and their widths: see `kept_vectors.py`
+        self.kept: dict[str, int] = self.manifest.get("kept", {})
         counts = [shard["num_samples"] for shard in self.manifest["shards"]]
         self.shard_starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self._verified: dict[int, Identity] = {}  # by this process, or the one that started it
@@ -121,9 +123,9 @@ class EmbeddingStore:
         wanted = np.asarray(indices, dtype=np.int64)
         eva = torch.empty(len(wanted), self.num_tokens, self.condition_dim, dtype=dtype)
         clip = torch.empty(len(wanted), self.num_tokens, self.target_dim, dtype=dtype)
-        shards, inside = self._locate(wanted)
+        shards, inside = self.locate(wanted)
         is_int8 = self.manifest["dtype"] == INT8
-        fetched = {} if self._elsewhere is None else self._fetch_from(self._elsewhere, shards, inside)
+        fetched = {} if self.elsewhere is None else self._fetch_from(self.elsewhere, shards, inside)
         # In the order of the files, and each sample straight from its map to its place: gathering a batch
         # and converting it would go over the same bytes three times.
         for row in np.argsort(wanted).tolist():
@@ -162,7 +164,7 @@ class EmbeddingStore:
             return [record for shard in range(len(self.shard_starts) - 1) for record in self._table(shard)]
         check_indices(self.path, indices, self.num_samples)
         wanted = np.asarray(indices, dtype=np.int64)
-        shards, inside = self._locate(wanted)
+        shards, inside = self.locate(wanted)
         found: dict[int, Record] = {}
         for shard in np.unique(shards):
             table = self._table(int(shard))
@@ -170,7 +172,7 @@ class EmbeddingStore:
                 found[int(wanted[row])] = table[inside[row]]
         return [found[int(index)] for index in wanted]
 
-    def _locate(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def locate(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The shard of each sample, and its row there."""
         shards = np.searchsorted(self.shard_starts, wanted, side="right") - 1
         return shards, wanted - self.shard_starts[shards]
@@ -210,8 +212,8 @@ class EmbeddingStore:
 
     def _verify_shard(self, shard: int) -> None:
         entry = self.manifest["shards"][shard]
-        if self._elsewhere is not None:
-            self._elsewhere.verify(entry)
+        if self.elsewhere is not None:
+            self.elsewhere.verify(entry)
             return
         file = self.path / entry["file"]
         self._maps.pop(shard, None)
@@ -248,10 +250,10 @@ class EmbeddingStore:
     def _map(self, shard: int) -> Shard:
         if shard not in self._maps:
             entry = self.manifest["shards"][shard]
-            if self._elsewhere is None:
+            if self.elsewhere is None:
                 self._maps[shard] = self._map_file(shard, entry)
             else:
-                opened = self._elsewhere.open(entry, verify=self.verified_first)
+                opened = self.elsewhere.open(entry, verify=self.verified_first)
                 self._maps[shard] = self._checked_shard(
                     self.path / entry["file"], entry["num_samples"], opened.tensors(), opened
                 )
@@ -297,11 +299,11 @@ class EmbeddingStore:
     def _table(self, shard: int) -> list[Record]:
         entry = self.manifest["shards"][shard]
         file = self.path / entry["table"]
-        if self._elsewhere is None:
+        if self.elsewhere is None:
             _check_digest(file, entry["table_sha256"])
             content = file.read_bytes()
         else:
-            content = self._elsewhere.table(entry)
+            content = self.elsewhere.table(entry)
         lines = content.removesuffix(b"\n").split(b"\n")
         if len(lines) != entry["num_samples"]:
             raise ValueError(f"{file}: expected {entry['num_samples']} records, found {len(lines)}")
@@ -322,6 +324,7 @@ class StoreWriter:
         shard_size: samples per shard; None aims at 256 MiB.
         encoders: {"eva": {...}, "clip": {...}}, names and revisions, kept in the manifest.
         pooling, normalization: how the tokens were made, kept in the manifest.
+        kept: widths of vectors beside the tokens, by name; see `kept_vectors.py`.
 
     Raises:
         ValueError: for data that cannot be trained on (counts, ranks, a token count that is not a square,
@@ -340,6 +343,7 @@ class StoreWriter:
         encoders: Mapping[str, Any] | None = None,
         pooling: str | None = None,
         normalization: str = "none",
+        kept: Mapping[str, int] | None = None,
         overwrite: bool = False,
     ) -> None:
         if dtype not in ON_DISK:
@@ -356,14 +360,25 @@ class StoreWriter:
             self.path, self._folder.aside, sizes_of_sample, dtype=dtype, shard_size=shard_size
         )
         self._about = {"encoders": dict(encoders or {}), "pooling": pooling, "normalization": normalization}
+        if kept:
+            self._about["kept"] = dict(kept)
 
     @property
     def shard_size(self) -> int:
         return self._shards.shard_size
 
-    def append(self, eva: Tensor, clip: Tensor, records: Sequence[Record]) -> None:
-        """Add n samples: eva [n, L, C_eva], clip [n, N, C_clip], n records with a "key" each."""
-        self._shards.append(eva, clip, records)
+    def append(
+        self,
+        eva: Tensor,
+        clip: Tensor,
+        records: Sequence[Record],
+        kept: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Add n samples: eva [n, L, C_eva], clip [n, N, C_clip], n records with a "key" each.
+
+        `kept` are the vectors [n, C] by the names that the writer was told.
+        """
+        self._shards.append(eva, clip, records, kept)
 
     def close(self) -> EmbeddingStore:
         """Write what is pending and the manifest; returns the store, opened."""

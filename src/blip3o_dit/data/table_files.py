@@ -1,7 +1,7 @@
 """Embeddings in tables: parquet files, and datasets that Hugging Face datasets saved to disk.
 
-A column of tokens is a list of lists of floats, an array of a tensor type, or a flat list whose tokens are
-told. A piece of a table (a row group, a record batch) is in memory at a time, beside keys and captions.
+A column of tokens is a list of lists of floats, an array of a tensor type, or a flat list: one vector. A
+piece of a table (a row group, a record batch) is in memory at a time, beside keys and captions.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def open_parquet(path: Path, files: Sequence[Path], arrangement: Arrangement) ->
     arrow = pyarrow()
     pieces = []
     for file in files:
-        with _readable(file):
+        with readable(file):
             metadata = arrow.parquet.read_metadata(file)
             _refuse_inflated(file, metadata)
             groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
@@ -90,7 +90,7 @@ def holds_tokens(path: Path) -> bool:
     if not tables or tables[0].suffix not in (".parquet", ".arrow"):
         return False
     file = tables[0]
-    with _readable(file):
+    with readable(file):
         is_parquet = file.suffix == ".parquet"
         schema = pyarrow().parquet.read_schema(file) if is_parquet else _batches(file)[0].schema
     return not {*EVA_NAMES, *CLIP_NAMES}.isdisjoint(schema.names)
@@ -108,7 +108,6 @@ def _open(
         [read for read, _ in pieces],
         list(accumulate((count for _, count in pieces), initial=0)),
         (find_name(path, known, EVA_NAMES), find_name(path, known, CLIP_NAMES)),
-        arrangement.flat_tokens,
     )
     eva, clip = reader(np.array([0]))
     count = reader.starts[-1]
@@ -140,10 +139,8 @@ class TableReader:
         pieces: Sequence[Any],
         starts: list[int],
         names: tuple[str, str],
-        flat_tokens: int | None,
     ) -> None:
         self.path, self.pieces, self.starts, self.names = path, pieces, starts, names
-        self.flat_tokens = flat_tokens
         self._kept: tuple[int, list[Tensor]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -171,22 +168,20 @@ class TableReader:
         for piece in self.pieces if names else []:
             table = piece(list(names))
             for name in names:
-                with _readable(self.path):
+                with readable(self.path):
                     values[name] += table.column(name).to_pylist()
         return values
 
     def _piece(self, number: int) -> list[Tensor]:
         if self._kept is None or self._kept[0] != number:
             table = self.pieces[number](list(self.names))
-            tensors = [
-                as_tensor(self.path, name, table.column(name), self.flat_tokens) for name in self.names
-            ]
+            tensors = [as_tensor(self.path, name, table.column(name)) for name in self.names]
             self._kept = (number, tensors)
         return self._kept[1]
 
 
-def as_tensor(path: Path, name: str, column: Any, flat_tokens: int | None) -> Tensor:
-    """A column of nested or flat lists of floats, or of a tensor type, as [n, N, C]."""
+def as_tensor(path: Path, name: str, column: Any) -> Tensor:
+    """A column of nested or flat lists of floats, or of a tensor type, as [n, N, C] or [n, C]."""
     arrow = pyarrow()
     array, count = column, len(column)
     if isinstance(array, arrow.ChunkedArray):
@@ -207,17 +202,6 @@ def as_tensor(path: Path, name: str, column: Any, flat_tokens: int | None) -> Te
         raise ValueError(f"{path}: {name}: expected lists of floats, found {short_repr(str(column.type))}")
     if shape is not None and len(sizes) == 1:
         sizes = list(shape)
-    if len(sizes) == 1 and flat_tokens:
-        if sizes[0] % flat_tokens:
-            raise ValueError(
-                f"{path}: {name}: expected a multiple of {flat_tokens} numbers (--tokens), found {sizes[0]}"
-            )
-        sizes = [flat_tokens, sizes[0] // flat_tokens]
-    if len(sizes) == 1:
-        raise ValueError(
-            f"{path}: {name}: expected lists of tokens, found flat lists of {sizes[0]} numbers: "
-            "`blip3o-dit convert --tokens N` says how many tokens they are"
-        )
     values = array.to_numpy(zero_copy_only=False)
     return torch.from_numpy(np.array(values).reshape(count, *sizes))
 
@@ -245,7 +229,7 @@ def _list_size(path: Path, name: str, array: Any) -> int:
 
 def _row_group(file: Path, group: int, columns: list[str] | None) -> Any:
     """These columns of a row group; the names of all without any."""
-    with _readable(file):
+    with readable(file):
         parquet = pyarrow().parquet.ParquetFile(file)
         return parquet.schema_arrow.names if columns is None else parquet.read_row_group(group, columns)
 
@@ -259,7 +243,7 @@ def _batch(file: Path, number: int, columns: list[str] | None) -> Any:
 def _batches(file: Path) -> list[Any]:
     """The record batches of a file, mapped."""
     arrow = pyarrow()
-    with _readable(file):
+    with readable(file):
         source = arrow.memory_map(str(file))
         try:
             return list(arrow.ipc.open_stream(source))
@@ -269,7 +253,16 @@ def _batches(file: Path) -> list[Any]:
 
 
 @contextmanager
-def _readable(file: Path) -> Iterator[None]:
+def open_table(file: Path) -> Iterator[Any]:
+    """A parquet file, to read in pieces. Raises ValueError for what cannot be read."""
+    with readable(file), pyarrow().parquet.ParquetFile(file) as opened:
+        _refuse_inflated(file, opened.metadata)
+        yield opened
+
+
+@contextmanager
+def readable(file: Path) -> Iterator[None]:
+    """Whatever a table's reader makes of a damaged file, as one line that names it."""
     arrow = pyarrow()
     try:
         yield

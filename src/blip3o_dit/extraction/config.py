@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from blip3o_dit.data.choices import DTYPE_NAMES, STORE_DTYPES
+from blip3o_dit.data.choices import DTYPE_NAMES, KEPT, STORE_DTYPES
 from blip3o_dit.extraction.sources.options import ListingOptions
 from blip3o_dit.utils.settings import setting
 from blip3o_dit.utils.validation import check_name, check_range, is_number
@@ -59,6 +59,12 @@ class ExtractionConfig:
     store_dtype: str = setting(
         "float16", "precision on disk", group="store", choices=STORE_DTYPES, decides=True
     )
+    keep: tuple[str, ...] = setting(
+        (),
+        "vectors of each tower to keep beside the tokens: class (its class token), pooled (the one projected "
+        "vector of a picture)",
+        decides=True,
+    )
     shard_size: int = setting(1024, "pictures per shard", decides=True)
     batch_size: int = setting(32, "pictures per call of a tower", group="speed", noted=True)
     workers: int = setting(2, "decoding processes, per process")
@@ -106,6 +112,10 @@ class ExtractionConfig:
     def __post_init__(self) -> None:
         check_name("dtype", self.dtype, DTYPE_NAMES)
         check_name("store_dtype", self.store_dtype, STORE_DTYPES)
+        for kind in self.keep:
+            check_name("keep", kind, KEPT)
+        if len(set(self.keep)) < len(self.keep):
+            raise ValueError(f"keep: expected each once, found {list(self.keep)}")
         for name, low in _MINIMUM.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:

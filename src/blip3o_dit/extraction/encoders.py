@@ -60,6 +60,10 @@ class VisionEncoder(nn.Module):
             "preprocessing": self.preprocessing.describe(),
         }
 
+    def with_vectors(self, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What `forward` gives, and what the tower has of `KEPT`, [B, C] each, from the same pass."""
+        return self(pixels), {}
+
 
 class ClipEncoder(VisionEncoder):
     """CLIP: patch tokens -> post layer norm -> visual projection."""
@@ -76,10 +80,23 @@ class ClipEncoder(VisionEncoder):
         self.interpolate = about["preprocessing"].size != vision.image_size
 
     def forward(self, pixels: Tensor) -> Tensor:
+        return self._projected(self._hidden(pixels)[:, 1:])
+
+    def with_vectors(self, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The class token after the final norm, and its projection: the space of CLIP's texts."""
+        hidden = self._hidden(pixels)
+        token = self.model.vision_model.post_layernorm(hidden[:, 0])
+        vectors = {"class": token, "pooled": self.model.visual_projection(token)}
+        return self._projected(hidden[:, 1:]), vectors
+
+    def _hidden(self, pixels: Tensor) -> Tensor:
+        """[B, T, d], without the final norm."""
         vision = self.model.vision_model
         output = vision(pixel_values=pixels, interpolate_pos_encoding=self.interpolate)
-        hidden = output.last_hidden_state  # [B, T, d], without the final norm
-        return self.model.visual_projection(vision.post_layernorm(hidden[:, 1:]))
+        return output.last_hidden_state
+
+    def _projected(self, hidden: Tensor) -> Tensor:
+        return self.model.visual_projection(self.model.vision_model.post_layernorm(hidden))
 
 
 class EvaClipEncoder(VisionEncoder):
@@ -96,6 +113,11 @@ class EvaClipEncoder(VisionEncoder):
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.model(pixels)
+
+    def with_vectors(self, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The class token after the final norm, and its projection."""
+        tokens, project = self.model.vision_model(pixels), self.model.visual_projection
+        return project(tokens[:, 1:]), {"class": tokens[:, 0], "pooled": project(tokens[:, 0])}
 
 
 class AutoModelEncoder(VisionEncoder):
@@ -114,6 +136,15 @@ class AutoModelEncoder(VisionEncoder):
     def forward(self, pixels: Tensor) -> Tensor:
         hidden = self.model(pixel_values=pixels, **self.options).last_hidden_state
         return self.layout.patch_tokens(hidden, self.name)
+
+    def with_vectors(self, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The first token before the patches, and what the model's own pooling makes, where it has these."""
+        output = self.model(pixel_values=pixels, **self.options)
+        hidden, pooled = output.last_hidden_state, getattr(output, "pooler_output", None)
+        vectors = {"class": hidden[:, 0]} if self.layout.prefix else {}
+        if pooled is not None:
+            vectors["pooled"] = pooled.flatten(1)
+        return self.layout.patch_tokens(hidden, self.name), vectors
 
 
 @dataclass(frozen=True)

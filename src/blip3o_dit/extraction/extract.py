@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from blip3o_dit.data.combine import SIDES
 from blip3o_dit.data.manifest import STORE_ASIDE, check_shard_count
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.data.store_folder import writing_alone
@@ -272,6 +273,7 @@ def _check_same_numbers(store: EmbeddingStore, config: ExtractionConfig) -> None
         ("tokens", store.num_tokens, config.tokens),
         ("store_dtype", store.manifest["dtype"], config.store_dtype),
         ("normalization", store.manifest.get("normalization") or "none", "none"),
+        ("keep", sorted(store.kept), sorted(f"{side}_{kind}" for side in SIDES for kind in config.keep)),
     ):
         if there != here:
             raise ValueError(f"{store.path}: {name}: expected {there} as in this store, found {here}")

@@ -36,10 +36,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Unit:
-    """What a unit has collected so far: tokens by side, table lines, skipped images by index."""
+    """What a unit has collected so far: tokens of batches by side, with what is kept beside them, table
+    lines, skipped images by index."""
 
-    eva: list[Tensor] = field(default_factory=list)
-    clip: list[Tensor] = field(default_factory=list)
+    tokens: list[dict[str, Tensor]] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     skipped: dict[int, Skipped] = field(default_factory=dict)
 
@@ -185,19 +185,16 @@ class Extractor:
 
     def _run_towers(self, batch: Sequence[Decoded], unit: Unit) -> None:
         """Tokens of a batch of images, pooled, checked and in the dtype of the store."""
-        tokens = {
-            side: tower_tokens(tower, side, stack(batch, side), self.config, self.device)
-            for side, tower in self.towers.items()
-        }
+        tokens: dict[str, Tensor] = {}
+        for side, tower in self.towers.items():
+            tokens |= tower_tokens(tower, side, stack(batch, side), self.config, self.device)
         stored, reasons = storable(self.output, tokens, self.config.store_dtype)
         for row, reason in reasons.items():
             self._skip(unit, batch[row].index, reason)
         kept = [image.index for row, image in enumerate(batch) if row not in reasons]
         records = [self.refs[index].record for index in kept]
-        eva, clip = stored["eva"], stored["clip"]
-        check_pair(self.output, eva, clip, records, expected=self.sizes)
-        unit.eva.append(eva)
-        unit.clip.append(clip)
+        check_pair(self.output, stored["eva"], stored["clip"], records, expected=self.sizes)
+        unit.tokens.append(stored)
         unit.lines += [json_line(self.output, i, r) for i, r in zip(kept, records, strict=True)]
 
     def _write_unit(self, number: int, unit: Unit) -> int:
@@ -205,6 +202,8 @@ class Extractor:
         forget_entry(self.output, number)
         shard = None
         if unit.lines:
-            shard = write_shard(self.output, number, torch.cat(unit.eva), torch.cat(unit.clip), unit.lines)
+            tokens = {name: torch.cat([part[name] for part in unit.tokens]) for name in unit.tokens[0]}
+            eva, clip = tokens.pop("eva"), tokens.pop("clip")
+            shard = write_shard(self.output, number, eva, clip, unit.lines, tokens)
         write_entry(self.output, number, shard, [unit.skipped[index] for index in sorted(unit.skipped)])
         return shard["bytes"] if shard else 0

@@ -54,6 +54,9 @@ def describe_extraction(config: ExtractionConfig, pictures: dict[str, Any]) -> d
         each.name for each in fields(config) if each.metadata.get("decides") or each.metadata.get("noted")
     ]
     settings = {name: getattr(config, name) for name in known}
+    settings["keep"] = list(config.keep)
+    if not config.keep:  # as earlier versions, which kept none
+        del settings["keep"]
     if config.towers_from_scratch:
         settings["seed"] = config.seed
     return {"version": __version__, "settings": settings, "pictures": pictures}
@@ -73,6 +76,8 @@ def differences(found: Any, wanted: dict[str, Any]) -> list[str]:
     if not isinstance(found, dict):
         return ["it was not written by this command"]
     there, here = flat(found), flat(json.loads(json.dumps(wanted)))
+    for side in (there, here) if "settings" in wanted else ():
+        side.setdefault("settings.keep", [])
     names = [
         name for name in here if name in there and here[name] != there[name] and _decides(name, there, here)
     ]

@@ -138,7 +138,7 @@ def inspect_embeddings(
         duplicate_keys=len(repeated),
         duplicate_examples=repeated[:SHOWN],
         sides={name: side.result(source) for name, side in sides.items()},
-        about={k: manifest[k] for k in ("dtype", "pooling", "skipped", "encoders") if k in manifest},
+        about={k: manifest[k] for k in ("dtype", "pooling", "skipped", "kept", "encoders") if k in manifest},
     )
 
 
@@ -151,6 +151,9 @@ def format_inspection(inspection: Inspection) -> str:
     for name in ("dtype", "pooling", "skipped"):
         if inspection.about.get(name) is not None:
             lines.append(f"  {name}: {printable(inspection.about[name])}")
+    if inspection.about.get("kept"):
+        kept = ", ".join(f"{name} {width}" for name, width in inspection.about["kept"].items())
+        lines.append(f"  vectors beside the tokens: {kept}")
     for name, side in inspection.sides.items():
         tower = inspection.about.get("encoders", {}).get(name, {})
         lines += [

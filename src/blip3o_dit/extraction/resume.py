@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from blip3o_dit.data.kept_vectors import kept_widths
 from blip3o_dit.data.manifest import MANIFEST, STORE_ASIDE, check_shard_entry, write_manifest
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.data.store_folder import IGNORED, check_is_folder
@@ -162,6 +163,8 @@ def finish_store(
             f"{output}: expected at least one readable picture, found none of {len(skipped)}, "
             f"the first {printable(skipped[0]['location'])}: {skipped[0]['reason']}"
         )
+    kept = kept_widths(output / shards[0]["file"])
+    about = about | ({"kept": kept} if kept else {})
     write_manifest(output, sizes, dtype, shards, about | {"skipped": len(skipped)})
     remove_working_files(output)
     _log_skipped(skipped, output)

@@ -56,16 +56,25 @@ def load_towers(config: ExtractionConfig, device: torch.device) -> Towers:
 @torch.inference_mode()
 def tower_tokens(
     tower: VisionEncoder, side: str, pixels: Tensor, config: ExtractionConfig, device: torch.device
-) -> Tensor:
-    """uint8 pixels [B, 3, size, size] -> float32 tokens [B, tokens, width] on the CPU."""
+) -> dict[str, Tensor]:
+    """uint8 pixels [B, 3, size, size] -> float32 tokens [B, tokens, width] on the CPU, by the side's name.
+
+    What `config.keep` names is beside them, [B, C] each, as `eva_pooled`, `clip_class`, ...
+    """
     what = f"{side} tower {tower.name}, {len(pixels)} pictures of {tower.preprocessing.size} pixels"
     with _one_line(what, config.dtype, len(pixels)):
         normalized = tower.preprocessing.normalize(pixels.to(device))
-        grid = tower(normalized.to(DTYPES[config.dtype]))  # [B, grid * grid, C]
+        normalized = normalized.to(DTYPES[config.dtype])
+        # [B, grid * grid, C] and, if asked for, vectors [B, C]
+        grid, vectors = tower.with_vectors(normalized) if config.keep else (tower(normalized), {})
     expected = [len(pixels), tower.grid**2, tower.width]
     if list(grid.shape) != expected:
         raise ValueError(f"{what}: expected tokens of shape {expected}, found {list(grid.shape)}")
-    return pool_tokens(grid.float(), config.tokens).cpu()
+    missing = [kind for kind in config.keep if kind not in vectors]
+    if missing:
+        raise ValueError(f"{what}: --keep: expected one of {list(vectors)}, which it has, found {missing[0]}")
+    kept = {f"{side}_{kind}": vectors[kind].float().cpu() for kind in config.keep}
+    return {side: pool_tokens(grid.float(), config.tokens).cpu(), **kept}
 
 
 def storable(where: Path, tokens: dict[str, Tensor], dtype: str) -> tuple[dict[str, Tensor], dict[int, str]]:

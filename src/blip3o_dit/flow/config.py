@@ -19,6 +19,11 @@ TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
 SOURCES = ("noise", "ridge", "ridge_3x3", "ridge_context", "ridge_context_spread")
 
 
+def source_on(source: str, num_tokens: int) -> str:
+    """The same source without the neighbours that a grid of one token does not have."""
+    return "ridge" if num_tokens == 1 and source in ("ridge_3x3", "ridge_5x5") else source
+
+
 @dataclass(frozen=True, kw_only=True)
 class FlowMatchingConfig:
     """The path, where it starts, what the network predicts on it, and how times are sampled.

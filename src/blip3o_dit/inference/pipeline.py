@@ -25,6 +25,7 @@ from blip3o_dit.inference.request import (
     describe_model,
     describe_request,
 )
+from blip3o_dit.inference.translate import DRAWS, Translation, translate_vectors
 from blip3o_dit.metrics.fidelity import FidelitySums
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.layers import has_native_matmul
@@ -122,6 +123,22 @@ class BLIP3oInference:
             sample_index=sample_index,
         )
         return generated.cpu()
+
+    def translate(
+        self,
+        vectors: Tensor | np.ndarray,
+        *,
+        draws: int = DRAWS,
+        way: str | None = None,
+        sample_index: Sequence[int] | None = None,
+        **sampling: Any,
+    ) -> Translation:
+        """Vectors [n, C_eva] of one embedding model as another's [n, C], and the spread [n] of each.
+
+        See `translate_vectors`; `translate_file` does it for a file.
+        """
+        how: dict[str, Any] = {"draws": draws, "way": way, "sample_index": sample_index}
+        return translate_vectors(self.model, vectors, **how, **sampling)
 
     def generate_from_dataset(
         self,

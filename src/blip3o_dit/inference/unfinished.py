@@ -30,12 +30,12 @@ logger = logging.getLogger(__name__)
 
 
 class Unfinished:
-    """The folder of what is generated so far for an output."""
+    """The folder of what is generated so far for an output, beside it if it is a file."""
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, *, file: bool = False) -> None:
         self.output = output
-        beside = output.with_name(f"{output.name}.parts")
-        self.folder = beside if is_file_output(output) else output / GENERATION_PARTS
+        parts = output.with_name(f"{output.name}.parts")
+        self.folder = parts if file or is_file_output(output) else output / GENERATION_PARTS
 
     def find(self, request: dict[str, Any], *, overwrite: bool = False) -> dict[str, Any] | None:
         """The record of the unfinished generation that this request continues; None where there is none.
@@ -120,7 +120,7 @@ def file_claimed(output: Path, request: dict[str, Any], *, overwrite: bool, size
     Raises:
         ValueError: see `Unfinished.find`; also when another process generates for the same file.
     """
-    unfinished = Unfinished(output)
+    unfinished = Unfinished(output, file=True)
     unfinished.find(request, overwrite=overwrite)  # before a folder is made
     try:
         with held_folder(unfinished.folder, "generation"):

@@ -29,6 +29,7 @@ from blip3o_dit.data.dataset import (
 from blip3o_dit.data.embeddings import Embeddings, open_embeddings
 from blip3o_dit.data.statistics import streamed_statistics
 from blip3o_dit.data.store import EmbeddingStore
+from blip3o_dit.flow.config import source_on
 from blip3o_dit.flow.solvers import SOLVERS
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
@@ -132,6 +133,8 @@ def _checked(
         _check_no_run(output, resume)
     with working(f"opening {path}"):
         source = open_embeddings(path, verify=config.verify)
+    if not config.init_from and resume is None:
+        config = replace(config, source=source_on(config.source, source.num_tokens))
     model_config, processes = _model_config(source, config), _processes()
     if config.init_from and resume is None:
         config = check_start(config, model_config, source)
