@@ -71,7 +71,7 @@ def _solve(
     times = SOLVERS[solver].call_times(time_grid(steps, shift, x_0.device))
     rows = len(times) * len(x_0) * (1 if guidance.scale == 1.0 else 2)
     known = times if rows * model.dit.modulation_bytes <= MAX_MODULATION_BYTES else None
-    velocity_at = _guided_velocity(model, condition, source, guidance, known)
+    velocity_at = _guided_velocity(model, condition, source, guidance, known, steps)
     x_1 = integrate(
         velocity_at(0.0),
         x_0,
@@ -101,7 +101,8 @@ def _guided_velocity(
     source: AffineSource,
     guidance: Guidance,
     times: Tensor | None = None,
+    steps: int = 1,
 ) -> Callable[[float], Velocity]:
     """The time at which a step begins -> the velocity in that step."""
-    velocity = model.make_velocity_fn(condition, source, guidance.scale, times)
+    velocity = model.make_velocity_fn(condition, source, guidance.scale, times, steps)
     return lambda t: partial(velocity, guided=guidance.acts_at(t))
