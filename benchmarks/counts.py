@@ -19,6 +19,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -34,17 +35,20 @@ from blip3o_dit.model import cpu_kernels, transformer
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.layers import BFLOAT16_VARIABLE, RMSNorm
 
-NARROW = {"model_dim": 64, "num_heads": 4, "in_channels": 24, "eva_embedding_size": 40}
-BATCH, CALLS = 2, 16
+NARROW = {"model_dim": 256, "num_heads": 4, "in_channels": 24, "eva_embedding_size": 40}
+CALLS = 16
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "addmm_")
 NO_LAUNCH = ("empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "lift_fresh")
 MODULATIONS = ("norm1.linear", "norm_out.linear_1", "time_caption_embed.timestep_embedder")
 
-# How a call is computed: (modulations of all calls known before the first one, Triton's kernels).
+OF_ITS_OWN = ("product_with_sums", "split_product")  # products among Triton's kernels
+
+# How a call is computed: (modulations of all calls known before the first one, Triton's kernels, samples).
 WAYS = {
-    "layer by layer, modulations in every call": (False, False),
-    "layer by layer": (True, False),
-    "Triton's kernels": (True, True),
+    "layer by layer, modulations in every call": (False, False, 2),
+    "layer by layer": (True, False, 2),
+    "Triton's kernels": (True, True, 2),
+    "Triton's kernels, one sample": (True, True, 1),
 }
 
 
@@ -120,21 +124,27 @@ class CountedKernels(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return self
+        return CountedKernel(self.counts, product=name in OF_ITS_OWN)
+
+
+@dataclass(frozen=True)
+class CountedKernel:
+    counts: Counts
+    product: bool
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return lambda *given, **named: self.counts.launch([*given, *named.values()], [])
+        return lambda *given, **named: self.counts.launch(list(given), [], product=self.product)
 
 
 def _count_call(way: str, blocks: int) -> Counts:
-    known, triton = WAYS[way]
+    known, triton, batch = WAYS[way]
     torch.manual_seed(0)
     model = BLIP3oDiTModel(paper_config(num_layers=blocks, **NARROW)).to(torch.bfloat16).eval()
     config, dit = model.config, model.dit
-    x = torch.randn(BATCH, config.num_tokens, config.in_channels)
-    condition = torch.randn(BATCH, config.num_tokens, config.eva_embedding_size)
+    x = torch.randn(batch, config.num_tokens, config.in_channels)
+    condition = torch.randn(batch, config.num_tokens, config.eva_embedding_size)
     times = torch.linspace(0, 1, CALLS)
-    counts = Counts(model, BATCH * config.num_tokens * config.kv_dim)
+    counts = Counts(model, batch * config.num_tokens * config.kv_dim)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(mock.patch.dict(os.environ, {BFLOAT16_VARIABLE: "native"}))
@@ -143,7 +153,7 @@ def _count_call(way: str, blocks: int) -> Counts:
         if triton:
             stack.enter_context(_kernels_counted(counts))
         with counts:
-            dit.predict(x, times[:1].expand(BATCH), encoded)
+            dit.predict(x, times[:1].expand(batch), encoded)
     return counts
 
 

@@ -20,6 +20,7 @@ from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.training import run
 from blip3o_dit.training.config import LOW_MEMORY_DEFAULTS, PAPER_RECIPE, TrainingConfig
+from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.memory import forecast
 from blip3o_dit.training.metrics import PASSES_PER_STEP, forward_flops
 
@@ -39,7 +40,7 @@ def run_steps(
     sizes: dict[str, Any],
     batch: int,
     *,
-    steps: int = 8,
+    steps: int = 10,
     warm_up: int = 3,
     around: AbstractContextManager[Any] | None = None,
     **settings: Any,
@@ -47,7 +48,8 @@ def run_steps(
     """Train a network of these sizes (`BLIP3oDiTConfig`'s) on noise, as `blip3o-dit train` up to its files.
 
     After `warm_up` steps memory has settled, kernels are chosen, blocks compiled: then `around` is entered,
-    and `steps` count. `settings` are `TrainingConfig`'s.
+    and `steps` count. `settings` are `TrainingConfig`'s. Weights are averaged as in a run that is past its
+    first hundreds of steps: every `ema_every` of them, which is once in ten by default.
     """
     gc.collect()  # a trainer and its callbacks refer to each other
     if torch.cuda.is_available():
@@ -76,10 +78,12 @@ def run_steps(
         needed = forecast(config, model, device()).total / 2**30
         with mock.patch.object(run, "BLIP3oDiTModel", _made_there):
             trainer = run.build_trainer(data, config)
+        decay = mock.patch.object(ExponentialMovingAverage, "_decay", lambda average, step: average.decay)
         trainer.args.save_strategy = SaveStrategy.NO
         clock = Clock(warm_up, warm_up + steps, around or nullcontext())
         trainer.add_callback(clock)
-        trainer.train()
+        with decay:
+            trainer.train()
         flops = PASSES_PER_STEP * forward_flops(model) * batch
         return Ran(clock.seconds / steps, clock.waited, flops, peak_gib(), needed)
 

@@ -19,13 +19,17 @@ from tests.helpers.linear_gaussian import LinearGaussian
 
 @dataclass
 class MemorySource:
-    """Conditions [n, L, C_eva] and targets [n, N, C] that are simply there; `held_out` marks samples."""
+    """Conditions [n, L, C_eva] and targets [n, N, C] that are simply there; `held_out` marks samples.
+
+    `groups` [n] numbers the group of each sample, such as the picture that it is a crop of, if there are any.
+    """
 
     name: str
     eva: Tensor
     clip: Tensor
     held_out: np.ndarray
     labels: np.ndarray | None = None
+    groups: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self.path = Path(self.name)

@@ -80,7 +80,7 @@ def split_training(
     batch: int,
     *,
     kernels: int = 0,
-    steps: int = 3,
+    steps: int = 10,
     warm_up: int = 3,
     **settings: Any,
 ) -> list[Row]:

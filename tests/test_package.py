@@ -21,7 +21,7 @@ SOURCES = sorted((ROOT / "src/blip3o_dit").rglob("*.py"))
 # For a user to read: messages, docs and examples.
 TEXTS = [*SOURCES, ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.py")]
 # What a requirement cannot do without, imported for a class of its own.
-COME_WITH = {"huggingface-hub": "transformers", "markupsafe": "jinja2"}
+COME_WITH = {"huggingface-hub": "transformers", "markupsafe": "jinja2", "pyyaml": "transformers"}
 # What torch's builds for a GPU bring, and nothing imports without one.
 ON_A_GPU = {"triton"}
 # Imported under another name than the package's, where the package may not be here to say so.

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as benchmarks
+from benchmarks import calibration
 from benchmarks.quality_data import modes
 from benchmarks.quality_table import calls_table, modes_table, optimizers_table, reach_table, recipes_table
 
@@ -98,3 +99,21 @@ def test_modes_are_told_apart_from_what_lies_between() -> None:
     assert set(found.tolist()) == {0, 1, 2, 3}  # every true token is within its mode
     middle = eva @ data.matrix.T + data.centres.mean(dim=0)
     assert (data.mode_of(eva, middle) == -1).all()
+
+
+def test_a_run_is_one_line_with_and_without_its_scale() -> None:
+    run = {"set": "digits", "kind": "calibration", "network": "64 wide", "steps": 200}
+    rows = [
+        {**run, "noise_scale": scale, "spread_error": ratio, "energy": 0.29 * ratio}
+        for scale, ratio in ((1.0, 1.1), (0.9, 1.0))
+    ]
+    rows.append({**run, "noise_scale": 0.9, "guidance_scale": 1.5, "spread_error": 2.0, "energy": 2.0})
+    expected = "| digits | 64 wide | 200 | 0.9 | 1.10 | 1.00 | 0.3190 | 0.2900 |"
+    assert calibration.table(rows).splitlines()[2:] == [expected]
+
+
+def test_what_is_held_back_is_of_the_training_side() -> None:
+    data = modes(count=1000)
+    split = calibration.split_of(data, seed=0)
+    assert len(split.held_back) == 50 and not data.held_out[split.held_back].any()
+    assert not set(split.held_back.tolist()) & set(split.train.tolist())

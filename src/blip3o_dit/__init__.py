@@ -23,6 +23,7 @@ _HOMES = {
     "EmbeddingStore": "blip3o_dit.data.store",
     "StoreWriter": "blip3o_dit.data.store",
     "open_embeddings": "blip3o_dit.data.embeddings",
+    "push_to_hub": "blip3o_dit.publish",
     "convert_pickle": "blip3o_dit.data.convert",
 }
 

@@ -1,7 +1,8 @@
 """Ridge regression of target tokens on condition tokens, streamed.
 
-Top-down: the features a map is linear in, the moments that determine it, the choice of the penalty, and two
-regressions: `TokenRidge` from the token at a position, `NeighbourhoodRidge` from the 3x3 tokens around it.
+Top-down: the features a map is linear in, the spread around what it says, the moments that determine it, the
+choice of the penalty, and two regressions: `TokenRidge` from the token at a position, `NeighbourhoodRidge`
+from the 3x3 tokens around it.
 """
 
 from __future__ import annotations
@@ -28,42 +29,66 @@ PENALTIES = tuple(10.0**exponent for exponent in range(-6, 3))
 # Where there is nothing to choose it by.
 USUAL_PENALTY = 1e-3
 
-
-def neighbour_components(condition_dim: int) -> int:
-    """How many principal components of each of 8 neighbours keep to `MAX_RIDGE_FEATURES` features."""
-    return min(condition_dim, max(1, (MAX_RIDGE_FEATURES - condition_dim) // 8))
+# Of a predicted deviation, in units of its channel's: no token's noise collapses, and none's drowns the rest.
+SPREAD_BOUNDS = (0.2, 4.0)
 
 
-def source_features(condition: Tensor, components: Tensor | None) -> Tensor:
+def neighbour_components(condition_dim: int, size: int = 3) -> int:
+    """Principal components of each neighbour in size x size tokens that keep to `MAX_RIDGE_FEATURES`."""
+    return min(condition_dim, max(1, (MAX_RIDGE_FEATURES - condition_dim) // (size**2 - 1)))
+
+
+def source_features(condition: Tensor, components: Tensor | None, size: int = 3) -> Tensor:
     """Features of the informed source's regression, [B, N, F], of a normalised condition [B, N, C].
 
     The tokens themselves, and with `components` also their neighbours (`neighbourhood_features`).
     """
-    return condition if components is None else neighbourhood_features(condition, components)
+    return condition if components is None else neighbourhood_features(condition, components, size)
 
 
-def neighbourhood_features(centred: Tensor, components: Tensor) -> Tensor:
-    """Centred tokens [n, N, C] -> [n, N, C + 8 r]: the token, then its neighbours' components, row-major.
+def neighbourhood_features(centred: Tensor, components: Tensor, size: int = 3) -> Tensor:
+    """Centred tokens [n, N, C] -> [n, N, C + (size^2 - 1) r]: the token, then its neighbours' components.
 
     Args:
         components: [C, r]; a neighbour enters as its projection on them. Outside the grid is zero.
+        size: odd; the neighbours are the other tokens of size x size, row-major.
     """
-    side = math.isqrt(centred.shape[1])
+    side, reach = math.isqrt(centred.shape[1]), size // 2
+    offsets = range(size)
     grid = (centred @ components).unflatten(1, (side, side))
-    padded = F.pad(grid, (0, 0, 1, 1, 1, 1))
+    padded = F.pad(grid, (0, 0, reach, reach, reach, reach))
     around = [
-        padded[:, 1 + dy : 1 + dy + side, 1 + dx : 1 + dx + side].flatten(1, 2)
-        for dy in (-1, 0, 1)
-        for dx in (-1, 0, 1)
-        if (dy, dx) != (0, 0)
+        padded[:, dy : dy + side, dx : dx + side].flatten(1, 2)
+        for dy in offsets
+        for dx in offsets
+        if (dy, dx) != (reach, reach)
     ]
     return torch.cat([centred, *around], dim=-1)
 
 
-def principal_components(source: Embeddings, indices: np.ndarray, batch_size: int) -> tuple[Tensor, Tensor]:
+def spread_features(guess: Tensor) -> Tensor:
+    """What the logarithm of a spread is linear in, [..., 2 C], of a regression's guess [..., C]."""
+    return torch.cat([guess, guess.square()], dim=-1)
+
+
+def relative_spread(guess: Tensor, weight: Tensor) -> Tensor:
+    """Deviation of targets from their guess [..., C], in units of that of their channel, [..., C].
+
+    Its logarithm is linear in the guess and its square, weight [2 C + 1, C] with the bias last
+    (multiplicative heteroscedasticity, Harvey 1976, Econometrica 44). A weight of zero says 1; what is said
+    lies in `SPREAD_BOUNDS`.
+    """
+    logarithm = spread_features(guess) @ weight[:-1] + weight[-1]
+    low, high = (math.log(bound) for bound in SPREAD_BOUNDS)
+    return logarithm.clamp(low, high).exp()
+
+
+def principal_components(
+    source: Embeddings, indices: np.ndarray, batch_size: int, size: int = 3
+) -> tuple[Tensor, Tensor]:
     """Mean condition token [C_eva], and leading principal directions [C_eva, r] (all while they fit)."""
     width = source.condition_dim
-    kept = neighbour_components(width)
+    kept = neighbour_components(width, size)
     origin = token_origins(source, indices)[0]
     total, gram, count = torch.zeros_like(origin), origin.new_zeros(width, width), 0
     for eva, _ in _read_float64(source, indices, batch_size):

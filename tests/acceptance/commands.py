@@ -29,6 +29,8 @@ SAMPLES, HELD_OUT = 24, 2  # of the data set that the fixtures write
 SMALL = shlex.split("--model_dim 32 --num_layers 1 --num_heads 2")
 # The default source is used once, in the quick start: at full width it takes seconds.
 SMALL_AND_QUICK = [*SMALL, *shlex.split("--source noise")]
+# Two processes on one machine; what `accelerate launch` is not told it asks its configuration for.
+MULTI_GPU = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
 RUN_FILES = (
     "model.safetensors",
     "config.json",
@@ -68,7 +70,7 @@ def run_command(command: list[str], home: Path, **variables: str) -> subprocess.
         env=environment | variables,
         capture_output=True,
         encoding="utf-8",
-        timeout=180,
+        timeout=900,
     )
 
 
@@ -98,7 +100,7 @@ def run_with_enter(command: list[str], home: Path) -> tuple[int, str]:
         start_new_session=True,
     )
     os.close(other_end)
-    shown, deadline = b"", time.monotonic() + 60
+    shown, deadline = b"", time.monotonic() + 600
     try:
         while process.poll() is None and time.monotonic() < deadline:
             if select.select([terminal], [], [], 0.1)[0]:
@@ -108,7 +110,7 @@ def run_with_enter(command: list[str], home: Path) -> tuple[int, str]:
                     break
             elif shown:
                 os.write(terminal, b"\r")
-        return process.wait(timeout=10), shown.decode()
+        return process.wait(timeout=60), shown.decode()
     finally:
         process.kill()
         os.close(terminal)

@@ -34,16 +34,15 @@ def test_project_structure() -> None:
 
 
 @pytest.mark.slow
-def test_installation(shared: Path) -> None:
-    result = run_command(words(VERIFY_INSTALLATION, shared), shared)
-    assert (result.returncode, result.stdout) == (0, "✅ Installation successful\n"), result.stderr
-
-
-@pytest.mark.slow
-def test_data_preparation(shared: Path) -> None:
-    result = run_command(words(TEST_DATASET, shared), shared)
+def test_installation_and_data_preparation(shared: Path) -> None:
+    """Two programs in one process of their own: importing torch takes seconds."""
+    programs = [words(block, shared) for block in (VERIFY_INSTALLATION, TEST_DATASET)]
+    assert [program[:-1] for program in programs] == [["python", "-c"]] * 2
+    result = run_command(["python", "-c", "\n".join(program[-1] for program in programs)], shared)
     assert result.returncode == 0, result.stderr
-    said = dict(line.split(": ", 1) for line in result.stdout.splitlines())
+    installed, *lines = result.stdout.splitlines()
+    assert installed == "✅ Installation successful"
+    said = dict(line.split(": ", 1) for line in lines)
     numbers = ("samples", "tokens", "condition width (eva)", "target width (clip)")
     assert [said[name] for name in numbers] == [str(SAMPLES), "64", "1280", "768"]
 

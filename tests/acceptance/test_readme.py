@@ -5,7 +5,6 @@ The path itself, as written and with the wheel alone, is in test_first_hour.py.
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import subprocess
@@ -17,10 +16,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.distributed.run import get_args_parser
 
 from blip3o_dit import StoreWriter
 from blip3o_dit.cli.extract import main as extract_main
 from blip3o_dit.cli.main import main as command_main
+from tests.acceptance.commands import MULTI_GPU
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -84,7 +85,7 @@ def run_bash(words: list[str]) -> None:
     elif program == "blip3o-dit":
         assert command_main(words[1:]) == 0
     elif program in ("torchrun", "accelerate"):
-        launch(words)
+        train_as_launched(words)
     else:
         raise AssertionError(f"no way to run {words}")
 
@@ -95,19 +96,16 @@ def small(arguments: list[str]) -> list[str]:
     return [*arguments, *SMALL.split()]
 
 
-def launch(words: list[str]) -> None:
+def train_as_launched(words: list[str]) -> None:
+    """In this process alone. `test_distributed_commands.py` launches two with accelerate's words, through
+    torch's launcher; `training/test_processes.py` trains in processes that know what torchrun tells them."""
     script = words.index("train_blip3o_dit.py")
-    launcher = [str(Path(sys.executable).parent / words[0]), *words[1:script]]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launcher, words[script], *small(words[script + 1 :])],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "2 process(es)" in done.stderr
+    if words[0] == "torchrun":
+        asked = get_args_parser().parse_args(words[1:])
+        assert (asked.nproc_per_node, asked.training_script) == ("2", words[script])
+    else:
+        assert words[:script] == ["accelerate", "launch", *MULTI_GPU.split()]
+    assert command_main(["train", *small(words[script + 1 :])]) == 0
 
 
 @pytest.mark.slow

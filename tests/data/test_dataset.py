@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from blip3o_dit.data.dataset import (
     Split,
     WindowShuffledSampler,
     choose_samples,
+    group_of,
     split_samples,
     training_sampler,
 )
@@ -198,6 +200,103 @@ def test_a_share_that_is_none_is_refused(store: EmbeddingStore, share: float) ->
 def test_a_numpy_integer_is_the_same_seed(store: EmbeddingStore) -> None:
     plain = split_samples(store, eval_split=0.3, seed=3)
     assert same(plain, split_samples(store, eval_split=0.3, seed=np.int64(3)))  # type: ignore[arg-type]
+
+
+# Groups
+
+CROPS = r"^(.*)_crop\d+$"
+
+
+def crops(pictures: range, each: int = 3) -> list[str]:
+    """Crops of one picture are not neighbours."""
+    return [f"photo {picture}_crop{crop}" for crop in range(each) for picture in pictures]
+
+
+def split_groups(source: EmbeddingStore, share: float = 0.3, seed: int = 0, pattern: str = CROPS) -> Split:
+    return split_samples(source, eval_split=share, seed=seed, split_by="group", group_pattern=pattern)
+
+
+def pictures_of(keys: list[str], indices: np.ndarray) -> set[str]:
+    return {keys[index].split("_")[0] for index in indices}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
+def test_no_group_is_on_both_sides(tmp_path: Path, share: float, seed: int) -> None:
+    keys = crops(range(60))
+    split = split_groups(write(tmp_path / "s", keys), share, seed)
+    assert np.array_equal(np.sort(np.concatenate([split.train, split.eval])), np.arange(180))
+    assert not pictures_of(keys, split.train) & pictures_of(keys, split.eval)
+    assert abs(len(split.eval) / 180 - share) <= 4 * (share * (1 - share) / 60) ** 0.5
+    assert split.groups is not None  # one number for each picture
+    assert len({(keys[index].split("_")[0], split.groups[index]) for index in range(180)}) == 60
+    assert len(set(split.groups)) == 60
+
+
+def test_appended_data_leaves_every_group_on_its_side(tmp_path: Path) -> None:
+    few, more = crops(range(40), each=2), crops(range(80))[::-1]
+    a, b = (split_groups(write(tmp_path / str(len(keys)), keys, seed=1)) for keys in (few, more))
+    assert pictures_of(few, a.eval) == pictures_of(more, b.eval) & pictures_of(few, np.arange(len(few)))
+
+
+def test_one_group_at_least_is_held_out_and_none_that_was_trained_on_later(tmp_path: Path) -> None:
+    """A share of a few groups is less than one of them."""
+    seen: set[str] = set()
+    for count in range(2, 12):
+        keys = crops(range(count))
+        split = split_groups(write(tmp_path / str(count), keys), 1e-3)
+        assert len(pictures_of(keys, split.eval)) == 1
+        assert not pictures_of(keys, split.eval) & seen
+        seen |= pictures_of(keys, split.train)
+    assert len(seen) >= 10
+
+
+def test_groups_of_one_key_are_split_as_by_its_hash(tmp_path: Path) -> None:
+    source = write(tmp_path / "s", names(100))
+    by_key = split_samples(source, eval_split=0.3, seed=2, split_by="key_hash")
+    for pattern in (r".*", r"(picture \d+)", r"^(picture 1)$|nothing"):
+        assert same(by_key, split_groups(source, seed=2, pattern=pattern))
+
+
+def test_a_group_is_the_first_parenthesis_or_the_whole_match() -> None:
+    cases = [
+        (r"^[^/]+", "clip7/frame 12.jpg", "clip7"),
+        (r"(\w+)-(\d+)", "scan-12.png", "scan"),
+        (r"^(?:(\w+)/)?x", "x", None),
+        (r"page", "cover", None),
+        (r"(\d*)", "a", ""),
+    ]
+    for pattern, key, group in cases:
+        assert group_of(key, re.compile(pattern)) == group
+
+
+def test_keys_without_a_match_are_groups_of_their_own_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = [*crops(range(20)), "ключ", "other", "file \udce9"]
+    with caplog.at_level("INFO", "blip3o_dit"):
+        split = split_groups(write(tmp_path / "s", keys))
+    assert split.groups is not None and len(set(split.groups)) == 23
+    held_out = len(set(split.groups[split.eval]))
+    assert f"the split: 23 group(s), {held_out} held out" in caplog.text
+    assert "3 keys that group_pattern does not match are groups of their own" in caplog.text
+
+
+def test_a_pattern_that_makes_no_split_is_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "s", crops(range(20)))
+    with pytest.raises(
+        ValueError, match=r"expected keys that group_pattern 'frame' matches, found none; the "
+    ):
+        split_groups(source, pattern="frame")
+    with pytest.raises(ValueError, match=r"of 60 samples in 1 group\(s\) leaves 0 for training and 60 for"):
+        split_groups(source, pattern="photo")
+    assert len(split_groups(source, 0.0, pattern="photo").train) == 60
+
+
+def test_groups_are_split_the_same_in_every_version(tmp_path: Path) -> None:
+    """Pinned, as the other rules are."""
+    source = write(tmp_path / "s", crops(range(10), each=2))
+    assert split_groups(source, seed=42).eval.tolist() == [0, 1, 2, 3, 5, 10, 11, 12, 13, 15]
 
 
 # Epochs

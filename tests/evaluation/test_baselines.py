@@ -33,6 +33,18 @@ def test_samples_are_split_into_fit_and_validation() -> None:
     assert [len(part) for part in split_validation(TRAIN[:1], max_samples=50, seed=0)] == [1, 0]
 
 
+@pytest.mark.parametrize("size", [1, 4, 30, 100])
+def test_validation_takes_whole_groups(size: int) -> None:
+    """As many as make a tenth; of one group it takes samples."""
+    groups = np.arange(200) // size
+    fit, validation = split_validation(np.arange(100), max_samples=90, seed=1, groups=groups)
+    assert len(fit) + len(validation) == 90 and len(fit) and 9 <= len(validation) < 9 + size
+    assert size == 100 or not set(groups[fit]) & set(groups[validation])
+    if size in (1, 100):
+        plain = split_validation(np.arange(100), max_samples=90, seed=1)
+        assert all(np.array_equal(a, b) for a, b in zip((fit, validation), plain, strict=True))
+
+
 # The mean of each position
 
 

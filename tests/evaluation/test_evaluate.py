@@ -28,14 +28,19 @@ from blip3o_dit.cli.main import main
 from blip3o_dit.data import store as store_module
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
 from blip3o_dit.evaluation import evaluate, metric_tables, scores
+from blip3o_dit.evaluation.config import EvaluationConfig
 from blip3o_dit.evaluation.evaluate import evaluate_models
 from blip3o_dit.evaluation.reference import collect_reference
 from blip3o_dit.evaluation.report import write_report
 from blip3o_dit.evaluation.samplers import ModelSampler
+from blip3o_dit.evaluation.samples import check_comparable, fitting_samples
 from blip3o_dit.evaluation.summary import compare
 from blip3o_dit.inference.pipeline import BLIP3oInference
+from blip3o_dit.inference.request import choose_indices
 from blip3o_dit.metrics.downstream import retrieval_ranks
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.training.config import TrainingConfig
+from blip3o_dit.training.resolve import resolve_config
 from blip3o_dit.utils.checksums import seal
 from blip3o_dit.utils.stateless_random import stateless_choice
 from tests.helpers.evaluation import small_evaluation
@@ -389,6 +394,34 @@ def test_baselines_are_not_measured_on_what_they_were_fitted_on(
     other = str(write_linear_store(tmp_path / "other", samples=30).path)
     found = small([whole], store, tmp_path / "out", split="train", fit_on=other)
     assert found["data"]["fitted_on"] == other and len(fitted[-1]) == 30
+
+
+def test_every_command_holds_out_the_groups_of_the_run(tmp_path: Path) -> None:
+    """Evaluation on both sides, generation, a student and a resumed run; other groups are not comparable."""
+    store = write_linear_store(tmp_path / "store")
+    groups = {"split_by": "group", "group_pattern": r"(\d)$", "eval_split": 0.4}
+    models = []
+    for name, changes in (("a", {}), ("b", {"group_pattern": r"-(\d)"})):
+        run = TrainingConfig(embeddings_path=str(store.path), output_dir="x", **(groups | changes))
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "training_config.json").write_bytes(run.to_json())
+        model = SimpleNamespace(config=SimpleNamespace(normalize_embeddings=False))
+        models.append(SimpleNamespace(model=model, model_path=tmp_path / name, open=lambda source: source))
+    split = TrainingConfig.from_folder(tmp_path / "a").split(store)
+    last_digits = [{index % 10 for index in side} for side in (split.train, split.eval)]
+    assert not last_digits[0] & last_digits[1] and all(last_digits)
+    for side, other in (("eval", split.train), ("train", split.eval)):
+        config = EvaluationConfig(split=side)
+        _, fitted, numbers = fitting_samples(models[:1], store, config)  # type: ignore[arg-type]
+        assert np.array_equal(fitted, other) and np.array_equal(numbers, split.groups)
+        chosen = choose_indices(tmp_path / "a", store, side)
+        assert sorted([*chosen, *other]) == list(range(48))
+    with pytest.raises(ValueError, match=r"expected group_pattern \(\\d\)\$ as in .*found -\(\\d\)"):
+        check_comparable(models, EvaluationConfig())  # type: ignore[arg-type]
+    resumed = resolve_config({}, debug=False, resume=tmp_path / "a")
+    assert (resumed.split_by, resumed.group_pattern) == ("group", r"(\d)$")
+    with pytest.raises(ValueError, match="cannot resume with other settings: group_pattern was"):
+        resolve_config({"group_pattern": "x"}, debug=False, resume=tmp_path / "a")
 
 
 def test_baselines_see_as_many_samples_as_the_models_own_source(

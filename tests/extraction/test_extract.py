@@ -8,8 +8,6 @@ import os
 import pickle
 import resource
 import signal
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -34,9 +32,10 @@ from blip3o_dit.extraction.sources.listing import list_images
 from blip3o_dit.extraction.tokens import load_towers
 from blip3o_dit.extraction.vision_towers import tiny_encoder
 from blip3o_dit.utils.distributed import Processes
-from tests.helpers.extraction import BROKEN, COUNT, content, settings, write_images
+from tests.helpers.extraction import BROKEN, COUNT, content, extract_silently, settings, write_images
+from tests.helpers.forks import forked
+from tests.helpers.processes import launch
 
-ROOT = Path(__file__).parent.parent.parent
 TINY = ["--towers-from-scratch", "--batch_size", "4", "--shard_size", "6", "--device", "cpu"]
 
 
@@ -114,26 +113,21 @@ def test_an_interrupted_extraction_continues_to_the_same_bytes(
 
 @pytest.mark.slow
 def test_killed_and_started_again_it_writes_the_same_bytes(images: Path, whole: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "extract_embeddings_production.py", str(images), *TINY]
-    command += ["--output", str(tmp_path / "store"), "--workers", "1"]
-    first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
+    words = ["extract", str(images), "--output", str(tmp_path / "store"), "--workers", "1", *TINY]
+    first = forked(lambda: main(words))
     started = time.monotonic()
     while not list(tmp_path.glob("store/shard-*.safetensors")) and time.monotonic() - started < 60:
         time.sleep(0.002)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
+    os.killpg(first, signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(first, 0)[1]) == signal.SIGKILL
     assert not (tmp_path / "store" / "manifest.json").exists()
-    subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+    assert main(words) == 0
     assert content(tmp_path / "store") == content(whole)
 
 
 @pytest.mark.slow
 def test_two_processes_write_the_same_bytes(images: Path, whole: Path, tmp_path: Path) -> None:
-    launcher = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, "extract_embeddings_production.py", str(images), *TINY]
-    command += ["--output", str(tmp_path / "store"), "--workers", "0"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-1500:]
+    launch(extract_silently, 2, settings(images, tmp_path / "store"), method="fork")
     assert content(tmp_path / "store") == content(whole)
 
 

@@ -92,7 +92,7 @@ class Interrupting:
 
 
 def test_no_tower_is_downloaded(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("tokens.load_encoder", "vision_towers._download"):
+    for module in ("tokens.load_encoder", "vision_towers.download"):
         monkeypatch.setattr(f"blip3o_dit.extraction.{module}", lambda *_, **__: pytest.fail("it was"))
     config = replace(settings(images, tmp_path / "store"), towers_from_scratch=False)
     found = rows(config)

@@ -265,5 +265,5 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ValueError, match=r"pip install timm$"):
         load_encoder("timm:eva02_base")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(FileNotFoundError, match="no such folder, and the hub did not give it"):
+    with pytest.raises(FileNotFoundError, match="found nothing there, and the hub did not give it"):
         load_encoder("nobody/nothing")

@@ -44,6 +44,7 @@ WEIGHTS = {
     "generate": 25,
     "train": 4,
     "evaluate": 4,
+    "calibrate": 2,
     "extract": 4,
     "distill": 2,
 }
@@ -173,6 +174,7 @@ class _Places:
                 out,
             ],
             "evaluate": [model, data, "--output_dir", out, *few],
+            "calibrate": [model, data, "--split=eval"],
             "extract": [str(self.pictures), "--output", out],
         }[name]
 

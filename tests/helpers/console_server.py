@@ -221,7 +221,8 @@ def import_everything() -> None:
     set_up_logging()
     import matplotlib.pyplot  # noqa: F401
 
-    on_a_gpu = () if importlib.util.find_spec("triton") else ("gpu_kernels", "triton_kernels")
+    need_triton = ("gpu_kernels", "triton_kernels", "gpu_training", "triton_training", "triton_adamw")
+    on_a_gpu = () if importlib.util.find_spec("triton") else (*need_triton, "philox_kernel")
     for found in pkgutil.walk_packages(blip3o_dit.__path__, "blip3o_dit."):
         if not found.name.endswith(("__main__", *on_a_gpu)):
             importlib.import_module(found.name)

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from blip3o_dit.extraction.config import ExtractionConfig
+from blip3o_dit.extraction.extract import extract
 
 COUNT, BROKEN = 22, {"b/07.png": b"", "b/13.png": b"not a picture"}
 
@@ -38,6 +39,11 @@ def settings(images: Path, output: Path, **changes: Any) -> ExtractionConfig:
         device="cpu",
     )
     return replace(config, **changes)
+
+
+def extract_silently(config: ExtractionConfig) -> None:
+    """What each of several processes does."""
+    extract(config, progress=False)
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -13,14 +13,19 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from accelerate.state import PartialState
+
 ROOT = Path(__file__).parents[2]
 PRELOADED = ["blip3o_dit.training.run", "blip3o_dit.evaluation.evaluate", "tests.helpers.training_jobs"]
 
 
-def launch(job: Callable[..., Any], processes: int, *arguments: Any) -> list[Any]:
-    """What `job(*arguments)` returns in each process, by rank."""
+def launch(job: Callable[..., Any], processes: int, *arguments: Any, method: str = "forkserver") -> list[Any]:
+    """What `job(*arguments)` returns in each process, by rank.
+
+    `method` "fork" is quicker, for what does not train: the Trainer's state of this process is copied then.
+    """
     os.environ["PYTHONPATH"] = f"{ROOT / 'src'}{os.pathsep}{ROOT}"
-    context = get_context("forkserver")
+    context = get_context(method)
     context.set_forkserver_preload(PRELOADED)
     results: Any = context.SimpleQueue()
     port = _free_port()
@@ -49,6 +54,7 @@ def _run(
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     os.environ.update({name: str(number) for name, number in numbers.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    PartialState._reset_state()
     try:
         result, error = job(*arguments), None
     except BaseException:  # noqa: BLE001 - it is raised again in the process that launched this one

@@ -20,7 +20,7 @@ from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.utils.distributed import pick_device
-from blip3o_dit.utils.stateless_random import stateless_normal
+from blip3o_dit.utils.stateless_random import draw_names, stateless_normal
 from tests.conftest import randomize, tiny_config
 from tests.helpers.stores import write_linear_store
 
@@ -129,7 +129,7 @@ def test_guidance_asks_the_device_for_no_time(
     tiny_model: BLIP3oDiTModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU each such question would wait for all that is queued."""
-    drawn = torch.randn(1, 9, 8), torch.randn(1, 9, 12)
+    drawn = draw_names([0], seed=0, stream="test"), torch.randn(1, 9, 12)
     monkeypatch.setattr(tiny_model, "_draw", lambda *_: drawn)
     with monkeypatch.context() as patch:
         for name in ("__float__", "__bool__", "item", "tolist", "cpu"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from blip3o_dit.metrics import bootstrap as bootstrap_module
 from blip3o_dit.metrics.bootstrap import Bootstrap, Estimate, from_half_samples, half_samples
 
 
@@ -36,6 +37,15 @@ def test_the_same_resamples_make_differences_paired() -> None:
     )
     found = bootstrap.mean(a - b)
     assert 0.09 < found.low < 0.1 < found.high < 0.11
+
+
+def test_resamples_that_are_kept_are_those_that_would_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = np.random.default_rng(0).normal(size=(60, 2))
+    found = [Bootstrap(60, replicates=50, seed=seed).means(columns) for seed in (1, 2, 1)]
+    monkeypatch.setattr(bootstrap_module, "KEPT", 0)
+    drawn = [Bootstrap(60, replicates=50, seed=seed).means(columns) for seed in (1, 2, 1)]
+    np.testing.assert_array_equal(found, drawn)
+    assert not np.array_equal(found[0], found[1])
 
 
 def test_a_function_of_means_and_a_median() -> None:

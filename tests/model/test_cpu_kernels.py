@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from blip3o_dit.model import cpu_kernels, layers
+from blip3o_dit.model import cpu_kernels, layers, stacked_layers
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.cpu_kernels import (
     Linear,
@@ -28,6 +28,7 @@ from blip3o_dit.model.cpu_kernels import (
     use_cpu_kernels,
 )
 from blip3o_dit.model.layers import BFLOAT16_VARIABLE, LayerNorm, has_native_matmul
+from blip3o_dit.model.quantization import quantize_weight
 from blip3o_dit.model.transformer import NextDiT
 from tests.conftest import randomize, tiny_config
 
@@ -197,6 +198,163 @@ def test_fast_network_equals_the_plain_one(
         torch.testing.assert_close(found, expected, rtol=0, atol=share * largest)
 
 
+def stacked_pair(monkeypatch: pytest.MonkeyPatch, **changes: object) -> tuple[NextDiT, NextDiT]:
+    """As `network_pair`, where a CPU too computes the keys and values of all layers at once."""
+    monkeypatch.setattr(cpu_kernels, "_stacking_is_faster", lambda condition: True)
+    return network_pair(**changes)
+
+
+@pytest.fixture
+def stacked_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """How the layers' modulations, keys and values are computed: "stacked", or what is called of a block."""
+    calls: list[str] = []
+    stacked = stacked_layers.keys_values
+    monkeypatch.setattr(
+        stacked_layers, "keys_values", lambda *given: calls.append("stacked") or stacked(*given)
+    )
+    for name in ("encode", "modulate"):
+        plain = getattr(cpu_kernels.NextDiTBlock, name)
+        monkeypatch.setattr(
+            cpu_kernels.NextDiTBlock,
+            name,
+            lambda *given, name=name, plain=plain: calls.append(name) or plain(*given),
+        )
+    return calls
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("num_kv_heads", [1, 3])
+def test_all_layers_at_once_are_one_after_the_other(
+    num_kv_heads: int, transposed: bool, stacked_calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Modulations, keys and values of every layer, and what guided calls make of them, at every time."""
+    if transposed:
+        monkeypatch.setattr(cpu_kernels, "MIN_COLUMNS", 1)
+    x, mean, condition = torch.randn(4, 9, 8), torch.randn(2, 9, 8), torch.randn(2, 9, 12)
+    times = torch.tensor([0.0, 0.3, 0.7])
+    encodings, outputs = [], []
+    for network in stacked_pair(monkeypatch, num_kv_heads=num_kv_heads):
+        with torch.no_grad():
+            null = network.encode_condition(torch.zeros_like(condition[:1]), times=times)
+            encoded = network.encode_condition(condition, mean, times)
+            both = encoded.with_null_condition(null)
+            outputs.append(
+                torch.cat(
+                    [network.predict(x[:2], t.expand(2), encoded) for t in times]
+                    + [network.predict(x, t.expand(4), both) for t in times]
+                )
+            )
+            alone = network.encode_condition(condition, mean, times[1:2])
+            at_its_time = network.predict(x[:2], times[1].expand(2), alone)
+        torch.testing.assert_close(at_its_time, outputs[-1][2:4])
+        encodings.append(encoded)
+    assert stacked_calls == ["stacked"] * 3
+    plain, fast = encodings
+    assert plain.modulations is not None and fast.modulations is not None
+    assert fast.modulations.joint.is_contiguous()
+    for found, expected in zip(fast.keys_values, plain.keys_values, strict=True):
+        assert found.keys.shape == expected.keys.shape and found.null_value is None
+        torch.testing.assert_close(found.keys, expected.keys)
+        torch.testing.assert_close(found.values, expected.values)
+    torch.testing.assert_close(fast.modulations.joint, plain.modulations.joint)
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5 * float(outputs[0].abs().max()))
+
+
+def test_keys_and_values_in_bfloat16_are_those_of_the_layers(
+    bfloat16: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same roundings: the norm's, its weight's, the product's, the keys' norm's."""
+    plain, fast = stacked_pair(monkeypatch, dtype=torch.bfloat16)
+    condition = torch.randn(2, 9, 48).bfloat16()
+    with torch.no_grad():
+        for found, expected in zip(fast.encode(condition), plain.encode(condition), strict=True):
+            assert found.keys.dtype == torch.bfloat16
+            torch.testing.assert_close(found.keys, expected.keys, atol=0.01, rtol=0.01)
+            torch.testing.assert_close(found.values, expected.values, atol=0.01, rtol=0.01)
+
+
+def hook(layer: nn.Module) -> None:
+    layer.register_forward_hook(lambda *_: None)
+
+
+def move(layer: Any) -> None:
+    layer.weight.data = layer.weight.data.clone()
+
+
+def quantize(layer: Any) -> None:
+    weight, layer.scale = quantize_weight(layer.weight.detach(), "int8")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+
+
+NORM, MODULATION = "layers.1.norm1_context", "layers.1.norm1.linear"
+KEY, KEY_NORM = "layers.1.attn2.to_k", "layers.1.attn2.norm_k"
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "called"),
+    [(change, KEY, "encode") for change in (hook, move, quantize)]
+    + [(change, MODULATION, "modulate") for change in (hook, move, quantize)]
+    + [(hook, "norm_out.linear_1", "modulate"), (hook, NORM, "encode"), (hook, KEY_NORM, "encode")],
+)
+def test_layers_that_something_was_done_to_are_called_one_by_one(
+    change: Any, name: str, called: str, stacked_calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, fast = stacked_pair(monkeypatch)
+    for part in {name, name.replace("to_k", "to_v")}:  # quantised are both or none
+        if change is quantize:
+            quantize(plain.get_submodule(part))
+        change(fast.get_submodule(part))
+    condition, temb = torch.randn(2, 9, 48), torch.randn(3, 2, 48)
+    with torch.no_grad():
+        found = fast.encode(condition), fast.modulate(temb)
+        expected = plain.encode(condition), plain.modulate(temb)
+    assert stacked_calls == ([called] * 2 if called == "encode" else ["stacked", *[called] * 2])
+    for own, reference in zip(found[0], expected[0], strict=True):
+        torch.testing.assert_close(own[:2], reference[:2])
+    torch.testing.assert_close(found[1], expected[1])
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_weights_that_would_be_widened_are_multiplied_layer_by_layer(
+    quantized: bool, stacked_calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all layers at once the copies would take as much memory as the weights."""
+    networks = stacked_pair(monkeypatch, dtype=torch.float32 if quantized else torch.bfloat16)
+    condition, temb, found = torch.randn(2, 9, 48), torch.randn(3, 2, 48), []
+    for network in networks:
+        if quantized:
+            for block in network.blocks:
+                for layer in (block.attn2.to_k, block.attn2.to_v, block.norm1.linear):
+                    quantize(layer)
+    use_cpu_kernels(networks[1])
+    with torch.no_grad():
+        found = [[network.modulate(temb), *network.encode(condition)[1][:2]] for network in networks]
+    assert stacked_calls == ["modulate"] * 2 + ["encode"] * 2
+    for own, reference in zip(*found, strict=True):
+        torch.testing.assert_close(own, reference)
+
+
+def test_with_gradients_and_without_a_gpu_layers_are_called_one_by_one(stacked_calls: list[str]) -> None:
+    _, fast = network_pair()
+    condition, temb = torch.randn(2, 9, 48), torch.randn(2, 48)
+    fast.encode(condition)
+    fast.modulate(temb).sum().backward()
+    assert stacked_calls == ["encode", "encode", "modulate", "modulate"]
+    assert all(block.norm1.linear.weight.grad is not None for block in fast.blocks)
+    with torch.no_grad():
+        fast.encode(condition)
+        fast.modulate(temb)
+    assert stacked_calls[4:] == ["encode", "encode"]
+
+
+def test_weights_of_several_dtypes_stay_where_they_are() -> None:
+    weights = [nn.Parameter(torch.randn(3, 5)), nn.Parameter(torch.randn(2, 5).bfloat16())]
+    places = [weight.data_ptr() for weight in weights]
+    pack_weights(weights)
+    assert [weight.data_ptr() for weight in weights] == places
+    assert [weight.dtype for weight in weights] == [torch.float32, torch.bfloat16]
+
+
 def test_only_plain_classes_are_replaced() -> None:
     class Own(layers.Linear):
         pass
@@ -241,9 +399,11 @@ def test_products_that_selective_checkpointing_keeps_are_not_repeated() -> None:
 
 
 def all_are_packed(model: BLIP3oDiTModel) -> bool:
-    fused = [m for m in model.modules() if isinstance(m, cpu_kernels.NextDiTBlock | cpu_kernels.FeedForward)]
+    kinds = cpu_kernels.NextDiT | cpu_kernels.NextDiTBlock | cpu_kernels.FeedForward
+    fused = [module for module in model.modules() if isinstance(module, kinds)]
     groups = [[layer.weight for layer in group] for module in fused for group in module.joint_layers()]
-    return len(groups) == 3 * len(model.dit.layers) and all(map(cpu_kernels._are_packed, groups))
+    groups.append([layer.bias for layer in model.dit.joint_layers()[0]])
+    return len(groups) == 3 * len(model.dit.layers) + 3 and all(map(cpu_kernels.are_packed, groups))
 
 
 def test_weights_of_a_model_are_packed_whatever_was_done_to_it(tmp_path: object) -> None:

@@ -145,7 +145,7 @@ class Operations(TorchDispatchMode):
 
 FLOWS: list[dict[str, Any]] = [
     {"condition_dropout": 0.1},
-    {"source": "ridge_3x3", "source_components": 4, "prediction_type": "preconditioned"},
+    {"source": "ridge_5x5_spread", "source_components": 4, "prediction_type": "preconditioned"},
     {"prediction_type": "preconditioned", "student_steps": 2},
 ]
 
@@ -160,7 +160,7 @@ def test_what_is_recorded_stays_on_its_device(
         monkeypatch.setattr(module, "without_autocast", lambda _: nullcontext())
     monkeypatch.setattr(transformer, "compute_dtype", lambda weight: weight.dtype)
     model = BLIP3oDiTModel(tiny_config(flow_matching=flow, default_steps=2)).eval().to("meta")
-    how: dict[str, Any] = dict(steps=2, solver="euler", progress=None)
+    how: dict[str, Any] = dict(steps=2, solver="euler", noise_scale=0.9, progress=None)
     names = draw_names([0, 1, 2], seed=0, stream="test")
     inputs = names.to("meta"), torch.randn(3, 9, 12, device="meta")
     with Operations() as operations, torch.no_grad():

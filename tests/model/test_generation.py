@@ -10,7 +10,7 @@ from torch import Tensor
 
 from blip3o_dit.model import generation
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
-from blip3o_dit.model.transformer import NextDiTBlock
+from blip3o_dit.model.cpu_kernels import NextDiT
 from tests.conftest import randomize, tiny_config
 
 
@@ -22,23 +22,23 @@ def test_modulations_are_computed_once_and_are_those_of_every_call(
     """Their layers see all times of all samples at once, or are called each time; samples are the same."""
     model = BLIP3oDiTModel(tiny_config(flow_matching={"time_shift": 2.0})).eval()
     randomize(model)
-    calls, plain = [], NextDiTBlock.modulate
+    calls, plain = [], NextDiT.modulate
 
-    def modulate(block: NextDiTBlock, temb: Tensor) -> Tensor:
+    def modulate(dit: NextDiT, temb: Tensor) -> Tensor:
         calls.append(tuple(temb.shape[:-1]))
-        return plain(block, temb)
+        return plain(dit, temb)
 
-    monkeypatch.setattr(NextDiTBlock, "modulate", modulate)
+    monkeypatch.setattr(NextDiT, "modulate", modulate)
     eva, settings = torch.randn(3, 9, 12), dict(num_inference_steps=4, solver=solver, **guidance)
     once = model.generate(eva, **settings)
     network_calls = 4 if solver == "euler" else 8
     shapes = {(network_calls, 3), (network_calls, 1)} if guidance else {(network_calls, 3)}
-    assert set(calls) == shapes and len(calls) == len(shapes) * len(model.dit.layers)
+    assert set(calls) == shapes and len(calls) == len(shapes)
     monkeypatch.setattr(generation, "MAX_MODULATION_BYTES", 0)
     calls.clear()
     each_time = model.generate(eva, **settings)
     assert (each_time - once).norm() < 1e-4 * once.norm()
-    assert len(calls) == network_calls * len(model.dit.layers)
+    assert len(calls) == network_calls
 
 
 def test_samples_that_would_take_too_much_are_modulated_call_by_call(tiny_model: BLIP3oDiTModel) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
-import subprocess
 import sys
 from typing import Any
 from unittest.mock import MagicMock
@@ -15,27 +13,36 @@ import torch
 from torch import Tensor
 
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.encoded_condition import Modulations
 from tests.conftest import tiny_config
+from tests.helpers.interpreted import needs_triton, run_interpreted
 
 ROWS = """
 import torch
 from torch.utils._pytree import tree_map_only
 from blip3o_dit.model import gpu_kernels
-from benchmarks import kernel_variants
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
-from blip3o_dit.model.cpu_kernels import FeedForward
 from blip3o_dit.model.encoded_condition import Modulations
 from blip3o_dit.model.quantization import quantize_weight
+from blip3o_dit.utils import stateless_random
+from blip3o_dit.utils.philox import philox
+from blip3o_dit.utils.philox_kernel import philox_words
+from blip3o_dit.utils.stateless_random import draw_names
 from tests.conftest import randomize, tiny_config
 
 torch.manual_seed(0)
-layer = FeedForward(48, 80).half()
-x = torch.randn(2, 9, 48).half()
-with torch.no_grad():
-    expected = layer.float()(x.float())
-    found = layer.linear_2(kernel_variants.fused(layer.half(), x, (16, 32, 32, 4, 2)))
-assert float((found - expected).norm() / expected.norm()) < 4e-3
-for heads, groups, dim, grid in ((4, 2, 48, 3), (3, 3, 96, 4)):
+gpu_kernels.FEW_ROWS, gpu_kernels.FEW_PROGRAMS = 20, 6
+gpu_kernels.JOINT, gpu_kernels.SPLIT = (16, 32, 1), {"to_out": (32, 2, 16, 1), "linear_2": (64, 2, 16, 1)}
+few = []  # samples whose queries, keys and values came with their sums
+project_few = gpu_kernels.project_few
+
+def noted(block, h):
+    found = project_few(block, h)
+    few.append(found and len(h))
+    return found
+
+gpu_kernels.project_few = noted
+for heads, groups, dim, grid in ((4, 2, 64, 3), (3, 3, 96, 4)):
     config = tiny_config(model_dim=dim, num_heads=heads, num_kv_heads=groups, input_size=grid)
     model = BLIP3oDiTModel(config).eval()
     randomize(model)
@@ -47,8 +54,9 @@ for heads, groups, dim, grid in ((4, 2, 48, 3), (3, 3, 96, 4)):
         null = dit.encode_condition(torch.zeros(1, n, config.eva_embedding_size).half())
         for condition, rows in ((encoded, x[:2]), (encoded.with_null_condition(null), x)):
             keys_values = [tree_map_only(torch.Tensor, torch.Tensor.half, kv) for kv in condition.keys_values]
-            modulations = dit._modulations(torch.randn(len(rows), config.time_embed_dim).half())
-            rope = dit._rope(rows)
+            joint = dit.modulate(torch.randn(len(rows), config.time_embed_dim).half())
+            modulations = Modulations.of_joint(joint, dim)
+            rope = condition.rope
             assert gpu_kernels.can_run(blocks, rows, keys_values, torch.float16)
             found = gpu_kernels.run_blocks(blocks, rows, keys_values, modulations, rope)
             dit.float()
@@ -59,6 +67,18 @@ for heads, groups, dim, grid in ((4, 2, 48, 3), (3, 3, 96, 4)):
             distance = float((found - expected).norm() / (expected - rows).norm())
             print(heads, groups, dim, len(rows), distance)
             assert distance < 4e-3, distance
+assert few == [2, 2, None, None], few
+
+names = draw_names([7, 2**40 + 3, 9], seed=5, stream="test", counter=3, repeats=[0, 2, 1])
+for rows, positions in ((slice(0, 3), 600), (slice(1, 3), 5)):
+    keys, samples = names[:20, 0], names[20:, rows]
+    counter = [torch.arange(positions).repeat(samples.shape[1], 1)]
+    counter += [word[:, None].repeat(1, positions) for word in samples]
+    expected = philox(counter, list(zip(keys[::2], keys[1::2])))
+    found = philox_words(keys, samples, positions)
+    assert torch.equal(found[[0, 2, 1, 3]], torch.stack(expected))
+    normals = stateless_random._normals_by_kernel(keys, samples, positions)
+    torch.testing.assert_close(normals, stateless_random._normals(keys, samples, positions))
 
 for kind in ("int8", "fp8"):  # more than a tile and a piece of each side, and parts of them
     for rows, columns, depth in ((3, 40, 200), (70, 35, 96)):
@@ -71,13 +91,9 @@ for kind in ("int8", "fp8"):  # more than a tile and a piece of each side, and p
 """
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton comes with CUDA builds of torch")
+@needs_triton
 def test_the_interpreted_kernels_are_the_plain_blocks() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", ROWS], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_interpreted(ROWS)
 
 
 class Launches:
@@ -114,12 +130,12 @@ def test_a_layer_makes_21_passes_over_its_activations(residual: str, monkeypatch
             encoded = dit.encode_condition(torch.randn(2, 16, 12).bfloat16())
             launches = Launches(x.numel())
             monkeypatch.setattr(gpu_kernels, "kernels", launches)
-            modulations = dit._modulations(torch.randn(2, 48).bfloat16())
+            modulations = Modulations.of_joint(dit.modulate(torch.randn(2, 48).bfloat16()), 48)
             keys_values = [
                 kv._replace(keys=kv.keys.bfloat16(), values=kv.values.bfloat16())
                 for kv in encoded.keys_values
             ]
-            gpu_kernels.run_blocks(dit.blocks, x, keys_values, modulations, dit._rope(x))
+            gpu_kernels.run_blocks(dit.blocks, x, keys_values, modulations, encoded.rope)
         found.append((len(launches.passes), sum(launches.passes) // (2 * x.numel())))
     passes, of_bfloat16 = (there - here for here, there in zip(*found, strict=True))
     assert passes == 21

@@ -12,7 +12,7 @@ from blip3o_dit.flow.config import FlowMatchingConfig
 from blip3o_dit.flow.path import AffineSource, LinearPath, make_path
 from blip3o_dit.flow.predictions import convert_prediction
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
-from blip3o_dit.ridge import neighbourhood_features
+from blip3o_dit.ridge import SPREAD_BOUNDS, neighbourhood_features, relative_spread
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.fit_source import fit_source
 from tests.conftest import randomize, tiny_config
@@ -20,24 +20,28 @@ from tests.helpers.linear_gaussian import LinearGaussian
 
 
 def informed_model(source: str = "ridge_3x3") -> BLIP3oDiTModel:
-    components = 3 if source == "ridge_3x3" else 0
+    components = 0 if source == "ridge" else 3
     flow = dict(source=source, source_components=components, prediction_type="preconditioned")
     model = BLIP3oDiTModel(tiny_config(flow_matching=flow)).eval()
     generator = torch.Generator().manual_seed(1)
     model.set_source(
-        weight=0.3 * torch.randn(12 + 8 * components, 8, generator=generator),
+        weight=0.3 * torch.randn(model.source_weight.shape, generator=generator),
         bias=torch.randn(8, generator=generator),
         std=torch.rand(8, generator=generator) + 0.1,
         components=torch.randn(12, components, generator=generator) if components else None,
+        spread=0.02 * torch.randn(17, 8, generator=generator) if model.config.flow.predicts_spread else None,
     )
     return model
 
 
-def test_the_flow_starts_at_the_guess_plus_its_deviation() -> None:
-    mean, std = torch.randn(4, 9, 8), torch.rand(8) + 0.1
+@pytest.mark.parametrize("shape", [(8,), (4, 9, 8)])
+def test_the_flow_starts_at_the_guess_plus_its_deviation(shape: tuple[int, ...]) -> None:
+    mean, std = torch.randn(4, 9, 8), torch.rand(shape) + 0.1
     source, noise = AffineSource(mean, std), torch.randn(4, 9, 8)
     torch.testing.assert_close(source.from_flow(noise), mean + std * noise)
     torch.testing.assert_close(source.to_flow(source.from_flow(noise)), noise)
+    twice = source.repeat(2).from_flow(torch.cat([noise, 2 * noise]))
+    assert torch.equal(twice, torch.cat([source.from_flow(noise), source.from_flow(2 * noise)]))
     assert AffineSource().from_flow(noise) is noise and AffineSource().to_flow(noise) is noise
 
 
@@ -59,9 +63,30 @@ def test_features_are_the_token_and_its_eight_neighbours() -> None:
     around = [grid[y, x] for y in range(3) for x in range(3) if (y, x) != (1, 1)]
     assert torch.equal(features[0, 4], torch.cat([grid[1, 1], *around]))
     assert (features[0, 0, 2:10] == 0).all()  # the corner has nothing above it or to its left
+    wide = neighbourhood_features(tokens, torch.eye(2), size=5)
+    assert wide.shape == (1, 9, 50)
+    padded = torch.nn.functional.pad(grid, (0, 0, 2, 2, 2, 2))
+    square = padded[:5, :5].flatten(0, 1)  # around the corner
+    assert torch.equal(wide[0, 0], torch.cat([square[12], square[:12].flatten(), square[13:].flatten()]))
 
 
-@pytest.mark.parametrize("source", ["ridge", "ridge_3x3"])
+def test_a_spread_depends_on_the_guess_and_is_bounded() -> None:
+    guess, weight = torch.randn(2, 9, 8), torch.randn(17, 8)
+    logarithm = guess @ weight[:8] + guess.square() @ weight[8:16] + weight[16]
+    low, high = SPREAD_BOUNDS
+    torch.testing.assert_close(relative_spread(guess, weight), logarithm.exp().clamp(low, high))
+    assert torch.equal(relative_spread(guess, 0 * weight), torch.ones(2, 9, 8))
+    extreme = relative_spread(torch.tensor([[1e4], [-1e4]]), torch.tensor([[1.0], [0.0], [0.0]]))
+    torch.testing.assert_close(extreme, torch.tensor([[high], [low]]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model, condition = informed_model("ridge_5x5_spread"), torch.randn(2, 9, 12)
+        start = model.source_distribution(condition)
+    assert start.mean is not None and start.std is not None and start.std.shape == (2, 9, 8)
+    expected = model.source_std * relative_spread(start.mean, model.source_spread)
+    assert torch.equal(start.std, expected) and start.std.std(dim=1).min() > 0.01
+
+
+@pytest.mark.parametrize("source", ["ridge", "ridge_3x3", "ridge_5x5", "ridge_5x5_spread"])
 def test_a_new_model_samples_the_ridge_and_its_gaussian_residual(source: str) -> None:
     """Before any training the head puts out zero: the one-call estimate is R(c), samples are R + s eps."""
     model = informed_model(source)
@@ -70,7 +95,8 @@ def test_a_new_model_samples_the_ridge_and_its_gaussian_residual(source: str) ->
     torch.testing.assert_close(
         model.predict_mean(eva), model.denormalize_target(start.mean), rtol=0, atol=2e-4
     )
-    noise, _ = model.initial_state(*model._draw(eva, 0, None, 0))
+    names, _ = model._draw(eva, 0, None, 0)
+    noise, _ = model.initial_state(model.noise_of(names), eva)
     expected = model.denormalize_target(start.from_flow(noise))
     sampled = model.generate(eva, num_inference_steps=60, solver="midpoint")
     torch.testing.assert_close(sampled, expected, rtol=1e-3, atol=5e-3)
@@ -98,9 +124,10 @@ def test_the_network_sees_the_guess_beside_the_point() -> None:
     assert not hasattr(BLIP3oDiTModel(tiny_config()).dit, "guess_embedder")  # BLIP3-o's own network has none
 
 
-def test_sampling_follows_the_network_that_was_trained() -> None:
+@pytest.mark.parametrize("source", ["ridge_3x3", "ridge_5x5_spread"])
+def test_sampling_follows_the_network_that_was_trained(source: str) -> None:
     """v(y, t) is what `forward` says at x = R(c) + s y, with and without guidance."""
-    model = informed_model()
+    model = informed_model(source)
     randomize(model)
     condition, y, t = torch.randn(2, 9, 12), torch.randn(2, 9, 8), torch.full((2,), 0.3)
     start = model.source_distribution(condition)
@@ -121,7 +148,7 @@ def test_sampling_follows_the_network_that_was_trained() -> None:
 
 
 def test_the_source_is_saved_with_the_model(tmp_path: Path) -> None:
-    model = informed_model()
+    model = informed_model("ridge_5x5_spread")
     randomize(model)
     eva = torch.randn(2, 9, 12)
     expected = model.generate(eva, num_inference_steps=3)
@@ -129,7 +156,8 @@ def test_the_source_is_saved_with_the_model(tmp_path: Path) -> None:
     loaded = BLIP3oDiTModel.from_pretrained(tmp_path).eval()
     assert torch.equal(loaded.generate(eva, num_inference_steps=3), expected)
     half = BLIP3oDiTModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert {half.get_buffer(f"source_{name}").dtype for name in ("weight", "bias", "std")} == {torch.float32}
+    names = ("weight", "bias", "std", "components", "spread")
+    assert {half.get_buffer(f"source_{name}").dtype for name in names} == {torch.float32}
     assert model.bfloat16().source_std.dtype == torch.float32
 
 
@@ -143,7 +171,7 @@ def test_wrong_shapes_are_refused() -> None:
         FlowMatchingConfig(source="ridge", source_components=2)
 
 
-@pytest.mark.parametrize("source", ["ridge", "ridge_3x3"])
+@pytest.mark.parametrize("source", ["ridge", "ridge_3x3", "ridge_5x5"])
 def test_the_fit_finds_the_regression_and_its_residual(source: str) -> None:
     data = LinearGaussian(num_samples=2000, num_tokens=9, condition_dim=6, target_dim=5)
     sizes = dict(num_tokens=9, condition_dim=6, target_dim=5)

@@ -120,9 +120,9 @@ def test_a_folder_that_is_not_there_is_not_looked_up(
         with pytest.raises(FileNotFoundError, match=r"a model folder with config\.json, found nothing there"):
             BLIP3oDiTModel.from_pretrained(name)
     with pytest.raises(FileNotFoundError):
-        BLIP3oInference("owner/model")
-    assert main(["generate", "owner/model", "nowhere", "out.pkl"]) == 2
-    assert main(["evaluate", "owner/model", "nowhere"]) == 2
+        BLIP3oInference(Path("owner/model"))  # as text it would be a model on the hub
+    assert main(["generate", "./owner/model", "nowhere", "out.pkl"]) == 2
+    assert main(["evaluate", "./owner/model", "nowhere"]) == 2
     with pytest.raises(AssertionError, match="a socket was opened"):  # so this test would see one
         socket.create_connection(("127.0.0.1", 9))
 

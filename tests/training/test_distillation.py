@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -31,7 +29,7 @@ from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.loading import EMA_FILE
 from blip3o_dit.training.checkpoint import TRAINER_STATE_FILE, checkpoints
-from blip3o_dit.training.config import TrainingConfig
+from blip3o_dit.training.config import SPLIT_SETTINGS, TrainingConfig
 from blip3o_dit.training.curves import CURVES_FILE, LOG_FILE, read_log
 from blip3o_dit.training.distillation import _samples_seen, distill, train_student
 from blip3o_dit.training.distillation_config import DISTILLATION_CONFIG_FILE, DistillationConfig
@@ -42,6 +40,7 @@ from blip3o_dit.utils.checksums import verify
 from blip3o_dit.utils.stateless_random import stateless_normal, stateless_permutation, stateless_uniform
 from tests.conftest import randomize, tiny_config
 from tests.helpers.curves import curves_drawn
+from tests.helpers.forks import forked
 from tests.helpers.stores import write_linear_store
 from tests.helpers.training import same, train_model
 
@@ -121,7 +120,8 @@ def test_a_student_learns_to_do_in_one_call_what_its_teacher_does_in_many(tmp_pa
 def test_the_trainer_gives_the_bits_of_a_plain_loop(tmp_path: Path) -> None:
     """Each step has a batch of a shuffled pass, whose rest is left out, and noise by (seed, step, sample)."""
     store = write_linear_store(tmp_path / "s")
-    teacher = BLIP3oDiTModel(tiny_config()).eval()
+    flow = dict(source="ridge_5x5_spread", source_components=2, prediction_type="preconditioned")
+    teacher = BLIP3oDiTModel(tiny_config(flow_matching=flow)).eval()
     randomize(teacher, scale=0.15)
     config = DistillationConfig(
         steps=2, train_steps=7, batch_size=20, seed=3, warmup_steps=2, teacher_steps=2
@@ -319,19 +319,10 @@ def test_a_kill_a_full_disk_and_a_time_limit_cost_no_bit(
 ) -> None:
     output = tmp_path / "student"
     words = command_of(teacher, store, output)
-    code = (
-        "import os, signal, sys\nfrom blip3o_dit.cli.main import main\n"
-        "from blip3o_dit.training.student import StudentTrainer\n"
-        "plain = StudentTrainer.compute_loss\n"
-        "def compute_loss(self, *args, **kwargs):\n"
-        "    if self.state.global_step == 4:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return plain(self, *args, **kwargs)\n"
-        "StudentTrainer.compute_loss = compute_loss\n"
-        "main(sys.argv[1:])"
-    )
-    killed = subprocess.run([sys.executable, "-c", code, *words], capture_output=True)
-    assert killed.returncode == -signal.SIGKILL
+    at_step(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    killed = forked(lambda: main(words))
+    assert os.WTERMSIG(os.waitpid(killed, 0)[1]) == signal.SIGKILL
+    monkeypatch.undo()
     assert [path.name for path in checkpoints(output)] == ["checkpoint-3"]
     (output / "checkpoint-6.partial").mkdir()
 
@@ -430,7 +421,7 @@ def test_what_came_in_for_the_defaults_is_written_beside_the_student(
     assert found["teacher"] == str(teacher) and found["data_fingerprint"] == store.fingerprint()
     run, teachers = TrainingConfig.from_folder(student), TrainingConfig.from_folder(teacher)
     assert (run.max_steps, run.solver, run.num_inference_steps) == (50, "euler", 1)
-    assert (run.eval_split, run.seed, run.split_by) == (teachers.eval_split, teachers.seed, teachers.split_by)
+    assert all(getattr(run, name) == getattr(teachers, name) for name in SPLIT_SETTINGS)
     for name, passes in ((TRAINER_STATE_FILE, 20.0), ("none", 4 * 8 / 29)):
         moved = tmp_path / name
         moved.mkdir()

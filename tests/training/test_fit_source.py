@@ -18,7 +18,7 @@ from blip3o_dit import ridge
 from blip3o_dit.data.embeddings import TransformedEmbeddings
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
-from blip3o_dit.ridge import TokenRidge
+from blip3o_dit.ridge import TokenRidge, relative_spread
 from blip3o_dit.training.fit_source import (
     FOLDS,
     FOLDS_FILE,
@@ -33,7 +33,11 @@ from blip3o_dit.utils.checksums import CHECKSUMS_FILE, seal
 from tests.helpers.stores import write_linear_store
 from tests.helpers.training import config_for, same
 
-EVERYTHING = dict(save_steps=2, max_steps=4, eval_steps=100, eval_samples=0)
+# Samples with the same last two digits are a group.
+GROUPS = dict(split_by="group", group_pattern=r"^sample-\d*?(\d?\d)$")
+EVERYTHING: dict[str, Any] = dict(
+    save_steps=2, max_steps=4, eval_steps=100, eval_samples=0, source="ridge_5x5_spread", **GROUPS
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,18 +57,20 @@ def deviation(trainer: BLIP3oTrainer, data: Any, *, training: bool) -> float:
         return float(trainer.flow_batch(batch, training=training).sample.x_1.square().mean().sqrt())
 
 
+@pytest.mark.parametrize(("source", "within"), [("ridge_3x3", 0.05), ("ridge_5x5_spread", 0.12)])
 def test_training_meets_residuals_as_large_as_new_samples_leave(
-    store: EmbeddingStore, tmp_path: Path
+    store: EmbeddingStore, tmp_path: Path, source: str, within: float
 ) -> None:
-    """12 x 9 features on 80 pictures: one map for all leaves 0.93 of the deviation there."""
-    trainer = build_trainer(store, config_for(store, tmp_path, eval_split=0.5))
+    """12 x 9 features on 80 pictures: one map for all leaves 0.93 of the deviation there. Of 12 x 25 a fifth
+    more pictures show: the folds' maps leave more than the map of all."""
+    trainer = build_trainer(store, config_for(store, tmp_path, eval_split=0.5, source=source))
     assert trainer.eval_dataset is not None
     seen, unseen = (
         deviation(trainer, data, training=training)
         for data, training in ((trainer.train_dataset, True), (trainer.eval_dataset, False))
     )
     assert seen == pytest.approx(1.0, abs=1e-3)
-    assert unseen == pytest.approx(1.0, abs=0.05)
+    assert unseen == pytest.approx(1.0, abs=within)
     assert deviation(trainer, trainer.train_dataset, training=False) < 0.95  # what is cured here
 
 
@@ -140,12 +146,81 @@ def test_each_sample_has_the_map_of_its_fold_and_one_that_was_not_fitted_the_who
     assert (found.mean - whole.mean)[numbers >= 0].abs().amax(dim=(1, 2)).min() > 0
 
 
+def test_samples_of_a_group_are_in_one_fold(store: EmbeddingStore, tmp_path: Path) -> None:
+    """Of a run that is split by groups; the folds are of about one size."""
+    trainer = build_trainer(store, config_for(store, tmp_path, **GROUPS, eval_split=0.2))
+    folds, split = trainer.source_folds, trainer.config.split(store)
+    assert folds is not None and np.array_equal(folds.samples.numpy(), split.train)
+    pairs = set(zip(split.groups[folds.samples], folds.fold.tolist(), strict=True))
+    groups = len(set(split.groups[split.train]))
+    assert len(pairs) == groups < len(split.train) and len(folds.weight) == FOLDS
+    assert folds.fold.bincount().min() > len(split.train) / FOLDS / 2
+    model, one_group = trainer.unwrapped_model, np.zeros(store.num_samples, dtype=int)
+    plain, of_one = (
+        fit_source(model, store, np.arange(10, 110), max_samples=90, seed=3, groups=given)[1]
+        for given in (None, one_group)
+    )
+    assert plain is not None and of_one is not None and torch.equal(plain.fold, of_one.fold)
+
+
 def test_one_sample_has_one_map(store: EmbeddingStore) -> None:
     model, _ = fitted(store, "ridge", 100)
     arguments, folds = fit_source(model, store, np.array([4]), max_samples=10, seed=0)
     assert folds is None and all(torch.isfinite(v).all() for v in arguments.values() if v is not None)
+    alone = fitted(store, "ridge_5x5_spread", 100)[0]
+    arguments, folds = fit_source(alone, store, np.array([4]), max_samples=10, seed=0)
+    assert folds is None and all(torch.isfinite(v).all() for v in arguments.values() if v is not None)
     two = fit_source(model, store, np.array([4, 9]), max_samples=10, seed=0)[1]
     assert two is not None and len(two.weight) == 2 and torch.isfinite(two.weight).all()
+
+
+class Uneven(TransformedEmbeddings):
+    """Targets c + s(c) z: the deviation s of the first channel grows with c, that of the others is 0.3."""
+
+    def __init__(self, source: Any) -> None:
+        super().__init__(source, lambda eva: eva, lambda clip: clip)
+
+    def fetch(self, indices: Any) -> tuple[Tensor, Tensor]:
+        eva, _ = super().fetch(indices)
+        noise = [torch.randn(9, 8, generator=torch.Generator().manual_seed(int(i))) for i in indices]
+        return eva, eva[..., :8] + self.deviation(eva) * torch.stack(noise)
+
+    @staticmethod
+    def deviation(eva: Tensor) -> Tensor:
+        return 0.3 * torch.cat([(0.5 * (eva[..., :1] - 3)).exp(), torch.ones(*eva.shape[:2], 7)], dim=-1)
+
+
+def test_the_spread_follows_what_the_targets_do(store: EmbeddingStore) -> None:
+    data = Uneven(store)
+    model, folds = fitted(data, "ridge_5x5_spread", 100)
+    index = folds.samples.tolist()
+    condition, clip = data.fetch(index)
+    start = folds.source_distribution(model, condition, index)
+    assert start.std is not None and folds.spread is not None
+    torch.testing.assert_close(start.to_flow(clip).square().mean(dim=(0, 1)).sqrt(), torch.ones(8))
+    new, fresh = data.fetch(range(110, 160))
+    found = model.source_distribution(new)
+    assert found.std is not None
+    true = Uneven.deviation(new)
+    pairs = torch.stack([found.std[..., 0].flatten(), true[..., 0].flatten()]).log()
+    assert float(torch.corrcoef(pairs)[0, 1]) > 0.8
+    # The guess, of 300 features on 100 samples, tells a part: no steeper than the truth.
+    assert 0.2 < float(pairs[0].std() / pairs[1].std()) < 0.6
+    assert float((found.std[..., 1:].log() - true[..., 1:].log()).square().mean().sqrt()) < 0.2
+    assert float(found.to_flow(fresh).square().mean().sqrt()) == pytest.approx(1.0, abs=0.12)
+
+
+def test_a_samples_spread_is_by_the_maps_of_its_fold(store: EmbeddingStore) -> None:
+    model, folds = fitted(Uneven(store), "ridge_5x5_spread", 60)
+    assert folds.spread is not None and (folds.spread - folds.spread[0])[1:].abs().amax(dim=(1, 2)).min() > 0
+    index = [*range(10, 110), 3]
+    condition = store.fetch(index)[0]
+    found, whole = folds.source_distribution(model, condition, index), model.source_distribution(condition)
+    assert found.mean is not None and found.std is not None and whole.std is not None
+    for row, fold in enumerate(folds.folds_of(index)):
+        weight = model.source_spread if fold < 0 else folds.spread[fold]
+        expected = model.source_std * relative_spread(found.mean[row], weight)
+        torch.testing.assert_close(found.std[row], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.01])
@@ -160,6 +235,9 @@ def test_the_least_deviation_follows_the_targets(store: EmbeddingStore, scale: f
 
     exact = Exact(store, lambda eva: eva, lambda clip: clip)
     model, _ = fitted(exact, "ridge", 100)
+    predicting, _ = fitted(exact, "ridge_5x5_spread", 100)
+    spread = predicting.source_distribution(exact.fetch(range(5))[0]).std
+    assert torch.isfinite(predicting.source_spread).all() and spread is not None and spread.min() > 0
     targets = exact.fetch(range(10, 110))[1].std(dim=(0, 1))
     torch.testing.assert_close(model.source_std[:7], 0.01 * targets[:7], rtol=0.05, atol=0)
     assert 0 < float(model.source_std[7]) < 0.01 * float(targets[0])  # a constant channel
@@ -172,6 +250,7 @@ def test_folds_are_kept_in_checkpoints_and_nowhere_else(run: Path, store: Embedd
         "bias": torch.float32,
         "samples": torch.int64,
         "fold": torch.int64,
+        "spread": torch.float32,
     }
     assert not list(run.glob(FOLDS_FILE))
     trainer = build_trainer(store, config_for(store, run.with_name("other"), **EVERYTHING))
@@ -202,6 +281,7 @@ def test_a_run_goes_on_with_the_maps_it_began_with(
     ("change", "message"),
     [
         (lambda t: t.pop("bias"), "expected"),
+        (lambda t: t.pop("spread"), "names, types or shapes"),
         (lambda t: t.update(weight=t["weight"].double()), "tensors of other names, types or shapes"),
         (lambda t: t.update(weight=t["weight"][:, :-1].contiguous()), "names, types or shapes"),
         (lambda t: t["fold"].fill_(FOLDS), f"each in one of {FOLDS} folds"),

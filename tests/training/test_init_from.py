@@ -31,7 +31,12 @@ pytestmark = pytest.mark.usefixtures("no_curves")
 
 # Nothing of this is the default of TrainingConfig.
 RECIPE: dict[str, Any] = dict(
-    cfg_dropout=0.2, time_distribution="logit_normal", sigma_min=1e-3, solver="heun", num_inference_steps=3
+    cfg_dropout=0.2,
+    time_distribution="logit_normal",
+    sigma_min=1e-3,
+    solver="heun",
+    num_inference_steps=3,
+    source="ridge_5x5_spread",
 )
 
 
@@ -97,7 +102,7 @@ def test_statistics_and_source_are_of_the_data_by_default(
         replace(trainer.config, init_from="", output_dir=str(tmp_path / "fresh")),
     )
     ours, theirs = (dict(t.unwrapped_model.named_buffers(recurse=False)) for t in (trainer, fresh))
-    assert same(ours, theirs) and "source_weight" in ours
+    assert same(ours, theirs) and {"source_weight", "source_spread"} <= set(ours)
     assert trainer.source_folds is not None
     weights = load_file(model / EMA_FILE)
     assert all(torch.equal(weights[n], p) for n, p in trainer.unwrapped_model.named_parameters())
@@ -162,7 +167,8 @@ def changed(model: Path, folder: Path, change: Callable[[dict[str, Any]], None])
 def test_settings_that_are_not_the_weights_are_refused_with_both_values(
     model: Path, new: EmbeddingStore, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"model_dim is 16 there, 64 was given; source is 'ridge_3x3' there"):
+    there = r"model_dim is 16 there, 64 was given; source is 'ridge_5x5_spread' there"
+    with pytest.raises(ValueError, match=there):
         resolved(model, new, tmp_path / "out", model_dim=64, source="noise")
     with pytest.raises(ValueError, match=r"prediction_type is 'preconditioned' there, 'v_prediction' was"):
         resolve_config({"init_from": str(model)}, debug=False, resume=None, recipe="paper")
@@ -191,7 +197,7 @@ def test_what_cannot_be_started_from_is_one_line(model: Path, new: EmbeddingStor
     (adapter / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"found an adapter .* merge it"):
         resolved(adapter, new, tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match="nobody/nothing: expected a model folder"):
+    with pytest.raises(FileNotFoundError, match="nobody/nothing: expected a folder, or a repository on"):
         resolved(Path("nobody/nothing"), new, tmp_path / "out")
     broken = Path(shutil.copytree(model, tmp_path / "broken"))
     (broken / EMA_FILE).write_bytes((broken / EMA_FILE).read_bytes()[:-1])

@@ -11,7 +11,9 @@ import torch
 
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.training import fsdp, memory, recorded_passes
 from blip3o_dit.training.arguments import training_arguments
+from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.recorded_passes import record_passes
 from tests.conftest import tiny_config
 from tests.helpers.stores import write_linear_store
@@ -42,6 +44,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[list[torch.Size]]:
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed_callables)
     monkeypatch.setattr(torch.cuda, "device", lambda _: torch.no_grad())
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     return shapes
 
 
@@ -86,6 +89,26 @@ def test_what_recorded_passes_do_not_go_with_is_refused(
     settings: dict[str, Any] = {"gradient_accumulation_steps": 2, "memory": "low"}
     with pytest.raises(ValueError, match=f"cuda_graphs: expected none with {setting}"):
         config_for(store, tmp_path, cuda_graphs=True, **{setting: settings.get(setting, True)})
+
+
+def test_passes_are_recorded_unasked_on_one_gpu_with_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, model, rooms = torch.device("cuda"), tiny_config(), [0]
+    monkeypatch.setattr(recorded_passes, "memory_of", lambda _: rooms[0])
+
+    def recorded(device: torch.device = gpu, processes: int = 1, **settings: Any) -> bool:
+        return recorded_passes.may_record(TrainingConfig(**settings), model, device, processes)
+
+    needed = memory.forecast(TrainingConfig(), model, gpu)
+    rooms[0] = needed.total + needed.activations + needed.gradients
+    assert recorded() and recorded(cuda_graphs=True)
+    assert not recorded(cuda_graphs=False)
+    assert not recorded(torch.device("cpu")) and not recorded(processes=2)
+    assert not recorded(gradient_checkpointing=True) and not recorded(gradient_accumulation_steps=2)
+    monkeypatch.setattr(fsdp, "asked_for", lambda: True)
+    assert not recorded()
+    monkeypatch.setattr(fsdp, "asked_for", lambda: False)
+    rooms[0] -= 1  # a last batch that is not full would not fit
+    assert not recorded() and recorded(cuda_graphs=True)
 
 
 def test_recorded_passes_without_a_gpu_are_refused(store: EmbeddingStore, tmp_path: Path) -> None:

@@ -23,7 +23,31 @@ from blip3o_dit.training.resolve import resolve_config
         ({"num_epochs": 0.0}, "num_epochs: expected a number above 0, found 0.0"),
         ({"max_steps": 0}, "max_steps: expected an integer >= 1, found 0"),
         ({"fp16": True, "bf16": True}, "expected at most one of them, found both"),
-        ({"split_by": "date"}, r"split_by: expected one of \('permutation', 'key_hash'\), found 'date'"),
+        (
+            {"eval_split": 5, "split_by": "group", "group_pattern": "a"},
+            "share .* with split_by group, found 5",
+        ),
+        (
+            {"split_by": "group"},
+            "group_pattern: expected with split_by group a regular expression .* found none",
+        ),
+        (
+            {"group_pattern": "a"},
+            "group_pattern: expected split_by group beside it, found split_by permutation",
+        ),
+        (
+            {"split_by": "group", "group_pattern": "(a"},
+            r"group_pattern: expected a regular expression, found '\(a': missing \)",
+        ),
+        (
+            {"split_by": "group", "group_pattern": "a{5000000000}"},
+            "expected a regular expression, found 'a{5",
+        ),
+        ({"split_by": "group", "group_pattern": 1}, "group_pattern: expected text, found 1"),
+        (
+            {"split_by": "date"},
+            r"split_by: expected one of \('permutation', 'key_hash', 'group'\), found 'date'",
+        ),
         ({"shuffle": "shards"}, r"shuffle: expected one of \('exact', 'window'\), found 'shards'"),
         ({"shuffle_window": 0}, "shuffle_window: expected an integer >= 1, found 0"),
         ({"statistics_samples": 0}, "statistics_samples: expected an integer >= 1, found 0"),

@@ -1,4 +1,4 @@
-"""Flags of several commands: those made from a dataclass, which states help text and default, and --tf32.
+"""Flags of several commands: those made from a dataclass, which states help text and default, and a few more.
 
 Not transformers' `HfArgumentParser`: it always has a value, while a resumed run must know what was not given.
 """
@@ -6,9 +6,13 @@ Not transformers' `HfArgumentParser`: it always has a value, while a resumed run
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields
+from pathlib import Path
 from types import UnionType
 from typing import Any
 
@@ -16,6 +20,8 @@ from blip3o_dit.cli.parser import CommandParser, OnOff
 
 # Compute capability of the first GPUs with TF32 (Ampere).
 MIN_TF32_CAPABILITY = (8, 0)
+
+logger = logging.getLogger(__name__)
 
 
 def add_flags(
@@ -59,7 +65,7 @@ def _keywords(option: Field[Any], kind: Any, negatable: bool) -> dict[str, Any]:
         keywords["required"] = True
     elif "(default" not in keywords["help"] and (kind is not bool or negatable):
         keywords["help"] += f" (default: {_shown(option.default)})"
-    if kind is bool:
+    if kind in (bool, bool | None):
         return keywords | {"action": OnOff if negatable else "store_true"}
     if typing.get_origin(kind) is tuple:
         kind, *others = typing.get_args(kind)
@@ -79,6 +85,37 @@ def _shown(default: Any) -> str:
     return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
+def add_push(group: argparse._ActionsContainer) -> None:
+    """--push_to_hub, for commands that make a model."""
+    group.add_argument(
+        "--push_to_hub",
+        metavar="OWNER/NAME",
+        help="send the finished model to the Hugging Face hub (default: do not)",
+    )
+    group.add_argument("--private", action="store_true", help="make that repository a private one")
+
+
+@contextmanager
+def pushed(arguments: argparse.Namespace, folder: Path) -> Iterator[None]:
+    """Around what makes the model in a folder, which is then sent where --push_to_hub says.
+
+    Whether the hub takes it is found out first: it would be a pity after days of training.
+    """
+    if arguments.private and not arguments.push_to_hub:
+        raise ValueError("--private: expected --push_to_hub beside it, found none")
+    sends = arguments.push_to_hub is not None and os.environ.get("RANK", "0") == "0"
+    if sends:
+        from blip3o_dit.utils.hub import Repository
+
+        Repository(arguments.push_to_hub, private=arguments.private)
+    yield
+    if sends:
+        from blip3o_dit.publish import push_to_hub
+
+        page = push_to_hub(folder, arguments.push_to_hub, private=arguments.private)
+        logger.info("the model is at %s", page)
+
+
 def add_tf32(parser: argparse._ActionsContainer) -> None:
     """--tf32, off unless asked for: float32 figures are what those of other machines are compared with.
 
@@ -86,6 +123,28 @@ def add_tf32(parser: argparse._ActionsContainer) -> None:
     """
     parser.add_argument(
         "--tf32", action="store_true", help="round the factors of float32 products to TF32, faster on a GPU"
+    )
+
+
+def add_weights(parser: argparse._ActionsContainer) -> None:
+    """--weights: which of a model's."""
+    parser.add_argument(
+        "--weights",
+        choices=("auto", "ema", "raw"),
+        default="auto",
+        help="averaged (ema) or last (raw) weights (default: auto, averaged where there are any)",
+    )
+
+
+def add_no_calibrate(parser: argparse._ActionsContainer) -> None:
+    """--no_calibrate: a `noise_scale` of 1."""
+    parser.add_argument(
+        "--no_calibrate",
+        dest="noise_scale",
+        action="store_const",
+        const=1.0,
+        default=argparse.SUPPRESS,
+        help="leave out the scale of the noise that was fitted after training",
     )
 
 

@@ -40,6 +40,7 @@ def command_parser(name: str, prog: str | None = None, description: str | None =
     command = command_module(name)
     prog = prog or f"blip3o-dit {name}"
     parser = CommandParser(prog=prog, description=description, examples=command.EXAMPLES)
+    parser.add_config()
     command.add_arguments(parser)
     return parser
 

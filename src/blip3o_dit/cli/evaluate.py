@@ -8,7 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from blip3o_dit.cli.arguments import add_flags, add_tf32, given_settings, use_tf32
+from blip3o_dit.cli.arguments import add_flags, add_no_calibrate, add_tf32, given_settings, use_tf32
 from blip3o_dit.cli.parser import CommandParser
 from blip3o_dit.evaluation.config import EvaluationConfig
 from blip3o_dit.utils.errors import StoppedEarly
@@ -23,11 +23,10 @@ EXAMPLES = (
 
 
 def add_arguments(parser: CommandParser) -> None:
-    parser.add_argument("model", type=Path, help="output folder of a training run, or a checkpoint")
+    parser.add_argument("model", help="folder of a model or checkpoint, or owner/name on the hub")
     parser.add_argument("embeddings", type=Path, help="embedding store or documented pickle")
     parser.add_argument(
         "--compare",
-        type=Path,
         nargs="+",
         default=[],
         metavar="RUN",
@@ -45,6 +44,7 @@ def add_arguments(parser: CommandParser) -> None:
         num_samples={"type": _number_or_all},
         curve_calls={"metavar": "CALLS"},
     )
+    add_no_calibrate(parser.group("how models sample"))
     parser.group("page").add_argument(
         "--pictures",
         metavar="WHERE",
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
         use_tf32(config.device)
     source = open_embeddings(arguments.embeddings)
     pictures = pictures_of_store(getattr(source, "manifest", {}), arguments.pictures)
-    folder = arguments.output_dir or arguments.model
+    folder = _output_dir(arguments)
     try:
         result = evaluate_models(
             [arguments.model, *arguments.compare],
@@ -85,6 +85,15 @@ def run(arguments: argparse.Namespace) -> None:
         return
     sys.stdout.writelines(escaped(line) + "\n" for line in result["summary"])
     logger.info("the report: %s", folder / "report.html")
+
+
+def _output_dir(arguments: argparse.Namespace) -> Path:
+    """Where to write: by default beside the model, which one of the hub has no place for."""
+    from blip3o_dit.utils.hub import model_folder
+
+    if arguments.output_dir is None and model_folder(arguments.model) != Path(arguments.model):
+        raise ValueError(f"--output_dir: expected a folder, as {arguments.model} is on the hub, found none")
+    return arguments.output_dir or Path(arguments.model)
 
 
 def _number_or_all(text: str) -> int | None:

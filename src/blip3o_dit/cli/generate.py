@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from blip3o_dit.cli.arguments import add_flags, add_tf32, given_settings, use_tf32
+from blip3o_dit.cli.arguments import (
+    add_flags,
+    add_no_calibrate,
+    add_tf32,
+    add_weights,
+    given_settings,
+    use_tf32,
+)
 from blip3o_dit.cli.parser import CommandParser
 from blip3o_dit.data.choices import DTYPE_NAMES, QUANTIZATIONS
 from blip3o_dit.flow.config import SOLVER_NAMES
@@ -55,6 +62,7 @@ class GenerationConfig:
     )
     guidance_scale: float = setting(1.0, "classifier-free guidance; 1: none")
     guidance_interval: tuple[float, float] = setting((0.0, 1.0), "times at which guidance acts")
+    noise_scale: float | None = None
     pooled: bool = setting(
         False, "one vector a picture, the mean over its tokens; into .npz or .pkl", group="output"
     )
@@ -78,7 +86,7 @@ class TowerConfig:
 
 
 def add_arguments(parser: CommandParser) -> None:
-    parser.add_argument("model", type=Path, help="output folder of a training run, or a checkpoint")
+    parser.add_argument("model", help="folder of a model or checkpoint, or owner/name on the hub")
     parser.add_argument(
         "embeddings",
         metavar="data",
@@ -87,6 +95,7 @@ def add_arguments(parser: CommandParser) -> None:
     )
     parser.add_argument("output", type=Path, help="results: a .pkl or .npz file, or a folder for a store")
     add_flags(parser, GenerationConfig, guidance_interval={"metavar": ("LOW", "HIGH")})
+    add_no_calibrate(parser.group("how the model samples"))
     add_flags(parser, TowerConfig)
     _add_computing(parser)
 
@@ -114,21 +123,18 @@ def _add_computing(parser: CommandParser) -> None:
         help="keep the blocks' weights in one byte each (default: do not)",
     )
     add_tf32(group)
-    group.add_argument(
-        "--weights",
-        choices=("auto", "ema", "raw"),
-        default="auto",
-        help="averaged (ema) or last (raw) weights (default: auto, averaged where there are any)",
-    )
+    add_weights(group)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Generate, write, and print the metrics as JSON; what was begun is gone on with."""
     from blip3o_dit.inference.output import check_output, finished_generation
+    from blip3o_dit.utils.hub import model_folder
 
     if arguments.tf32:
         use_tf32(arguments.device)
     given = given_settings(arguments, GenerationConfig)
+    arguments.model = model_folder(arguments.model, weights=arguments.weights)
     finished = finished_generation(arguments.output)
     replaces = given.get("overwrite", False) or finished is not None
     check_output(arguments.output, overwrite=replaces, pooled=given.get("pooled", False))

@@ -7,10 +7,12 @@ import json
 import logging
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from blip3o_dit.cli.parser import CommandParser
+from blip3o_dit.utils.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +27,8 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument(
         "embeddings",
         metavar="path",
-        type=Path,
-        help="embedding store, documented pickle, model, checkpoint or folder of a run",
+        help="embedding store, documented pickle, checkpoint, folder of a run, or model (a folder, or "
+        "owner/name on the hub)",
     )
     parser.add_argument(
         "--output",
@@ -55,8 +57,10 @@ def add_arguments(parser: CommandParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from blip3o_dit.utils.hub import model_folder
     from blip3o_dit.utils.recognise import TRAINED, recognise
 
+    arguments.embeddings = model_folder(arguments.embeddings)
     if recognise(arguments.embeddings).kind in TRAINED:
         _run_on_model(arguments)
     else:
@@ -71,10 +75,6 @@ def _run_on_model(arguments: argparse.Namespace) -> None:
 
 
 def _run_on_embeddings(arguments: argparse.Namespace) -> None:
-    from functools import partial
-
-    from tqdm.auto import tqdm
-
     from blip3o_dit.data.embeddings import open_embeddings
     from blip3o_dit.extraction.inspection import format_inspection, inspect_embeddings
     from blip3o_dit.extraction.shown_images import pictures_of_store
@@ -83,7 +83,8 @@ def _run_on_embeddings(arguments: argparse.Namespace) -> None:
     if arguments.samples < 1:
         raise ValueError(f"--samples: expected at least 1, found {arguments.samples}")
     pictures = pictures_of_store(getattr(source, "manifest", {}), arguments.pictures)
-    inspection = inspect_embeddings(source, progress=partial(tqdm, unit="batch", desc="reading", leave=False))
+    reading = partial(progress, what=f"reading {arguments.embeddings}", unit="batch", lasting=False)
+    inspection = inspect_embeddings(source, progress=reading)
     _write(asdict(inspection), format_inspection(inspection), arguments.json)
     if not arguments.no_picture:
         path = arguments.embeddings.resolve()

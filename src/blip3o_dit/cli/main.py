@@ -18,13 +18,16 @@ COMMANDS = {
     "inspect": "say what is in a store or pickle, and draw a few samples, or what a model or run is",
     "train": "train the diffusion transformer on an embedding store or pickle",
     "generate": "generate CLIP tokens for the samples of an embedding store or pickle, or for pictures",
+    "calibrate": "fit how much noise a trained model should sample from, and write it into its folder",
     "evaluate": "measure trained models beside baselines on held-out samples, and write a report",
     "plot": "draw the training curves of one run, or of several in one figure",
     "distill": "teach a copy of a trained model to generate in a few network calls",
+    "export": "write a trained model as one file that torch or onnxruntime runs without this package",
     "convert": "write files of embeddings as one embedding store",
     "export-embeddings": "write an embedding store as .npz, .safetensors, .parquet or the documented .pkl",
     "merge": "write the samples of several embedding stores as one",
     "append": "add the samples of other embedding stores whose keys are new to a store",
+    "push": "send a model or an embedding store to the Hugging Face hub",
     "verify": "read all of an embedding store, check every checksum, and name every damaged file",
 }
 

@@ -31,6 +31,14 @@ class CommandParser(argparse.ArgumentParser):
         known = (group for group in self._action_groups if group.title == title)
         return next(known, None) or self.add_argument_group(title)
 
+    def add_config(self) -> None:
+        """--config, a file of flags: see `flag_file.py`."""
+        self.add_argument(
+            "--config",
+            metavar="FILE",
+            help="YAML with flags and their values; those given beside it win (default: none)",
+        )
+
     def add_former_name(self, former: str, now: str) -> None:
         """Let `--former` stand for `--now`, without a line in the help."""
         self._former_names[f"--{former}"] = f"--{now}"
@@ -46,7 +54,34 @@ class CommandParser(argparse.ArgumentParser):
         """As argparse does, of words in any spelling."""
         words = list(sys.argv[1:] if args is None else args)
         end = words.index("--") if "--" in words else len(words)
-        return super().parse_known_args([*map(self._spelled, words[:end]), *words[end:]], namespace)
+        words = [*map(self._spelled, words[:end]), *words[end:]]
+        self._take_file(words[:end])
+        return super().parse_known_args(words, namespace)
+
+    def _take_file(self, words: Sequence[str]) -> None:
+        """The flags of a --config file become what is taken where a flag is not given."""
+        given = argparse.ArgumentParser(
+            add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS
+        )
+        given.add_argument("--config", nargs="?")
+        file = getattr(given.parse_known_args(words)[0], "config", None)
+        if file is None or "--config" not in self._option_string_actions:
+            return
+        from blip3o_dit.cli.flag_file import read_flags, take_flags
+
+        try:
+            values = read_flags(Path(file))
+            self.set_defaults(**take_flags(Path(file), values, self._action_of, self._checked))
+        except ValueError as error:
+            self.error(str(error))
+
+    def _action_of(self, name: str) -> argparse.Action | None:
+        return self._option_string_actions.get(self._spelled(f"--{name}"))
+
+    def _checked(self, action: argparse.Action, word: str) -> Any:
+        value = self._get_value(action, word)
+        self._check_value(action, value)
+        return value
 
     def error(self, message: str) -> NoReturn:
         """One line and status 2; argparse would show the usage first, of dozens of flags."""

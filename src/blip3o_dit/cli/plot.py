@@ -10,6 +10,7 @@ from typing import Any
 
 from blip3o_dit.cli.parser import CommandParser
 from blip3o_dit.utils.names import shortest_ends
+from blip3o_dit.utils.progress import working
 
 DEFAULT_OUTPUT = Path("training_curves.png")
 
@@ -31,7 +32,8 @@ def add_arguments(parser: CommandParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from blip3o_dit.training.curves import draw_runs
+    with working("loading matplotlib", lasting=False):
+        from blip3o_dit.training.curves import draw_runs
 
     output = arguments.output
     if output.suffix not in (".png", ".svg", ".pdf"):
@@ -39,7 +41,8 @@ def run(arguments: argparse.Namespace) -> None:
     found = [_log_of(folder) for folder in arguments.runs]
     logs = dict(zip(names_of(arguments.runs), found, strict=True))
     output.parent.mkdir(parents=True, exist_ok=True)
-    draw_runs(logs, output)
+    with working("drawing the curves", lasting=False):
+        draw_runs(logs, output)
     for name, log in logs.items():
         logger.info("%s: logged up to step %d", name, max(entry["step"] for entry in log))
     logger.info("the figure: %s", output)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
-from blip3o_dit.cli.arguments import add_flags, given_settings
+from blip3o_dit.cli.arguments import add_flags, add_push, given_settings, pushed
 from blip3o_dit.cli.main import run_script
 from blip3o_dit.cli.parser import CommandParser
 from blip3o_dit.training.config import NOTED, SIZES, STARTING, TrainingConfig
@@ -39,6 +40,7 @@ def add_arguments(parser: CommandParser) -> None:
         "--overwrite", action="store_true", help="start over in a folder with a run"
     )
     parser.add_former_name("overwrite_output_dir", "overwrite")
+    add_push(parser.group("hub"))
     parser.group(STARTING).add_argument(
         "--resume_from_checkpoint",
         metavar="CHECKPOINT",
@@ -85,12 +87,8 @@ def run(arguments: argparse.Namespace) -> None:
             recipe=arguments.recipe,
             size=arguments.size,
         )
-        run_alone(
-            config,
-            resume=resume,
-            dry_run=arguments.dry_run,
-            overwrite=arguments.overwrite,
-        )
+        with nullcontext() if arguments.dry_run else pushed(arguments, output):
+            run_alone(config, resume=resume, dry_run=arguments.dry_run, overwrite=arguments.overwrite)
 
 
 def _output_dir(arguments: argparse.Namespace) -> Path:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import count, islice, pairwise
 from pathlib import Path
@@ -19,6 +21,7 @@ from blip3o_dit.data.choices import SHUFFLES, SPLIT_RULES, check_split
 from blip3o_dit.data.embeddings import Embeddings, fetch_stored, open_embeddings
 from blip3o_dit.data.statistics import streamed_statistics
 from blip3o_dit.data.store import EmbeddingStore
+from blip3o_dit.utils.json_files import short_repr
 from blip3o_dit.utils.stateless_random import (
     stateless_generator,
     stateless_normal,
@@ -27,43 +30,106 @@ from blip3o_dit.utils.stateless_random import (
 )
 from blip3o_dit.utils.validation import check_name
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Split:
-    """Sample indices, int64, ascending."""
+    """Sample indices, int64, ascending; `held_back` are neither trained on nor evaluated (`hold_back`).
+
+    `groups` [n] numbers the group of each sample, if there are any.
+    """
 
     train: np.ndarray
     eval: np.ndarray
+    held_back: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    groups: np.ndarray | None = None
 
 
 def split_samples(
-    source: Embeddings, *, eval_split: float, seed: int, split_by: str = "permutation"
+    source: Embeddings,
+    *,
+    eval_split: float,
+    seed: int,
+    split_by: str = "permutation",
+    group_pattern: str = "",
 ) -> Split:
     """Hold out a share of the samples, or as many as `eval_split` says from 1 up.
 
     `permutation` holds out round(n eval_split), but at least one, of a seeded permutation of n samples.
     `key_hash` holds a sample out when the hash of (seed, key) falls under the share: the count is only
     about right, but a sample stays on its side when data is appended or reordered. It reads the record of
-    every sample, one shard's at a time, which the permutation does not.
+    every sample, one shard's at a time, which the permutation does not. `group` does the same with the
+    group that `group_pattern` takes out of each key (`group_of`), so that a group is on one side; the group
+    of the smallest hash is held out in any case. Of the groups that were trained on none is held out when
+    data is appended.
 
     Raises:
-        ValueError: when one side would be empty, with both counts; for a count with `key_hash`.
+        ValueError: when one side would be empty, with both counts; for a count with a hash; when the
+            pattern matches no key.
     """
     check_name("split_by", split_by, SPLIT_RULES)
-    check_split(eval_split, split_by)
-    if split_by == "permutation":
-        split = split_permutation(source.num_samples, eval_split=eval_split, seed=seed)
-    else:
-        hashes = (_unit_hash(seed, record["key"]) for record in _each_record(source))
-        held_out = np.fromiter((value < eval_split for value in hashes), dtype=bool, count=source.num_samples)
-        split = Split(train=np.flatnonzero(~held_out), eval=np.flatnonzero(held_out))
+    check_split(eval_split, split_by, group_pattern)
+    split = _sides(source, eval_split, seed, split_by, group_pattern)
+    if split.groups is not None:
+        held_out = len(set(split.groups[split.eval]))
+        logger.info("the split: %d group(s), %d held out", split.groups.max() + 1, held_out)
     if not len(split.train) or (eval_split > 0 and not len(split.eval)):
+        groups = "" if split.groups is None else f" in {split.groups.max() + 1} group(s)"
         raise ValueError(
-            f"{source.path}: eval_split={eval_split} of {source.num_samples} samples leaves "
+            f"{source.path}: eval_split={eval_split} of {source.num_samples} samples{groups} leaves "
             f"{len(split.train)} for training and {len(split.eval)} for evaluation: "
             "expected at least one each"
         )
     return split
+
+
+def _sides(source: Embeddings, eval_split: float, seed: int, split_by: str, group_pattern: str) -> Split:
+    """`split_samples` without its refusals: a side may be empty."""
+    if split_by == "permutation":
+        return split_permutation(source.num_samples, eval_split=eval_split, seed=seed)
+    if split_by == "key_hash":
+        return _split_at(_hashes(source, seed, lambda key: key) < eval_split)
+    return _split_groups(source, eval_split, seed, re.compile(group_pattern))
+
+
+def group_of(key: str, pattern: re.Pattern[str]) -> str | None:
+    """What the pattern's first parenthesis finds in the key; without one, its whole match. None: no match."""
+    found = pattern.search(key)
+    return found[min(1, pattern.groups)] if found else None
+
+
+def _split_groups(source: Embeddings, eval_split: float, seed: int, pattern: re.Pattern[str]) -> Split:
+    """A key that the pattern does not match is a group of its own."""
+    unmatched = 0
+
+    def name(key: str) -> str:
+        nonlocal unmatched
+        group = group_of(key, pattern)
+        unmatched += group is None
+        return key if group is None else group
+
+    hashes = _hashes(source, seed, name)
+    if unmatched == source.num_samples:
+        raise ValueError(
+            f"{source.path}: expected keys that group_pattern {short_repr(pattern.pattern)} matches, found "
+            f"none; the first is {short_repr(source.records([0])[0]['key'])}"
+        )
+    groups = np.unique(hashes, return_inverse=True)[1]
+    split = _split_at((hashes < eval_split) | ((hashes == hashes.min()) & (eval_split > 0)))
+    if unmatched:
+        logger.info("%d keys that group_pattern does not match are groups of their own", unmatched)
+    return replace(split, groups=groups)
+
+
+def _hashes(source: Embeddings, seed: int, name: Callable[[str], str]) -> np.ndarray:
+    """The hash of the name of each sample's key, [n], from U[0, 1)."""
+    found = (_unit_hash(seed, name(record["key"])) for record in _each_record(source))
+    return np.fromiter(found, dtype=np.float64, count=source.num_samples)
+
+
+def _split_at(held_out: np.ndarray) -> Split:
+    return Split(train=np.flatnonzero(~held_out), eval=np.flatnonzero(held_out))
 
 
 def split_permutation(num_samples: int, *, eval_split: float, seed: int) -> Split:
@@ -74,12 +140,49 @@ def split_permutation(num_samples: int, *, eval_split: float, seed: int) -> Spli
     return Split(train=np.sort(order[count:]), eval=np.sort(order[:count]))
 
 
+# One in so many of the training side is held back, at most so many, and none where there would be fewer.
+PART_HELD_BACK, MOST_HELD_BACK, LEAST_HELD_BACK = 16, 256, 32
+
+
+def hold_back(source: Embeddings, split: Split, **rule: Any) -> Split:
+    """Take some samples from the training side, for what is fitted to a trained model.
+
+    They are what a somewhat larger `eval_split` would hold out as well, by the same rule (the arguments of
+    `split_samples` that made the split), so the evaluated ones stay the same. None where nothing is evaluated
+    or there are too few, or where the next group would be far too large.
+    """
+    wanted = min(len(split.train) // PART_HELD_BACK, MOST_HELD_BACK)
+    if wanted < LEAST_HELD_BACK or not len(split.eval):
+        return split
+    more = wanted if rule["eval_split"] >= 1 else wanted / source.num_samples
+    wider = _sides(source, **rule | {"eval_split": rule["eval_split"] + more})
+    held_back = np.setdiff1d(wider.eval, split.eval, assume_unique=True)
+    if not LEAST_HELD_BACK // 2 <= len(held_back) <= 4 * wanted:  # a hash holds back about so many
+        return split
+    return replace(wider, eval=split.eval, held_back=held_back)
+
+
 def choose_samples(indices: np.ndarray, *, max_samples: int, seed: int) -> np.ndarray:
     """A random subset, the same for statistics, ridge source and baselines, so that its shards are read once.
 
     At most `max_samples` of `indices`, in random order; the seed alone decides.
     """
     return stateless_generator(seed, "baseline samples").permutation(np.asarray(indices))[:max_samples]
+
+
+def group_ranks(chosen: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
+    """What a part of these samples is made of, [m]: whole groups, numbered in the order they first come in.
+
+    Without groups, or where all are of one, each sample has a number of its own: 0 to m - 1.
+
+    Args:
+        chosen: indices [m], in random order. groups: as `Split.groups`.
+    """
+    if groups is not None:
+        _, first, inverse = np.unique(groups[chosen], return_index=True, return_inverse=True)
+        if len(first) > 1:
+            return np.argsort(np.argsort(first))[inverse]
+    return np.arange(len(chosen))
 
 
 @dataclass(frozen=True)

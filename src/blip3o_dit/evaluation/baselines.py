@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
-from blip3o_dit.data.dataset import choose_samples
+from blip3o_dit.data.dataset import choose_samples, group_ranks
 from blip3o_dit.data.embeddings import Embeddings, batches
 from blip3o_dit.evaluation.reference import Progress
 from blip3o_dit.evaluation.samplers import Sampler
@@ -285,6 +285,7 @@ def fit_baselines(
     max_samples: int,
     seed: int,
     progress: Progress,
+    groups: np.ndarray | None = None,
     network: BLIP3oDiTModel | None = None,
     network_steps: int = 0,
 ) -> list[Sampler]:
@@ -293,9 +294,10 @@ def fit_baselines(
     Args:
         train: indices in `source`; at most `max_samples` of them, chosen by the seed, are used.
         std: of the training tokens per channel, [C].
+        groups: numbers of all samples' groups, [n]; one is for the fit or for validation.
         network, network_steps: also train this model's network by plain regression, for so many steps.
     """
-    fit, validation = split_validation(train, max_samples=max_samples, seed=seed)
+    fit, validation = split_validation(train, max_samples=max_samples, seed=seed, groups=groups)
     both = np.sort(np.concatenate([fit, validation]))
 
     def gaussian(name: str, about: str, final: Baseline, on_fit: Baseline) -> Sampler:
@@ -334,8 +336,14 @@ def fit_baselines(
     return samplers
 
 
-def split_validation(indices: np.ndarray, *, max_samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(fit, validation), ascending: at most `max_samples` samples, a tenth of them for validation."""
+def split_validation(
+    indices: np.ndarray, *, max_samples: int, seed: int, groups: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(fit, validation), ascending: at most `max_samples` samples, a tenth of them for validation, or the
+    groups that it takes to have a tenth."""
     order = choose_samples(indices, max_samples=max_samples, seed=seed)
     holdout = max(1, len(order) // 10) if len(order) > 1 else 0
-    return np.sort(order[holdout:]), np.sort(order[:holdout])
+    ranks = group_ranks(order, groups)
+    last = np.searchsorted(np.bincount(ranks).cumsum(), holdout)
+    chosen = (ranks <= last) & (holdout > 0)
+    return np.sort(order[~chosen]), np.sort(order[chosen])

@@ -39,6 +39,7 @@ class EvaluationConfig:
     )
     solver: str | None = setting(None, "solver of the models (default: the model's)", choices=SOLVER_NAMES)
     guidance_scale: float = setting(1.0, "classifier-free guidance of the models; 1: none")
+    noise_scale: float | None = None
     draws: int = setting(
         4, "samples per condition for the energy score, spread and diversity", group="metrics", minimum=2
     )

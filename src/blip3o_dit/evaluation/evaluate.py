@@ -31,6 +31,7 @@ from blip3o_dit.evaluation.summary import summarize
 from blip3o_dit.inference.output import check_writable
 from blip3o_dit.inference.pipeline import BLIP3oInference, target_statistics
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.calibration import read_calibration
 from blip3o_dit.utils.distributed import SINGLE_PROCESS, Processes, join_processes
 from blip3o_dit.utils.durations import in_words
 from blip3o_dit.utils.json_files import escaped
@@ -86,7 +87,7 @@ def evaluate_models(
     if not processes.is_main:
         _help_sampling(samplers, source, indices, config, processes)
         return {}
-    fit_on, train = fitting_samples(loaded, source, config)
+    fit_on, train, groups = fitting_samples(loaded, source, config)
     request = describe_evaluation(loaded, (source, indices), (fit_on, train), config)
     with going_on(folder, request) as kept:
         # Of the data, not of a model: scores must not depend on which model is named first.
@@ -96,6 +97,7 @@ def evaluate_models(
             source,
             indices,
             fit_source=(fit_on, train),
+            groups=groups,
             config=config,
             statistics=(statistics.mean, statistics.std),
             source_samples=samples_of_sources(loaded),
@@ -116,6 +118,7 @@ def evaluate_models(
             report.describe_model(sampler.name, found)
             for sampler, found in zip(samplers, loaded, strict=True)
         ]
+        result["summary"] += _said_of_calibration(loaded, samplers)
         with working("drawing the figures and writing the report", shown=progress):
             _write(result, folder, samples)
     return result
@@ -151,6 +154,7 @@ def evaluate_samplers(
     indices: np.ndarray,
     *,
     fit_source: tuple[Embeddings, np.ndarray],
+    groups: np.ndarray | None = None,
     config: EvaluationConfig,
     statistics: tuple[torch.Tensor, torch.Tensor],
     source_samples: int = 0,
@@ -164,7 +168,8 @@ def evaluate_samplers(
     """Measure any samplers beside the baselines.
 
     Args:
-        fit_source: embeddings and their training indices.
+        fit_source: embeddings and their training indices. groups: of these embeddings' samples, as
+            `fit_baselines` takes them.
         statistics: mean and standard deviation of the training tokens per channel, [C] each.
         source_samples: training samples that a sampler's own ridge was fitted on, if it has one.
         available: samples that `indices` were chosen from; None means no others.
@@ -182,7 +187,7 @@ def evaluate_samplers(
         floor = scores.real_vs_real(reference, fit_on, train, progress=bars) if len(train) >= 2 else None
         fitted = min(len(train), config.fit_samples or max(MIN_FIT_SAMPLES, source_samples))
         network = regression_like.model if regression_like else None
-        baselines = _baselines(fit_on, train, fitted, network, reference, bars)
+        baselines = _baselines((fit_on, train, groups), fitted, network, reference, bars)
         everything = [*samplers, *baselines]
         say = _Estimate(samplers, reference, processes) if progress else None
         described, predicted = _measure(everything, len(samplers), reference, bars, processes, kept, say)
@@ -214,14 +219,14 @@ def evaluate_samplers(
 
 
 def _baselines(
-    source: Embeddings,
-    train: np.ndarray,
+    fit_source: tuple[Embeddings, np.ndarray, np.ndarray | None],
     fitted: int,
     network: BLIP3oDiTModel | None,
     reference: ReferenceSet,
     progress: Progress,
 ) -> list[Sampler]:
-    """Fitted on `fitted` of the samples at `train`; none where there are no samples."""
+    """Fitted on so many of the training samples of (embeddings, their indices, groups); none without any."""
+    source, train, groups = fit_source
     if not len(train):
         return []
     return fit_baselines(
@@ -231,6 +236,7 @@ def _baselines(
         max_samples=fitted,
         seed=reference.config.seed,
         progress=progress,
+        groups=groups,
         network=network,
         network_steps=reference.config.regression_steps,
     )
@@ -382,7 +388,7 @@ def _views(picture: Any) -> Mapping[str, Any]:
 
 
 def _model_samplers(loaded: Sequence[BLIP3oInference], config: EvaluationConfig) -> list[ModelSampler]:
-    names = ["DiT"] if len(loaded) == 1 else _names([found.model_path.resolve() for found in loaded])
+    names = ["DiT"] if len(loaded) == 1 else _names([Path(found.name) for found in loaded])
     return [
         ModelSampler(
             found.model,
@@ -390,9 +396,24 @@ def _model_samplers(loaded: Sequence[BLIP3oInference], config: EvaluationConfig)
             num_inference_steps=config.num_inference_steps or found.model.config.default_steps,
             solver=config.solver or found.model.config.default_solver,
             guidance_scale=config.guidance_scale,
+            noise_scale=config.noise_scale,
             seed=config.seed,
         )
         for name, found in zip(names, loaded, strict=True)
+    ]
+
+
+def _said_of_calibration(loaded: Sequence[BLIP3oInference], samplers: Sequence[ModelSampler]) -> list[str]:
+    """What is known of each model's; named where there are several."""
+    known = [
+        (sampler.name, read_calibration(found.model_path))
+        for sampler, found in zip(samplers, loaded, strict=True)
+    ]
+    return [
+        f"{name}: {line}" if len(known) > 1 else line
+        for name, found in known
+        if found is not None
+        for line in found.sentences()
     ]
 
 

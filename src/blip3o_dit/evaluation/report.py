@@ -22,6 +22,7 @@ from blip3o_dit.evaluation.reference import ReferenceSet
 from blip3o_dit.evaluation.sample_maps import ShownSamples, blocks
 from blip3o_dit.evaluation.summary import MIN_SET_SAMPLES, compare, listed
 from blip3o_dit.inference.pipeline import BLIP3oInference
+from blip3o_dit.model.calibration import read_calibration
 from blip3o_dit.utils.atomic import write_atomically
 from blip3o_dit.utils.json_files import escaped
 
@@ -66,14 +67,16 @@ class Table:
 
 
 def describe_model(name: str, found: BLIP3oInference) -> dict[str, Any]:
+    calibration = read_calibration(found.model_path)
     return {
         "name": name,
-        "folder": found.model_path.resolve().name,
+        "folder": Path(found.name).name,
         "path": str(found.model_path),
         "weights": "averaged (EMA)" if found.weights == "ema" else "raw",
         "parameters": sum(parameter.numel() for parameter in found.model.parameters()),
         "device": str(found.device),
         "dtype": str(found.model.dtype).removeprefix("torch."),
+        "calibration": calibration and asdict(calibration),
     }
 
 

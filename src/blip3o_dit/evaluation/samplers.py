@@ -57,6 +57,7 @@ class ModelSampler:
     num_inference_steps: int = 50
     solver: str = "euler"
     guidance_scale: float = 1.0
+    noise_scale: float | None = None
     seed: int = 0
     is_model: bool = True
     random: bool = True
@@ -64,7 +65,9 @@ class ModelSampler:
     @property
     def about(self) -> str:
         guidance = f", guidance {self.guidance_scale:g}" if self.guidance_scale != 1.0 else ""
-        return f"this model, {self.num_inference_steps} {self.solver} steps{guidance}"
+        scale = self.model.config.flow.noise_scale if self.noise_scale is None else self.noise_scale
+        noise = f", noise x {scale:.3g}" if scale != 1.0 else ""
+        return f"this model, {self.num_inference_steps} {self.solver} steps{guidance}{noise}"
 
     @property
     def calls(self) -> int:
@@ -82,6 +85,7 @@ class ModelSampler:
             num_inference_steps=self.num_inference_steps,
             solver=self.solver,
             guidance_scale=self.guidance_scale,
+            noise_scale=self.noise_scale,
             seed=self.seed,
             sample_index=indices,
             sample_number=sample_number,

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from blip3o_dit.data.dataset import split_samples
 from blip3o_dit.data.embeddings import Embeddings, TransformedEmbeddings
 from blip3o_dit.evaluation.config import EvaluationConfig
 from blip3o_dit.inference.pipeline import BLIP3oInference
-from blip3o_dit.training.config import TRAINING_CONFIG_FILE, TrainingConfig
+from blip3o_dit.training.config import SPLIT_SETTINGS, TRAINING_CONFIG_FILE, TrainingConfig
 from blip3o_dit.utils.stateless_random import stateless_choice
 
 
@@ -28,7 +27,7 @@ def check_comparable(loaded: Sequence[BLIP3oInference], config: EvaluationConfig
         if config.split == "all":
             continue
         mine, theirs = (TrainingConfig.from_folder(model.model_path) for model in (first, other))
-        for name in ("eval_split", "seed", "split_by"):
+        for name in SPLIT_SETTINGS:
             if getattr(mine, name) != getattr(theirs, name):
                 raise ValueError(
                     f"{other.model_path}: expected {name} {getattr(mine, name)} as in {first.model_path}, "
@@ -57,8 +56,11 @@ def fitting_samples(
     loaded: Sequence[BLIP3oInference],
     source: Embeddings,
     config: EvaluationConfig,
-) -> tuple[Embeddings, np.ndarray]:
-    """(embeddings, indices) for baselines, statistics, probe and `real_vs_real`: nothing that is measured."""
+) -> tuple[Embeddings, np.ndarray, np.ndarray | None]:
+    """(embeddings, indices) for baselines, statistics, probe and `real_vs_real`: nothing that is measured.
+
+    Third, the groups of the embeddings' samples, if the models' split has any (`Split.groups`).
+    """
     embeddings = source.path
     runs = [
         TrainingConfig.from_folder(model.model_path)
@@ -76,17 +78,16 @@ def fitting_samples(
             f"{embeddings}: --split all would measure baselines on samples they were fitted on; "
             "expected other embeddings in --fit_on"
         )
-    splits = {(run.eval_split, run.seed, run.split_by) for run in runs}
+    splits = {tuple(getattr(run, name) for name in SPLIT_SETTINGS) for run in runs}
     if len(splits) != 1:  # models of several splits, or of none: no side is theirs
-        return fitted, np.arange(fitted.num_samples)
-    eval_split, seed, split_by = splits.pop()
-    if side == "eval" and not eval_split:
+        return fitted, np.arange(fitted.num_samples), None
+    if side == "eval" and not runs[0].eval_split:
         raise ValueError(
             f"{embeddings}: --split train would measure baselines on samples they were fitted on, as nothing "
             "was held out (eval_split 0); expected other embeddings in --fit_on"
         )
-    sides = split_samples(fitted, eval_split=eval_split, seed=seed, split_by=split_by)
-    return fitted, getattr(sides, side)
+    sides = runs[0].split(fitted)
+    return fitted, getattr(sides, side), sides.groups
 
 
 def _training_embeddings(runs: Sequence[TrainingConfig], embeddings: Path) -> str:

@@ -36,6 +36,7 @@ from blip3o_dit.extraction.weight_files import (
     weight_files,
     weights_digest,
 )
+from blip3o_dit.utils.hub import download
 from blip3o_dit.utils.json_files import one_line, read_json_object, short_repr
 from blip3o_dit.utils.logging import quiet_transformers
 from blip3o_dit.utils.validation import check_name, check_size, is_hub_id, package_missing
@@ -295,22 +296,10 @@ def _find_folder(spec: str, revision: str | None) -> tuple[Path, str | None]:
         raise FileNotFoundError(f"{spec}: expected a folder with config.json, or a hub id, found {found}")
     if spec.count("/") != 1 or not is_hub_id(spec):
         raise FileNotFoundError(f"{spec}: expected a model folder or a hub id (owner/name), found neither")
-    folder = _download(spec, revision, "*.safetensors")
+    folder = download(spec, revision, ["*.json", "*.safetensors"])
     if not list(folder.glob("model*.safetensors")):
-        folder = _download(spec, folder.name, "*.bin")
+        folder = download(spec, folder.name, ["*.json", "*.bin"])
     return folder, folder.name
-
-
-def _download(spec: str, revision: str | None, weights: str) -> Path:
-    """A hub repository's configuration and weights of one format; never code."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(spec, revision=revision, allow_patterns=["*.json", weights]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = one_line(error, max_length=160)
-        raise FileNotFoundError(f"{spec}: no such folder, and the hub did not give it: {reason}") from error
 
 
 def _load_timm(spec: str) -> TimmEncoder:

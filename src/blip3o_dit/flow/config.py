@@ -16,7 +16,9 @@ SCHEDULE_TYPES = tuple(PATHS)
 PREDICTION_TYPES = tuple(PREDICTIONS)
 SOLVER_NAMES = tuple(SOLVERS)
 TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
-SOURCES = ("noise", "ridge", "ridge_3x3")
+# By name, the side of the square of condition tokens that a source's regression sees.
+SOURCE_SIZES = {"noise": 0, "ridge": 1, "ridge_3x3": 3, "ridge_5x5": 5, "ridge_5x5_spread": 5}
+SOURCES = tuple(SOURCE_SIZES)
 ANY_STEPS = "any"
 
 
@@ -29,13 +31,16 @@ class FlowMatchingConfig:
 
     Args:
         sigma_min, sigma_max: noise at t = 1 and at t = 0; 0 <= sigma_min < sigma_max.
-        source: what the path starts from. "noise" is N(0, I). "ridge" and "ridge_3x3" are informed: a ridge
-            regression from the condition, plus noise of its residual's deviation (see `AffineSource`).
-        source_components: principal components of a neighbour that "ridge_3x3" uses; 0 for other sources.
+        source: what the path starts from. "noise" is N(0, I). The others are informed: a ridge regression
+            from the condition token or a square of them, plus noise of its residual's deviation (see
+            `AffineSource`); the last one predicts that deviation too.
+        source_components: principal components of a neighbour that a source with neighbours uses, or 0.
         condition_dropout: probability with which training replaces a sample's condition by the null
             condition; classifier-free guidance needs it above zero. BLIP3-o uses 0.1.
         student_steps: for a distilled model the number of Euler steps it was trained for: its velocity is the
             average over such a step. "any": it is told where its step ends. 0 for every other model.
+        noise_scale: sampling starts from so many times the noise that training starts from; what calibration
+            fits (see `training/calibration.py`). Training and what one call says of the mean leave it out.
 
     Raises:
         ValueError: names the field, what it expects and what it found.
@@ -54,13 +59,14 @@ class FlowMatchingConfig:
     time_std: float = 1.0
     time_shift: float = 1.0
     student_steps: int | str = 0
+    noise_scale: float = 1.0
 
     def __post_init__(self) -> None:
         check_name("source", self.source, SOURCES)
         if self.student_steps != ANY_STEPS:
             check_integer("student_steps", self.student_steps, 0)
-        check_integer("source_components", self.source_components, int(self.source == "ridge_3x3"))
-        if self.source != "ridge_3x3" and self.source_components:
+        check_integer("source_components", self.source_components, int(self.source_size > 1))
+        if self.source_size <= 1 and self.source_components:
             raise ValueError(
                 f"source_components: expected 0 for source {self.source!r}, found {self.source_components}"
             )
@@ -73,11 +79,22 @@ class FlowMatchingConfig:
         check_sigmas(self.sigma_min, self.sigma_max)
         check_range("regularization_weight", self.regularization_weight, 0.0, math.inf)
         check_range("condition_dropout", self.condition_dropout, 0.0, 1.0)
+        check_range("noise_scale", self.noise_scale, 0.0, 100.0)
 
     @property
     def prediction(self) -> Prediction:
         """What the network predicts."""
         return PREDICTIONS[self.prediction_type]
+
+    @property
+    def source_size(self) -> int:
+        """Side of the square of condition tokens around a position that the source's mean depends on."""
+        return SOURCE_SIZES[self.source]
+
+    @property
+    def predicts_spread(self) -> bool:
+        """Whether the source's deviation depends on its mean (`ridge.relative_spread`)."""
+        return self.source == "ridge_5x5_spread"
 
     @property
     def fixed_sampling(self) -> tuple[str, int] | None:

@@ -158,8 +158,9 @@ class AffineSource:
     """An informed source: the paths of one batch start at x_0 = R(c) + s eps instead of at pure noise.
 
     Conditional flow matching allows any source distribution q_0(x | c) (Tong et al., arXiv 2302.00482). Here
-    R is a ridge regression of the training targets on the conditions and s its residual's standard deviation
-    per channel, in the network's (standardised) units: R(c) [B, N, C], s [C]; None and None for pure noise.
+    R is a ridge regression of the training targets on the conditions and s its residual's standard deviation,
+    in the network's (standardised) units: R(c) [B, N, C], s [C] per channel or [B, N, C] where it is
+    predicted too; None and None for pure noise.
 
     A path from x_0 to x_1 is, in the coordinates y = (x - R(c)) / s, an ordinary path from pure noise to the
     standardised residual. So the flow (path, loss, solver, conversions) works on y and knows nothing of R,
@@ -179,7 +180,10 @@ class AffineSource:
 
     def repeat(self, times: int) -> AffineSource:
         """The same batch, so many times one after the other."""
-        return AffineSource(None if self.mean is None else self.mean.repeat(times, 1, 1), self.std)
+        mean, std = (
+            x.repeat(times, 1, 1) if x is not None and x.ndim == 3 else x for x in (self.mean, self.std)
+        )
+        return AffineSource(mean, std)
 
 
 @dataclass(frozen=True)
@@ -205,6 +209,8 @@ class FlowBatch(Generic[Points]):
 
 def shift_time(t: Tensor, alpha: float) -> Tensor:
     """t in [0, 1] -> t', by the shift of the noise level; 0 and 1 stay."""
+    if alpha == 1.0:
+        return t
     # 1 - alpha s / (1 + (alpha - 1) s) with s = 1 - t, written so that 0 and 1 are met exactly
     return t / (alpha + (1.0 - alpha) * t)
 
@@ -237,9 +243,8 @@ def time_grid(num_steps: int, alpha: float = 1.0, device: device | None = None) 
 
 def step_ends(t: Tensor, grid: Tensor) -> Tensor:
     """Where the steps that begin at t end: the next times of a grid [n + 1], which has t up to rounding."""
-    import torch
-
-    return grid[torch.searchsorted(grid, t + 1e-5, right=True).clamp(max=len(grid) - 1)]
+    passed = (grid <= t[..., None] + 1e-5).sum(dim=-1)  # as searchsorted, which ONNX does not have
+    return grid[passed.clamp(max=len(grid) - 1)]
 
 
 def expand_times(t: Tensor, like: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def check_output(path: Path, *, overwrite: bool = False, pooled: bool = False) -
         raise ValueError(f"{path}: expected a .npz or .pkl file for one vector a picture, found another name")
     check_writable(path)
     if is_file_output(path):
-        _check_file(path, overwrite)
+        check_file(path, overwrite)
     else:
         _check_folder(path, overwrite)
 
@@ -73,6 +73,14 @@ def check_writable(path: Path) -> None:
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"{path}: expected a folder that can be written, found {existing}")
+
+
+def check_file(path: Path, overwrite: bool) -> None:
+    """Raises ValueError for a folder, and for a file that is not to be replaced."""
+    if path.is_dir():
+        raise ValueError(f"{path}: expected a file to write, found a folder")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path}: expected no file there, found one (overwrite=True replaces it)")
 
 
 def bytes_in_file(count: int, sizes: tuple[int, int, int], *, pooled: bool, true_tokens: bool) -> int:
@@ -97,13 +105,6 @@ def write_arrays(path: Path, results: Mapping[str, Any]) -> None:
     }
     with atomic_file(path) as file:
         np.savez(file, allow_pickle=False, **arrays)
-
-
-def _check_file(path: Path, overwrite: bool) -> None:
-    if path.is_dir():
-        raise ValueError(f"{path}: expected a file to write, found a folder")
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path}: expected no file there, found one (overwrite=True replaces it)")
 
 
 def _check_folder(path: Path, overwrite: bool) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from blip3o_dit.data.dataset import choose_samples
 from blip3o_dit.data.embeddings import Embeddings, batches, check_sizes, open_embeddings
@@ -29,10 +28,12 @@ from blip3o_dit.inference.request import (
 from blip3o_dit.metrics.fidelity import FidelitySums
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.layers import has_native_matmul
-from blip3o_dit.model.loading import EMA_VARIANT, pick_weights
+from blip3o_dit.model.loading import pick_weights, variant_of
 from blip3o_dit.model.quantization import check_quantize
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.utils.distributed import Processes, join_processes, pick_device
+from blip3o_dit.utils.hub import model_folder
+from blip3o_dit.utils.progress import working
 from blip3o_dit.utils.stateless_random import stateless_normal, stateless_uniform
 from blip3o_dit.utils.validation import checked_integer
 
@@ -47,7 +48,8 @@ class BLIP3oInference:
     batches out over its processes, all of which must call them; the results are those of one process.
 
     Args:
-        model_path: folder with `config.json` and `model.safetensors`.
+        model_path: folder with `config.json` and `model.safetensors`, or `owner/name` on the hub (see
+            `model_folder`).
         device: "auto" (a GPU when there is one), "cpu", "cuda", "cuda:1", ...
         dtype: of the weights; None takes bfloat16 where the processor multiplies it, float32 elsewhere. The
             network computes in it, or in float32 where it would be emulated; the solver's state is float32.
@@ -72,7 +74,9 @@ class BLIP3oInference:
         compile: bool = False,
         alone: bool = False,
     ) -> None:
-        self.model_path = Path(model_path)
+        self.model_path = model_folder(model_path, weights=weights)
+        found_there = self.model_path != Path(model_path)
+        self.name = str(model_path) if found_there else str(self.model_path.resolve())
         self.processes = Processes(device=pick_device(device)) if alone else join_processes(device)
         self.device = self.processes.device
         dtype, self.quantize = pick_dtype(dtype, self.device), quantize
@@ -82,7 +86,7 @@ class BLIP3oInference:
         model: Any = BLIP3oDiTModel.load_for_inference(
             self.model_path,
             dtype=dtype,
-            variant=EMA_VARIANT if self.weights == "ema" else None,
+            variant=variant_of(self.weights),
             quantize=quantize,
         )
         self.model: BLIP3oDiTModel = model.to(self.device)
@@ -99,6 +103,7 @@ class BLIP3oInference:
         solver: str | None = None,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        noise_scale: float | None = None,
         seed: int = 0,
         sample_index: Sequence[int] | None = None,
     ) -> Tensor:
@@ -112,6 +117,7 @@ class BLIP3oInference:
             solver=solver,
             guidance_scale=guidance_scale,
             guidance_interval=guidance_interval,
+            noise_scale=noise_scale,
             seed=seed,
             sample_index=sample_index,
         )
@@ -130,6 +136,7 @@ class BLIP3oInference:
         solver: str | None = None,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        noise_scale: float | None = None,
         seed: int = 0,
         return_arrays: bool | None = None,
         pooled: bool = False,
@@ -168,6 +175,7 @@ class BLIP3oInference:
             solver=solver,
             guidance_scale=guidance_scale,
             guidance_interval=guidance_interval,
+            noise_scale=noise_scale,
             seed=checked_integer("seed", seed),
         )
         data = describe_data(source, indices, split=split, num_samples=num_samples) if output else {}
@@ -198,6 +206,7 @@ class BLIP3oInference:
             "model_path": str(self.model_path),
             "weights": self.weights,
             **{name: taken[name] for name in ("solver", "guidance_scale", "guidance_interval", "seed")},
+            "noise_scale": taken["noise_scale"],
             "num_inference_steps": steps,
             "normalize_embeddings": self.model.config.normalize_embeddings,
         }
@@ -254,11 +263,12 @@ class BLIP3oInference:
             generated = self.generate(eva, num_inference_steps, sample_index=piece, **sampling)
             return loss, sums.of(generated, self.model.l2_normalize_if_configured(clip))
 
-        with self.bar(len(indices), progress) as bar:
+        shown = progress and self.processes.is_main
+        with working("measuring", len(indices), "sample", lasting=False, shown=shown) as count:
             for piece, (loss, added) in self.processes.map_in_order(batches(indices, batch_size), work):
                 total += len(piece) * loss
                 sums.state += added
-                bar.update(len(piece))
+                count(len(piece))
         total, sums.state = self.processes.broadcast((total, sums.state))
         return {
             "flow_matching_loss": total / len(indices),
@@ -277,10 +287,6 @@ class BLIP3oInference:
             normalize = self.model.config.normalize_embeddings
             found = target_statistics(source, train, normalize=normalize).mean
         return self.processes.broadcast(found)
-
-    def bar(self, total: int, progress: bool) -> tqdm:
-        hidden = not progress or not self.processes.is_main
-        return tqdm(total=total, desc="generating", unit="sample", disable=hidden)
 
     def sample_bar(self, total: int, sampling: Sampling, progress: bool) -> SampleBar:
         """For a generation to the end: with a line that says how long it will take."""

@@ -24,7 +24,7 @@ from blip3o_dit import __version__
 from blip3o_dit.data.embeddings import Embeddings
 from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER, SOLVERS
 from blip3o_dit.model.config import CONFIG_FILE, BLIP3oDiTConfig
-from blip3o_dit.model.loading import EMA_VARIANT, weights_files
+from blip3o_dit.model.loading import variant_of, weights_files
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.utils.checksums import digests_of
 from blip3o_dit.utils.json_files import short_repr
@@ -36,6 +36,8 @@ SPLITS = ("all", "train", "eval")
 NOTED = "noted"
 # What is said of a digest, by its name and by what it is of.
 _DIGESTS = ("sha256", "chosen")
+# In requests of earlier versions.
+_NOT_SAID = {"sampling.noise_scale": 1.0}
 _OTHERS = {"data": "other data", "fitted": "other data to fit on", "code": "another version of the code"}
 
 
@@ -47,14 +49,16 @@ class Sampling:
     solver: str | None = None
     guidance_scale: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    noise_scale: float | None = None
     seed: int = 0
 
     def resolved(self, config: BLIP3oDiTConfig) -> Sampling:
-        """With the solver and the steps that this model takes by default."""
+        """With the solver, the steps and the scale of the noise that this model takes by default."""
         solver, steps = self.solver or config.default_solver, self.num_inference_steps
         if steps is None and solver != ADAPTIVE_SOLVER:
             steps = config.default_steps
-        return replace(self, solver=solver, num_inference_steps=steps)
+        scale = config.flow.noise_scale if self.noise_scale is None else self.noise_scale
+        return replace(self, solver=solver, num_inference_steps=steps, noise_scale=scale)
 
     def calls(self, config: BLIP3oDiTConfig) -> int | None:
         """Network calls that a sample takes; None where the solver chooses them."""
@@ -94,7 +98,7 @@ def choose_indices(
 
 def describe_model(folder: Path, weights: str) -> dict[str, Any]:
     """`weights` are "ema" or "raw"."""
-    files = weights_files(folder, EMA_VARIANT if weights == "ema" else None)
+    files = weights_files(folder, variant_of(weights))
     names = [CONFIG_FILE, *(file.name for file in files)]
     return {"weights": weights, "sha256": _digest(sorted(digests_of(folder, names).items()))}
 
@@ -134,7 +138,7 @@ def describe_request(
 
 def differences(found: Any, wanted: dict[str, Any], *, leave_out: Sequence[str] = (NOTED,)) -> list[str]:
     """What is another there, in words."""
-    there, here = (_flat(values) for values in (found, wanted))
+    there, here = _NOT_SAID | _flat(found), _flat(wanted)
     names = [name for name in here if there.get(name) != here[name]]
     names = [name for name in names if name.partition(".")[0] not in leave_out]
     digests = [name for name in names if name.rpartition(".")[2] in _DIGESTS]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from blip3o_dit.utils.stateless_random import stateless_generator
 
 LEVEL = 0.95
 MIN_SAMPLES = 20  # with fewer samples a bootstrap says nothing
+KEPT = 2**22  # most numbers of resamples that are kept from metric to metric, 32 MiB
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,10 @@ class Bootstrap:
 
     def means(self, columns: np.ndarray) -> np.ndarray:
         """Means of the columns over each resample, [n, m] -> [replicates, m]."""
-        generator = stateless_generator(self.seed, "bootstrap")
+        resamples = _kept if self.count * self.replicates <= KEPT else _resamples
         out = np.empty((self.replicates, columns.shape[1]))
-        for row in out:
-            chosen = generator.integers(0, self.count, self.count)
-            row[:] = (np.bincount(chosen, minlength=self.count) / self.count) @ columns
+        for row, shares in zip(out, resamples(self.count, self.replicates, self.seed), strict=True):
+            row[:] = shares @ columns
         return out
 
     def mean(self, values: np.ndarray) -> Estimate:
@@ -52,6 +53,8 @@ class Bootstrap:
     def function(self, columns: np.ndarray, of_means: Callable[[np.ndarray], np.ndarray]) -> Estimate:
         """A function of the columns' means: `of_means` takes [..., m] and returns [...]."""
         value = float(of_means(columns.mean(axis=0)))
+        if self.count < MIN_SAMPLES:
+            return Estimate(value)
         return self._interval(value, of_means(self.means(columns)))
 
     def median(self, values: np.ndarray) -> Estimate:
@@ -64,10 +67,21 @@ class Bootstrap:
         return self._interval(float(np.median(values)), np.array(found))
 
     def _interval(self, value: float, replicates: np.ndarray) -> Estimate:
-        if self.count < MIN_SAMPLES:
-            return Estimate(value)
         low, high = np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return Estimate(value, float(low), float(high))
+
+
+def _resamples(count: int, replicates: int, seed: int) -> Iterator[np.ndarray]:
+    """The share of each sample in a resample, [count], for each of the resamples."""
+    generator = stateless_generator(seed, "bootstrap")
+    for _ in range(replicates):
+        chosen = generator.integers(0, count, count)
+        yield np.bincount(chosen, minlength=count) / count
+
+
+@lru_cache(maxsize=2)
+def _kept(count: int, replicates: int, seed: int) -> list[np.ndarray]:
+    return list(_resamples(count, replicates, seed))
 
 
 def half_samples(count: int, *, replicates: int, seed: int) -> Iterator[np.ndarray]:

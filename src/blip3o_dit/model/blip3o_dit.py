@@ -22,22 +22,20 @@ from blip3o_dit.flow.path import (
     training_times,
 )
 from blip3o_dit.flow.predictions import convert_prediction
-from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER, SOLVERS
+from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.cpu_kernels import use_cpu_kernels
 from blip3o_dit.model.cuda_graphs import CUDAGraphs
-from blip3o_dit.model.generation import Guidance, solve, solve_adaptively
-from blip3o_dit.model.inputs import check_forward, check_steps, conditions_of_data
+from blip3o_dit.model.generation import checked_sampling, solve, solve_adaptively
+from blip3o_dit.model.inputs import check_forward, conditions_of_data
 from blip3o_dit.model.layers import without_autocast
 from blip3o_dit.model.loading import StrictPreTrainedModel
 from blip3o_dit.model.transformer import NextDiT
-from blip3o_dit.ridge import source_features
+from blip3o_dit.ridge import relative_spread, source_features
 from blip3o_dit.utils.stateless_random import draw_names, normal_of
 from blip3o_dit.utils.validation import (
     check_compiler,
     check_finite_number,
-    check_interval,
-    check_name,
     checked_integer,
     checked_integers,
 )
@@ -47,7 +45,7 @@ logger = logging.getLogger(__name__)
 GENERATION_STREAM = "generation noise"
 
 STATISTICS = ["condition_mean", "condition_std", "target_mean", "target_std"]
-SOURCE_BUFFERS = ["source_weight", "source_bias", "source_std", "source_components"]
+SOURCE_BUFFERS = [f"source_{name}" for name in ("weight", "bias", "std", "components", "spread")]
 
 
 class BLIP3oDiTModel(StrictPreTrainedModel):
@@ -77,6 +75,7 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
     source_bias: Tensor
     source_std: Tensor
     source_components: Tensor
+    source_spread: Tensor
     # bfloat16 would move a channel's mean by up to 0.4 %: the statistics stay float32 beside any weights.
     _keep_in_fp32_modules_strict = STATISTICS + SOURCE_BUFFERS
     _no_split_modules = ["NextDiTBlock"]  # noqa: RUF012 - PreTrainedModel declares a list
@@ -99,11 +98,14 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
     def _register_source(self, config: BLIP3oDiTConfig) -> None:
         """Buffers of the informed source; an unfitted one is pure noise."""
         width, neighbours = config.eva_embedding_size, config.flow.source_components
-        self.register_buffer("source_weight", torch.zeros(width + 8 * neighbours, config.in_channels))
+        features = width + (config.flow.source_size**2 - 1) * neighbours
+        self.register_buffer("source_weight", torch.zeros(features, config.in_channels))
         self.register_buffer("source_bias", torch.zeros(config.in_channels))
         self.register_buffer("source_std", torch.ones(config.in_channels))
         if neighbours:
             self.register_buffer("source_components", torch.zeros(width, neighbours))
+        if config.flow.predicts_spread:
+            self.register_buffer("source_spread", torch.zeros(2 * config.in_channels + 1, config.in_channels))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -200,14 +202,23 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         self._fill_buffers("condition", mean=condition[0], std=condition[1])
         self._fill_buffers("target", mean=target[0], std=target[1])
 
-    def set_source(self, *, weight: Tensor, bias: Tensor, std: Tensor, components: Tensor | None) -> None:
+    def set_source(
+        self,
+        *,
+        weight: Tensor,
+        bias: Tensor,
+        std: Tensor,
+        components: Tensor | None,
+        spread: Tensor | None = None,
+    ) -> None:
         """Store a ridge regression in the network's units, and its residual's deviation per channel.
 
-        Shapes: weight [C_eva + 8 r, C], bias [C], std [C], components [C_eva, r] for r neighbour components.
+        Shapes: weight [F, C] (`source_features`), bias [C], std [C], components [C_eva, r] for r neighbour
+        components, spread [2 C + 1, C] for a source that predicts it (`relative_spread`).
         """
         self._fill_buffers("source", weight=weight, bias=bias, std=std)
-        if components is not None:
-            self._fill_buffers("source", components=components)
+        more = {"components": components, "spread": spread}
+        self._fill_buffers("source", **{name: value for name, value in more.items() if value is not None})
 
     def _fill_buffers(self, prefix: str, **values: Tensor) -> None:
         for name, value in values.items():
@@ -221,10 +232,18 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         """Where the path of these samples starts, given normalised conditions [B, L, C_eva]; float32."""
         if self.config.flow.source == "noise":
             return AffineSource()
-        components = self.source_components if self.config.flow.source_components else None
         with without_autocast(condition.device):
-            features = source_features(condition.float(), components)
-            return AffineSource(features @ self.source_weight + self.source_bias, self.source_std)
+            features = self.source_features(condition.float())
+            mean = features @ self.source_weight + self.source_bias
+            if not self.config.flow.predicts_spread:
+                return AffineSource(mean, self.source_std)
+            return AffineSource(mean, self.source_std * relative_spread(mean, self.source_spread))
+
+    def source_features(self, condition: Tensor) -> Tensor:
+        """What the source's mean is linear in, [B, N, F], of normalised float32 conditions [B, L, C_eva]."""
+        flow = self.config.flow
+        components = self.source_components if flow.source_components else None
+        return source_features(condition, components, flow.source_size)
 
     def record_generation(self) -> None:
         """On a GPU, launch all kernels of a generation together, from its second batch of a size on."""
@@ -283,6 +302,7 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         tolerance: float = 1e-4,
+        noise_scale: float | None = None,
         seed: int = 0,
         sample_index: Sequence[int] | None = None,
         sample_number: int = 0,
@@ -302,6 +322,8 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
             guidance_scale: classifier-free guidance, v = v_null + s (v_cond - v_null); 1 turns it off.
                 Other values need a model trained with condition_dropout > 0, and double the batch.
             guidance_interval: guidance acts in the steps that begin at low <= t < high (arXiv 2404.07724).
+            noise_scale: so many times the noise; 1 leaves out what calibration found. Default:
+                `config.flow.noise_scale`.
             seed, sample_number, sample_index: determine the noise; sample_index defaults to 0..B-1.
             progress: wraps the iterable of steps, for a progress bar.
 
@@ -311,32 +333,23 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         Raises:
             ValueError: for shapes, names or values that do not fit; says expected and found.
         """
-        check_finite_number("guidance_scale", guidance_scale)
-        if guidance_scale != 1.0 and self.config.flow.condition_dropout == 0.0:
-            raise ValueError(
-                "guidance_scale: expected 1 because this model was trained with condition_dropout 0 "
-                f"and does not know the null condition, found {guidance_scale}"
-            )
-        low, high = check_interval("guidance_interval", guidance_interval)
-        solver = self.config.default_solver if solver is None else solver
-        check_name("solver", solver, (*SOLVERS, ADAPTIVE_SOLVER))
-        if num_inference_steps is not None:
-            num_inference_steps = checked_integer("num_inference_steps", num_inference_steps, low=1)
-        check_steps(self.config, solver, num_inference_steps)
+        solver, steps, guidance = checked_sampling(
+            self.config, num_inference_steps, solver, guidance_scale, guidance_interval
+        )
+        scale = self.config.flow.noise_scale if noise_scale is None else noise_scale
+        check_finite_number("noise_scale", scale)
         names, eva = self._draw(eva_embeddings, seed, sample_index, sample_number)
         if not len(eva):
             return torch.empty(0, self.config.num_tokens, self.config.in_channels, device=self.device)
-        guidance = Guidance(guidance_scale, low, high)
         if solver == ADAPTIVE_SOLVER:
             check_finite_number("tolerance", tolerance)
             if num_inference_steps is not None:
                 raise ValueError(
                     f"num_inference_steps: expected none with solver {solver} (it has a tolerance)"
                 )
-            return solve_adaptively(self, names, eva, guidance, tolerance)
-        steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
+            return solve_adaptively(self, names, eva, guidance, tolerance, scale)
         recorder = self._graphs if progress is None else None
-        return solve(self, names, eva, guidance, steps, solver, recorder=recorder, progress=progress)
+        return solve(self, names, eva, guidance, steps, solver, scale, recorder=recorder, progress=progress)
 
     def tokens_of(self, x_1: Tensor, source: AffineSource) -> Tensor:
         """What the flow ends in [B, N, C] -> tokens in the units of the data."""
@@ -371,7 +384,8 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
             raise ValueError(
                 f"estimate: expected prediction_type v_prediction or sample, found {flow.prediction_type}"
             )
-        x_0, condition = self.initial_state(*self._draw(eva_embeddings, seed, sample_index, sample_number))
+        names, eva = self._draw(eva_embeddings, seed, sample_index, sample_number)
+        x_0, condition = self.initial_state(self.noise_of(names), eva)
         t = torch.zeros(len(x_0), device=x_0.device)
         source = self.source_distribution(condition)
         velocity = self.make_velocity_fn(condition, source)(x_0, t)
@@ -380,13 +394,14 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         )
         return self.denormalize_target(source.from_flow(x_1))
 
-    def initial_state(self, names: Tensor, eva: Tensor) -> tuple[Tensor, Tensor]:
-        """x_0 [B, N, C] in the flow's units, and the condition in the network's [B, L, C_eva].
+    def noise_of(self, names: Tensor) -> Tensor:
+        """N(0, 1), [B, N, C], of its names (`draw_names`)."""
+        sizes = self.config.num_tokens, self.config.in_channels
+        return normal_of(names.to(self.device), sizes, one_kernel=True)
 
-        `names` are those of the noise (`draw_names`).
-        """
-        noise = normal_of(names.to(self.device), (self.config.num_tokens, self.config.in_channels))
-        x_0 = make_path(self.config.flow).initial_point(noise)
+    def initial_state(self, noise: Tensor, eva: Tensor, noise_scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """x_0 [B, N, C] in the flow's units, and the condition in the network's [B, L, C_eva]."""
+        x_0 = noise_scale * make_path(self.config.flow).initial_point(noise)
         return x_0, self.normalize_condition(eva.to(self.device))
 
     def _draw(
@@ -437,14 +452,15 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
 
         encoded = self.dit.encode_condition(condition, source.mean, times, end_of(times))
         if guidance_scale != 1.0:
-            null = self.dit.encode_condition(torch.zeros_like(condition[:1]), times=times)
+            null = self.dit.encode_condition(condition.new_zeros(1, *condition.shape[1:]), times=times)
             both = encoded.with_null_condition(null)
         path = make_path(flow)
 
         def velocity(y: Tensor, t: Tensor, *, guided: bool = True) -> Tensor:
             x = source.from_flow(y)
             if guided and guidance_scale != 1.0:
-                null, prediction = self.dit.predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+                joint = self.dit.predict(torch.cat([x, x]), torch.cat([t, t]), both)
+                null, prediction = joint.unflatten(0, (2, -1))  # of any batch, for a graph
                 # The conversion to a velocity is affine in the prediction: guiding either is the same.
                 prediction = null + guidance_scale * (prediction - null)
             else:

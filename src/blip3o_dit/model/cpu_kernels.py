@@ -7,6 +7,8 @@
   weight that was moved since is multiplied by itself again. With gradients one joint product would have to be
   cut apart, and its gradients joined again: the products are taken one by one, and the gradients to their
   input are added up inside the products.
+* What generation computes before its first call is one product for all layers at once: their modulations, and
+  on a GPU, for few rows, the condition's keys and values.
 * bfloat16 weights on a processor without bfloat16 arithmetic: the product is taken in float32, from a copy of
   the weight that is made for it and dropped, which is several times faster than emulating bfloat16 and
   keeps half the memory.
@@ -22,18 +24,22 @@ torch.compile sees the plain network but for the joint products, which it would 
 
 from __future__ import annotations
 
-import importlib.util
 import threading
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip3o_dit.model import layers, transformer
+from blip3o_dit.model import layers, stacked_layers, transformer
 from blip3o_dit.model.encoded_condition import KeysValues, Modulations
+from blip3o_dit.model.transformer import BlockModulation
+from blip3o_dit.utils.validation import triton_works
+
+# Rows of a condition whose keys and values a GPU computes for all layers at once: each layer has its own copy
+# of them, normed.
+MAX_STACKED_ROWS = 512
 
 # Where w x^T is faster than x w^T: at most so many rows of x, and at least so many columns.
 MAX_ROWS, MIN_COLUMNS = 512, 1024
@@ -48,11 +54,21 @@ def use_cpu_kernels(model: nn.Module) -> None:
     """
     for module in model.modules():
         module.__class__ = STAND_INS.get(type(module), type(module))
-        if isinstance(module, NextDiTBlock | FeedForward):
+        if isinstance(module, NextDiT | NextDiTBlock | FeedForward):
             for group in module.joint_layers():
                 if all(type(layer) in (layers.Linear, Linear) for layer in group):
                     pack_weights([layer.weight for layer in group])
+                    pack_weights([layer.bias for layer in group if layer.bias is not None])
                     pack_weights([layer.scale for layer in group if layer.scale is not None])
+
+
+def make_plain(model: nn.Module) -> None:
+    """Undo `use_cpu_kernels`: the plain layers, each weight in memory of its own."""
+    plain = {stand_in: layer for layer, stand_in in STAND_INS.items()}
+    for module in model.modules():
+        module.__class__ = plain.get(type(module), type(module))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
 
 
 class Linear(layers.Linear):
@@ -60,7 +76,8 @@ class Linear(layers.Linear):
         if torch.compiler.is_compiling() or not _is_plain(self.weight):
             return super().forward(x)
         must_widen = self.weight.dtype.itemsize < x.dtype.itemsize
-        if not must_widen and not _transposed_gemm_is_faster(x):
+        must_narrow = x.is_cuda and self.weight.dtype.itemsize > x.dtype.itemsize and x.dtype.itemsize == 2
+        if not must_widen and not must_narrow and not _transposed_gemm_is_faster(x):
             return super().forward(x)
         if self.scale is not None:
             if _needs_grad(x):
@@ -81,6 +98,38 @@ class RMSNorm(layers.RMSNorm):
 
 
 class NextDiT(transformer.NextDiT):
+    def joint_layers(self) -> list[list[layers.Linear]]:
+        """Groups of layers of all blocks: those of modulations, and of the condition's keys and values.
+
+        Each block's part of the latter is its own group.
+        """
+        of_blocks = [block.norm1.linear for block in self.blocks]
+        attentions = [block.attn2 for block in self.blocks]
+        return [
+            [*of_blocks, self.norm_out.linear_1],
+            [layer for attention in attentions for layer in (attention.to_k, attention.to_v)],
+        ]
+
+    def modulate(self, temb: Tensor) -> Tensor:
+        group, _ = self.joint_layers()
+        if not _can_be_stacked(group, temb.dtype):
+            return super().modulate(temb)
+        x, weights = F.silu(temb), [layer.weight for layer in group]
+        bias = joined_weights([layer.bias for layer in group])
+        if _transposed_gemm_is_faster(x):
+            return _packed_product(x, weights).add_(bias).contiguous()
+        return F.linear(x, joined_weights(weights), bias)
+
+    def encode(self, condition: Tensor) -> list[KeysValues]:
+        _, group = self.joint_layers()
+        norms = [norm for block in self.blocks for norm in (block.norm1_context, block.attn2.norm_k)]
+        stacked = _stacking_is_faster(condition) and _can_be_stacked(group, condition.dtype)
+        if not stacked or any(map(is_hooked, norms)):
+            return super().encode(condition)
+        return stacked_layers.keys_values(
+            self.blocks, joined_weights([layer.weight for layer in group]), condition
+        )
+
     def run_blocks(
         self,
         x: Tensor,
@@ -88,7 +137,7 @@ class NextDiT(transformer.NextDiT):
         modulations: Modulations,
         rope: tuple[Tensor, Tensor],
     ) -> Tensor:
-        if x.is_cuda and _has_triton():
+        if x.is_cuda and triton_works():
             from blip3o_dit.model import gpu_kernels  # needs triton, and this module
 
             if gpu_kernels.can_run(self.blocks, x, keys_values, self.compute_dtype):
@@ -97,6 +146,20 @@ class NextDiT(transformer.NextDiT):
 
 
 class NextDiTBlock(transformer.NextDiTBlock):
+    def forward(
+        self,
+        x: Tensor,
+        condition: Tensor | KeysValues,
+        temb: Tensor | BlockModulation,
+        rope: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        if x.is_cuda and isinstance(condition, Tensor) and isinstance(temb, Tensor) and triton_works():
+            from blip3o_dit.model import gpu_training  # needs triton, and this module
+
+            if gpu_training.can_run(self, condition):
+                return gpu_training.run_block(self, x, condition, temb, rope)
+        return super().forward(x, condition, temb, rope)
+
     def joint_layers(self) -> list[list[layers.Linear]]:
         """Groups of layers that are given the same input."""
         own, cross = self.attn1, self.attn2
@@ -144,19 +207,20 @@ STAND_INS: dict[type[nn.Module], type[nn.Module]] = {
 def pack_weights(weights: Sequence[Tensor]) -> None:
     """Move the weights [n_i, k] to one piece of memory, one behind another; values and names stay.
 
-    Weights that are sharded over processes stay where they are, and are multiplied one by one.
+    Weights that are sharded over processes stay where they are, and are multiplied one by one; so do those
+    that differ in their dtypes or devices.
     """
     if (
         not weights
         or any(weight.is_meta or not _is_plain(weight) for weight in weights)
-        or _are_packed(weights)
+        or len({(weight.dtype, weight.device) for weight in weights}) > 1
+        or are_packed(weights)
     ):
         return
-    joined = torch.cat([weight.detach() for weight in weights])
-    start = 0
-    for weight in weights:
-        weight.data = joined[start : start + len(weight)]
-        start += len(weight)
+    joined = weights[0].new_empty(sum(map(len, weights)), *weights[0].shape[1:])
+    # One after the other, so that what each leaves behind is free before the next is copied.
+    for weight, place in zip(weights, joined.split([len(weight) for weight in weights]), strict=True):
+        weight.data = place.copy_(weight.detach())
 
 
 def joint_product(
@@ -167,8 +231,8 @@ def joint_product(
     scales = [layer.scale for layer in group if layer.scale is not None]
     if not scales:
         return multi_linear(x, weights, any_layout=any_layout)
-    if _are_packed(weights) and _are_packed(scales):
-        joint = quantized_product(x, _joined(weights), _joined(scales))
+    if are_packed(weights) and are_packed(scales):
+        joint = quantized_product(x, joined_weights(weights), joined_weights(scales))
         parts = joint.split([len(weight) for weight in weights], dim=-1)
     else:
         parts = tuple(map(quantized_product, [x] * len(weights), weights, scales))
@@ -184,7 +248,7 @@ def multi_linear(x: Tensor, weights: Sequence[Tensor], *, any_layout: bool = Fal
         return _traced_products(x, weights)
     if _needs_grad(x, *weights):
         return _MultiLinear.apply(x, *weights)
-    if _are_packed(weights):
+    if are_packed(weights):
         parts = _packed_product(x, weights).split([len(weight) for weight in weights], dim=-1)
     else:
         parts = tuple(_packed_product(x, [weight]) for weight in weights)
@@ -203,9 +267,24 @@ def can_be_joined(group: Sequence[nn.Module]) -> bool:
         type(layer) is Linear
         and _is_plain(layer.weight)
         and (layer.scale is None or not alone)
-        and not _is_hooked(layer)
+        and not is_hooked(layer)
         for layer in group
     )
+
+
+def _can_be_stacked(group: Sequence[layers.Linear], dtype: torch.dtype) -> bool:
+    """Whether a group of all blocks is one product of inputs in `dtype`: without gradients, casts, scales."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not can_be_joined(group):
+        return False
+    if any(layer.scale is not None or layer.weight.dtype != dtype for layer in group):
+        return False
+    biases = [layer.bias for layer in group if layer.bias is not None]
+    return are_packed([layer.weight for layer in group]) and (not biases or are_packed(biases))
+
+
+def _stacking_is_faster(condition: Tensor) -> bool:
+    """Launches are what few rows take on a GPU."""
+    return condition.is_cuda and condition.numel() <= MAX_STACKED_ROWS * condition.shape[-1]
 
 
 def _traced_products(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -225,7 +304,7 @@ def _traced_products(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]
 @torch.library.custom_op("blip3o_dit::joint_product", mutates_args=())
 def traced_product(x: Tensor, weights: list[Tensor]) -> Tensor:
     """x [..., k] and weights [n_i, k] -> [..., sum of n_i]; where the weights lie is seen when it is run."""
-    if _are_packed(weights):
+    if are_packed(weights):
         return _packed_product(x, weights).contiguous()
     return torch.cat([_packed_product(x, [weight]) for weight in weights], dim=-1)
 
@@ -240,7 +319,7 @@ def _is_plain(weight: Tensor) -> bool:
     return type(weight) in (Tensor, nn.Parameter)
 
 
-def _is_hooked(layer: nn.Module) -> bool:
+def is_hooked(layer: nn.Module) -> bool:
     before, after = layer._forward_pre_hooks, layer._forward_hooks
     backward = layer._backward_pre_hooks or layer._backward_hooks
     return bool(before or after or backward or "forward" in vars(layer))  # accelerate replaces `forward`
@@ -252,7 +331,7 @@ def _needs_grad(*tensors: Tensor) -> bool:
 
 def _packed_product(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """x [..., k] times weights [n_i, k] that are packed -> [..., sum of n_i] in any layout; no gradients."""
-    weight = _cast(_joined(weights), x.dtype)
+    weight = _cast(joined_weights(weights), x.dtype)
     if not _transposed_gemm_is_faster(x):
         return F.linear(x, weight)
     rows = x.reshape(-1, x.shape[-1])
@@ -262,7 +341,7 @@ def _packed_product(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
 def quantized_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """x [..., k], a quantised weight [n, k], its rows' scales [n] -> [..., n] in any layout; no gradients."""
     rows = x.reshape(-1, x.shape[-1])
-    if len(rows) <= MAX_ROWS and x.dtype == torch.bfloat16 and x.is_cuda and _has_triton():
+    if len(rows) <= MAX_ROWS and x.dtype == torch.bfloat16 and x.is_cuda and triton_works():
         from blip3o_dit.model import gpu_kernels  # needs triton, and this module
 
         return gpu_kernels.quantized_product(rows, weight, scale).unflatten(0, x.shape[:-1])
@@ -275,11 +354,6 @@ def quantized_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return out.mul_(scale[:, None]).t().unflatten(0, x.shape[:-1])
 
 
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _transposed_gemm_is_faster(x: Tensor) -> bool:
     """Whether w x^T is the faster product: what the BLAS makes of a wide weight and few rows."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
@@ -287,7 +361,7 @@ def _transposed_gemm_is_faster(x: Tensor) -> bool:
     return x.shape[-1] >= MIN_COLUMNS and x.numel() <= MAX_ROWS * x.shape[-1]
 
 
-def _are_packed(weights: Sequence[Tensor]) -> bool:
+def are_packed(weights: Sequence[Tensor]) -> bool:
     """Rows of one block of memory, in this order and without gaps."""
     first = weights[0]
     end = first.data_ptr()
@@ -304,7 +378,7 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _joined(weights: Sequence[Tensor]) -> Tensor:
+def joined_weights(weights: Sequence[Tensor]) -> Tensor:
     """Packed weights, as the one matrix they are."""
     first = weights[0].detach()
     rows = sum(len(weight) for weight in weights)
@@ -355,11 +429,18 @@ class _MultiLinear(torch.autograd.Function):
         for i, (gradient, weight, dtype) in enumerate(zip(gradients, weights, ctx.dtypes, strict=True)):
             gradient = gradient.flatten(0, -2)
             if weight_needs_grad[i]:
-                to_weights[i] = (gradient.t() @ rows).to(dtype)
+                to_weights[i] = _outer(gradient, rows, dtype)
             if x_needs_grad:
                 used = _cast(weight, gradient.dtype)
                 to_x = gradient @ used if to_x is None else to_x.addmm_(gradient, used)
         return (None if to_x is None else to_x.view(x.shape), *to_weights)
+
+
+def _outer(gradient: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient^T rows in `dtype`, which a GPU's product can be written in without rounding it before."""
+    if gradient.is_cuda and dtype == torch.float32 and gradient.dtype.itemsize == 2:
+        return torch.mm(gradient.t(), rows, out_dtype=dtype)
+    return (gradient.t() @ rows).to(dtype)
 
 
 class _ScaledRMSNorm(torch.autograd.Function):

@@ -30,6 +30,12 @@ class Modulations(NamedTuple):
     blocks: Sequence[Tensor]
     output: Tensor
 
+    @classmethod
+    def of_joint(cls, joint: Tensor, width: int) -> Modulations:
+        """Of all of them side by side [..., layers 4 d + d], d = `width`."""
+        *blocks, output = joint.split(4 * width, dim=-1)
+        return cls(blocks, output)
+
 
 class TimedModulations(NamedTuple):
     """The modulations of all samples at the times of all network calls, side by side in one tensor.
@@ -41,21 +47,16 @@ class TimedModulations(NamedTuple):
     joint: Tensor
     width: int
 
-    @classmethod
-    def joined(cls, times: Tensor, modulations: Modulations) -> TimedModulations:
-        """Of modulations with leading dimensions [K, B]."""
-        joint = torch.cat([*modulations.blocks, modulations.output], dim=-1)
-        return cls(times, joint, modulations.output.shape[-1])
-
     def at(self, t: Tensor) -> Modulations:
         """Those of one network call, all of whose samples are at time t [B], one of `times`.
 
         The nearest of them, found where they are: asking a GPU for it would stall every call.
         """
+        if len(self.times) == 1:
+            return Modulations.of_joint(self.joint[0], self.width)
         nearest = (self.times - t[:1]).abs().argmin(dim=0, keepdim=True)
         joint = self.joint.index_select(0, nearest).squeeze(0)  # [B, layers 4 d + d]
-        *blocks, output = joint.split(4 * self.width, dim=-1)
-        return Modulations(blocks, output)
+        return Modulations.of_joint(joint, self.width)
 
     def with_null_condition(self, null: TimedModulations) -> TimedModulations:
         """For the same samples twice, at first with the null condition, of which there is one sample."""
@@ -63,16 +64,17 @@ class TimedModulations(NamedTuple):
 
 
 class EncodedCondition(NamedTuple):
-    """All that depends on the condition alone: computed once per sample, reused at every solver step.
+    """All that depends on the condition alone, or on nothing: computed once, reused at every solver step.
 
     `pooled` [B, min(d, 1024)] enters the modulations, which are there as well if the times of all calls were
-    known; `keys_values` holds what each layer attends to.
+    known; `keys_values` holds what each layer attends to, `rope` the rotary tables [N, h / 2].
     With an informed source, `source_mean` [B, N, in_channels] is its mean R(c) in float32, and
     `embedded_source_mean` [B, N, d] what the first layers make of it.
     """
 
     pooled: Tensor
     keys_values: list[KeysValues]
+    rope: tuple[Tensor, Tensor]
     source_mean: Tensor | None = None
     embedded_source_mean: Tensor | None = None
     modulations: TimedModulations | None = None
@@ -83,6 +85,7 @@ class EncodedCondition(NamedTuple):
         return EncodedCondition(
             pooled=torch.cat([null.pooled.expand_as(self.pooled), self.pooled]),
             keys_values=[KeysValues(own.keys, own.values, other.values[:, :, :1]) for own, other in pairs],
+            rope=self.rope,
             source_mean=_twice(self.source_mean),
             embedded_source_mean=_twice(self.embedded_source_mean),
             modulations=self._both_modulations(null),

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip3o_dit.flow.config import ANY_STEPS
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.utils.json_files import short_repr
 
@@ -38,16 +37,6 @@ def _check_finite(eva: Tensor) -> None:
         raise ValueError(
             f"condition: expected finite numbers, found NaN or infinity in {len(bad)} of {len(eva)} samples, "
             f"first in sample {bad[0]}"
-        )
-
-
-def check_steps(config: BLIP3oDiTConfig, solver: str, num_inference_steps: int | None) -> None:
-    """Refuse (ValueError) solvers but Euler for a student, and other steps than it was taught."""
-    own, steps = config.flow.student_steps, num_inference_steps or config.default_steps
-    if own and (solver != "euler" or own not in (ANY_STEPS, steps)):
-        raise ValueError(
-            f"num_inference_steps: expected {own} with solver euler, which this model was taught, found "
-            f"{steps} with {solver}"
         )
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -64,8 +65,10 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype if has_native_matmul(weight.dtype, weight.device) else torch.float32
 
 
-def without_autocast(device: torch.device) -> torch.autocast:
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which operations follow the dtypes of their inputs."""
+    if torch.compiler.is_exporting():  # in float32; ONNX has no word for such a context
+        return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
@@ -145,10 +148,10 @@ def official_timestep(t: Tensor) -> Tensor:
 
 
 def sinusoidal_features(timestep: Tensor) -> Tensor:
-    """[B] -> [B, 256]: cosines, then sines, of periods from 2 pi to 2 pi 10000; float32."""
+    """[...] -> [..., 256]: cosines, then sines, of periods from 2 pi to 2 pi 10000; float32."""
     half = TIME_FREQUENCIES // 2
     exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) / half
-    angles = timestep[:, None] * torch.exp(-math.log(10000.0) * exponent)
+    angles = timestep[..., None] * torch.exp(-math.log(10000.0) * exponent)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 

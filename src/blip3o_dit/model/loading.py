@@ -174,9 +174,14 @@ def pick_weights(path: Path, weights: str) -> str:
     """
     chosen = find_weights(path, weights)
     if is_sealed(path):
-        files = weights_files(path, EMA_VARIANT if chosen == "ema" else None)
+        files = weights_files(path, variant_of(chosen))
         verify(path, ["config.json", *(file.name for file in files)])
     return chosen
+
+
+def variant_of(chosen: str) -> str | None:
+    """ "ema" or "raw", as `pick_weights` says it, in `from_pretrained`'s words."""
+    return EMA_VARIANT if chosen == "ema" else None
 
 
 def find_weights(path: Path, weights: str) -> str:

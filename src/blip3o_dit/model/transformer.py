@@ -7,7 +7,6 @@ d = model_dim, H = num_heads, G = num_kv_heads, h = head_dim.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, cast
@@ -85,7 +84,7 @@ class NextDiT(nn.Module):
         with without_autocast(hidden_states.device):
             condition = self.caption_projection(condition.to(dtype))  # [B, L, d]
             temb = self._time_embedding(timestep, step_end, self.time_caption_embed.pool(condition))
-            rope = self._rope(hidden_states)  # [N, h / 2] twice
+            rope = self._rope(hidden_states.device)  # [N, h / 2] twice
             embedded_source_mean = self._embed_source_mean(source_mean, dtype)
             x = self._embed(hidden_states, source_mean, embedded_source_mean, dtype)  # [B, N, d]
             for layer in self.blocks:
@@ -114,7 +113,8 @@ class NextDiT(nn.Module):
             pooled = self.time_caption_embed.pool(condition)  # [B, min(d, 1024)]
             return EncodedCondition(
                 pooled=pooled,
-                keys_values=[layer.encode(condition) for layer in self.blocks],
+                keys_values=self.encode(condition),
+                rope=self._rope(condition.device),
                 source_mean=source_mean,
                 embedded_source_mean=self._embed_source_mean(source_mean, dtype),
                 modulations=None if times is None else self._modulations_at(times, step_ends, pooled),
@@ -133,11 +133,21 @@ class NextDiT(nn.Module):
             if encoded.modulations is not None:
                 modulations = encoded.modulations.at(timestep)
             else:
-                modulations = self._modulations(self._time_embedding(timestep, step_end, encoded.pooled))
-            rope = self._rope(hidden_states)  # [N, h / 2] twice
+                temb = self._time_embedding(timestep, step_end, encoded.pooled)
+                modulations = Modulations.of_joint(self.modulate(temb), self.config.model_dim)
             x = self._embed(hidden_states, encoded.source_mean, encoded.embedded_source_mean, dtype)
-            x = self.run_blocks(x, encoded.keys_values, modulations, rope)
+            x = self.run_blocks(x, encoded.keys_values, modulations, encoded.rope)
             return self.norm_out(x, modulations.output)
+
+    def encode(self, condition: Tensor) -> list[KeysValues]:
+        """Projected condition [B, L, d] -> what each layer's cross-attention attends to."""
+        return [layer.encode(condition) for layer in self.blocks]
+
+    def modulate(self, temb: Tensor) -> Tensor:
+        """Embedded time and condition [..., min(d, 1024)] -> the modulations of every block and of the last
+        layer, side by side [..., layers 4 d + d]."""
+        of_blocks = [layer.modulate(temb) for layer in self.blocks]
+        return torch.cat([*of_blocks, self.norm_out.modulate(temb)], dim=-1)
 
     def run_blocks(
         self,
@@ -203,27 +213,22 @@ class NextDiT(nn.Module):
         return self.guess_embedder(source_mean) + (self.patch_embedder(source_mean) - bias)
 
     def _time_embedding(self, timestep: Tensor, step_end: Tensor | None, pooled: Tensor) -> Tensor:
-        features = sinusoidal_features(official_timestep(timestep))  # [B, 256]
-        temb = self.time_caption_embed(features.to(pooled.dtype), pooled)  # [B, min(d, 1024)]
+        features = sinusoidal_features(official_timestep(timestep))  # [..., 256]
+        temb = self.time_caption_embed(features.to(pooled.dtype), pooled)  # [..., B, min(d, 1024)]
         if self.step_embedder is None or step_end is None:
             return temb
         features = sinusoidal_features(official_timestep(step_end - timestep))
         return temb + self.step_embedder(features.to(pooled.dtype))
 
-    def _modulations(self, temb: Tensor) -> Modulations:
-        """[..., min(d, 1024)] -> those of every block and of the last layer."""
-        return Modulations([layer.modulate(temb) for layer in self.blocks], self.norm_out.modulate(temb))
-
     def _modulations_at(self, times: Tensor, ends: Tensor | None, pooled: Tensor) -> TimedModulations:
         """Times [K], pooled conditions [B, min(d, 1024)] -> the modulations of every pair."""
-        every_time = times.repeat_interleave(len(pooled))  # [K B]
-        every_end = None if ends is None else ends.repeat_interleave(len(pooled))
-        temb = self._time_embedding(every_time, every_end, pooled.repeat(len(times), 1))
-        return TimedModulations.joined(times, self._modulations(temb.unflatten(0, (len(times), -1))))
+        ends = None if ends is None else ends[:, None]
+        temb = self._time_embedding(times[:, None], ends, pooled)  # [K, B, min(d, 1024)]
+        return TimedModulations(times, self.modulate(temb), self.config.model_dim)
 
-    def _rope(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        grid, config = math.isqrt(hidden_states.shape[1]), self.config
-        return rotary_tables(grid, config.head_dim, config.rope_theta, hidden_states.device)
+    def _rope(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        config = self.config
+        return rotary_tables(config.input_size, config.head_dim, config.rope_theta, device)
 
 
 class NextDiTBlock(nn.Module):
@@ -268,7 +273,7 @@ class NextDiTBlock(nn.Module):
     def _attend(self, h: Tensor, keys_values: KeysValues, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Self-attention plus gated cross-attention, [B, N, d] -> [B, N, d]."""
         keys, values, null_value = keys_values
-        cross_h = h if null_value is None else h[len(h) // 2 :]  # what attends to null needs no queries
+        cross_h = h if null_value is None else h[h.shape[0] // 2 :]  # what attends to null needs no queries
         q, k, v, cross_q = self.project(h, cross_h)  # [B, N, d or G h]
         own = attend(self.attn1.queries(q, rope), self.attn1.keys(k, rope), self.attn1.values(v))
         cross = attend(self.attn2.queries(cross_q, rope), keys, values)  # [B, H, N, h]
@@ -276,7 +281,7 @@ class NextDiTBlock(nn.Module):
         if null_value is None:
             mixed = torch.addcmul(own, cross, gate)  # [B, H, N, h]
         else:
-            own_null, own = own.chunk(2)  # [B, H, N, h] twice
+            own_null, own = own.unflatten(0, (2, -1))  # [B, H, N, h] twice
             null_value = null_value.repeat_interleave(own.shape[1] // null_value.shape[1], dim=1)
             mixed = torch.cat([own_null + null_value * gate, torch.addcmul(own, cross, gate)])
         return self.attn2.to_out[0](mixed.transpose(1, 2).flatten(2))  # [B, N, d]
@@ -326,18 +331,19 @@ class Attention(nn.Module):
 
     def queries(self, q: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Projected [B, N, d] -> [B, H, N, h], rotated."""
-        return rotate(self._split_heads(self.norm_q(q)), rope)
+        return rotate(self.split_heads(self.norm_q(q)), rope)
 
     def keys(self, k: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Projected [B, L, G h] -> [B, G, L, h], rotated when `rope` is given."""
-        keys = self._split_heads(self.norm_k(k))
+        keys = self.split_heads(self.norm_k(k))
         return rotate(keys, rope) if rope else keys
 
     def values(self, v: Tensor) -> Tensor:
         """Projected [B, L, G h] -> [B, G, L, h]."""
-        return self._split_heads(v)
+        return self.split_heads(v)
 
-    def _split_heads(self, x: Tensor) -> Tensor:
+    def split_heads(self, x: Tensor) -> Tensor:
+        """[B, L, H h] -> [B, H, L, h]."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 

@@ -5,6 +5,11 @@ import triton.language as tl
 
 
 @triton.jit
+def tanh(x):
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+
+
+@triton.jit
 def add_and_norm(
     x_ptr,
     branch_ptr,
@@ -20,20 +25,24 @@ def add_and_norm(
     width,
     branch_eps,
     eps,
-    ADD: tl.constexpr,
+    PARTS: tl.constexpr,
     NORM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """The branch is the sum of PARTS tensors, one behind another; there is none for 0."""
     row = tl.program_id(0).to(tl.int64)
     sample = row // tokens
     column = tl.arange(0, BLOCK)
     inside = column < width
     x = tl.load(x_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
-    if ADD:
-        branch = tl.load(branch_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    if PARTS > 0:
+        branch = tl.zeros((BLOCK,), dtype=tl.float32)
+        for part in tl.static_range(PARTS):
+            place = (part * tl.num_programs(0) + row) * width + column
+            branch += tl.load(branch_ptr + place, mask=inside, other=0.0).to(tl.float32)
         gate = tl.load(gate_ptr + sample * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
         weight = tl.load(gate_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        factor = weight * (2.0 * tl.sigmoid(2.0 * gate) - 1.0)  # tanh
+        factor = weight * tanh(gate)
         x += branch * tl.rsqrt(tl.sum(branch * branch, axis=0) / width + branch_eps) * factor
         tl.store(total_ptr + row * width + column, x.to(total_ptr.dtype.element_ty), mask=inside)
     if NORM:
@@ -54,6 +63,12 @@ def _row_statistics(ptr, width, eps, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _store_statistics(ptr, mean, deviation):
+    tl.store(ptr, mean)
+    tl.store(ptr + 1, deviation)
+
+
+@triton.jit
 def norm_statistics(
     q_ptr,
     k_ptr,
@@ -70,19 +85,18 @@ def norm_statistics(
     cross_eps,
     BLOCK: tl.constexpr,
 ):
-    """Mean and 1 / deviation of a row of queries, keys and the cross-attention's queries."""
-    row = tl.program_id(0).to(tl.int64)
-    mean, deviation = _row_statistics(q_ptr + row * q_stride, width, q_eps, BLOCK)
-    tl.store(out_ptr + row * 6, mean)
-    tl.store(out_ptr + row * 6 + 1, deviation)
-    mean, deviation = _row_statistics(k_ptr + row * k_stride, kv_width, k_eps, BLOCK)
-    tl.store(out_ptr + row * 6 + 2, mean)
-    tl.store(out_ptr + row * 6 + 3, deviation)
-    if row >= first_cross_row:
+    """Mean and 1 / deviation of a row of queries, keys or the cross-attention's queries."""
+    row, which = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if which == 0:
+        mean, deviation = _row_statistics(q_ptr + row * q_stride, width, q_eps, BLOCK)
+        _store_statistics(out_ptr + row * 6, mean, deviation)
+    elif which == 1:
+        mean, deviation = _row_statistics(k_ptr + row * k_stride, kv_width, k_eps, BLOCK)
+        _store_statistics(out_ptr + row * 6 + 2, mean, deviation)
+    elif row >= first_cross_row:
         cross_row = row - first_cross_row
         mean, deviation = _row_statistics(cross_ptr + cross_row * cross_stride, width, cross_eps, BLOCK)
-        tl.store(out_ptr + row * 6 + 4, mean)
-        tl.store(out_ptr + row * 6 + 5, deviation)
+        _store_statistics(out_ptr + row * 6 + 4, mean, deviation)
 
 
 @triton.jit
@@ -92,13 +106,30 @@ def _pairs(x):
 
 
 @triton.jit
+def _statistics(ptr, rows, inside, first, tiles, all_rows, width, eps, TILES: tl.constexpr):
+    """Mean and 1 / deviation of these rows: number `first` of what `norm_statistics` found, or made of the
+    sums over `tiles` tiles from the first one on that `product_with_sums` left."""
+    if TILES == 0:
+        mean = tl.load(ptr + rows * 6 + first, mask=inside, other=0.0)
+        deviation = tl.load(ptr + rows * 6 + first + 1, mask=inside, other=0.0)
+    else:
+        tile = tl.arange(0, TILES)
+        place = ((first + tile)[None, :] * all_rows + rows[:, None]) * 2
+        mask = inside[:, None] & (tile < tiles)[None, :]
+        mean = tl.sum(tl.load(ptr + place, mask=mask, other=0.0), axis=1) / width
+        square = tl.sum(tl.load(ptr + place + 1, mask=mask, other=0.0), axis=1) / width
+        deviation = tl.rsqrt(tl.maximum(square - mean * mean, 0.0) + eps)
+    return mean, deviation
+
+
+@triton.jit
 def _normed_and_rotated(
     ptr,
     rows,
     stride,
     inside,
-    statistics_ptr,
-    statistics_rows,
+    mean,
+    deviation,
     weight_ptr,
     bias_ptr,
     channel,
@@ -111,11 +142,9 @@ def _normed_and_rotated(
     channel."""
     mask = inside[:, None] & in_head[None, :]
     x = tl.load(ptr + rows[:, None] * stride + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-    mean = tl.load(statistics_ptr + statistics_rows * 6, mask=inside, other=0.0)[:, None]
-    deviation = tl.load(statistics_ptr + statistics_rows * 6 + 1, mask=inside, other=0.0)[:, None]
     weight = tl.load(weight_ptr + channel, mask=in_head, other=0.0).to(tl.float32)[None, :]
     bias = tl.load(bias_ptr + channel, mask=in_head, other=0.0).to(tl.float32)[None, :]
-    even, odd = _pairs((x - mean) * deviation * weight + bias)
+    even, odd = _pairs((x - mean[:, None]) * deviation[:, None] * weight + bias)
     return (even * cos - odd * sin).to(dtype), (even * sin + odd * cos).to(dtype)
 
 
@@ -164,6 +193,11 @@ def attend(
     heads,
     heads_per_group,
     factor,
+    q_eps,
+    k_eps,
+    cross_eps,
+    TILES: tl.constexpr,
+    TILE: tl.constexpr,
     HEAD: tl.constexpr,
     WIDE: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -185,19 +219,30 @@ def attend(
     in_pairs, in_head = pair < HEAD // 2, channel < HEAD
     first = sample * tokens  # this sample's first row
     dtype: tl.constexpr = out_ptr.dtype.element_ty
+    all_rows = (tl.num_programs(0) // heads) * tokens
+    width = heads * HEAD
+    kv_width = width // heads_per_group
+    q_tiles, k_tiles = width // TILE, kv_width // TILE
 
     turn = query[:, None] * (HEAD // 2) + pair[None, :]
     cos = tl.load(cos_ptr + turn, mask=in_queries[:, None] & in_pairs[None, :], other=0.0)
     sin = tl.load(sin_ptr + turn, mask=in_queries[:, None] & in_pairs[None, :], other=0.0)
+    mean, deviation = _statistics(
+        statistics_ptr, first + query, in_queries, 0, q_tiles, all_rows, width, q_eps, TILES
+    )
     even, odd = _normed_and_rotated(
-        q_ptr + head * HEAD, first + query, q_stride, in_queries, statistics_ptr, first + query,
+        q_ptr + head * HEAD, first + query, q_stride, in_queries, mean, deviation,
         q_weight_ptr + head * HEAD, q_bias_ptr + head * HEAD, channel, in_head, cos, sin, dtype,
     )  # fmt: skip
     turn = token[:, None] * (HEAD // 2) + pair[None, :]
     k_cos = tl.load(cos_ptr + turn, mask=in_tokens[:, None] & in_pairs[None, :], other=0.0)
     k_sin = tl.load(sin_ptr + turn, mask=in_tokens[:, None] & in_pairs[None, :], other=0.0)
+    k_first = 2 if TILES == 0 else q_tiles
+    mean, deviation = _statistics(
+        statistics_ptr, first + token, in_tokens, k_first, k_tiles, all_rows, kv_width, k_eps, TILES
+    )
     k_even, k_odd = _normed_and_rotated(
-        k_ptr + group * HEAD, first + token, k_stride, in_tokens, statistics_ptr + 2, first + token,
+        k_ptr + group * HEAD, first + token, k_stride, in_tokens, mean, deviation,
         k_weight_ptr + group * HEAD, k_bias_ptr + group * HEAD, channel, in_head, k_cos, k_sin, dtype,
     )  # fmt: skip
     values = tl.load(
@@ -208,15 +253,19 @@ def attend(
     scores = (tl.dot(even, tl.trans(k_even)) + tl.dot(odd, tl.trans(k_odd))) * factor
     out = _softmax_values(scores, in_tokens, values)
 
-    gate = 2.0 * tl.sigmoid(2.0 * tl.load(gate_ptr + head).to(tl.float32)) - 1.0  # tanh
+    gate = tanh(tl.load(gate_ptr + head).to(tl.float32))
     if sample < without:
         null = tl.load(null_ptr + group * HEAD + channel, mask=in_head, other=0.0).to(tl.float32)
         out += gate * null[None, :]
     else:
         cross_sample = sample - without
+        cross_first = 4 if TILES == 0 else q_tiles + 2 * k_tiles
+        cross_mean, cross_deviation = _statistics(
+            statistics_ptr, first + query, in_queries, cross_first, q_tiles, all_rows, width, cross_eps, TILES
+        )
         even, odd = _normed_and_rotated(
             cross_ptr + head * HEAD, cross_sample * tokens + query, cross_stride, in_queries,
-            statistics_ptr + 4, first + query, cross_weight_ptr + head * HEAD, cross_bias_ptr + head * HEAD,
+            cross_mean, cross_deviation, cross_weight_ptr + head * HEAD, cross_bias_ptr + head * HEAD,
             channel, in_head, cos, sin, dtype,
         )  # fmt: skip
         in_condition = condition_token < condition_tokens
@@ -249,6 +298,67 @@ def swiglu(gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, inner, BLOCK: tl.c
     up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
     out = gate * tl.sigmoid(gate) * up
     tl.store(out_ptr + row * inner + column, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def product_with_sums(
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    sums_ptr,
+    rows,
+    columns,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """x [rows, WIDTH] times a weight [columns, WIDTH], and of each row's numbers in a tile of COLUMNS the sum
+    and that of squares: [columns / COLUMNS, rows, 2]. COLUMNS divides columns, DEPTH divides WIDTH."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.arange(0, ROWS)
+    in_rows = row < rows
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for start in range(0, WIDTH, DEPTH):
+        k = start + tl.arange(0, DEPTH)
+        x = tl.load(x_ptr + row[:, None] * WIDTH + k[None, :], mask=in_rows[:, None], other=0.0)
+        total = tl.dot(x, tl.load(weight_ptr + column[None, :] * WIDTH + k[:, None]), total)
+    tl.store(
+        out_ptr + row[:, None] * columns + column[None, :],
+        total.to(out_ptr.dtype.element_ty),
+        mask=in_rows[:, None],
+    )
+    place = sums_ptr + (tl.program_id(0) * rows + row) * 2
+    tl.store(place, tl.sum(total, axis=1), mask=in_rows)
+    tl.store(place + 1, tl.sum(total * total, axis=1), mask=in_rows)
+
+
+@triton.jit
+def split_product(
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    rows,
+    columns,
+    WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """x [rows, WIDTH] times a weight [columns, WIDTH], as the sum of SPLITS tensors [rows, columns]: for few
+    rows there would else be fewer programs than a GPU has processors."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row, part = tl.arange(0, ROWS), tl.program_id(1)
+    in_columns, in_rows = column < columns, row < rows
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for start in range(0, WIDTH // SPLITS, DEPTH):
+        k = part * (WIDTH // SPLITS) + start + tl.arange(0, DEPTH)
+        x = tl.load(x_ptr + row[:, None] * WIDTH + k[None, :], mask=in_rows[:, None], other=0.0)
+        place = weight_ptr + column[None, :] * WIDTH + k[:, None]
+        total = tl.dot(x, tl.load(place, mask=in_columns[None, :], other=0.0), total)
+    place = out_ptr + (part * rows + row[:, None]) * columns + column[None, :]
+    tl.store(place, total.to(out_ptr.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
 
 
 @triton.jit

@@ -10,7 +10,8 @@ import torch
 from transformers import TrainingArguments
 
 from blip3o_dit.training import fsdp
-from blip3o_dit.training.config import TrainingConfig, launcher_precision
+from blip3o_dit.training.config import LOWER_IS_BETTER, TrainingConfig, launcher_precision
+from blip3o_dit.training.loggers import loggers
 from blip3o_dit.training.muon import check_muon
 from blip3o_dit.utils.distributed import check_launch
 from blip3o_dit.utils.validation import check_compiler, package_missing
@@ -49,15 +50,15 @@ def training_arguments(config: TrainingConfig, *, evaluate: bool) -> TrainingArg
         save_total_limit=config.save_total_limit,
         eval_strategy="steps" if evaluate else "no",
         eval_steps=_number(config, "eval_steps"),
-        metric_for_best_model=config.best_metric if evaluate else None,
-        greater_is_better=config.best_metric != "loss",
+        metric_for_best_model=(config.best_metric or "loss") if evaluate else None,
+        greater_is_better=config.best_metric not in (None, *LOWER_IS_BETTER),
         dataloader_num_workers=_number(config, "num_workers"),
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # statistics and source, which all processes have and nothing changes
         # The others wait while the first process fits statistics and source.
         ddp_timeout=MAX_FIT_SECONDS,
-        report_to="wandb" if config.wandb_project else "none",
+        report_to=loggers(config) or "none",
         run_name=config.wandb_run_name,
         disable_tqdm=False,
     )

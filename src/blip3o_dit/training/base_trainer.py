@@ -7,11 +7,12 @@ is trained is in `trainer.py`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ from blip3o_dit.data.dataset import BatchNoise, EmbeddingDataset, ShuffledSample
 from blip3o_dit.data.towers import write_towers
 from blip3o_dit.data.worker_batches import whole_batch
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.calibration import CALIBRATION_FILE, Calibration
+from blip3o_dit.model.layers import has_native_matmul
 from blip3o_dit.model.loading import EMA_FILE
 from blip3o_dit.training.anomalies import (
     DIAGNOSIS_FILE,
@@ -35,6 +38,7 @@ from blip3o_dit.training.anomalies import (
     write_diagnosis,
     write_spike,
 )
+from blip3o_dit.training.calibration import HeldBack
 from blip3o_dit.training.callbacks import JSONLogCallback
 from blip3o_dit.training.checkpoint import (
     TRAINER_STATE_FILE,
@@ -44,13 +48,15 @@ from blip3o_dit.training.checkpoint import (
     keep_newest,
     save_trainer_state,
 )
+from blip3o_dit.training.clipping import clip, skip_unless
 from blip3o_dit.training.config import TRAINING_CONFIG_FILE, TrainingConfig
 from blip3o_dit.training.ema import ExponentialMovingAverage, as_float32
 from blip3o_dit.training.fit_source import SourceFolds, load_folds
 from blip3o_dit.training.fsdp import check_sharding, keep_the_dtype_rule, let_generate
 from blip3o_dit.training.metrics import Throughput, TrainingMetrics, measure_throughput
 from blip3o_dit.training.optimizer_state import gathered_state, load_optimizer, save_optimizer, unwrapped
-from blip3o_dit.training.recorded_passes import record_passes
+from blip3o_dit.training.overrides import overrides_trainer
+from blip3o_dit.training.recorded_passes import may_record, record_passes
 from blip3o_dit.training.split_weights import SplitWeights
 from blip3o_dit.training.stopping import StopRequest, outlive_stops
 from blip3o_dit.utils.atomic import written_aside
@@ -62,21 +68,6 @@ from blip3o_dit.utils.stateless_random import stateless_seed
 # What the Trainer sums the loss in between log lines, and is read and written here.
 PRIVATE_SUMS = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")
 
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def overrides_trainer(method: Method) -> Method:
-    """Marks an override of a method that is none of the Trainer's documented ones.
-
-    One that the installed Trainer does not have is an ImportError: overriding it would do nothing.
-
-    Raises:
-        ImportError: when the installed Trainer has no such method, and overriding it would do nothing.
-    """
-    if not callable(getattr(Trainer, method.__name__, None)):
-        raise ImportError(f"transformers: expected a Trainer with the method {method.__name__}, found none")
-    return method
-
 
 class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
     """Trains a `BLIP3oDiTModel`; a continued run ends in the same weights as one that was not stopped.
@@ -87,6 +78,7 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         model: with its statistics set; `model.config.flow` says what is trained.
         args: see `training_arguments`.
         train_dataset, eval_dataset: the two sides of the split; evaluation is skipped without the second.
+        held_back: samples of the same source that are neither trained on nor evaluated, for `finishing.py`.
         source_folds: what an informed source starts from in training; a checkpoint brings its own.
     """
 
@@ -98,6 +90,7 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         config: TrainingConfig,
         train_dataset: EmbeddingDataset,
         eval_dataset: EmbeddingDataset | None = None,
+        held_back: np.ndarray | None = None,
         source_folds: SourceFolds | None = None,
         callbacks: Iterable[TrainerCallback] = (),
     ) -> None:
@@ -113,6 +106,17 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         self.source_folds = source_folds
         self.noise = BatchNoise(config.seed, "training")
         self.processes = Processes(args.process_index, args.world_size, args.device)
+        self.held_back: HeldBack | None = None
+        if held_back is not None and len(held_back):
+            self.held_back = HeldBack(
+                train_dataset.source,
+                held_back,
+                seed=config.seed,
+                batch_size=config.eval_batch_size,
+                processes=self.processes,
+                precision=self.generation_precision,
+            )
+        self.calibration: Calibration | None = None  # found when all steps are taken
         check_sharding(self.accelerator.state)
         keep_the_dtype_rule(self.accelerator.state)
         self.step_metrics = TrainingMetrics()
@@ -152,10 +156,15 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         assert isinstance(self.model, BLIP3oDiTModel)
         return self.model
 
+    def generation_precision(self) -> AbstractContextManager:
+        """The run's mixed precision, but where bfloat16 is emulated: it would take many times as long."""
+        native = has_native_matmul(torch.bfloat16, self.args.device)
+        return self.accelerator.autocast() if native else nullcontext()
+
     def record_passes(self) -> None:
-        """The passes of a training step as CUDA graphs, if that was asked for."""
+        """The passes of a training step as CUDA graphs, if that was asked for or nothing is in the way."""
         config = self.config
-        if config.cuda_graphs:
+        if may_record(config, self.unwrapped_model.config, self.args.device, self.args.world_size):
             dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
             record_passes(self.unwrapped_model, config.batch_size, dtype)
 
@@ -200,14 +209,15 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The stock one, and how long the batches of an optimizer step were waited for."""
         if self._throughput is None:
-            self._throughput = measure_throughput(self.unwrapped_model, self.config, self.args.device)
+            with working("measuring how fast products are here", lasting=False):
+                self._throughput = measure_throughput(self.unwrapped_model, self.config, self.args.device)
         with self._throughput.waiting():
             return super().get_batch_samples(*args, **kwargs)
 
     @overrides_trainer
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """The stock one takes a step of a run that is complete already, and cannot set our stream's epoch."""
-        if self.state.global_step >= self.state.max_steps:
+        """The stock one takes a step of a run that has ended already, and cannot set our stream's epoch."""
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return
         assert self._stream is not None
@@ -232,27 +242,16 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         self._check_step()
         self.accelerator.unscale_gradients()
         self._gradients = GradientNorms(self.unwrapped_model, self.state.global_step + 1)
-        norm = self._gradients.total
+        norm, optimizer = self._gradients.total, unwrapped(self.optimizer)
         if self._gated:
-            self._gate(norm)
+            skip_unless(torch.isfinite(norm) & self.losses.all_finite(), optimizer)
         else:
             self._check_step()
         if self.args.max_grad_norm > 0:
-            self._clip(norm)
+            parameters, scaled = self.unwrapped_model.parameters(), self.accelerator.scaler is not None
+            limit = self.args.max_grad_norm
+            clip(optimizer, parameters, norm, limit, inside=not scaled, read=not self._gated)
         return norm
-
-    def _clip(self, norm: Tensor) -> None:
-        """Fused AdamW divides gradients as it reads them; for any other they are multiplied before.
-
-        float16's loss scaler has uses of its own for what fused AdamW divides by.
-        """
-        optimizer, limit = unwrapped(self.optimizer), self.args.max_grad_norm
-        fused = all(group.get("fused") for group in optimizer.param_groups)
-        if not fused or self.accelerator.scaler is not None:
-            nn.utils.clip_grads_with_norm_(self.unwrapped_model.parameters(), limit, norm)
-            return
-        excess = ((norm.float() + 1e-6) / limit).clamp(min=1.0)  # as in clip_grads_with_norm_
-        optimizer.grad_scale = excess if excess.is_cuda or excess > 1.0 else None
 
     @overrides_trainer
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -267,12 +266,6 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
             self._check_step()
         with nullcontext() if self._throughput is None else self._throughput.pause():
             super()._maybe_log_save_evaluate(*args, **kwargs)
-
-    def _gate(self, norm: Tensor) -> None:
-        """Have fused AdamW change nothing in this step if a loss or gradient is not finite."""
-        optimizer = unwrapped(self.optimizer)
-        assert all(group["fused"] for group in optimizer.param_groups)
-        optimizer.found_inf = 1.0 - (torch.isfinite(norm) & self.losses.all_finite()).float()
 
     def _check_step(self) -> None:
         """Look at the last step whose gradients are there: raises NonFiniteLossError unless it was sound."""
@@ -359,7 +352,7 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         with working(f"writing {name}", lasting=False), self._written_aside(output / name) as aside:
             self._write_checkpoint(aside)
         if self.args.should_save:
-            best = best_saved(output, self.state.log_history, f"eval_{self.config.best_metric}")
+            best = best_saved(output, self.state.log_history, f"eval_{self.config.best_metric or 'loss'}")
             keep_newest(output, self.config.save_total_limit, best_step=best)
 
     def save_final_model(self) -> None:
@@ -419,6 +412,8 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         super()._save(folder, state_dict)
         if self.args.should_save:
             Path(folder, TRAINING_CONFIG_FILE).write_bytes(self.config.to_json())
+            if self.calibration is not None:
+                Path(folder, CALIBRATION_FILE).write_bytes(self.calibration.to_json())
             write_towers(self.train_dataset.source, Path(folder))  # type: ignore[union-attr]
             Path(folder, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 

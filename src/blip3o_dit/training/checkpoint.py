@@ -28,7 +28,7 @@ from blip3o_dit.data.embeddings import Embeddings
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.training.anomalies import SPIKES_FILE
-from blip3o_dit.training.config import TrainingConfig
+from blip3o_dit.training.config import LOWER_IS_BETTER, TrainingConfig
 from blip3o_dit.utils.atomic import ASIDE, REPLACED, remove_files_and_folders, restore_replaced
 from blip3o_dit.utils.checksums import verify
 from blip3o_dit.utils.json_files import finite_or_none, read_json_object, short_repr, show_names
@@ -160,12 +160,12 @@ def keep_newest(output_dir: Path, limit: int | None, *, best_step: int | None) -
 
 
 def best_saved(output_dir: Path, log: list[dict[str, Any]], metric: str) -> int | None:
-    """The step of the best checkpoint that is there, by a held-out figure; None when none was evaluated.
+    """The step of the best checkpoint that is there, by a figure of the log; None when none was evaluated.
 
-    Not the best evaluation: after that there may have been no checkpoint. A loss is better when lower.
+    Not the best evaluation: after that there may have been no checkpoint. Losses and scores are better lower.
     """
     steps = {int(path.name.removeprefix("checkpoint-")) for path in checkpoints(output_dir)}
-    sign = 1 if metric == "eval_loss" else -1
+    sign = 1 if metric.removeprefix("eval_") in LOWER_IS_BETTER else -1
     found = [(entry.get(metric), entry["step"]) for entry in log if entry.get("step") in steps]
     numbers = [(sign * value, step) for value, step in found if isinstance(value, int | float)]
     finite = [(value, step) for value, step in numbers if math.isfinite(value)]
@@ -207,6 +207,9 @@ def check_checkpoint(checkpoint: Path, model_config: BLIP3oDiTConfig, run: RunId
     verify_checkpoint(checkpoint)
     saved = read_json_object(checkpoint / "config.json")
     wanted = model_config.to_dict()
+    for config in (saved, wanted):  # which training does not know
+        if isinstance(config.get("flow_matching"), dict):
+            config["flow_matching"] = {k: v for k, v in config["flow_matching"].items() if k != "noise_scale"}
     if "standardize" not in saved:  # older than this field of config.json
         saved["standardize"] = TrainingConfig.from_folder(checkpoint).standardize
     names = set(BLIP3oDiTConfig.own_fields()) - {"gradient_checkpointing"}

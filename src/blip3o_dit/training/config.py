@@ -15,6 +15,7 @@ from blip3o_dit.flow.config import (
     PREDICTION_TYPES,
     SCHEDULE_TYPES,
     SOLVER_NAMES,
+    SOURCE_SIZES,
     SOURCES,
     TIME_DISTRIBUTIONS,
     FlowMatchingConfig,
@@ -42,6 +43,9 @@ TRAINING_CONFIG_FILE = "training_config.json"
 # What a run notes of itself, and nobody gives.
 NOTED = ("init_checksum", "extended_at", "extended_to", "extended_rate", "extended_warmup")
 
+# What decides which samples are held out.
+SPLIT_SETTINGS = ("eval_split", "seed", "split_by", "group_pattern")
+
 # A heading of the help that several places of the settings share.
 STARTING = "continuing a run, and starting from a trained model"
 
@@ -49,7 +53,8 @@ MEMORY_MODES = ("default", "low", "split")
 MOMENTS = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "muon")
 COMPILE_CHOICES = ("blocks", "full")
-BEST_METRICS = ("loss", "cosine_similarity_mean", "r2")
+LOWER_IS_BETTER = ("energy_score", "loss")
+BEST_METRICS = (*LOWER_IS_BETTER, "cosine_similarity_mean", "r2")
 
 # The time shift sqrt(N d / 4096) is 1 for this many numbers a sample (RAE, arXiv 2510.11690).
 SHIFT_REFERENCE = 4096
@@ -94,7 +99,8 @@ class TrainingConfig:
     )
     init_from: str = setting(
         "",
-        "model folder or checkpoint whose weights the run starts from; they bring sizes, path and source",
+        "model folder, checkpoint or owner/name on the hub whose weights the run starts from; they bring "
+        "sizes, path and source",
         group=STARTING,
     )
     init_statistics: str = setting(
@@ -137,9 +143,9 @@ class TrainingConfig:
         "leaves less to launch); given without a word: blocks",
         choices=COMPILE_CHOICES,
     )
-    cuda_graphs: bool = setting(
-        False,
-        "launch forward and backward pass as CUDA graphs, for one GPU that waits for its launches",
+    cuda_graphs: bool | None = setting(
+        None,
+        "launch forward and backward pass as CUDA graphs (default: on one GPU that has the memory for it)",
     )
 
     num_epochs: float | None = setting(
@@ -223,8 +229,14 @@ class TrainingConfig:
     )
     split_by: str = setting(
         "permutation",
-        "how samples are held out; key_hash does not change when data is appended, but reads every key first",
+        "how samples are held out; key_hash does not change when data is appended, but reads every key "
+        "first; group is the same for groups of keys (--group_pattern)",
         choices=SPLIT_RULES,
+    )
+    group_pattern: str = setting(
+        "",
+        "regular expression that takes out of a key what is held out as one, by its first parenthesis or "
+        "else its whole match: '^(.*)_crop' keeps the crops of a picture together",
     )
     normalize_embeddings: bool = setting(False, "L2-normalise every token before standardising")
     shuffle: str = setting(
@@ -233,6 +245,11 @@ class TrainingConfig:
         choices=SHUFFLES,
     )
     shuffle_window: int = setting(4096, "samples that --shuffle window mixes at a time", check=_at_least_1)
+    calibrate: bool = setting(
+        True,
+        "hold back a sixteenth of the training samples, at most 256, to choose the averaged weights and the "
+        "scale of the noise by",
+    )
     verify: str = setting(
         "first",
         "checksums of a store: checked when a sample is first read, or never",
@@ -279,7 +296,17 @@ class TrainingConfig:
         "newest checkpoints kept, and the best one of those that were evaluated (default: all)",
         check=_at_least_1,
     )
-    best_metric: str = setting("loss", "held-out figure that names the best checkpoint", choices=BEST_METRICS)
+    best_metric: str | None = setting(
+        None,
+        "figure that names the best checkpoint (default: energy_score of samples held back, or the held-out "
+        "loss where there are none)",
+        choices=BEST_METRICS,
+    )
+    early_stop: int | None = setting(
+        None,
+        "end the training after so many evaluations without a better energy score (default: never)",
+        check=_at_least_1,
+    )
     max_hours: float | None = setting(
         None, "save and stop after so many hours (default: no limit)", check=_positive
     )
@@ -296,6 +323,12 @@ class TrainingConfig:
     eval_samples: int = setting(64, "held-out samples that each evaluation generates", check=_at_least_0)
     eval_inference_steps: int = setting(8, "solver steps of these generations", check=_at_least_1)
 
+    report_to: str | None = setting(
+        None,
+        "loggers of the Trainer, by name, with commas between several: tensorboard, mlflow, trackio, ... "
+        "(default: none)",
+        group="logging",
+    )
     wandb_project: str | None = setting(None, "log to this Weights & Biases project", group="logging")
     wandb_run_name: str | None = setting(None, "name of the run there (default: one that it makes up)")
 
@@ -305,7 +338,7 @@ class TrainingConfig:
         check_settings(self)
         if self.num_heads is None:  # training_config.json says what it was
             object.__setattr__(self, "num_heads", default_heads(self.model_dim))
-        check_split(self.eval_split, self.split_by)
+        check_split(self.eval_split, self.split_by, self.group_pattern)
         self.flow_matching()
         if self.fp16 and self.bf16:
             raise ValueError("fp16 and bf16: expected at most one of them, found both")
@@ -318,21 +351,19 @@ class TrainingConfig:
         if self.optimizer == "muon" and (self.memory != "default" or self.fp16):
             found = "fp16" if self.fp16 else f"memory {self.memory}"
             raise ValueError(f"optimizer: muon expects float32 weights and no loss scale, found {found}")
-        for name, given in {
-            "gradient_checkpointing": self.gradient_checkpointing,
-            "selective_checkpointing": self.selective_checkpointing,
-            "gradient_accumulation_steps": self.gradient_accumulation_steps > 1,
-            "memory low": self.memory == "low",
-        }.items():
-            if self.cuda_graphs and given:
-                raise ValueError(f"cuda_graphs: expected none with {name}")
+        if self.cuda_graphs and self.not_recorded_with:
+            raise ValueError(f"cuda_graphs: expected none with {self.not_recorded_with}")
         if self.residual == "bfloat16" and not (self.bf16 or self.memory != "default"):
             raise ValueError("residual: bfloat16 expects bf16, or memory low or split, found neither")
         if self.compile and self.selective_checkpointing:
             raise ValueError(
                 "selective_checkpointing: expected none with compile, which itself recomputes what is cheap"
             )
-        if self.best_metric != "loss" and not self.eval_samples:
+        if self.early_stop and not (self.calibrate and self.eval_split):
+            raise ValueError(
+                "early_stop: expected calibrate and an eval_split above 0, to have samples held back"
+            )
+        if self.best_metric in ("cosine_similarity_mean", "r2") and not self.eval_samples:
             raise ValueError(f"best_metric: {self.best_metric} expects eval_samples above 0, found 0")
         if self.init_statistics == "model" and not self.init_from:
             raise ValueError("init_statistics: expected a model to start from (init_from), found none")
@@ -341,6 +372,17 @@ class TrainingConfig:
                 "extend_epochs: expected a run to train further (--resume_from_checkpoint), found none; "
                 "--init_from starts a new run from a model's weights"
             )
+
+    @property
+    def not_recorded_with(self) -> str:
+        """What there is that passes recorded as CUDA graphs cannot go with, or nothing."""
+        found = {
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "selective_checkpointing": self.selective_checkpointing,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps > 1,
+            "memory low": self.memory == "low",
+        }
+        return next((name for name, given in found.items() if given), "")
 
     def to_json(self) -> bytes:
         """The content of `training_config.json`."""
@@ -359,16 +401,19 @@ class TrainingConfig:
             raise ValueError(f"{folder}: expected {TRAINING_CONFIG_FILE}, found none")
         if is_sealed(Path(folder)):
             verify(Path(folder), [TRAINING_CONFIG_FILE])
-        values = read_json_object(file)
+        # An earlier version trained on what is held back now.
+        values = {"calibrate": False} | read_json_object(file)
         check_known(file, values, sorted(f.name for f in fields(cls)))
         with error_context(file):
             return cls(**values)
 
     def split(self, source: Embeddings) -> Split:
-        """The samples of the data that this run trains on, and those that it holds out."""
-        from blip3o_dit.data.dataset import split_samples
+        """The samples of the data that this run trains on, those that it holds out, and those held back."""
+        from blip3o_dit.data.dataset import hold_back, split_samples
 
-        return split_samples(source, eval_split=self.eval_split, seed=self.seed, split_by=self.split_by)
+        rule = {name: getattr(self, name) for name in SPLIT_SETTINGS}
+        split = split_samples(source, **rule)
+        return hold_back(source, split, **rule) if self.calibrate else split
 
     def flow_matching(
         self, *, num_tokens: int = 1, condition_dim: int = 1, target_dim: int = 1
@@ -377,7 +422,8 @@ class TrainingConfig:
         from blip3o_dit.ridge import neighbour_components
 
         shift = self.time_shift or (num_tokens * target_dim / SHIFT_REFERENCE) ** 0.5
-        components = neighbour_components(condition_dim) if self.source == "ridge_3x3" else 0
+        size = SOURCE_SIZES[self.source]
+        components = neighbour_components(condition_dim, size) if size > 1 else 0
         same = {f.name: getattr(self, f.name) for f in fields(FlowMatchingConfig) if hasattr(self, f.name)}
         resolved = {
             "condition_dropout": self.cfg_dropout,

@@ -138,6 +138,7 @@ def _recipe(config: dict[str, Any], settings: dict[str, Any], run: dict[str, Any
         "processes": whole // (own[0] * own[1]) if numbers else None,
         "solver": config.get("default_solver"),
         "solver_steps": config.get("default_steps"),
+        "noise_scale": known.get("noise_scale", 1.0),
     }
 
 
@@ -173,6 +174,7 @@ def _progress(folder: Path, saved: list[dict[str, Any]]) -> dict[str, Any]:
     own = _steps(_object(folder / STATE))[0]
     passes: Any = states[-1].get("epoch") if states else None
     known = is_number(passes) and math.isfinite(passes) and step
+    ended = step >= planned or not (folder / PROGRESS).is_file()  # a run may have stopped early
     logged = max((entry["step"] for entry in log_of(folder)), default=0)
     return {
         "step": step or logged or None,
@@ -180,7 +182,7 @@ def _progress(folder: Path, saved: list[dict[str, Any]]) -> dict[str, Any]:
         "logged": logged or None,
         "passes": round(float(passes), 3) if known else None,
         "of_passes": round(float(passes) * planned / step, 3) if known and planned else None,
-        "finished": bool(step and step >= planned and own == step),
+        "finished": bool(step and ended and own == step),
     }
 
 
@@ -203,8 +205,9 @@ def _held_out(log: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, 
     if not measured:
         return None
     metric = settings.get("best_metric")
-    name = f"eval_{metric}" if metric in ("cosine_similarity_mean", "r2") else "eval_loss"
-    sign = 1 if name == "eval_loss" else -1
+    named = metric in ("energy_score", "cosine_similarity_mean", "r2")
+    name = f"eval_{metric}" if named else "eval_loss"
+    sign = 1 if name in ("eval_energy_score", "eval_loss") else -1
     ranked = [entry for entry in measured if is_number(entry.get(name)) and math.isfinite(entry[name])]
     best = min(ranked, key=lambda entry: sign * entry[name], default=measured[-1])
     figures = [
@@ -224,6 +227,7 @@ def _data(settings: dict[str, Any], run: dict[str, Any], folder: Path) -> dict[s
         "there": Path(path).exists() if isinstance(path, str) else None,
         "samples": run.get("samples"),
         "held_out": settings.get("eval_split"),
+        "group_pattern": settings.get("group_pattern") or None,
         "fingerprint": run.get("fingerprint"),
         "towers": towers or None,
     }
@@ -305,6 +309,7 @@ def _recipe_line(recipe: dict[str, Any]) -> str:
         f"{_show(recipe['prediction_type'])} prediction, {_show(recipe['schedule_type'])} path from "
         f"{start if start in ('noise', '?') else f'the guess of {start}'}, "
         f"{_show(recipe['solver'])} in {_show(recipe['solver_steps'])} steps"
+        + ("" if recipe["noise_scale"] == 1.0 else f", noise x {_show(recipe['noise_scale'])}")
         + (", tokens normalised" if recipe["normalize_embeddings"] else "")
     )
 
@@ -376,6 +381,7 @@ def _data_lines(data: dict[str, Any]) -> list[str]:
     held = ""
     if is_number(share) and share > 0:
         held = f", {share:.0%} held out" if share < 1 else f", {share:g} held out"
+        held += f" by groups {_show(data['group_pattern'])}" if data["group_pattern"] else ""
     lines = [f"{_show(data['path'])}{gone}{count}{held}"]
     if data["fingerprint"]:
         lines.append(f"fingerprint {_show(data['fingerprint'])[:16]}")

@@ -20,10 +20,10 @@ from blip3o_dit.data.embeddings import Embeddings, check_sizes, open_embeddings
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.loading import (
-    EMA_VARIANT,
     check_is_model,
     finish_model,
     pick_weights,
+    variant_of,
     weights_files,
 )
 from blip3o_dit.training.checkpoint import (
@@ -46,6 +46,7 @@ from blip3o_dit.training.student import LESSONS, StudentTrainer, as_student, tea
 from blip3o_dit.utils.checksums import sha256
 from blip3o_dit.utils.distributed import check_alone
 from blip3o_dit.utils.errors import StoppedEarly
+from blip3o_dit.utils.hub import model_folder
 from blip3o_dit.utils.json_files import read_json_object
 from blip3o_dit.utils.logging import quiet_transformers
 from blip3o_dit.utils.progress import working
@@ -76,11 +77,10 @@ def distill(
         StoppedEarly: on SIGTERM, SIGINT or at `max_hours`; a checkpoint was saved.
     """
     check_alone("distill")
-    check_is_model(Path(model_path))  # before a folder is made
+    model = model_folder(model_path)
+    check_is_model(model)  # before a folder is made
     with output_folder(Path(output_dir), "a distillation"):
-        return _distill(
-            Path(model_path), embeddings, Path(output_dir), config, overwrite=overwrite, progress=progress
-        )
+        return _distill(model, embeddings, Path(output_dir), config, overwrite=overwrite, progress=progress)
 
 
 def _distill(
@@ -94,7 +94,7 @@ def _distill(
 ) -> Path:
     """`distill` into a folder that is held."""
     with working(f"checking {model_path}"):
-        variant = EMA_VARIANT if pick_weights(model_path, "auto") == "ema" else None
+        variant = variant_of(pick_weights(model_path, "auto"))
         checksum = " ".join(sha256(file) for file in weights_files(model_path, variant))
     run, sizes = TrainingConfig.from_folder(model_path), BLIP3oDiTConfig.from_pretrained(model_path)
     _check_teacher(sizes)
@@ -102,7 +102,8 @@ def _distill(
     with working(f"opening {embeddings}"):
         source = open_embeddings(embeddings)
         check_sizes(source, sizes.data_sizes, model_path)
-        train = run.split(source).train
+        split = run.split(source)
+    train = split.train
     config = replace(
         config.resolved(run, samples=len(train), samples_seen=_samples_seen(model_path, run, len(train))),
         teacher=str(model_path),
@@ -125,7 +126,7 @@ def _distill(
     try:
         with working("loading the teacher"):
             teacher = BLIP3oDiTModel.from_pretrained(model_path, variant=variant)
-            trainer = StudentTrainer(teacher, source, train, config, taught)
+            trainer = StudentTrainer(teacher, source, train, config, taught, split.held_back)
         teach(trainer, resume, progress=progress)
     except KeyboardInterrupt:
         if resume is None:
@@ -237,7 +238,7 @@ def _settings_of_student(
     usual = {name: getattr(default, name) for name in _NOT_OF_THE_TEACHER}
     own = {name: getattr(config, name) for name in _OF_THE_DISTILLATION}
     own |= {"max_steps": config.train_steps, "num_inference_steps": config.steps, "solver": "euler"}
-    own |= {"save_total_limit": 1, "num_workers": 0}
+    own |= {"save_total_limit": 1, "num_workers": 0, "cuda_graphs": False}
     device = torch.device(config.device).type
     return with_lengths(replace(run, **(usual | own), output_dir=str(output), device=device), samples)
 
@@ -248,9 +249,9 @@ _OF_THE_DISTILLATION = (
 )
 _NOT_OF_THE_TEACHER = (
     *("num_epochs", "eval_steps", "gradient_accumulation_steps", "lr_scheduler_type", "weight_decay"),
-    *("memory", "fp16", "bf16", "compile", "cuda_graphs", "selective_checkpointing", "deterministic"),
-    *("init_from", "init_statistics", "init_checksum", "wandb_project", "wandb_run_name", "optimizer"),
-    *("ema_every", "moments"),
+    *("memory", "fp16", "bf16", "compile", "selective_checkpointing", "deterministic"),
+    *("init_from", "init_statistics", "init_checksum", "report_to", "wandb_project", "wandb_run_name"),
+    *("ema_every", "moments", "optimizer", "early_stop"),
     *("extend_epochs", "extend_steps", "extended_at", "extended_to", "extended_rate", "extended_warmup"),
 )
 

@@ -139,4 +139,4 @@ class ExponentialMovingAverage:
         for name, average in self.weights.items():
             if name not in saved or saved[name].shape != average.shape:
                 raise ValueError(f"{file}: {name}: expected shape {list(average.shape)}")
-            average.copy_(saved[name])
+            average.copy_(shard_like(saved[name], average))

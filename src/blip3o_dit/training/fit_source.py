@@ -1,13 +1,14 @@
-"""Fit the ridge regressions that an informed source starts from.
+"""Fit the ridge regressions that an informed source starts from, and how far from them if that is predicted.
 
 A map is nearer to the samples it was fitted on than to new ones: a flow trained on what it leaves of them
 would learn residuals that are too small. So the samples are cut into folds, and in training a sample's mean
-is by the map that was fitted without its fold (cross-fitting; Chernozhukov et al., arXiv 1608.00060). What
-is generated, and what was not fitted, starts from the map fitted on all of them.
+is by the map that was fitted without its fold (cross-fitting; Chernozhukov et al., arXiv 1608.00060), and so
+is its spread. What is generated, and what was not fitted, starts from the maps fitted on all of them.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,12 +20,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blip3o_dit.data.dataset import choose_samples
+from blip3o_dit.data.dataset import choose_samples, group_ranks
 from blip3o_dit.data.embeddings import Embeddings, TransformedEmbeddings, batches
 from blip3o_dit.flow.path import AffineSource
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.layers import without_autocast
-from blip3o_dit.ridge import USUAL_PENALTY, Moments, principal_components, search_penalty, source_features
+from blip3o_dit.ridge import (
+    SPREAD_BOUNDS,
+    USUAL_PENALTY,
+    Moments,
+    principal_components,
+    relative_spread,
+    search_penalty,
+    source_features,
+    spread_features,
+)
 from blip3o_dit.utils.distributed import cores
 from blip3o_dit.utils.validation import damage_refused
 
@@ -36,7 +46,14 @@ FOLDS_FILE = "source_folds.safetensors"
 # Of its deviation, as noise, for a channel that ridge predicts exactly: the flow divides by it.
 MIN_STD = 0.01
 
+# Of a squared residual over its channel's mean one, where its logarithm is taken; and how far the mean of
+# log chi^2 with one degree of freedom, that of normal residuals, is below zero.
+LEAST_SQUARE = 1e-4
+LOG_CHI_SQUARE = 1.2704
+
 AT_ONCE = 16  # samples
+
+Solution = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -44,13 +61,14 @@ class SourceFolds:
     """The maps of training, in the network's units, one for each fold: fitted on the samples of the others.
 
     `weight` [K, F, C] and `bias` [K, C], float32; `samples` [n], int64, ascending, and the fold of each,
-    `fold` [n], int64.
+    `fold` [n], int64; `spread` [K, 2 C + 1, C], float32, of a source that predicts it.
     """
 
     weight: Tensor
     bias: Tensor
     samples: Tensor
     fold: Tensor
+    spread: Tensor | None = None
 
     def source_distribution(self, model: BLIP3oDiTModel, condition: Tensor, index: list[int]) -> AffineSource:
         """As `model.source_distribution`, by maps that have not seen the samples.
@@ -62,15 +80,21 @@ class SourceFolds:
         folds = self.folds_of(index)
         if source.mean is None or (folds < 0).all():
             return source
-        if self.weight.device != condition.device:
-            self.weight, self.bias = self.weight.to(condition.device), self.bias.to(condition.device)
-        mean, components = source.mean.clone(), getattr(model, "source_components", None)
+        self._move(condition.device)
         for fold in np.unique(folds[folds >= 0]).tolist():
             rows = torch.from_numpy(np.flatnonzero(folds == fold)).to(condition.device)
             with without_autocast(condition.device):
-                features = source_features(condition[rows].float(), components)
-                mean[rows] = features @ self.weight[fold] + self.bias[fold]
-        return AffineSource(mean, source.std)
+                features = model.source_features(condition[rows].float())
+                mean = features @ self.weight[fold] + self.bias[fold]
+                source.mean[rows] = mean
+                if self.spread is not None and source.std is not None:
+                    source.std[rows] = model.source_std * relative_spread(mean, self.spread[fold])
+        return source
+
+    def _move(self, device: torch.device) -> None:
+        if self.weight.device != device:
+            self.weight, self.bias = self.weight.to(device), self.bias.to(device)
+            self.spread = None if self.spread is None else self.spread.to(device)
 
     def folds_of(self, index: list[int]) -> np.ndarray:
         """The fold of each of these samples, -1 for those that no map was fitted on."""
@@ -79,8 +103,8 @@ class SourceFolds:
         return np.where(samples[places] == wanted, self.fold.numpy()[places], -1)
 
     def save(self, folder: Path) -> None:
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in vars(self).items()}
-        save_file(tensors, folder / FOLDS_FILE)
+        held = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+        save_file({name: tensor.cpu().contiguous() for name, tensor in held.items()}, folder / FOLDS_FILE)
 
 
 def load_folds(folder: Path, model: BLIP3oDiTModel) -> SourceFolds | None:
@@ -105,6 +129,8 @@ def load_folds(folder: Path, model: BLIP3oDiTModel) -> SourceFolds | None:
         "samples": (torch.int64, [samples]),
         "fold": (torch.int64, [samples]),
     }
+    if model.config.flow.predicts_spread:
+        expected["spread"] = (torch.float32, [folds, *model.source_spread.shape])
     if {name: (tensor.dtype, list(tensor.shape)) for name, tensor in found.items()} != expected:
         raise ValueError(f"{file}: expected {expected}, found tensors of other names, types or shapes")
     given = found["fold"]
@@ -126,6 +152,7 @@ def fit_source(
     *,
     max_samples: int,
     seed: int,
+    groups: np.ndarray | None = None,
     device: torch.device | None = None,
     count: Callable[[int], None] = lambda samples: None,
 ) -> tuple[dict[str, Tensor | None], SourceFolds | None]:
@@ -133,7 +160,9 @@ def fit_source(
 
     Fitted on at most `max_samples` training samples in float64, on a GPU if `device` is one. The first fold
     chooses the penalty. The deviation is that of what the folds' maps leave of the samples that they have
-    not seen. `count` is told how many samples were read.
+    not seen. Samples of the same number in `groups` [n of the data] are in one fold: a map that saw one crop
+    of a picture is nearer to its other crops than to held-out pictures. `count` is told how many samples
+    were read.
     """
     device = device if device is not None and device.type == "cuda" else torch.device("cpu")
 
@@ -147,29 +176,27 @@ def fit_source(
         lambda clip: model.normalize_target(clip).to(device),
     )
     chosen = choose_samples(train, max_samples=max_samples, seed=seed)
-    folds = [np.sort(chosen[first::FOLDS]) for first in range(min(FOLDS, len(chosen)))]
-    components = None
+    numbers = group_ranks(chosen, groups) % FOLDS
+    folds = [np.sort(chosen[numbers == fold]) for fold in range(numbers.max() + 1)]
+    components, size = None, model.config.flow.source_size
     if model.config.flow.source_components:
-        components = principal_components(seen, np.sort(chosen), AT_ONCE)[1].float()
-    rows = _Rows(seen, components, chosen[:1])
+        components = principal_components(seen, np.sort(chosen), AT_ONCE, size)[1].float()
+    rows = _Rows(seen, components, size, chosen[:1])
     parts = [rows.moments(fold) for fold in folds]
-    total = rows.moments(chosen[:0])
-    for part in parts:
-        total.merge(part)
+    total = _merged(parts)
 
-    if len(parts) > 1:
-        penalty, without_first = search_penalty(total.without(parts[0]), parts[0])
-        final = total.solve(penalty)
-        unseen = [without_first, *(total.without(part).solve(penalty) for part in parts[1:])]
-    else:
-        final = total.solve(USUAL_PENALTY)
-        unseen = [final]
+    final, unseen = _cross_fitted(total, parts)
     weight, bias = rows.plain(final)
+    deviation = _deviation(total, parts, unseen)
+    spread, spreads = None, None
+    if model.config.flow.predicts_spread:
+        spread, spreads = _fit_spread(rows, folds, unseen, deviation)
     arguments = {
         "weight": weight,
         "bias": bias,
-        "std": _deviation(total, parts, unseen),
+        "std": deviation.float().cpu(),
         "components": None if components is None else components.cpu(),
+        "spread": spread,
     }
     if len(parts) == 1:
         return arguments, None
@@ -179,15 +206,16 @@ def fit_source(
         weight=torch.stack(weights),
         bias=torch.stack(biases),
         samples=torch.from_numpy(chosen[order]),
-        fold=torch.from_numpy(order % FOLDS),
+        fold=torch.from_numpy(numbers[order]),
+        spread=spreads,
     )
 
 
 class _Rows:
     """Features [F] and targets [C] of tokens, about origins near the data: see `Moments`."""
 
-    def __init__(self, seen: Embeddings, components: Tensor | None, first: np.ndarray) -> None:
-        self.seen, self.components = seen, components
+    def __init__(self, seen: Embeddings, components: Tensor | None, size: int, first: np.ndarray) -> None:
+        self.seen, self.components, self.size = seen, components, size
         self.origins = [rows.mean(dim=0) for rows in self._read(first)]
 
     def moments(self, samples: np.ndarray) -> Moments:
@@ -198,18 +226,79 @@ class _Rows:
             sums.add(found[0] - features, found[1] - targets)
         return sums
 
-    def plain(self, solution: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def residuals(self, samples: np.ndarray, solution: Solution) -> Iterator[tuple[Tensor, Tensor]]:
+        """What a map between what is about the origins says of these samples, and what it leaves of them."""
+        (weight, bias), (features, targets) = solution, self.origins
+        for piece in batches(samples, AT_ONCE):
+            found = self._read(piece)
+            guess = (found[0] - features) @ weight + bias + targets
+            yield guess, found[1] - guess
+
+    def plain(self, solution: Solution) -> Solution:
         """A map (W [F, C], bias [C]) between what is about the origins, as one of the features themselves."""
         (weight, bias), (features, targets) = solution, self.origins
         return weight.float().cpu(), (bias + targets - features @ weight).float().cpu()
 
     def _read(self, samples: np.ndarray) -> tuple[Tensor, Tensor]:
         eva, clip = self.seen.fetch(samples)
-        features = source_features(eva, self.components)
+        features = source_features(eva, self.components, self.size)
         return features.flatten(0, 1).double(), clip.flatten(0, 1).double()
 
 
-def _deviation(total: Moments, parts: list[Moments], unseen: list[tuple[Tensor, Tensor]]) -> Tensor:
+def _merged(parts: list[Moments]) -> Moments:
+    total = copy.deepcopy(parts[0])
+    for part in parts[1:]:
+        total.merge(part)
+    return total
+
+
+def _cross_fitted(total: Moments, parts: list[Moments]) -> tuple[Solution, list[Solution]]:
+    """The map of all parts, and for each the one of the others; of a single one the same.
+
+    The first part chooses the penalty.
+    """
+    if len(parts) == 1:
+        final = total.solve(USUAL_PENALTY)
+        return final, [final]
+    penalty, without_first = search_penalty(total.without(parts[0]), parts[0])
+    others = [total.without(part).solve(penalty) for part in parts[1:]]
+    return total.solve(penalty), [without_first, *others]
+
+
+def _fit_spread(
+    rows: _Rows, folds: list[np.ndarray], maps: list[Solution], deviation: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weights of `relative_spread` for all [2 C + 1, C], and for each fold those fitted without it [K, ...].
+
+    A regression of the logarithm of squared residuals, which the folds' maps leave of what they have not
+    seen; then one number for each channel, with which the mean square of residual over spread is 1.
+    """
+
+    def pieces(fold: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for guess, residual in rows.residuals(folds[fold], maps[fold]):
+            yield guess, residual / deviation
+
+    parts = []
+    for fold in range(len(folds)):
+        parts.append(Moments(2 * len(deviation), len(deviation), deviation.device))
+        for guess, residual in pieces(fold):
+            parts[-1].add(spread_features(guess), residual.square().clamp(min=LEAST_SQUARE).log())
+    total = _merged(parts)
+    final, unseen = _cross_fitted(total, parts)
+    # Half of a variance's logarithm is the deviation's.
+    weights = [torch.cat([w, (b + LOG_CHI_SQUARE)[None]]) / 2 for w, b in (final, *unseen)]
+    squares = torch.zeros_like(deviation)
+    for fold, weight in enumerate(weights[1:]):
+        for guess, residual in pieces(fold):
+            squares += (residual / relative_spread(guess, weight)).square().sum(dim=0)
+    left = (squares / total.count).sqrt().clamp(min=SPREAD_BOUNDS[0]).log()
+    for weight in weights:
+        weight[-1] += left
+    of_all, *of_folds = (weight.float().cpu() for weight in weights)
+    return of_all, torch.stack(of_folds)
+
+
+def _deviation(total: Moments, parts: list[Moments], unseen: list[Solution]) -> Tensor:
     """Root mean square [C] of what each part's map leaves of it, and no less than the flow can divide by."""
     pairs = zip(parts, unseen, strict=True)
     squares = [part.count * part.squared_error(*solution) for part, solution in pairs]
@@ -219,7 +308,7 @@ def _deviation(total: Moments, parts: list[Moments], unseen: list[tuple[Tensor, 
     varying = targets[targets > 1e-6 * targets.max()]
     usual = varying.median() if len(varying) else 1.0
     least = MIN_STD * targets.clamp(min=MIN_STD * usual)  # a constant one has none of its own
-    return deviation.maximum(least).float().cpu()
+    return deviation.maximum(least)
 
 
 @contextmanager

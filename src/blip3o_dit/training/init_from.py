@@ -44,7 +44,7 @@ _FREE_IN_CONFIG = {
     *("gradient_checkpointing", "flow_matching", "default_solver", "default_steps", "residual"),
 }
 _FREE_IN_FLOW = {
-    *("condition_dropout", "regularization_weight"),
+    *("condition_dropout", "regularization_weight", "noise_scale"),
     *("time_distribution", "time_mean", "time_std", "time_shift"),
 }
 

@@ -18,6 +18,7 @@ from blip3o_dit.model.layers import has_native_matmul
 from blip3o_dit.training import fsdp
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.muon import block_matrices
+from blip3o_dit.utils.validation import triton_works
 
 GIB = 2**30
 FLOAT32 = 4
@@ -183,9 +184,10 @@ class Activations:
         and for a sample the four modulations and six factors of norms                              (10 d).
         """
         d, kv, ffn = self.config.model_dim, self.config.kv_dim, self.config.ffn_dim or 0
-        norm_bytes = _norm_bytes(self.bytes_each, self.device)
-        target = 2 * d * (FLOAT32 + _norm_bytes(FLOAT32, self.device))
-        target += (11 * d + 3 * kv + 4 * ffn) * self.bytes_each + 2 * d * norm_bytes
+        fused = self.device.type == "cuda" and self.bytes_each == 2 and triton_works()
+        norm_bytes = 0 if fused else _norm_bytes(self.bytes_each, self.device)
+        target = 2 * d * (FLOAT32 + (0 if fused else _norm_bytes(FLOAT32, self.device)))
+        target += (11 * d + 3 * kv + (3 if fused else 4) * ffn) * self.bytes_each + 2 * d * norm_bytes
         condition = (d + 3 * kv) * self.bytes_each + d * norm_bytes
         sample = 10 * d * self.bytes_each
         return self.batch * (self.config.num_tokens * target + self.condition_tokens * condition + sample)
@@ -209,13 +211,13 @@ class Activations:
         """Before and after the blocks.
 
         In the arithmetic's dtype: the condition, its projection's three results. In float32: input, norm and
-        result of the head; condition, its features for the source; target, noise, x_t, R(c), what is compared
-        and what is reported of it.
+        result of the head; condition, its features for the source; target, noise, x_t, R(c), a predicted s,
+        what is compared and what is reported of it.
         """
         config = self.config
         d, condition_dim, target_dim = config.model_dim, config.eva_embedding_size, config.in_channels
         condition = self.bytes_each * (condition_dim + 3 * d) + FLOAT32 * 2 * condition_dim
-        target = FLOAT32 * (3 * d + 10 * target_dim)
+        target = FLOAT32 * (3 * d + (10 + config.flow.predicts_spread) * target_dim)
         return self.batch * (self.condition_tokens * condition + config.num_tokens * target)
 
     def working(self, recompute: bool) -> int:
@@ -305,6 +307,11 @@ def room_on(device: torch.device) -> Room:
     free, where = min(_free_of_machine(), *_free_of_groups(), key=lambda found: found[0])
     shared = f", shared by {here} processes" if here > 1 else ""
     return Room(size=resident() + free // here, where=where + shared)
+
+
+def memory_of(gpu: torch.device) -> int:
+    """Bytes of a GPU's memory, whoever uses them."""
+    return torch.cuda.get_device_properties(gpu).total_memory
 
 
 def resident() -> int:

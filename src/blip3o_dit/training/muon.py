@@ -74,7 +74,7 @@ class MuonWithAdamW(Optimizer):
 
 class _InFloat32(TorchFunctionMode):
     """Keeps Muon's iterations in the gradient's float32: where bfloat16 products are emulated they would
-    take thirty times as long."""
+    take 20 to 30 times as long."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.bfloat16:

@@ -107,9 +107,9 @@ def _check_groups(file: Path, optimizer: Optimizer, found: Any) -> None:
     counts = [len(listed) if isinstance(listed, list) else None for listed in names]
     if counts != expected:
         raise ValueError(
-            f"{file}: param_groups: expected {expected} parameters with and without weight decay and, with "
-            f"optimizer muon, its matrices, found {short_repr(counts)} (earlier versions with --weight_decay "
-            "also let norms and gates decay): " + from_its_weights(file.parent)
+            f"{file}: param_groups: expected {expected} parameters with and without weight decay, found "
+            f"{short_repr(counts)} (earlier versions with --weight_decay also let norms and gates decay; "
+            "optimizer muon has its matrices apart): " + from_its_weights(file.parent)
         )
 
 

@@ -15,8 +15,27 @@ import torch
 from torch import Tensor
 
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
+from blip3o_dit.model.config import BLIP3oDiTConfig
+from blip3o_dit.training import fsdp
+from blip3o_dit.training.config import TrainingConfig
+from blip3o_dit.training.memory import forecast, memory_of
 
 logger = logging.getLogger(__name__)
+
+
+def may_record(config: TrainingConfig, model: BLIP3oDiTConfig, device: torch.device, processes: int) -> bool:
+    """Whether the passes of this run are to be recorded: as it says, else on one GPU with room for it.
+
+    A last batch that is not full is computed as before: what it keeps, and its gradients, lie beside the
+    memory of the recorded passes. What counts is the GPU's whole memory: recorded passes may round
+    otherwise, and a run that continues must not depend on what else is on its GPU.
+    """
+    if config.cuda_graphs is not None:
+        return config.cuda_graphs
+    if device.type != "cuda" or processes > 1 or fsdp.asked_for() or config.not_recorded_with:
+        return False
+    needed = forecast(config, model, device)
+    return needed.total + needed.activations + needed.gradients <= memory_of(device)
 
 
 def record_passes(model: BLIP3oDiTModel, batch_size: int, dtype: torch.dtype | None) -> None:
@@ -32,6 +51,7 @@ def record_passes(model: BLIP3oDiTModel, batch_size: int, dtype: torch.dtype | N
     cast = nullcontext() if dtype is None else torch.autocast("cuda", dtype=dtype, cache_enabled=False)
     with torch.cuda.device(model.device), torch.enable_grad(), cast:
         torch.cuda.make_graphed_callables(dit, example, allow_unused_input=True)
+        torch.cuda.empty_cache()  # of passes that were tried on another stream
     replayed, shapes = dit.forward, [held.shape for held in example]
 
     def forward(*inputs: Tensor | None) -> Tensor:

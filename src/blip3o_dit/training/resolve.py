@@ -18,6 +18,7 @@ from blip3o_dit.training.config import (
 )
 from blip3o_dit.training.extension import plan_extension
 from blip3o_dit.training.init_from import OF_THE_WEIGHTS, settings_of_model
+from blip3o_dit.utils.hub import model_folder
 
 # Settings that a resumed run may change: they do not change what is learned from which data.
 RESUMABLE_CHANGES = {
@@ -38,9 +39,11 @@ RESUMABLE_CHANGES = {
     "gradient_checkpointing",
     "selective_checkpointing",
     "compile",
+    "report_to",
     "wandb_project",
     "wandb_run_name",
     "best_metric",
+    "early_stop",
     "max_hours",
     # together the samples of a step, which `check_checkpoint` compares
     "batch_size",
@@ -72,6 +75,8 @@ def resolve_config(
         ValueError: with each difference, and the flags that do what was meant.
     """
     given = launcher_precision() | _network(size, given) | given
+    if given.get("init_from"):
+        given["init_from"] = str(model_folder(given["init_from"]))
     recipe_settings = PAPER_RECIPE if recipe == "paper" else {}
     if given.get("memory") == "low":
         recipe_settings = recipe_settings | LOW_MEMORY_DEFAULTS

@@ -19,7 +19,13 @@ import torch
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
-from blip3o_dit.data.dataset import EmbeddingDataset, Split, choose_samples
+from blip3o_dit.data.dataset import (
+    LEAST_HELD_BACK,
+    PART_HELD_BACK,
+    EmbeddingDataset,
+    Split,
+    choose_samples,
+)
 from blip3o_dit.data.embeddings import Embeddings, open_embeddings
 from blip3o_dit.data.statistics import streamed_statistics
 from blip3o_dit.data.store import EmbeddingStore
@@ -28,6 +34,7 @@ from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.training.arguments import make_deterministic, training_arguments, use_cpu
 from blip3o_dit.training.base_trainer import ExactResumeTrainer
+from blip3o_dit.training.calibration import DRAWS, FEW_STEPS
 from blip3o_dit.training.callbacks import CurvesCallback
 from blip3o_dit.training.checkpoint import (
     TRAINER_STATE_FILE,
@@ -40,9 +47,11 @@ from blip3o_dit.training.checkpoint import (
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.console import ConsoleCallback, closing_bar, estimate, evaluations_left
 from blip3o_dit.training.disk import check_disk
+from blip3o_dit.training.finishing import EarlyStop, finish
 from blip3o_dit.training.fit_source import SourceFolds, fit_source, threads_of_all
 from blip3o_dit.training.init_from import check_start, kept_folds, load_start, refuse_overwritten_start
 from blip3o_dit.training.lengths import total_steps, with_lengths
+from blip3o_dit.training.loggers import loggers, prepare_loggers
 from blip3o_dit.training.memory import (
     GIB,
     check_room,
@@ -53,8 +62,7 @@ from blip3o_dit.training.memory import (
 )
 from blip3o_dit.training.metrics import PASSES_PER_STEP, synchronize
 from blip3o_dit.training.output_folder import output_folder
-from blip3o_dit.training.trainer import BLIP3oTrainer
-from blip3o_dit.training.wandb_setup import prepare_wandb, require_wandb
+from blip3o_dit.training.trainer import SCORED_SAMPLES, BLIP3oTrainer
 from blip3o_dit.utils.distributed import Processes, cores
 from blip3o_dit.utils.errors import StoppedEarly
 from blip3o_dit.utils.json_files import read_json_object
@@ -99,7 +107,9 @@ def run_alone(
         if dry_run:
             with tempfile.TemporaryDirectory() as aside:  # the Trainer makes its folder when it is built
                 aside_config = replace(config, output_dir=aside)
-                _first_step(build_trainer(source, aside_config, split=split, fitted=resume is not None))
+                _first_step(
+                    build_trainer(source, aside_config, split=split, fitted=resume is not None), split
+                )
             return output
         if os.environ.get("RANK", "0") == "0":
             remove_leftovers(output, all_checkpoints=resume is None)
@@ -114,8 +124,7 @@ def _checked(
 ) -> tuple[Embeddings, Split, TrainingConfig]:
     """The data, its split, and the configuration in numbers: whatever can be refused is refused here."""
     use_cpu(config)  # what cannot run on this machine is refused before anything is read or written
-    if config.wandb_project:
-        require_wandb()
+    loggers(config)
     if config.init_from and overwrite and resume is None:
         refuse_overwritten_start(config)
     output, path = Path(config.output_dir), required(config.embeddings_path, "--embeddings_path")
@@ -132,7 +141,7 @@ def _checked(
     _check_memory(config, model_config, table=dry_run)
     with working("splitting the samples"):
         split = config.split(source)
-    config = with_lengths(config, len(split.train), processes)
+    config = with_lengths(_with_held_back(config, split), len(split.train), processes)
     check_disk(config, model_config, total_steps(config, len(split.train), processes) - _step_of(resume))
     return source, split, config
 
@@ -158,8 +167,8 @@ def train_on(
         StoppedEarly, WriteError: as `train`.
     """
     with _interruptible(resume):
-        if config.wandb_project and os.environ.get("RANK", "0") == "0":
-            prepare_wandb(config.wandb_project, config.output_dir, continued=resume is not None)
+        if os.environ.get("RANK", "0") == "0":
+            prepare_loggers(config, continued=resume is not None)
         trainer = build_trainer(source, config, split=split, fitted=resume is not None)
         logger.info(_plan(trainer))
     with quiet_transformers(), trainer.stop_request.watching():
@@ -180,7 +189,7 @@ def train_to_the_end(trainer: ExactResumeTrainer, resume: Path | None, *, go_on:
             f"{trainer.stop_request.reason}: stopped after step {trainer.state.global_step} of "
             f"{trainer.state.max_steps} and saved it: {go_on}"
         )
-    trainer.save_final_model()
+    finish(trainer)
 
 
 def build_trainer(
@@ -195,7 +204,7 @@ def build_trainer(
         make_deterministic()
     if split is None:
         split = config.split(source)
-    config = with_lengths(config, len(split.train), _processes())
+    config = with_lengths(_with_held_back(config, split), len(split.train), _processes())
     arguments = training_arguments(config, evaluate=config.eval_split > 0)
     set_seed(config.seed)
     with working("initialising the network"):
@@ -209,7 +218,7 @@ def build_trainer(
         _set_statistics(model, unverified_copy, fitted_on, arguments)
     folds = kept_folds(model, source, config) if keeps and not fitted else None
     if config.source != "noise" and not keeps:
-        folds = _set_source(model, unverified_copy, split.train, config, arguments)
+        folds = _set_source(model, unverified_copy, split, config, arguments)
     if config.memory != "default":
         return_freed_memory()
     if config.memory == "low":
@@ -220,9 +229,31 @@ def build_trainer(
         config=config,
         train_dataset=EmbeddingDataset(source, split.train),
         eval_dataset=EmbeddingDataset(source, split.eval) if len(split.eval) else None,
+        held_back=split.held_back,
         source_folds=folds,
-        callbacks=[CurvesCallback(), ConsoleCallback(_evaluation_cost(config, len(split.eval)))],
+        callbacks=[
+            CurvesCallback(),
+            ConsoleCallback(_evaluation_cost(config, split)),
+            EarlyStop(config.early_stop, since=config.extended_at),
+        ],
     )
+
+
+def _with_held_back(config: TrainingConfig, split: Split) -> TrainingConfig:
+    """The configuration, with what the best checkpoint is named by.
+
+    Raises:
+        ValueError: when that, or an early stop, is to be by samples of which none are held back.
+    """
+    if len(split.held_back):
+        return replace(config, best_metric=config.best_metric or "energy_score")
+    wanted = {"early_stop": config.early_stop, "best_metric": config.best_metric == "energy_score"}
+    for name in (name for name, asked in wanted.items() if asked):
+        raise ValueError(
+            f"{name}: expected at least {PART_HELD_BACK * LEAST_HELD_BACK} training samples, to hold some "
+            f"back, found {len(split.train)}"
+        )
+    return replace(config, best_metric=config.best_metric or "loss")
 
 
 def _model_config(source: Embeddings, config: TrainingConfig) -> BLIP3oDiTConfig:
@@ -244,10 +275,12 @@ def _step_of(checkpoint: Path | None) -> int:
     return int(read_json_object(checkpoint / TRAINER_STATE_FILE, non_finite=True)["global_step"])
 
 
-def _evaluation_cost(config: TrainingConfig, held_out: int) -> float:
+def _evaluation_cost(config: TrainingConfig, split: Split) -> float:
     """Steps that an evaluation takes as long as: its network calls, against the passes of a step."""
+    held_out = len(split.eval)
     calls = SOLVERS[config.solver].calls_per_step * config.eval_inference_steps
     network_calls = min(held_out, config.eval_loss_samples) + calls * min(held_out, config.eval_samples)
+    network_calls += DRAWS * FEW_STEPS * 2 * min(len(split.held_back), SCORED_SAMPLES)
     return network_calls / (PASSES_PER_STEP * global_batch(config, _processes()))
 
 
@@ -282,24 +315,26 @@ def _set_statistics(
 def _set_source(
     model: BLIP3oDiTModel,
     source: Embeddings,
-    train: np.ndarray,
+    split: Split,
     config: TrainingConfig,
     arguments: TrainingArguments,
 ) -> SourceFolds | None:
     """Fit the ridges of an informed source on the first process; the others receive them."""
     processes, found = Processes(arguments.process_index, arguments.world_size), None
     if processes.is_main:
-        samples = min(config.source_samples, len(train))
+        samples = min(config.source_samples, len(split.train))
         what = f"fitting the {config.source} source on {samples} samples"
-        # Twice: principal components, then moments.
-        passes = 2 if model.config.flow.source_components else 1
+        # Principal components, moments; moments of the residuals and how large they are.
+        flow = model.config.flow
+        passes = 1 + bool(flow.source_components) + 2 * flow.predicts_spread
         with threads_of_all(processes.count), working(what, passes * samples, "sample") as count:
             found = fit_source(
                 model,
                 source,
-                train,
+                split.train,
                 max_samples=config.source_samples,
                 seed=config.seed,
+                groups=split.groups,
                 device=arguments.device,
                 count=count,
             )
@@ -308,7 +343,7 @@ def _set_source(
     return folds
 
 
-def _first_step(trainer: BLIP3oTrainer) -> None:
+def _first_step(trainer: BLIP3oTrainer, split: Split) -> None:
     """Forward and backward of one batch, no update: whatever cannot work fails here.
 
     The model is prepared as the Trainer does it, for the run's own precision and processes. A quick step is
@@ -324,8 +359,7 @@ def _first_step(trainer: BLIP3oTrainer) -> None:
             _, seconds = _timed_step(trainer, model, batch)
     seconds *= trainer.config.gradient_accumulation_steps
     logger.info(_plan(trainer))
-    held_out: Any = trainer.eval_dataset or ()
-    cost = _evaluation_cost(trainer.config, len(held_out))
+    cost = _evaluation_cost(trainer.config, split)
     evaluations = evaluations_left(trainer.args, 0, _steps(trainer))
     logger.info(estimate(_steps(trainer), seconds, evaluations, cost * seconds))
     logger.info("dry run: data, model, loss (%.4g) and gradients work; nothing was trained or written", loss)
@@ -382,7 +416,8 @@ def _describe(
     logger.info(
         f"data: {source.path}, {source.num_samples} samples of {source.num_tokens} tokens, "
         f"{source.condition_dim} -> {source.target_dim} wide; "
-        f"{len(split.train)} to train on, {len(split.eval)} held out"
+        f"{len(split.train)} to train on, {len(split.eval)} held out, "
+        f"{len(split.held_back) or 'none (too few)'} held back"
     )
     precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "float32"
     if config.memory != "default":

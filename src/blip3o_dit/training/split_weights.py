@@ -17,6 +17,8 @@ from torch.optim import AdamW
 from torch.optim.adamw import adamw
 from transformers import TrainingArguments
 
+from blip3o_dit.utils.validation import triton_works
+
 HALF = 1 << 15  # of the step between two bfloat16 numbers, as an integer of float32's bits
 
 
@@ -76,6 +78,8 @@ class SplitWeights:
 class SplitAdamW(AdamW):
     """torch's fused AdamW on the float32 values of split weights, which are there for one tensor at a time.
 
+    With Triton on a GPU one kernel of our own, `triton_adamw.py`.
+
     Args:
         remainders: of each parameter.
         moments: how the two moments are kept. In bfloat16 the second one, which changes by a thousandth in a
@@ -92,16 +96,27 @@ class SplitAdamW(AdamW):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step; `grad_scale` and `found_inf` as torch's own has them."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad.float(), group)
+            given = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in given:
+                self._begin(parameter)
+            if given and given[0].is_cuda and triton_works():
+                from blip3o_dit.training import triton_adamw
 
-    def _update(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
-        state, remainder = self.state[parameter], self._remainders[parameter]
+                scaling = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+                triton_adamw.step(given, self._remainders, self.state, group, *scaling)
+                continue
+            for parameter in given:
+                self._update(parameter, parameter.grad.float(), group)
+
+    def _begin(self, parameter: nn.Parameter) -> None:
+        state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(parameter, dtype=self._moments)
+
+    def _update(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
+        state, remainder = self.state[parameter], self._remainders[parameter]
         exact = joined(parameter, remainder)
         mean, square = state["exp_avg"].float(), state["exp_avg_sq"].float()  # themselves in float32
         same = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize", "fused")}

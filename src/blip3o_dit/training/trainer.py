@@ -20,7 +20,6 @@ from blip3o_dit.data.worker_batches import whole_batch
 from blip3o_dit.flow.loss import BLIP3oFlowMatchingLoss
 from blip3o_dit.flow.path import FlowBatch, PathSample
 from blip3o_dit.metrics.fidelity import FidelitySums
-from blip3o_dit.model.layers import has_native_matmul
 from blip3o_dit.training.base_trainer import ExactResumeTrainer
 from blip3o_dit.training.checkpoint import global_batch
 from blip3o_dit.training.extension import extended_schedule
@@ -28,6 +27,8 @@ from blip3o_dit.training.muon import MuonWithAdamW
 from blip3o_dit.training.stopping import outlive_stops
 from blip3o_dit.utils.progress import progress
 from blip3o_dit.utils.stateless_random import stateless_permutation
+
+SCORED_SAMPLES = 64  # held back, of which each evaluation takes the energy score
 
 
 class BLIP3oTrainer(ExactResumeTrainer):
@@ -94,7 +95,8 @@ class BLIP3oTrainer(ExactResumeTrainer):
     def evaluation_loop(
         self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        """Held-out loss and metrics of generated tokens, both with the averaged weights if there are any.
+        """Held-out loss, metrics of generated tokens and the energy score of samples held back, all with the
+        averaged weights if there are any.
 
         In place of the Trainer's loop, whose result depends on the number of processes: it fills up the last
         batches with samples that it has seen.
@@ -106,6 +108,9 @@ class BLIP3oTrainer(ExactResumeTrainer):
             metrics = {"loss": self._held_out_loss(dataset)}
             if self.config.eval_samples:
                 metrics |= self._generation_metrics(dataset)
+            if self.held_back is not None:
+                scores = self.held_back.quick(SCORED_SAMPLES).scores(self.unwrapped_model)
+                metrics["energy_score"] = scores.means["energy_score"]
         prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         measured = len(self._held_out(dataset, self.config.eval_loss_samples))
         return EvalLoopOutput(None, None, prefixed, measured)  # type: ignore[arg-type]
@@ -153,12 +158,10 @@ class BLIP3oTrainer(ExactResumeTrainer):
         model = self.unwrapped_model
         wanted = dataset.indices[self._held_out(dataset, self.config.eval_samples)]
         sums = FidelitySums(model.target_mean)
-        # Where bfloat16 is emulated, autocast would take many times as long.
-        native = has_native_matmul(torch.bfloat16, self.args.device)
         own_pieces = list(self.processes.shard(list(batches(wanted, self.config.eval_batch_size))))
         for piece, counted in progress(own_pieces, "generating held-out samples", "batch", lasting=False):
             eva, clip = dataset.source.fetch(piece)
-            with self.accelerator.autocast() if native else nullcontext():
+            with self.generation_precision():
                 generated = model.generate(
                     eva,
                     num_inference_steps=self.config.eval_inference_steps,

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from safetensors import SafetensorError
 
-from blip3o_dit.utils.checksums import CHECKSUMS_FILE, flush, seal, sealed_names
+from blip3o_dit.utils.checksums import (
+    CHECKSUMS_FILE,
+    flush,
+    is_sealed,
+    resealed,
+    seal,
+    sealed_names,
+)
 from blip3o_dit.utils.errors import WriteError
 from blip3o_dit.utils.json_files import is_plain_name, one_line, read_json, short_repr
 
@@ -71,6 +78,27 @@ def restore_replaced(final: Path) -> None:
     if old.is_dir() and not final.exists():
         with suppress(FileNotFoundError):  # another process was quicker
             os.rename(old, final)
+
+
+def replace_files(folder: Path, content: Mapping[str, bytes]) -> None:
+    """Give files of a folder another content, all of them or none; a sealed folder stays sealed.
+
+    Raises:
+        WriteError: when the disk is full or the folder cannot be written.
+    """
+    aside = folder / MODEL_ASIDE
+    if is_sealed(folder):
+        content = {**content, CHECKSUMS_FILE: resealed(folder, content)}
+    try:
+        with _write_errors(folder):
+            remove_files_and_folders([aside])
+            aside.mkdir()
+            for name, new in content.items():
+                write_atomically(aside / name, new)
+            publish_files(aside, folder)
+    except BaseException:
+        abandon_files(aside, folder, CHECKSUMS_FILE)
+        raise
 
 
 def publish_files(
@@ -166,15 +194,34 @@ def save_tensors(
     """
     from safetensors.torch import save_file  # imports torch, which takes seconds
 
+    with files_aside(path) as folder:
+        save_file(dict(tensors), folder / path.name, metadata=dict(metadata) if metadata else None)
+
+
+@contextmanager
+def files_aside(path: Path) -> Iterator[Path]:
+    """A new folder for the file `path`, and others beside it, for a library that wants a name to write to.
+
+    They take their places when the block ends well, `path` last: where it needs others, it is away while they
+    change.
+
+    Raises:
+        WriteError: when the disk is full or the folder cannot be written.
+    """
     aside = path.with_name(path.name + ASIDE)
     try:
         with _write_errors(path):
             remove_files_and_folders([aside])
             aside.mkdir()
-            save_file(dict(tensors), aside / path.name, metadata=dict(metadata) if metadata else None)
+            yield aside
             _open_to_others(aside)
-            flush(aside / path.name)
-            os.replace(aside / path.name, path)
+            others = sorted({file.name for file in aside.iterdir()} - {path.name})
+            for name in (*others, path.name):
+                flush(aside / name)
+            if others:
+                path.unlink(missing_ok=True)
+            for name in (*others, path.name):
+                os.replace(aside / name, path.with_name(name))
             aside.rmdir()
             flush(path.parent)
     except BaseException:

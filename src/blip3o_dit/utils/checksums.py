@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from blip3o_dit.utils.json_files import read_json, short_repr
@@ -34,6 +34,16 @@ def seal(folder: Path) -> None:
     sums.write_text(json.dumps({"format": _FORMAT, "files": files}, indent=1))
     flush(sums)
     flush(folder)
+
+
+def resealed(folder: Path, content: Mapping[str, bytes]) -> bytes:
+    """The checksums of a sealed folder in which these files are replaced."""
+    known = {
+        name: {"bytes": size, "sha256": digest} for name, (size, digest) in _read_checksums(folder).items()
+    }
+    for name, new in content.items():
+        known[name] = {"bytes": len(new), "sha256": hashlib.sha256(new).hexdigest()}
+    return json.dumps({"format": _FORMAT, "files": dict(sorted(known.items()))}, indent=1).encode()
 
 
 def is_sealed(folder: Path) -> bool:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from blip3o_dit.utils.philox import ROUNDS, normal_pairs, philox, round_keys
+from blip3o_dit.utils.validation import triton_works
 
 # Of the numbers that a name stands for; a run that goes on with others says so.
 DRAWS_VERSION = 2
@@ -77,27 +78,43 @@ def draw_names(
     return torch.cat([torch.tensor(keys)[:, None].expand(-1, samples.shape[1]), samples])
 
 
-def normal_of(names: Tensor, shape: Sequence[int]) -> Tensor:
+def normal_of(names: Tensor, shape: Sequence[int], *, one_kernel: bool = False) -> Tensor:
     """N(0, 1) of shape [samples, *shape], float32, where the names are; nothing is asked of a GPU.
 
+    With `one_kernel` a GPU is launched once for all rounds, if Triton can: the words are the same.
     The names may be read again later, by a CUDA graph: no word of them is a number here.
     """
     samples, count, device = names[2 * ROUNDS :], math.prod(shape), names.device
     out = torch.empty(samples.shape[1], count, device=device)
     if not out.numel():
         return out.view(len(out), *shape)
-    words = names[: 2 * ROUNDS, 0].unbind()
-    keys = list(zip(words[::2], words[1::2], strict=True))
-    positions = torch.arange(-(-count // 4), device=device)
+    normals_of = _normals_by_kernel if one_kernel and names.is_cuda and triton_works() else _normals
     # Blocks of four numbers: on a CPU so many that their words stay in its caches.
     blocks = 2**15 if device.type == "cpu" else 2**20
-    at_once = max(1, blocks // len(positions))
+    positions = -(-count // 4)
+    at_once = max(1, blocks // positions)
     for rows, sample in zip(out.split(at_once), samples.split(at_once, dim=1), strict=True):
-        repeated = (word[:, None].repeat(1, len(positions)) for word in sample)
-        drawn = philox([positions.repeat(len(rows), 1), *repeated], keys)
-        normals = torch.stack([*normal_pairs(*drawn[:2]), *normal_pairs(*drawn[2:])], dim=-1)
+        normals = normals_of(names[: 2 * ROUNDS, 0], sample, positions)  # [b, positions, 4]
         rows.copy_(normals.flatten(1)[:, :count])
     return out.view(len(out), *shape)
+
+
+def _normals(keys: Tensor, sample: Tensor, positions: int) -> Tensor:
+    """Keys of the rounds [2 ROUNDS], words of the counter [3, b] -> normal numbers [b, positions, 4]."""
+    words = keys.unbind()
+    position = torch.arange(positions, device=keys.device).repeat(sample.shape[1], 1)
+    repeated = (word[:, None].repeat(1, positions) for word in sample)
+    drawn = philox([position, *repeated], list(zip(words[::2], words[1::2], strict=True)))
+    return torch.stack([*normal_pairs(*drawn[:2]), *normal_pairs(*drawn[2:])], dim=-1)
+
+
+def _normals_by_kernel(keys: Tensor, sample: Tensor, positions: int) -> Tensor:
+    """The same numbers by a tenth of the launches."""
+    from blip3o_dit.utils.philox_kernel import philox_words  # needs triton
+
+    drawn = philox_words(keys, sample, positions)  # the first round's keys are Philox's own
+    pairs = torch.stack(normal_pairs(drawn[:2], drawn[2:]), dim=-1)  # [2, b, positions, 2]
+    return pairs.permute(1, 2, 0, 3).flatten(2)
 
 
 def stateless_uniform(

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,6 +151,13 @@ def is_hub_id(name: str | os.PathLike[str]) -> bool:
 def package_missing(wanted_by: str, package: str) -> ValueError:
     """The error for an optional package that is not there; `package` is its name on the package index."""
     return ValueError(f"{wanted_by}: expected the package {package}, found none: pip install {package}")
+
+
+@cache
+def triton_works() -> bool:
+    """Whether Triton is there, and a C compiler for what launches its kernels."""
+    compilers = (os.environ.get("CC", "gcc"), "gcc", "clang")
+    return importlib.util.find_spec("triton") is not None and any(map(shutil.which, compilers))
 
 
 def check_compiler(wanted_by: str, device: torch.device) -> None:
