@@ -33,7 +33,7 @@ DIRECTIONS = {
 }
 # Changes to the default recipe. In the last one the folds of the source cut through pictures.
 FOLDS_BY_CROP = "default, folds by crop"
-SOURCES = ("ridge", "ridge_5x5", "ridge_5x5_spread")
+SOURCES = ("ridge", "ridge_3x3", "ridge_context", "ridge_context_spread")
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": PAPER_RECIPE,
     "default": {},

@@ -12,7 +12,14 @@ from sklearn.linear_model import LinearRegression, Ridge
 from torch import Tensor
 
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.ridge import PENALTIES, NeighbourhoodRidge, TokenRidge
+from blip3o_dit.ridge import (
+    PENALTIES,
+    Moments,
+    NeighbourhoodRidge,
+    TokenRidge,
+    search_penalties,
+    search_penalty,
+)
 from tests.helpers.baseline_data import TEST, TRAIN, correlated, rows, write
 
 
@@ -185,3 +192,39 @@ def test_wide_neighbours_enter_by_their_principal_components(
     assert float(found.components[:2].square().sum()) == pytest.approx(2.0, rel=1e-4)
     assert len(found.weight) == 6 + 8 * 2
     assert float((found.predict(store.fetch(np.arange(80))[0]) - clip).square().mean()) < 0.01
+
+
+# A penalty for each group of features
+
+
+def test_a_group_that_tells_nothing_gets_a_penalty_of_its_own() -> None:
+    """Five features of the answer, 60 of noise, few rows: one penalty cannot serve both."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(420, 65, generator=generator)
+    targets = features[:, :5] @ torch.randn(5, 3, generator=generator) + torch.randn(
+        420, 3, generator=generator
+    )
+    few, unseen, truth = Moments(65, 3), Moments(65, 3), Moments(65, 3)
+    for moments, part in ((few, slice(80)), (unseen, slice(80, 120)), (truth, slice(120, None))):
+        moments.add(features[part], targets[part])
+    penalties, (weight, bias) = search_penalties(few, unseen, (5, 60))
+    assert penalties.shape == (65,) and penalties[:5].unique().shape == penalties[5:].unique().shape == (1,)
+    assert penalties[-1] > 30 * penalties[0]
+    one = few.solve(search_penalty(few, unseen)[0])
+    errors = [float(truth.squared_error(*solution).mean()) for solution in ((weight, bias), one)]
+    assert errors[0] < 0.8 * errors[1]
+    torch.testing.assert_close(few.solve(penalties)[0], weight)
+
+
+def test_one_group_is_one_penalty_between_the_tenfolds() -> None:
+    generator = torch.Generator().manual_seed(1)
+    features, targets = torch.randn(60, 8, generator=generator), torch.randn(60, 2, generator=generator)
+    few, unseen = Moments(8, 2), Moments(8, 2)
+    few.add(features[:40], targets[:40])
+    unseen.add(features[40:], targets[40:])
+    penalty, solution = search_penalty(few, unseen)
+    penalties, found = search_penalties(few, unseen, (8,))
+    assert float(unseen.squared_error(*found).mean()) <= float(unseen.squared_error(*solution).mean())
+    assert penalties[0] in (penalty, pytest.approx(penalty * 10**0.5), pytest.approx(penalty * 10**-0.5)) or (
+        penalties[0] > PENALTIES[-1]
+    )

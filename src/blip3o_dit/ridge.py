@@ -1,7 +1,7 @@
 """Ridge regression of target tokens on condition tokens, streamed.
 
 Top-down: the features a map is linear in, the spread around what it says, the moments that determine it, the
-choice of the penalty, and two regressions: `TokenRidge` from the token at a position, `NeighbourhoodRidge`
+choice of the penalties, and two regressions: `TokenRidge` from the token at a position, `NeighbourhoodRidge`
 from the 3x3 tokens around it.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,9 @@ MAX_RIDGE_FEATURES = 2560
 # Tried by `search_penalty`; relative to each feature's variance.
 PENALTIES = tuple(10.0**exponent for exponent in range(-6, 3))
 
+# Of ten, within which `search_penalties` moves that of a group of features.
+FEWEST_POWER, MOST_POWER = -6, 4
+
 # Where there is nothing to choose it by.
 USUAL_PENALTY = 1e-3
 
@@ -33,37 +36,90 @@ USUAL_PENALTY = 1e-3
 SPREAD_BOUNDS = (0.2, 4.0)
 
 
-def neighbour_components(condition_dim: int, size: int = 3) -> int:
-    """Principal components of each neighbour in size x size tokens that keep to `MAX_RIDGE_FEATURES`."""
-    return min(condition_dim, max(1, (MAX_RIDGE_FEATURES - condition_dim) // (size**2 - 1)))
+def neighbour_components(condition_dim: int) -> int:
+    """Principal components of each of eight neighbours that keep to `MAX_RIDGE_FEATURES`."""
+    return min(condition_dim, max(1, (MAX_RIDGE_FEATURES - condition_dim) // 8))
 
 
-def source_features(condition: Tensor, components: Tensor | None, size: int = 3) -> Tensor:
+def context_components(condition_dim: int) -> int:
+    """Principal components by which a picture's mean enters `context_features`, r.
+
+    A seventh of what the token itself leaves of `MAX_RIDGE_FEATURES`; the rest is its neighbours'.
+    """
+    return min(condition_dim, max(1, (MAX_RIDGE_FEATURES - condition_dim) // 7))
+
+
+def context_sizes(condition_dim: int, components: int, num_tokens: int) -> tuple[int, ...]:
+    """Features in each group of `context_features`, with r = `components`.
+
+    Two thirds of what is left for neighbours go to the 8 nearest, and to no one more than the mean has.
+    """
+    left = max(0, MAX_RIDGE_FEATURES - condition_dim - components)
+    nearest = min(components, max(1, left * 2 // 3 // 8))
+    further = min(nearest, max(1, (left - 8 * nearest) // 16))
+    return condition_dim, 8 * nearest, 16 * further, components, num_tokens
+
+
+def source_components(source: str, condition_dim: int) -> int:
+    """Principal components of other tokens that a source (`flow/config.py`) uses, r."""
+    rules = {"ridge_3x3": neighbour_components, "noise": None, "ridge": None}
+    rule = rules.get(source, context_components)
+    return 0 if rule is None else rule(condition_dim)
+
+
+def source_features(condition: Tensor, components: Tensor | None, context: bool = False) -> Tensor:
     """Features of the informed source's regression, [B, N, F], of a normalised condition [B, N, C].
 
-    The tokens themselves, and with `components` also their neighbours (`neighbourhood_features`).
+    The tokens themselves, and with `components` also their neighbours (`neighbourhood_features`) or all that
+    is around them (`context_features`).
     """
-    return condition if components is None else neighbourhood_features(condition, components, size)
+    if components is None:
+        return condition
+    return (context_features if context else neighbourhood_features)(condition, components)
 
 
-def neighbourhood_features(centred: Tensor, components: Tensor, size: int = 3) -> Tensor:
-    """Centred tokens [n, N, C] -> [n, N, C + (size^2 - 1) r]: the token, then its neighbours' components.
+def neighbourhood_features(centred: Tensor, components: Tensor) -> Tensor:
+    """Centred tokens [n, N, C] -> [n, N, C + 8 r]: the token, then its eight neighbours' components.
 
     Args:
         components: [C, r]; a neighbour enters as its projection on them. Outside the grid is zero.
-        size: odd; the neighbours are the other tokens of size x size, row-major.
     """
-    side, reach = math.isqrt(centred.shape[1]), size // 2
-    offsets = range(size)
-    grid = (centred @ components).unflatten(1, (side, side))
-    padded = F.pad(grid, (0, 0, reach, reach, reach, reach))
-    around = [
+    return torch.cat([centred, *_neighbours(centred @ components, distance=1)], dim=-1)
+
+
+def context_features(centred: Tensor, components: Tensor) -> Tensor:
+    """Centred tokens [n, N, C] -> [n, N, F]: five groups, of the sizes that `context_sizes` says.
+
+    The token; its 8 nearest neighbours; the 16 around these; the picture's mean token; one for each position.
+    All but the token enter by their leading components, of which `components` [C, r] holds the mean's.
+    """
+    _, nearest, further, *_ = context_sizes(*components.shape, centred.shape[1])
+    projected = centred @ components
+    positions = torch.eye(centred.shape[1], dtype=centred.dtype, device=centred.device)
+    groups = [
+        centred,
+        *_neighbours(projected[..., -(nearest // 8) :], distance=1),
+        *_neighbours(projected[..., -(further // 16) :], distance=2),
+        projected.mean(dim=1, keepdim=True).expand_as(projected),
+        positions.expand(len(centred), -1, -1),
+    ]
+    return torch.cat(groups, dim=-1)
+
+
+def _neighbours(tokens: Tensor, distance: int) -> list[Tensor]:
+    """Of tokens [n, N, r] on a square grid those so many rows or columns away, row-major, [n, N, r] each.
+
+    They are a square's edge: 8 at a distance of 1, 16 at a distance of 2.
+    """
+    side = math.isqrt(tokens.shape[1])
+    padded = F.pad(tokens.unflatten(1, (side, side)), (0, 0, distance, distance, distance, distance))
+    offsets = range(2 * distance + 1)
+    return [
         padded[:, dy : dy + side, dx : dx + side].flatten(1, 2)
         for dy in offsets
         for dx in offsets
-        if (dy, dx) != (reach, reach)
+        if {dy, dx} & {0, 2 * distance}
     ]
-    return torch.cat([centred, *around], dim=-1)
 
 
 def spread_features(guess: Tensor) -> Tensor:
@@ -84,11 +140,13 @@ def relative_spread(guess: Tensor, weight: Tensor) -> Tensor:
 
 
 def principal_components(
-    source: Embeddings, indices: np.ndarray, batch_size: int, size: int = 3
+    source: Embeddings, indices: np.ndarray, batch_size: int, kept: int, *, ordered: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Mean condition token [C_eva], and leading principal directions [C_eva, r] (all while they fit)."""
+    """Mean condition token [C_eva], and `kept` leading principal directions [C_eva, r], these last.
+
+    Where all are kept they are the channels themselves, unless some will be taken of them (`ordered`).
+    """
     width = source.condition_dim
-    kept = neighbour_components(width, size)
     origin = token_origins(source, indices)[0]
     total, gram, count = torch.zeros_like(origin), origin.new_zeros(width, width), 0
     for eva, _ in _read_float64(source, indices, batch_size):
@@ -97,7 +155,7 @@ def principal_components(
         gram += rows.T @ rows
         count += len(rows)
     mean = total / count
-    if kept == width:
+    if kept == width and not ordered:
         return mean + origin, torch.eye(width, dtype=torch.float64, device=mean.device)
     _, directions = torch.linalg.eigh(gram / count - torch.outer(mean, mean))
     return mean + origin, directions[:, -kept:]
@@ -139,10 +197,12 @@ class Moments:
         rest.target_squares = self.target_squares - other.target_squares
         return rest
 
-    def solve(self, penalty: float) -> tuple[Tensor, Tensor]:
-        """(W [F, C], bias [C]) for a ridge penalty in units of each feature's variance."""
+    def solve(self, penalty: float | Tensor) -> tuple[Tensor, Tensor]:
+        """(W [F, C], bias [C]) for a ridge penalty in units of a feature's variance: one, or one for each."""
         covariance, cross_covariance, mean_c, mean_x = self.centred()
-        covariance.diagonal().mul_(1 + penalty).clamp_(min=1e-12 * penalty)
+        diagonal = covariance.diagonal()
+        penalty = torch.as_tensor(penalty, dtype=diagonal.dtype, device=diagonal.device)
+        diagonal.mul_(1 + penalty).copy_(diagonal.maximum(1e-12 * penalty))
         weight = _solve_symmetric(covariance, cross_covariance)
         return weight, mean_x - mean_c @ weight
 
@@ -186,6 +246,36 @@ def search_penalty(moments: Moments, validation: Moments) -> tuple[float, tuple[
         while 0 <= place + step < len(PENALTIES) and error(place + step) < error(place):
             place += step
     return PENALTIES[place], tried[place][1]
+
+
+def search_penalties(
+    moments: Moments, validation: Moments, sizes: Sequence[int]
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """A penalty for each feature, [F], the same in each group of `sizes`, and the map with these.
+
+    From the best single penalty, each group's is moved while the error on the validation moments falls: by
+    tenfolds, then by their square roots. What tells little is nearly left out, and what tells much is not
+    held back by it.
+    """
+    penalty, best = search_penalty(moments, validation)
+    error = _standardized_error(validation, *best)
+    powers = [math.log10(penalty)] * len(sizes)
+
+    def penalties(exponents: list[float]) -> Tensor:
+        values = torch.tensor([10.0**exponent for exponent in exponents], dtype=torch.float64)
+        return values.repeat_interleave(torch.tensor(sizes)).to(moments.gram.device)
+
+    for step in (1.0, 0.5):
+        for group in range(len(sizes)):
+            for move in (step, -step):
+                while FEWEST_POWER <= powers[group] + move <= MOST_POWER:
+                    moved = [*powers[:group], powers[group] + move, *powers[group + 1 :]]
+                    solution = moments.solve(penalties(moved))
+                    found = _standardized_error(validation, *solution)
+                    if found >= error:
+                        break
+                    powers, best, error = moved, solution, found
+    return penalties(powers), best
 
 
 def _standardized_error(moments: Moments, weight: Tensor, bias: Tensor) -> float:
@@ -276,7 +366,7 @@ class NeighbourhoodRidge(TokenRidge):
     def _origin_and_components(
         source: Embeddings, indices: np.ndarray, batch_size: int
     ) -> tuple[Tensor, Tensor | None]:
-        return principal_components(source, indices, batch_size)
+        return principal_components(source, indices, batch_size, neighbour_components(source.condition_dim))
 
 
 def token_moments(

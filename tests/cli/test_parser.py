@@ -151,7 +151,7 @@ def test_the_shell_completes_commands_flags_and_names_without_a_library(tmp_path
     lines = {
         "blip3o-dit e": "evaluate export export-embeddings extract",
         "blip3o-dit train --num_h": "--num_heads",
-        "blip3o-dit train --source ": "noise ridge ridge_3x3 ridge_5x5 ridge_5x5_spread",
+        "blip3o-dit train --source ": "noise ridge ridge_3x3 ridge_context ridge_context_spread",
         "blip3o-dit distill m e --teacher_s": "--teacher_solver --teacher_steps",
         "blip3o-dit extract --dtype b": "bfloat16",
     }

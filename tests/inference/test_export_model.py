@@ -39,7 +39,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "student": (
         dict(
-            flow_matching=RECIPE | {"source": "ridge_5x5_spread", "student_steps": 2},
+            flow_matching=RECIPE | {"source": "ridge_context_spread", "student_steps": 2},
             default_steps=2,
             normalize_embeddings=True,
         ),

@@ -145,7 +145,7 @@ class Operations(TorchDispatchMode):
 
 FLOWS: list[dict[str, Any]] = [
     {"condition_dropout": 0.1},
-    {"source": "ridge_5x5_spread", "source_components": 4, "prediction_type": "preconditioned"},
+    {"source": "ridge_context_spread", "source_components": 4, "prediction_type": "preconditioned"},
     {"prediction_type": "preconditioned", "student_steps": 2},
 ]
 

@@ -12,7 +12,15 @@ from blip3o_dit.flow.config import FlowMatchingConfig
 from blip3o_dit.flow.path import AffineSource, LinearPath, make_path
 from blip3o_dit.flow.predictions import convert_prediction
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
-from blip3o_dit.ridge import SPREAD_BOUNDS, neighbourhood_features, relative_spread
+from blip3o_dit.ridge import (
+    MAX_RIDGE_FEATURES,
+    SPREAD_BOUNDS,
+    context_features,
+    context_sizes,
+    neighbourhood_features,
+    relative_spread,
+    source_components,
+)
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.fit_source import fit_source
 from tests.conftest import randomize, tiny_config
@@ -63,11 +71,36 @@ def test_features_are_the_token_and_its_eight_neighbours() -> None:
     around = [grid[y, x] for y in range(3) for x in range(3) if (y, x) != (1, 1)]
     assert torch.equal(features[0, 4], torch.cat([grid[1, 1], *around]))
     assert (features[0, 0, 2:10] == 0).all()  # the corner has nothing above it or to its left
-    wide = neighbourhood_features(tokens, torch.eye(2), size=5)
-    assert wide.shape == (1, 9, 50)
-    padded = torch.nn.functional.pad(grid, (0, 0, 2, 2, 2, 2))
-    square = padded[:5, :5].flatten(0, 1)  # around the corner
-    assert torch.equal(wide[0, 0], torch.cat([square[12], square[:12].flatten(), square[13:].flatten()]))
+
+
+def test_context_is_the_token_two_rings_the_picture_and_the_position() -> None:
+    tokens = torch.randn(2, 25, 6)
+    components = torch.linalg.qr(torch.randn(6, 6)).Q[:, -4:]
+    sizes = context_sizes(6, 4, 25)
+    token, ring, wider, mean, position = context_features(tokens, components).split(sizes, dim=-1)
+    assert sizes == (6, 8 * 4, 16 * 4, 4, 25) and torch.equal(token, tokens)
+    assert torch.equal(position, torch.eye(25).expand(2, 25, 25))
+    projected = tokens @ components
+    torch.testing.assert_close(mean, projected.mean(dim=1, keepdim=True).expand(2, 25, 4))
+    assert torch.equal(ring, neighbourhood_features(tokens, components)[..., 6:])
+    edge = [(y, x) for y in range(5) for x in range(5) if {y, x} & {0, 4}]
+    grid = projected[0].reshape(5, 5, 4)
+    torch.testing.assert_close(wider[0, 12], torch.cat([grid[place] for place in edge]))  # the middle's
+    corner = wider[0, 0].reshape(16, 4)
+    for place, (y, x) in zip(corner, edge, strict=True):  # of the top left token, two up and left of (0, 0)
+        inside = y >= 2 and x >= 2
+        torch.testing.assert_close(place, grid[y - 2, x - 2] if inside else torch.zeros(4))
+
+
+@pytest.mark.parametrize(
+    ("width", "tokens"), [(1280, 64), (1280, 256), (320, 64), (64, 16), (4096, 64), (1, 1)]
+)
+def test_context_keeps_to_so_many_features(width: int, tokens: int) -> None:
+    """Beside one for each position; the nearest neighbours have at least what the others have."""
+    sizes = context_sizes(width, source_components("ridge_context", width), tokens)
+    token, ring, wider, mean, position = sizes
+    assert token + ring + wider + mean <= max(MAX_RIDGE_FEATURES, width + 26) and position == tokens
+    assert 1 <= wider // 16 <= ring // 8 <= mean <= width
 
 
 def test_a_spread_depends_on_the_guess_and_is_bounded() -> None:
@@ -79,14 +112,14 @@ def test_a_spread_depends_on_the_guess_and_is_bounded() -> None:
     extreme = relative_spread(torch.tensor([[1e4], [-1e4]]), torch.tensor([[1.0], [0.0], [0.0]]))
     torch.testing.assert_close(extreme, torch.tensor([[high], [low]]))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        model, condition = informed_model("ridge_5x5_spread"), torch.randn(2, 9, 12)
+        model, condition = informed_model("ridge_context_spread"), torch.randn(2, 9, 12)
         start = model.source_distribution(condition)
     assert start.mean is not None and start.std is not None and start.std.shape == (2, 9, 8)
     expected = model.source_std * relative_spread(start.mean, model.source_spread)
     assert torch.equal(start.std, expected) and start.std.std(dim=1).min() > 0.01
 
 
-@pytest.mark.parametrize("source", ["ridge", "ridge_3x3", "ridge_5x5", "ridge_5x5_spread"])
+@pytest.mark.parametrize("source", ["ridge", "ridge_3x3", "ridge_context", "ridge_context_spread"])
 def test_a_new_model_samples_the_ridge_and_its_gaussian_residual(source: str) -> None:
     """Before any training the head puts out zero: the one-call estimate is R(c), samples are R + s eps."""
     model = informed_model(source)
@@ -124,7 +157,7 @@ def test_the_network_sees_the_guess_beside_the_point() -> None:
     assert not hasattr(BLIP3oDiTModel(tiny_config()).dit, "guess_embedder")  # BLIP3-o's own network has none
 
 
-@pytest.mark.parametrize("source", ["ridge_3x3", "ridge_5x5_spread"])
+@pytest.mark.parametrize("source", ["ridge_3x3", "ridge_context_spread"])
 def test_sampling_follows_the_network_that_was_trained(source: str) -> None:
     """v(y, t) is what `forward` says at x = R(c) + s y, with and without guidance."""
     model = informed_model(source)
@@ -148,7 +181,7 @@ def test_sampling_follows_the_network_that_was_trained(source: str) -> None:
 
 
 def test_the_source_is_saved_with_the_model(tmp_path: Path) -> None:
-    model = informed_model("ridge_5x5_spread")
+    model = informed_model("ridge_context_spread")
     randomize(model)
     eva = torch.randn(2, 9, 12)
     expected = model.generate(eva, num_inference_steps=3)
@@ -171,7 +204,7 @@ def test_wrong_shapes_are_refused() -> None:
         FlowMatchingConfig(source="ridge", source_components=2)
 
 
-@pytest.mark.parametrize("source", ["ridge", "ridge_3x3", "ridge_5x5"])
+@pytest.mark.parametrize("source", ["ridge", "ridge_3x3", "ridge_context"])
 def test_the_fit_finds_the_regression_and_its_residual(source: str) -> None:
     data = LinearGaussian(num_samples=2000, num_tokens=9, condition_dim=6, target_dim=5)
     sizes = dict(num_tokens=9, condition_dim=6, target_dim=5)

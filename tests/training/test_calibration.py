@@ -354,10 +354,10 @@ def test_generation_with_another_scale_is_another_generation(
     assert differences(request, {"sampling": {"solver": "euler", "noise_scale": 0.9}})
 
 
-@pytest.mark.parametrize("source", ["noise", "ridge", "ridge_5x5_spread"])
+@pytest.mark.parametrize("source", ["noise", "ridge", "ridge_context_spread"])
 def test_the_scale_is_of_the_noise_alone(source: str) -> None:
     """An untrained network of the preconditioned kind carries x_0 = R(c) + s eps to nearly itself."""
-    components = 2 if source == "ridge_5x5_spread" else 0
+    components = 2 if source == "ridge_context_spread" else 0
     flow = dict(source=source, source_components=components, prediction_type="v_prediction")
     model = BLIP3oDiTModel(tiny_config(flow_matching=flow)).eval()
     eva = torch.randn(3, 9, 12)

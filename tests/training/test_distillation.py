@@ -120,7 +120,7 @@ def test_a_student_learns_to_do_in_one_call_what_its_teacher_does_in_many(tmp_pa
 def test_the_trainer_gives_the_bits_of_a_plain_loop(tmp_path: Path) -> None:
     """Each step has a batch of a shuffled pass, whose rest is left out, and noise by (seed, step, sample)."""
     store = write_linear_store(tmp_path / "s")
-    flow = dict(source="ridge_5x5_spread", source_components=2, prediction_type="preconditioned")
+    flow = dict(source="ridge_context_spread", source_components=2, prediction_type="preconditioned")
     teacher = BLIP3oDiTModel(tiny_config(flow_matching=flow)).eval()
     randomize(teacher, scale=0.15)
     config = DistillationConfig(

@@ -36,7 +36,7 @@ from tests.helpers.training import config_for, same
 # Samples with the same last two digits are a group.
 GROUPS = dict(split_by="group", group_pattern=r"^sample-\d*?(\d?\d)$")
 EVERYTHING: dict[str, Any] = dict(
-    save_steps=2, max_steps=4, eval_steps=100, eval_samples=0, source="ridge_5x5_spread", **GROUPS
+    save_steps=2, max_steps=4, eval_steps=100, eval_samples=0, source="ridge_context_spread", **GROUPS
 )
 
 
@@ -57,7 +57,7 @@ def deviation(trainer: BLIP3oTrainer, data: Any, *, training: bool) -> float:
         return float(trainer.flow_batch(batch, training=training).sample.x_1.square().mean().sqrt())
 
 
-@pytest.mark.parametrize(("source", "within"), [("ridge_3x3", 0.05), ("ridge_5x5_spread", 0.12)])
+@pytest.mark.parametrize(("source", "within"), [("ridge_3x3", 0.05), ("ridge_context_spread", 0.12)])
 def test_training_meets_residuals_as_large_as_new_samples_leave(
     store: EmbeddingStore, tmp_path: Path, source: str, within: float
 ) -> None:
@@ -167,7 +167,7 @@ def test_one_sample_has_one_map(store: EmbeddingStore) -> None:
     model, _ = fitted(store, "ridge", 100)
     arguments, folds = fit_source(model, store, np.array([4]), max_samples=10, seed=0)
     assert folds is None and all(torch.isfinite(v).all() for v in arguments.values() if v is not None)
-    alone = fitted(store, "ridge_5x5_spread", 100)[0]
+    alone = fitted(store, "ridge_context_spread", 100)[0]
     arguments, folds = fit_source(alone, store, np.array([4]), max_samples=10, seed=0)
     assert folds is None and all(torch.isfinite(v).all() for v in arguments.values() if v is not None)
     two = fit_source(model, store, np.array([4, 9]), max_samples=10, seed=0)[1]
@@ -192,7 +192,7 @@ class Uneven(TransformedEmbeddings):
 
 def test_the_spread_follows_what_the_targets_do(store: EmbeddingStore) -> None:
     data = Uneven(store)
-    model, folds = fitted(data, "ridge_5x5_spread", 100)
+    model, folds = fitted(data, "ridge_context_spread", 100)
     index = folds.samples.tolist()
     condition, clip = data.fetch(index)
     start = folds.source_distribution(model, condition, index)
@@ -211,7 +211,7 @@ def test_the_spread_follows_what_the_targets_do(store: EmbeddingStore) -> None:
 
 
 def test_a_samples_spread_is_by_the_maps_of_its_fold(store: EmbeddingStore) -> None:
-    model, folds = fitted(Uneven(store), "ridge_5x5_spread", 60)
+    model, folds = fitted(Uneven(store), "ridge_context_spread", 60)
     assert folds.spread is not None and (folds.spread - folds.spread[0])[1:].abs().amax(dim=(1, 2)).min() > 0
     index = [*range(10, 110), 3]
     condition = store.fetch(index)[0]
@@ -235,7 +235,7 @@ def test_the_least_deviation_follows_the_targets(store: EmbeddingStore, scale: f
 
     exact = Exact(store, lambda eva: eva, lambda clip: clip)
     model, _ = fitted(exact, "ridge", 100)
-    predicting, _ = fitted(exact, "ridge_5x5_spread", 100)
+    predicting, _ = fitted(exact, "ridge_context_spread", 100)
     spread = predicting.source_distribution(exact.fetch(range(5))[0]).std
     assert torch.isfinite(predicting.source_spread).all() and spread is not None and spread.min() > 0
     targets = exact.fetch(range(10, 110))[1].std(dim=(0, 1))

@@ -36,7 +36,7 @@ RECIPE: dict[str, Any] = dict(
     sigma_min=1e-3,
     solver="heun",
     num_inference_steps=3,
-    source="ridge_5x5_spread",
+    source="ridge_context_spread",
 )
 
 
@@ -167,7 +167,7 @@ def changed(model: Path, folder: Path, change: Callable[[dict[str, Any]], None])
 def test_settings_that_are_not_the_weights_are_refused_with_both_values(
     model: Path, new: EmbeddingStore, tmp_path: Path
 ) -> None:
-    there = r"model_dim is 16 there, 64 was given; source is 'ridge_5x5_spread' there"
+    there = r"model_dim is 16 there, 64 was given; source is 'ridge_context_spread' there"
     with pytest.raises(ValueError, match=there):
         resolved(model, new, tmp_path / "out", model_dim=64, source="noise")
     with pytest.raises(ValueError, match=r"prediction_type is 'preconditioned' there, 'v_prediction' was"):

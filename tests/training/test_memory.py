@@ -66,7 +66,7 @@ def kept_for_backward(
 def test_a_predicted_spread_takes_a_number_for_each_of_a_target() -> None:
     plain, predicted = (
         Activations(tiny_config(flow_matching=flow), 8, condition_tokens=9, bytes_each=4, device=CPU).ends()
-        for flow in ({}, {"source": "ridge_5x5_spread", "source_components": 2})
+        for flow in ({}, {"source": "ridge_context_spread", "source_components": 2})
     )
     assert predicted - plain == 4 * 8 * 9 * 8
 

@@ -16,9 +16,7 @@ SCHEDULE_TYPES = tuple(PATHS)
 PREDICTION_TYPES = tuple(PREDICTIONS)
 SOLVER_NAMES = tuple(SOLVERS)
 TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
-# By name, the side of the square of condition tokens that a source's regression sees.
-SOURCE_SIZES = {"noise": 0, "ridge": 1, "ridge_3x3": 3, "ridge_5x5": 5, "ridge_5x5_spread": 5}
-SOURCES = tuple(SOURCE_SIZES)
+SOURCES = ("noise", "ridge", "ridge_3x3", "ridge_context", "ridge_context_spread")
 ANY_STEPS = "any"
 
 
@@ -32,9 +30,9 @@ class FlowMatchingConfig:
     Args:
         sigma_min, sigma_max: noise at t = 1 and at t = 0; 0 <= sigma_min < sigma_max.
         source: what the path starts from. "noise" is N(0, I). The others are informed: a ridge regression
-            from the condition token or a square of them, plus noise of its residual's deviation (see
-            `AffineSource`); the last one predicts that deviation too.
-        source_components: principal components of a neighbour that a source with neighbours uses, or 0.
+            from the condition token, it and its neighbours, or all that is around it, plus noise of its
+            residual's deviation (see `AffineSource`); the last one predicts that deviation too.
+        source_components: principal components of other tokens that a source with neighbours uses, or 0.
         condition_dropout: probability with which training replaces a sample's condition by the null
             condition; classifier-free guidance needs it above zero. BLIP3-o uses 0.1.
         student_steps: for a distilled model the number of Euler steps it was trained for: its velocity is the
@@ -65,8 +63,8 @@ class FlowMatchingConfig:
         check_name("source", self.source, SOURCES)
         if self.student_steps != ANY_STEPS:
             check_integer("student_steps", self.student_steps, 0)
-        check_integer("source_components", self.source_components, int(self.source_size > 1))
-        if self.source_size <= 1 and self.source_components:
+        check_integer("source_components", self.source_components, int(self.sees_neighbours))
+        if self.source_components and not self.sees_neighbours:
             raise ValueError(
                 f"source_components: expected 0 for source {self.source!r}, found {self.source_components}"
             )
@@ -87,14 +85,19 @@ class FlowMatchingConfig:
         return PREDICTIONS[self.prediction_type]
 
     @property
-    def source_size(self) -> int:
-        """Side of the square of condition tokens around a position that the source's mean depends on."""
-        return SOURCE_SIZES[self.source]
+    def sees_neighbours(self) -> bool:
+        """Whether the source's mean depends on more than the token at a position."""
+        return self.source not in ("noise", "ridge")
 
     @property
     def predicts_spread(self) -> bool:
         """Whether the source's deviation depends on its mean (`ridge.relative_spread`)."""
-        return self.source == "ridge_5x5_spread"
+        return self.source.endswith("_spread")
+
+    @property
+    def sees_context(self) -> bool:
+        """Whether the source's mean depends on all of `ridge.context_features`."""
+        return self.source.startswith("ridge_context")
 
     @property
     def fixed_sampling(self) -> tuple[str, int] | None:

@@ -31,7 +31,7 @@ from blip3o_dit.model.inputs import check_forward, conditions_of_data
 from blip3o_dit.model.layers import without_autocast
 from blip3o_dit.model.loading import StrictPreTrainedModel
 from blip3o_dit.model.transformer import NextDiT
-from blip3o_dit.ridge import relative_spread, source_features
+from blip3o_dit.ridge import context_sizes, relative_spread, source_features
 from blip3o_dit.utils.stateless_random import draw_names, normal_of
 from blip3o_dit.utils.validation import (
     check_compiler,
@@ -97,13 +97,15 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
 
     def _register_source(self, config: BLIP3oDiTConfig) -> None:
         """Buffers of the informed source; an unfitted one is pure noise."""
-        width, neighbours = config.eva_embedding_size, config.flow.source_components
-        features = width + (config.flow.source_size**2 - 1) * neighbours
+        width, components, flow = config.eva_embedding_size, config.flow.source_components, config.flow
+        features = width + 8 * components
+        if flow.sees_context:
+            features = sum(context_sizes(width, components, config.num_tokens))
         self.register_buffer("source_weight", torch.zeros(features, config.in_channels))
         self.register_buffer("source_bias", torch.zeros(config.in_channels))
         self.register_buffer("source_std", torch.ones(config.in_channels))
-        if neighbours:
-            self.register_buffer("source_components", torch.zeros(width, neighbours))
+        if components:
+            self.register_buffer("source_components", torch.zeros(width, components))
         if config.flow.predicts_spread:
             self.register_buffer("source_spread", torch.zeros(2 * config.in_channels + 1, config.in_channels))
 
@@ -213,8 +215,8 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
     ) -> None:
         """Store a ridge regression in the network's units, and its residual's deviation per channel.
 
-        Shapes: weight [F, C] (`source_features`), bias [C], std [C], components [C_eva, r] for r neighbour
-        components, spread [2 C + 1, C] for a source that predicts it (`relative_spread`).
+        Shapes: weight [F, C] (`source_features`), bias [C], std [C], components [C_eva, r] of other
+        tokens, spread [2 C + 1, C] for a source that predicts it (`relative_spread`).
         """
         self._fill_buffers("source", weight=weight, bias=bias, std=std)
         more = {"components": components, "spread": spread}
@@ -243,7 +245,7 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         """What the source's mean is linear in, [B, N, F], of normalised float32 conditions [B, L, C_eva]."""
         flow = self.config.flow
         components = self.source_components if flow.source_components else None
-        return source_features(condition, components, flow.source_size)
+        return source_features(condition, components, flow.sees_context)
 
     def record_generation(self) -> None:
         """On a GPU, launch all kernels of a generation together, from its second batch of a size on."""

@@ -15,7 +15,6 @@ from blip3o_dit.flow.config import (
     PREDICTION_TYPES,
     SCHEDULE_TYPES,
     SOLVER_NAMES,
-    SOURCE_SIZES,
     SOURCES,
     TIME_DISTRIBUTIONS,
     FlowMatchingConfig,
@@ -203,7 +202,9 @@ class TrainingConfig:
     schedule_type: str = setting("linear", "path from noise to data", choices=SCHEDULE_TYPES)
     regularization_weight: float = setting(0.0, "weight of the mean square of the network output")
     cfg_dropout: float = setting(0.1, "probability of training without the condition (guidance)")
-    source: str = setting("ridge_3x3", "what the path starts from: noise, or a ridge guess", choices=SOURCES)
+    source: str = setting(
+        "ridge_context", "what the path starts from: noise, or a ridge guess", choices=SOURCES
+    )
     source_samples: int = setting(
         10000, "most training samples that the ridge source is fitted on", check=_at_least_1
     )
@@ -419,15 +420,13 @@ class TrainingConfig:
         self, *, num_tokens: int = 1, condition_dim: int = 1, target_dim: int = 1
     ) -> FlowMatchingConfig:
         """The flow part of the flags, for data of these sizes."""
-        from blip3o_dit.ridge import neighbour_components
+        from blip3o_dit.ridge import source_components
 
         shift = self.time_shift or (num_tokens * target_dim / SHIFT_REFERENCE) ** 0.5
-        size = SOURCE_SIZES[self.source]
-        components = neighbour_components(condition_dim, size) if size > 1 else 0
         same = {f.name: getattr(self, f.name) for f in fields(FlowMatchingConfig) if hasattr(self, f.name)}
         resolved = {
             "condition_dropout": self.cfg_dropout,
-            "source_components": components,
+            "source_components": source_components(self.source, condition_dim),
             "time_shift": shift,
         }
         return FlowMatchingConfig(**(same | resolved))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +29,10 @@ from blip3o_dit.ridge import (
     SPREAD_BOUNDS,
     USUAL_PENALTY,
     Moments,
+    context_sizes,
     principal_components,
     relative_spread,
+    search_penalties,
     search_penalty,
     source_features,
     spread_features,
@@ -178,14 +180,16 @@ def fit_source(
     chosen = choose_samples(train, max_samples=max_samples, seed=seed)
     numbers = group_ranks(chosen, groups) % FOLDS
     folds = [np.sort(chosen[numbers == fold]) for fold in range(numbers.max() + 1)]
-    components, size = None, model.config.flow.source_size
-    if model.config.flow.source_components:
-        components = principal_components(seen, np.sort(chosen), AT_ONCE, size)[1].float()
-    rows = _Rows(seen, components, size, chosen[:1])
+    components, flow = None, model.config.flow
+    if kept := flow.source_components:
+        ordered = flow.sees_context
+        components = principal_components(seen, np.sort(chosen), AT_ONCE, kept, ordered=ordered)[1].float()
+    rows = _Rows(seen, lambda eva: source_features(eva, components, flow.sees_context), chosen[:1])
     parts = [rows.moments(fold) for fold in folds]
     total = _merged(parts)
 
-    final, unseen = _cross_fitted(total, parts)
+    sizes = context_sizes(source.condition_dim, kept, source.num_tokens) if flow.sees_context else None
+    final, unseen = _cross_fitted(total, parts, sizes)
     weight, bias = rows.plain(final)
     deviation = _deviation(total, parts, unseen)
     spread, spreads = None, None
@@ -214,8 +218,8 @@ def fit_source(
 class _Rows:
     """Features [F] and targets [C] of tokens, about origins near the data: see `Moments`."""
 
-    def __init__(self, seen: Embeddings, components: Tensor | None, size: int, first: np.ndarray) -> None:
-        self.seen, self.components, self.size = seen, components, size
+    def __init__(self, seen: Embeddings, features: Callable[[Tensor], Tensor], first: np.ndarray) -> None:
+        self.seen, self.features = seen, features
         self.origins = [rows.mean(dim=0) for rows in self._read(first)]
 
     def moments(self, samples: np.ndarray) -> Moments:
@@ -241,8 +245,7 @@ class _Rows:
 
     def _read(self, samples: np.ndarray) -> tuple[Tensor, Tensor]:
         eva, clip = self.seen.fetch(samples)
-        features = source_features(eva, self.components, self.size)
-        return features.flatten(0, 1).double(), clip.flatten(0, 1).double()
+        return self.features(eva).flatten(0, 1).double(), clip.flatten(0, 1).double()
 
 
 def _merged(parts: list[Moments]) -> Moments:
@@ -252,15 +255,22 @@ def _merged(parts: list[Moments]) -> Moments:
     return total
 
 
-def _cross_fitted(total: Moments, parts: list[Moments]) -> tuple[Solution, list[Solution]]:
+def _cross_fitted(
+    total: Moments, parts: list[Moments], sizes: Sequence[int] | None = None
+) -> tuple[Solution, list[Solution]]:
     """The map of all parts, and for each the one of the others; of a single one the same.
 
-    The first part chooses the penalty.
+    The first part chooses the penalty, and one for each group of features where their `sizes` are given.
     """
     if len(parts) == 1:
         final = total.solve(USUAL_PENALTY)
         return final, [final]
-    penalty, without_first = search_penalty(total.without(parts[0]), parts[0])
+    rest = total.without(parts[0])
+    penalty: float | Tensor
+    if sizes is None:
+        penalty, without_first = search_penalty(rest, parts[0])
+    else:
+        penalty, without_first = search_penalties(rest, parts[0], sizes)
     others = [total.without(part).solve(penalty) for part in parts[1:]]
     return total.solve(penalty), [without_first, *others]
 
