@@ -2,8 +2,8 @@
 
 For each data set and seed: the paper's recipe and the default one, measured on held-out samples at several
 steps with the weights that inference would use; the default recipe once more with a schedule of 200 steps;
-each part of the recipe changed alone; then, with the trained model, quality against network calls and
-students of 1 and 4 calls. R2 is that of the one-call estimate; the energy score is that of
+each part of the recipe changed alone; then, with the trained model, quality against network calls, its
+own and those of a student. R2 is that of the one-call estimate; the energy score is that of
 four samples per condition. Ridge (as a sampler with a Gaussian residual) stands beside them.
 
 Rows are appended to a file of JSON lines; `python -m benchmarks quality-table FILE` makes table and figure.
@@ -16,7 +16,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
@@ -77,7 +77,7 @@ BATCH_SIZES = {"modes": 128}
 CALLS = {"euler": (1, 2, 4, 8, 50), "midpoint": (2, 4, 8, 50), "heun": (4, 8, 50)}
 # From the benchmark's own up, and how often a run is measured for steps and seconds to a quality.
 RATES, EVERY = (1.5e-3, 4.5e-3, 1.35e-2), 50
-STUDENTS = (("direct", 1), ("progressive", 1), ("direct", 4))
+STUDENT_CALLS = (1, 2, 4, 8)
 DISTILLATION_STEPS = 300
 MEASURED = EvaluationConfig(batch_size=128, draw_samples=128, bootstrap=20, half_samples=2)
 HELD_OUT = 256
@@ -232,42 +232,13 @@ def mode_coverage(
     }
 
 
-def direct(
-    teacher: BLIP3oDiTModel, data: MemorySource, train: np.ndarray, steps: int, batch_size: int
+def student_of(
+    teacher: BLIP3oDiTModel, data: MemorySource, train: np.ndarray, batch_size: int
 ) -> BLIP3oDiTModel:
-    """What `blip3o-dit distill` does: the teacher's whole path cut into `steps` pieces."""
+    """What `blip3o-dit distill` teaches."""
     config = DistillationConfig(
-        steps=steps, train_steps=DISTILLATION_STEPS, teacher_steps=4, batch_size=batch_size
+        steps=1, train_steps=DISTILLATION_STEPS, teacher_steps=8, batch_size=batch_size
     )
-    return _taught(teacher, data, train, config)
-
-
-def progressive(
-    teacher: BLIP3oDiTModel, data: MemorySource, train: np.ndarray, steps: int, batch_size: int
-) -> BLIP3oDiTModel:
-    """Progressive distillation (Salimans and Ho, arXiv 2202.00512): each student halves its teacher's steps.
-
-    As many optimizer steps in all as `direct`, each on as many lessons.
-    """
-    stages = [count for count in (8, 4, 2, 1) if count >= steps]
-    for count in stages:
-        config = DistillationConfig(
-            steps=count,
-            train_steps=DISTILLATION_STEPS // len(stages),
-            teacher_solver="euler",
-            teacher_steps=2 * count,
-            batch_size=max(1, batch_size * steps // count),
-        )
-        teacher = _taught(teacher, data, train, config)
-    return teacher
-
-
-METHODS: dict[str, Callable[..., BLIP3oDiTModel]] = {"direct": direct, "progressive": progressive}
-
-
-def _taught(
-    teacher: BLIP3oDiTModel, data: MemorySource, train: np.ndarray, config: DistillationConfig
-) -> BLIP3oDiTModel:
     with tempfile.TemporaryDirectory() as folder:
         run = TrainingConfig(output_dir=folder, device="cpu")
         trainer = train_student(teacher, data, train, config, run)
@@ -279,18 +250,19 @@ def _taught(
 def few_calls(
     model: BLIP3oDiTModel, data: MemorySource, truth: ReferenceSet, batch_size: int
 ) -> Iterator[Row]:
-    """Quality against network calls for each solver, then that of students."""
+    """Quality against network calls for each solver, then that of a student."""
     for solver, counts in CALLS.items():
         for calls in counts:
             found = measure_model(model, truth, calls=calls, solver=solver)
             yield {"kind": "calls", "recipe": solver, "calls": calls, **found}
     train = np.flatnonzero(~data.held_out)
-    for name, steps in STUDENTS:
-        started = time.monotonic()
-        student = METHODS[name](model, data, train, steps, batch_size)
-        row = {"kind": "student", "recipe": name, "calls": steps, "seconds": time.monotonic() - started}
-        row |= measure_model(student, truth, calls=steps, solver="euler")
-        yield row | (mode_coverage(student, data, calls=steps) if isinstance(data, Modes) else {})
+    started = time.monotonic()
+    student = student_of(model, data, train, batch_size)
+    seconds = time.monotonic() - started
+    for calls in STUDENT_CALLS:
+        row = {"kind": "student", "recipe": "any steps", "calls": calls, "seconds": seconds}
+        row |= measure_model(student, truth, calls=calls, solver="euler")
+        yield row | (mode_coverage(student, data, calls=calls) if isinstance(data, Modes) else {})
 
 
 def rows_of(set_name: str, arguments: argparse.Namespace) -> Iterator[Row]:

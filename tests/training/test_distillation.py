@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
 import signal
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from blip3o_dit.cli.command import INPUT_OUTPUT, STOPPED
 from blip3o_dit.cli.main import main
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.flow.config import FlowMatchingConfig
-from blip3o_dit.flow.path import make_path
+from blip3o_dit.flow.path import expand_times, make_path, step_ends, time_grid
 from blip3o_dit.flow.predictions import convert_prediction
-from blip3o_dit.flow.solvers import integrate
+from blip3o_dit.flow.solvers import Velocity, integrate
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.loading import EMA_FILE
@@ -34,10 +34,10 @@ from blip3o_dit.training.curves import CURVES_FILE, LOG_FILE, read_log
 from blip3o_dit.training.distillation import _samples_seen, distill, train_student
 from blip3o_dit.training.distillation_config import DISTILLATION_CONFIG_FILE, DistillationConfig
 from blip3o_dit.training.ema import ExponentialMovingAverage
-from blip3o_dit.training.student import StudentTrainer, student_of, trajectory_targets
+from blip3o_dit.training.student import StudentTrainer, student_of, teacher_path, whole_and_random
 from blip3o_dit.utils import atomic
 from blip3o_dit.utils.checksums import verify
-from blip3o_dit.utils.stateless_random import stateless_normal, stateless_permutation
+from blip3o_dit.utils.stateless_random import stateless_normal, stateless_permutation, stateless_uniform
 from tests.conftest import randomize, tiny_config
 from tests.helpers.curves import curves_drawn
 from tests.helpers.forks import forked
@@ -54,30 +54,46 @@ def taught(
     )
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4])
-def test_lessons_are_average_velocities_along_the_teachers_path(steps: int) -> None:
-    """dx/dt = x: x(t) = x_0 e^t, so each lesson is (e^t1 - e^t0) / (t1 - t0) x_0."""
-    x_0 = torch.randn(5, 3)
-    targets = trajectory_targets(lambda x, t: x, x_0, student_steps=steps, teacher_steps=40)
-    assert len(targets) == steps
-    for k, target in enumerate(targets):
-        low, high = k / steps, (k + 1) / steps
-        torch.testing.assert_close(target.x_t, math.exp(low) * x_0, rtol=1e-3, atol=1e-3)
-        slope = (math.exp(high) - math.exp(low)) * steps
-        torch.testing.assert_close(target.velocity, slope * x_0, rtol=1e-3, atol=1e-3)
-        assert target.t.tolist() == pytest.approx([low] * 5)
+def gaussian_flow(mean: float, deviation: float) -> tuple[Velocity, Callable[..., torch.Tensor]]:
+    """Of paths from N(0, 1) to N(mean, deviation^2): the velocity, and x(t) = t mean + d(t) x_0."""
+
+    def spread(t: torch.Tensor) -> torch.Tensor:
+        return ((t * deviation) ** 2 + (1 - t) ** 2).sqrt()
+
+    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        t = expand_times(t, x)
+        return mean + (t * deviation**2 - (1 - t)) / spread(t) ** 2 * (x - t * mean)
+
+    return velocity, lambda x_0, t: t * mean + spread(t) * x_0
 
 
-def test_a_student_of_euler_steps_that_says_its_lessons_is_the_teacher() -> None:
-    x = x_0 = torch.randn(4, 3)
-    targets = trajectory_targets(
-        lambda x, t: torch.sin(3 * t)[:, None] * x, x_0, student_steps=3, teacher_steps=50, time_shift=2.0
-    )
-    times = [float(target.t[0]) for target in targets] + [1.0]
-    for target, start, end in zip(targets, times[:-1], times[1:], strict=True):
-        x = x + (end - start) * target.velocity
-    expected = x_0 * math.exp((1 - math.cos(3)) / 3)
-    torch.testing.assert_close(x, expected, rtol=1e-3, atol=1e-3)
+@pytest.mark.parametrize("shift", [1.0, 2.0])
+def test_lessons_are_average_velocities_along_the_teachers_path(shift: float) -> None:
+    """The whole of each path and a random piece, all pieces as often as each other."""
+    velocity, exact = gaussian_flow(mean=0.7, deviation=0.3)
+    x_0, grid = torch.randn(10, 3), time_grid(4, shift)
+    points = teacher_path(velocity, x_0, time_grid(160, shift))[::40]
+    pieces = whole_and_random(points, grid, (torch.arange(10) + 0.5) / 10)  # ten pieces between five times
+    assert pieces.t[:10].tolist() == [0.0] * 10 and pieces.end[:10].tolist() == [1.0] * 10
+    drawn = set(zip(pieces.t[10:].tolist(), pieces.end[10:].tolist(), strict=True))
+    assert drawn == set(combinations(grid.tolist(), 2))
+    t, end = pieces.t[:, None], pieces.end[:, None]
+    before, after = exact(x_0.repeat(2, 1), t), exact(x_0.repeat(2, 1), end)
+    torch.testing.assert_close(pieces.x_t, before, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(pieces.velocity, (after - before) / (end - t), rtol=2e-3, atol=2e-3)
+
+
+def test_a_students_network_says_at_first_what_its_teachers_does() -> None:
+    teacher = BLIP3oDiTModel(tiny_config()).eval()
+    randomize(teacher, scale=0.15)
+    student = student_of(teacher, 1)
+    x, condition, t = torch.randn(2, 9, 8), torch.randn(2, 9, 12), torch.tensor([0.0, 0.5])
+    with torch.no_grad():
+        expected, found = teacher(x, t, condition), student(x, t, condition, step_end=t + 0.5)
+        torch.testing.assert_close(found, expected)
+        randomize(student, scale=0.15)
+        ends = [student(x, t, condition, step_end=t + length) for length in (0.1, 0.5)]
+    assert not torch.allclose(*ends)
 
 
 def test_a_student_learns_to_do_in_one_call_what_its_teacher_does_in_many(tmp_path: Path) -> None:
@@ -112,6 +128,7 @@ def test_the_trainer_gives_the_bits_of_a_plain_loop(tmp_path: Path) -> None:
     )
     trainer = taught(teacher, store, config, tmp_path / "student")
     model = student_of(teacher, 2).train()
+    assert trainer.noise.stream == "distillation"
     average = ExponentialMovingAverage(model, 0.999)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, 2, 7)
@@ -119,7 +136,8 @@ def test_the_trainer_gives_the_bits_of_a_plain_loop(tmp_path: Path) -> None:
         order = stateless_permutation(48, seed=3, stream="distillation order", counter=step // 2)
         index = order[20 * (step % 2) :][:20]
         noise = stateless_normal(index.tolist(), (9, 8), seed=3, stream="distillation noise", counter=step)
-        loss = trainer._loss(model, {"eva": store.fetch(index)[0], "noise": noise})
+        u_time = stateless_uniform(index.tolist(), seed=3, stream="distillation time", counter=step)
+        loss = trainer._loss(model, {"eva": store.fetch(index)[0], "noise": noise, "u_time": u_time})
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -161,9 +179,11 @@ def test_the_command(
     assert student.model.config.default_steps == 2 and student.weights == "ema"
     assert student.generate(torch.randn(2, 9, 12)).shape == (2, 9, 8)
     assert student.evaluate_model(store.path, progress=False)["r2"] < 1
-    for asked in ({"num_inference_steps": 4}, {"solver": "heun"}, {"solver": "dopri5"}):
-        with pytest.raises(ValueError, match="expected 2 with solver euler, which this model was taught"):
-            student.generate(torch.randn(2, 9, 12), **asked)
+    few, many = (student.generate(torch.zeros(2, 9, 12), num_inference_steps=n) for n in (1, 5))
+    assert few.shape == many.shape and not np.allclose(few, many)
+    for solver in ("heun", "dopri5"):
+        with pytest.raises(ValueError, match="expected any with solver euler, which this model was taught"):
+            student.generate(torch.randn(2, 9, 12), solver=solver)
     with pytest.raises(ValueError, match="guidance_scale: expected 1"):
         student.generate(torch.randn(2, 9, 12), guidance_scale=2.0)
     with curves_drawn():
@@ -184,7 +204,7 @@ def test_what_cannot_be_done_is_refused_before_the_work(
     refused = {
         "expected a model folder": [str(tmp_path / "none"), "--steps", "1"],
         "steps: expected at least 1, found 0": [str(teacher), "--steps", "0"],
-        "expected a teacher that is not distilled, found a student of 2 steps": whole_command,
+        "expected a teacher that is not distilled, found a student of any steps": whole_command,
         "expected a teacher that does not predict the noise, found epsilon": [str(noise), "--steps", "1"],
         "expected another folder than the teacher's": [
             *(str(teacher), "--steps", "1", "--overwrite_output_dir", "--output_dir", str(teacher)),
@@ -420,7 +440,7 @@ def test_a_student_is_evaluated_by_its_own_steps(
     assert main(["evaluate", str(model), str(store.path), "--compare", str(student), *quick]) == 0
     found = json.loads((model / "metrics.json").read_text())
     points = found["curve"]["teacher-1-steps"]
-    assert [(point["solver"], point["network_calls"]) for point in points] == [("euler", 1)]
+    assert [(point["solver"], point["network_calls"]) for point in points] == [("euler", 2)]
     (described,) = (method for method in found["methods"] if method["name"] == "teacher-1-steps")
     assert described["cost"]["network_calls"] == 1 and "best_guess" not in described["metrics"]
 
@@ -428,14 +448,24 @@ def test_a_student_is_evaluated_by_its_own_steps(
 @pytest.mark.parametrize("steps", [1, 2, 4])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_a_student_that_adds_nothing_samples_the_gaussian_in_few_steps(steps: int, shift: float) -> None:
-    flow = FlowMatchingConfig(
-        prediction_type="preconditioned", student_steps=steps, time_shift=shift, sigma_min=0.0
-    )
-    path, noise = make_path(flow), torch.randn(5, 3)
+    flow = FlowMatchingConfig(prediction_type="preconditioned", time_shift=shift, sigma_min=0.0)
+    path, grid, noise = make_path(flow), time_grid(steps, shift), torch.randn(5, 3)
 
     def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        zero = torch.zeros_like(x)
-        return convert_prediction(zero, x, t, path, from_type="preconditioned", to_type="v_prediction")
+        types = {"from_type": "preconditioned", "to_type": "v_prediction"}
+        return convert_prediction(torch.zeros_like(x), x, t, path, end=step_ends(t, grid), **types)
 
     x = integrate(velocity, noise, num_steps=steps, solver="euler", time_shift=shift)
     torch.testing.assert_close(x, noise, rtol=1e-4, atol=1e-4)  # the flow of N(0, I) onto itself
+
+
+def test_a_student_of_an_older_version_takes_its_own_steps() -> None:
+    flow = {"prediction_type": "preconditioned", "student_steps": 2, "condition_dropout": 0.0}
+    model = BLIP3oDiTModel(tiny_config(flow_matching=flow, default_steps=2)).eval()
+    randomize(model, scale=0.15)
+    assert model.dit.step_embedder is None
+    assert model.generate(torch.randn(2, 9, 12)).shape == (2, 9, 8)
+    with pytest.raises(
+        ValueError, match="expected 2 with solver euler, which this model was taught, found 4"
+    ):
+        model.generate(torch.randn(2, 9, 12), num_inference_steps=4)

@@ -75,7 +75,7 @@ class ModelSampler:
 
     def predict_mean(self, eva: Tensor, indices: Sequence[int]) -> Tensor | None:
         flow = self.model.config.flow
-        if flow.fixed_sampling is not None or not flow.prediction.gives_mean_at_noise:
+        if flow.student_steps or not flow.prediction.gives_mean_at_noise:
             return None
         return self.model.predict_mean(eva, seed=self.seed, sample_index=indices).cpu()
 

@@ -151,14 +151,15 @@ def quality_curve(
 
 def curve_settings(sampler: ModelSampler, config: EvaluationConfig) -> list[tuple[str, int]]:
     """Solver and network calls of each point of a model's curve."""
-    fixed = sampler.model.config.flow.fixed_sampling
-    if fixed is not None:
-        return [fixed]
+    flow = sampler.model.config.flow
+    if flow.fixed_sampling is not None:
+        return [flow.fixed_sampling]
     return [
         (name, count)
         for name, solver in SOLVERS.items()
         for count in config.curve_calls
         if count >= solver.calls_per_step and count % solver.calls_per_step == 0
+        if name == "euler" or not flow.student_steps
     ]
 
 

@@ -17,6 +17,7 @@ PREDICTION_TYPES = tuple(PREDICTIONS)
 SOLVER_NAMES = tuple(SOLVERS)
 TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
 SOURCES = ("noise", "ridge", "ridge_3x3", "ridge_context", "ridge_context_spread")
+ANY_STEPS = "any"
 
 
 def source_on(source: str, num_tokens: int) -> str:
@@ -40,7 +41,7 @@ class FlowMatchingConfig:
         condition_dropout: probability with which training replaces a sample's condition by the null
             condition; classifier-free guidance needs it above zero. BLIP3-o uses 0.1.
         student_steps: for a distilled model the number of Euler steps it was trained for: its velocity is the
-            average over such a step. 0 for every other model.
+            average over such a step. "any": it is told where its step ends. 0 for every other model.
         noise_scale: sampling starts from so many times the noise that training starts from; what calibration
             fits (see `training/calibration.py`). Training and what one call says of the mean leave it out.
 
@@ -60,12 +61,13 @@ class FlowMatchingConfig:
     time_mean: float = 0.0
     time_std: float = 1.0
     time_shift: float = 1.0
-    student_steps: int = 0
+    student_steps: int | str = 0
     noise_scale: float = 1.0
 
     def __post_init__(self) -> None:
         check_name("source", self.source, SOURCES)
-        check_integer("student_steps", self.student_steps, 0)
+        if self.student_steps != ANY_STEPS:
+            check_integer("student_steps", self.student_steps, 0)
         check_integer("source_components", self.source_components, int(self.sees_neighbours))
         if self.source_components and not self.sees_neighbours:
             raise ValueError(
@@ -104,8 +106,9 @@ class FlowMatchingConfig:
 
     @property
     def fixed_sampling(self) -> tuple[str, int] | None:
-        """The solver and steps of a distilled model, which can be sampled in no other way; None: any."""
-        return ("euler", self.student_steps) if self.student_steps else None
+        """The solver and steps of a model that can be sampled in no other way; None: it takes any steps."""
+        steps = self.student_steps
+        return ("euler", steps) if steps and isinstance(steps, int) else None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FlowMatchingConfig:

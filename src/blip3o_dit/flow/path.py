@@ -53,20 +53,14 @@ class PathSample(PathPoint):
 class ProbabilityPath(ABC):
     """x_t = alpha(t) x_1 + sigma(t) eps, and its velocity; sigma_max is sigma(0), sigma_min sigma(1).
 
-    `grid` are for a distilled model the times of its steps, from 0 to 1; its velocity is the average one from
-    t to the next of them.
-
     Raises:
         ValueError: unless 0 <= sigma_min < sigma_max.
     """
 
-    def __init__(
-        self, *, sigma_min: float = 1e-4, sigma_max: float = 1.0, grid: Tensor | None = None
-    ) -> None:
+    def __init__(self, *, sigma_min: float = 1e-4, sigma_max: float = 1.0) -> None:
         check_sigmas(sigma_min, sigma_max)
         self.sigma_min = sigma_min
         self.sigma_max = sigma_max
-        self.grid = grid
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -154,10 +148,9 @@ class CosinePath(ProbabilityPath):
 PATHS: dict[str, type[ProbabilityPath]] = {"linear": LinearPath, "cosine": CosinePath}
 
 
-def make_path(config: FlowMatchingConfig, device: device | None = None) -> ProbabilityPath:
-    """The path that a configuration trains on, and that sampling must follow; its grid is on the device."""
-    grid = time_grid(config.student_steps, config.time_shift, device) if config.student_steps else None
-    return PATHS[config.schedule_type](sigma_min=config.sigma_min, sigma_max=config.sigma_max, grid=grid)
+def make_path(config: FlowMatchingConfig) -> ProbabilityPath:
+    """The path that a configuration trains on, and that sampling must follow."""
+    return PATHS[config.schedule_type](sigma_min=config.sigma_min, sigma_max=config.sigma_max)
 
 
 @dataclass(frozen=True)
@@ -246,6 +239,12 @@ def time_grid(num_steps: int, alpha: float = 1.0, device: device | None = None) 
     import torch
 
     return shift_time(torch.linspace(0.0, 1.0, num_steps + 1, device=device), alpha)
+
+
+def step_ends(t: Tensor, grid: Tensor) -> Tensor:
+    """Where the steps that begin at t end: the next times of a grid [n + 1], which has t up to rounding."""
+    passed = (grid <= t[..., None] + 1e-5).sum(dim=-1)  # as searchsorted, which ONNX does not have
+    return grid[passed.clamp(max=len(grid) - 1)]
 
 
 def expand_times(t: Tensor, like: Tensor) -> Tensor:

@@ -23,12 +23,16 @@ MIN_SCALE = 0.05
 
 @dataclass(frozen=True)
 class Position:
-    """Where a prediction is made: x_t [B, ...] and its times [B, 1, ...] on a path, float32."""
+    """Where a prediction is made: x_t [B, ...] and its times [B, 1, ...] on a path, float32.
+
+    `end`: the times [B, 1, ...] at which a distilled model's steps end.
+    """
 
     x_t: Tensor
     t: Tensor
     path: ProbabilityPath
     min_scale: float = MIN_SCALE
+    end: Tensor | None = None
 
 
 class Prediction(ABC):
@@ -114,14 +118,14 @@ class PreconditionedPrediction(VelocityPrediction):
     """
 
     def to_velocity(self, prediction: Tensor, at: Position) -> Tensor:
-        skip, out = preconditioning(at.t, at.path)
+        skip, out = preconditioning(at.t, at.path, at.end)
         return skip * at.x_t + out * prediction
 
     def to_endpoints(self, prediction: Tensor, at: Position) -> tuple[Tensor, Tensor]:
         return super().to_endpoints(self.to_velocity(prediction, at), at)
 
     def from_endpoints(self, x_1: Tensor, noise: Tensor, at: Position) -> Tensor:
-        skip, out = preconditioning(at.t, at.path)
+        skip, out = preconditioning(at.t, at.path, at.end)
         return (at.path.velocity(x_1, noise, at.t) - skip * at.x_t) / out
 
     def loss(self, prediction: Tensor, sample: PathSample, path: ProbabilityPath) -> Tensor:
@@ -146,10 +150,12 @@ def convert_prediction(
     from_type: str,
     to_type: str,
     min_scale: float = MIN_SCALE,
+    end: Tensor | None = None,
 ) -> Tensor:
     """Turn any type of `PREDICTIONS` [B, ...] into any other, given x_t [B, ...] and t [B]; float32.
 
-    `min_scale` is the least divisor, see above.
+    `min_scale` is the least divisor, see above. For a distilled model `end` [B] are the times at which its
+    steps end, and its velocity is the average one over a step.
 
     Raises:
         ValueError: for an unknown prediction type.
@@ -159,30 +165,28 @@ def convert_prediction(
     prediction, x_t = prediction.float(), x_t.float()
     if from_type == to_type:
         return prediction
-    at = Position(x_t, expand_times(t.float(), x_t), path, min_scale)
+    ends = None if end is None else expand_times(end.float(), x_t)
+    at = Position(x_t, expand_times(t.float(), x_t), path, min_scale, ends)
     if to_type == "v_prediction":
         return PREDICTIONS[from_type].to_velocity(prediction, at)
     return PREDICTIONS[to_type].from_endpoints(*PREDICTIONS[from_type].to_endpoints(prediction, at), at)
 
 
-def preconditioning(t: Tensor, path: ProbabilityPath) -> tuple[Tensor, Tensor]:
+def preconditioning(t: Tensor, path: ProbabilityPath, end: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(c_skip, c_out) of "preconditioned": regression of v on x_t for x_1 ~ N(0, I), and its residual's std.
 
     c_skip = (alpha alpha' + sigma sigma') / (alpha^2 + sigma^2),
     c_out = |alpha sigma' - alpha' sigma| / (alpha^2 + sigma^2)^(1/2).
 
-    For a distilled model c_skip x_t is the average velocity of the same Gaussian up to the next time t' of
-    its grid, ((var(t') / var(t))^(1/2) - 1) / (t' - t) with var = alpha^2 + sigma^2: a network that puts out
+    For a distilled model c_skip x_t is the average velocity of the same Gaussian up to the end t' of its
+    step, ((var(t') / var(t))^(1/2) - 1) / (t' - t) with var = alpha^2 + sigma^2: a network that puts out
     zero still samples that Gaussian exactly, in however few steps.
     """
     alpha, sigma = path.alpha(t), path.sigma(t)
     variance = alpha.square() + sigma.square()
     out = -path.determinant(t) / variance.sqrt()
-    if path.grid is None:
+    if end is None:
         return (alpha * path.alpha_derivative(t) + sigma * path.sigma_derivative(t)) / variance, out
-    grid = path.grid.to(t.device)
-    passed = (grid <= t[..., None] + 1e-5).sum(dim=-1)  # as searchsorted, which ONNX does not have
-    end = grid[passed.clamp(max=len(grid) - 1)]
     ratio = ((path.alpha(end).square() + path.sigma(end).square()) / variance).sqrt()
     return (ratio - 1.0) / (end - t).clamp(min=1e-6), out
 

@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from blip3o_dit.flow.path import AffineSource, FlowBatch, PathSample, make_path, training_times
+from blip3o_dit.flow.path import (
+    AffineSource,
+    FlowBatch,
+    PathSample,
+    make_path,
+    step_ends,
+    time_grid,
+    training_times,
+)
 from blip3o_dit.flow.predictions import convert_prediction
 from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER
 from blip3o_dit.model.config import BLIP3oDiTConfig
@@ -142,6 +150,7 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         timestep: Tensor,
         encoder_hidden_states: Tensor,
         source_mean: Tensor | None = None,
+        step_end: Tensor | None = None,
     ) -> Tensor:
         """One network call, in the network's units.
 
@@ -151,6 +160,7 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
             encoder_hidden_states: normalised condition [B, L, eva_embedding_size].
             source_mean: R(c), the mean of an informed source, `source_distribution(condition).mean`
                 [B, N, in_channels]; None computes it, which is right unless the condition was dropped.
+            step_end: t' [B], where the step that begins at t ends, for a student of any number of steps.
 
         Returns: the prediction (`config.flow.prediction_type`), [B, N, in_channels], float32.
 
@@ -160,7 +170,7 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         check_forward(self.config, self.device, hidden_states, timestep, encoder_hidden_states, source_mean)
         if source_mean is None:
             source_mean = self.source_distribution(encoder_hidden_states).mean
-        return self.dit(hidden_states, timestep, encoder_hidden_states, source_mean)
+        return self.dit(hidden_states, timestep, encoder_hidden_states, source_mean, step_end)
 
     def normalize_condition(self, eva_embeddings: Tensor) -> Tensor:
         """Condition tokens [B, L, C] in the units of the data -> the network's units, float32."""
@@ -367,7 +377,7 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
                 distilled one, which predicts where its step ends.
         """
         flow = self.config.flow
-        if flow.fixed_sampling is not None:
+        if flow.student_steps:
             raise ValueError(
                 "estimate: expected a model that is not distilled, found a student of "
                 f"{flow.student_steps} steps"
@@ -423,19 +433,30 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
         source: AffineSource,
         guidance_scale: float = 1.0,
         times: Tensor | None = None,
+        steps: int = 1,
     ) -> Callable[..., Tensor]:
         """v(y, t) in the flow's units for one batch, whose conditions are encoded here.
 
         Guidance replaces the condition that the network attends to; the source stays, as in training. Called
         as v(y, t, guided=False) it is left out. With `times` [K], t is one of them for all of a batch, and
-        what depends on it is computed here.
+        what depends on it is computed here. `steps`: how many a student takes, if it may take any number.
         """
-        encoded = self.dit.encode_condition(condition, source.mean, times)
+        flow = self.config.flow
+        own = flow.student_steps
+        grid = (
+            time_grid(own if isinstance(own, int) else steps, flow.time_shift, condition.device)
+            if own
+            else None
+        )
+
+        def end_of(t: Tensor | None) -> Tensor | None:
+            return None if t is None or grid is None else step_ends(t, grid)
+
+        encoded = self.dit.encode_condition(condition, source.mean, times, end_of(times))
         if guidance_scale != 1.0:
             null = self.dit.encode_condition(condition.new_zeros(1, *condition.shape[1:]), times=times)
             both = encoded.with_null_condition(null)
-        flow = self.config.flow
-        path = make_path(flow, condition.device)
+        path = make_path(flow)
 
         def velocity(y: Tensor, t: Tensor, *, guided: bool = True) -> Tensor:
             x = source.from_flow(y)
@@ -445,9 +466,9 @@ class BLIP3oDiTModel(StrictPreTrainedModel):
                 # The conversion to a velocity is affine in the prediction: guiding either is the same.
                 prediction = null + guidance_scale * (prediction - null)
             else:
-                prediction = self.dit.predict(x, t, encoded)
+                prediction = self.dit.predict(x, t, encoded, end_of(t))
             return convert_prediction(
-                prediction, y, t, path, from_type=flow.prediction_type, to_type="v_prediction"
+                prediction, y, t, path, from_type=flow.prediction_type, to_type="v_prediction", end=end_of(t)
             )
 
         return velocity

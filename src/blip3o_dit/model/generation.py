@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
+from blip3o_dit.flow.config import ANY_STEPS
 from blip3o_dit.flow.path import time_grid
 from blip3o_dit.flow.solvers import ADAPTIVE_SOLVER, SOLVERS, integrate, integrate_adaptive
 from blip3o_dit.model.config import BLIP3oDiTConfig
@@ -61,12 +62,12 @@ def checked_sampling(
     steps = config.default_steps
     if num_inference_steps is not None:
         steps = checked_integer("num_inference_steps", num_inference_steps, low=1)
-    fixed = config.flow.fixed_sampling
-    # A distilled model knows the average velocity over its own steps and no other.
-    if fixed is not None and fixed != (solver, steps):
+    own = config.flow.student_steps
+    # A distilled model knows average velocities, and those of an older version only over their own steps.
+    if own and (solver != "euler" or own not in (ANY_STEPS, steps)):
         raise ValueError(
-            f"num_inference_steps: expected {fixed[1]} with solver {fixed[0]}, which this model was "
-            f"taught, found {steps} with {solver}"
+            f"num_inference_steps: expected {own} with solver euler, which this model was taught, found "
+            f"{steps} with {solver}"
         )
     return solver, steps, Guidance(guidance_scale, low, high)
 
@@ -138,7 +139,7 @@ def tokens_from_noise(
     """
     x_0, condition = model.initial_state(noise, eva, noise_scale)
     source = model.source_distribution(condition)
-    velocity = model.make_velocity_fn(condition, source, guidance_scale, times)
+    velocity = model.make_velocity_fn(condition, source, guidance_scale, times, steps=len(guided))
     x_1 = integrate(
         velocity,
         x_0,

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blip3o_dit.flow.config import ANY_STEPS
 from blip3o_dit.model.config import BLIP3oDiTConfig, default_ffn_dim
 from blip3o_dit.model.encoded_condition import EncodedCondition, KeysValues, Modulations, TimedModulations
 from blip3o_dit.model.layers import (
@@ -56,6 +57,9 @@ class NextDiT(nn.Module):
             config.eva_embedding_size, config.model_dim, partial(F.gelu, approximate="tanh")
         )
         self.time_caption_embed = TimeCaptionEmbedding(config.model_dim, config.time_embed_dim)
+        self.step_embedder: TwoLayers | None = None  # of how far a distilled model's step goes
+        if config.flow.student_steps == ANY_STEPS:
+            self.step_embedder = TwoLayers(TIME_FREQUENCIES, config.time_embed_dim, F.silu)
         self.layers = nn.ModuleList(NextDiTBlock(config) for _ in range(config.num_layers))
         self.norm_out = OutputHead(config.model_dim, config.time_embed_dim, config.in_channels)
 
@@ -65,16 +69,21 @@ class NextDiT(nn.Module):
         return compute_dtype(self.patch_embedder.proj.weight)
 
     def forward(
-        self, hidden_states: Tensor, timestep: Tensor, condition: Tensor, source_mean: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        condition: Tensor,
+        source_mean: Tensor | None = None,
+        step_end: Tensor | None = None,
     ) -> Tensor:
         """[B, N, in_channels], t [B] in [0, 1], [B, L, eva_embedding_size] -> [B, N, in_channels]; float32.
 
-        `source_mean` [B, N, in_channels] goes with an informed source.
+        `source_mean` [B, N, in_channels] goes with an informed source, `step_end` [B] with a student.
         """
         dtype = self.compute_dtype
         with without_autocast(hidden_states.device):
             condition = self.caption_projection(condition.to(dtype))  # [B, L, d]
-            temb = self._time_embedding(timestep, self.time_caption_embed.pool(condition))
+            temb = self._time_embedding(timestep, step_end, self.time_caption_embed.pool(condition))
             rope = self._rope(hidden_states.device)  # [N, h / 2] twice
             embedded_source_mean = self._embed_source_mean(source_mean, dtype)
             x = self._embed(hidden_states, source_mean, embedded_source_mean, dtype)  # [B, N, d]
@@ -87,12 +96,16 @@ class NextDiT(nn.Module):
             return self.norm_out(x, self.norm_out.modulate(temb))
 
     def encode_condition(
-        self, condition: Tensor, source_mean: Tensor | None = None, times: Tensor | None = None
+        self,
+        condition: Tensor,
+        source_mean: Tensor | None = None,
+        times: Tensor | None = None,
+        step_ends: Tensor | None = None,
     ) -> EncodedCondition:
         """[B, L, eva_embedding_size], R(c) as in `forward` -> what `predict` needs of them.
 
-        With the times [K] of all calls their modulations are computed as well: each call would read those
-        layers' weights, an eighth of the default network, for a few rows.
+        With the times [K] of all calls (and where their steps end) their modulations are computed as well:
+        each call would read those layers' weights, an eighth of the default network, for a few rows.
         """
         dtype = self.compute_dtype
         with without_autocast(condition.device):
@@ -104,18 +117,24 @@ class NextDiT(nn.Module):
                 rope=self._rope(condition.device),
                 source_mean=source_mean,
                 embedded_source_mean=self._embed_source_mean(source_mean, dtype),
-                modulations=None if times is None else self._modulations_at(times, pooled),
+                modulations=None if times is None else self._modulations_at(times, step_ends, pooled),
             )
 
-    def predict(self, hidden_states: Tensor, timestep: Tensor, encoded: EncodedCondition) -> Tensor:
+    def predict(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoded: EncodedCondition,
+        step_end: Tensor | None = None,
+    ) -> Tensor:
         """`forward` with the condition's part already done."""
         dtype = self.compute_dtype
         with without_autocast(hidden_states.device):
             if encoded.modulations is not None:
                 modulations = encoded.modulations.at(timestep)
             else:
-                joint = self.modulate(self._time_embedding(timestep, encoded.pooled))
-                modulations = Modulations.of_joint(joint, self.config.model_dim)
+                temb = self._time_embedding(timestep, step_end, encoded.pooled)
+                modulations = Modulations.of_joint(self.modulate(temb), self.config.model_dim)
             x = self._embed(hidden_states, encoded.source_mean, encoded.embedded_source_mean, dtype)
             x = self.run_blocks(x, encoded.keys_values, modulations, encoded.rope)
             return self.norm_out(x, modulations.output)
@@ -193,13 +212,18 @@ class NextDiT(nn.Module):
         bias = self.patch_embedder.proj.bias.to(dtype)  # `_embed` adds it
         return self.guess_embedder(source_mean) + (self.patch_embedder(source_mean) - bias)
 
-    def _time_embedding(self, timestep: Tensor, pooled: Tensor) -> Tensor:
+    def _time_embedding(self, timestep: Tensor, step_end: Tensor | None, pooled: Tensor) -> Tensor:
         features = sinusoidal_features(official_timestep(timestep))  # [..., 256]
-        return self.time_caption_embed(features.to(pooled.dtype), pooled)  # [..., B, min(d, 1024)]
+        temb = self.time_caption_embed(features.to(pooled.dtype), pooled)  # [..., B, min(d, 1024)]
+        if self.step_embedder is None or step_end is None:
+            return temb
+        features = sinusoidal_features(official_timestep(step_end - timestep))
+        return temb + self.step_embedder(features.to(pooled.dtype))
 
-    def _modulations_at(self, times: Tensor, pooled: Tensor) -> TimedModulations:
+    def _modulations_at(self, times: Tensor, ends: Tensor | None, pooled: Tensor) -> TimedModulations:
         """Times [K], pooled conditions [B, min(d, 1024)] -> the modulations of every pair."""
-        temb = self._time_embedding(times[:, None], pooled)  # [K, B, min(d, 1024)]
+        ends = None if ends is None else ends[:, None]
+        temb = self._time_embedding(times[:, None], ends, pooled)  # [K, B, min(d, 1024)]
         return TimedModulations(times, self.modulate(temb), self.config.model_dim)
 
     def _rope(self, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -94,7 +94,9 @@ class HeldBack:
     def _scores_of(self, model: BLIP3oDiTModel, indices: np.ndarray, noise_scale: float) -> Tensor:
         """[3, n] of these samples."""
         eva, clip = self.source.fetch(indices)
-        solver, steps = model.config.flow.fixed_sampling or ("midpoint", self.solver_steps)
+        config = model.config
+        student = config.flow.student_steps
+        solver, steps = ("euler", config.default_steps) if student else ("midpoint", self.solver_steps)
         with self.precision():
             draws = [
                 model.generate(

@@ -42,7 +42,7 @@ from blip3o_dit.training.lengths import with_lengths
 from blip3o_dit.training.memory import check_room, count_weights, distillation_forecast, room_on
 from blip3o_dit.training.output_folder import output_folder
 from blip3o_dit.training.run import train_to_the_end
-from blip3o_dit.training.student import StudentTrainer, as_student, teacher_calls
+from blip3o_dit.training.student import LESSONS, StudentTrainer, as_student, teacher_calls
 from blip3o_dit.utils.checksums import sha256
 from blip3o_dit.utils.distributed import check_alone
 from blip3o_dit.utils.errors import StoppedEarly
@@ -66,8 +66,8 @@ def distill(
 ) -> Path:
     """Teach a student on the training side of the teacher's own split, and save it; returns the folder.
 
-    The student is an ordinary model folder whose `generate` takes `config.steps` Euler steps, no more and no
-    fewer, without guidance: its targets have none. A distillation that was stopped in that folder is
+    The student is an ordinary model folder whose `generate` takes any number of Euler steps, by default
+    `config.steps`, without guidance: its targets have none. A distillation that was stopped in that folder is
     continued, and ends with the bits of one that was not; one that is finished stays as it is, unless
     `overwrite` asks for it again.
 
@@ -97,7 +97,7 @@ def _distill(
         variant = variant_of(pick_weights(model_path, "auto"))
         checksum = " ".join(sha256(file) for file in weights_files(model_path, variant))
     run, sizes = TrainingConfig.from_folder(model_path), BLIP3oDiTConfig.from_pretrained(model_path)
-    _check_teacher(sizes, config)
+    _check_teacher(sizes)
     _check_apart(model_path, output)
     with working(f"opening {embeddings}"):
         source = open_embeddings(embeddings)
@@ -132,7 +132,7 @@ def _distill(
         if resume is None:
             raise
         raise StoppedEarly(f"interrupted: {resume} stays, and the same command continues") from None
-    logger.info("the student, %s a sample, is in %s", _calls(config.steps), output)
+    logger.info("the student, by default %s a sample, is in %s", _calls(config.steps), output)
     return output
 
 
@@ -148,7 +148,7 @@ def train_student(
     Raises:
         FileNotFoundError, ValueError: as `distill`.
     """
-    _check_teacher(teacher.config, config)
+    _check_teacher(teacher.config)
     config = config.resolved(run, samples=len(train), samples_seen=0.0)
     taught = _settings_of_student(run, config, Path(run.output_dir), len(train))
     trainer = StudentTrainer(teacher, source, train, config, taught)
@@ -169,14 +169,12 @@ def teach(trainer: StudentTrainer, resume: Path | None, *, progress: bool) -> No
         _remove_checkpoints(Path(trainer.config.output_dir))
 
 
-def _check_teacher(teacher: BLIP3oDiTConfig, config: DistillationConfig) -> None:
-    """Refuse (ValueError) one that predicts the noise, which has no velocity at t = 0, and a student asked to
-    teach otherwise than by its own steps."""
-    fixed = teacher.flow.fixed_sampling
-    if fixed is not None and fixed != (config.teacher_solver, config.teacher_steps):
+def _check_teacher(teacher: BLIP3oDiTConfig) -> None:
+    """Refuse (ValueError) one that predicts the noise, which has no velocity at t = 0, and a student."""
+    if teacher.flow.student_steps:
+        found = teacher.flow.student_steps
         raise ValueError(
-            f"distill: expected a teacher that is not distilled, found a student of {fixed[1]} steps "
-            f"(it can only teach with teacher_solver {fixed[0]} and teacher_steps {fixed[1]})"
+            f"distill: expected a teacher that is not distilled, found a student of {found} steps"
         )
     if not teacher.flow.prediction.gives_mean_at_noise:
         found = teacher.flow.prediction_type
@@ -263,7 +261,7 @@ def _check_memory(sizes: BLIP3oDiTConfig, taught: TrainingConfig, device: torch.
         sizes,
         device,
         batch=taught.batch_size,
-        targets=taught.num_inference_steps,
+        targets=LESSONS,
         averages=taught.ema_decay > 0,
     )
     check_room(needed, room_on(device), "less is taken with a smaller --batch_size, --ema_decay 0")
@@ -281,7 +279,7 @@ def _describe(
         config.train_steps,
         config.batch_size,
         teacher_calls(config),
-        config.steps,
+        LESSONS,
     )
     if resume is not None:
         logger.info("continuing from %s", resume)

@@ -28,14 +28,13 @@ FREE = {"teacher", "device", "logging_steps", "save_steps", "max_hours"}
 class DistillationConfig:
     """How a student is trained; the fields with a help text are the flags.
 
-    The teacher's steps are shared out over the student's intervals, at least one in each. `device`: "cpu",
-    "cuda", ... Written as `distillation_config.json` beside the student's weights, with what came in for the
-    numbers that were not given, and which teacher and data it was.
+    `device`: "cpu", "cuda", ... Written as `distillation_config.json` beside the student's weights, with what
+    came in for the numbers that were not given, and which teacher and data it was.
     """
 
     steps: int = setting(
         MISSING,
-        "network calls of the student, which are Euler steps: 1, 2, 4, ...",
+        "network calls that the student takes when not told otherwise, which are Euler steps: 1, 2, 4, ...",
         group="student and teacher",
     )
     train_steps: int | None = setting(
@@ -46,8 +45,7 @@ class DistillationConfig:
     )
     batch_size: int | None = setting(
         None,
-        "conditions per step; each gives one training target per student step (default: the teacher's "
-        "batch size)",
+        "paths of the teacher per step, each with two lessons (default: the teacher's batch size)",
     )
     learning_rate: float = setting(1e-3, "peak learning rate (AdamW), after a warm-up, then cosine to 0")
     warmup_steps: int | None = setting(
@@ -92,11 +90,6 @@ class DistillationConfig:
         check_range("max_grad_norm", self.max_grad_norm, 0.0, math.inf)
         if self.max_hours is not None and not 0 < self.max_hours < math.inf:
             raise ValueError(f"max_hours: expected a number above 0, found {self.max_hours}")
-
-    @property
-    def steps_of_an_interval(self) -> int:
-        """Solver steps of the teacher in one step of the student."""
-        return max(1, -(-self.teacher_steps // self.steps))
 
     def resolved(self, run: TrainingConfig, *, samples: int, samples_seen: float) -> DistillationConfig:
         """With a number for all that was not given.

@@ -1,19 +1,19 @@
 """What a student of a distillation is taught, and the trainer that teaches it.
 
-A student of n Euler steps carries x from t_k to t_(k+1) in one call, so what it has to predict at (x, t_k) is
-the teacher's average velocity over the interval,
+A student carries x from t to t' in one call, whatever these are, so what it has to predict at (x, t, t') is
+the teacher's average velocity between them (MeanFlow's, arXiv 2505.13447),
 
-    u = (x(t_(k+1)) - x(t_k)) / (t_(k+1) - t_k),  x(t) the teacher's own path through x at t_k.
+    u = (x(t') - x(t)) / (t' - t),  x(t) the teacher's own path from noise to data.
 
-It is found by several teacher steps inside the interval, on states that the teacher reaches: knowledge
-distillation (Luhman and Luhman, arXiv 2101.02388), cut into n pieces.
+The path is followed in several steps, and two of its points give a lesson: knowledge distillation (Luhman and
+Luhman, arXiv 2101.02388) of all pieces. A path gives two lessons, the whole of it and a random piece.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from transformers.training_args import OptimizerNames
 from blip3o_dit.data.dataset import BatchNoise, EmbeddingDataset, ShuffledSampler
 from blip3o_dit.data.embeddings import Embeddings
 from blip3o_dit.data.towers import TOWERS_FILE, copy_towers
-from blip3o_dit.flow.path import FlowBatch, PathPoint, make_path, time_grid
+from blip3o_dit.flow.config import ANY_STEPS
+from blip3o_dit.flow.path import FlowBatch, PathPoint, expand_times, make_path, time_grid
 from blip3o_dit.flow.predictions import convert_prediction
 from blip3o_dit.flow.solvers import SOLVERS, Velocity
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
@@ -38,6 +39,9 @@ from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.distillation_config import DISTILLATION_CONFIG_FILE, DistillationConfig
 from blip3o_dit.training.metrics import PASSES_PER_STEP, measure_throughput
 from blip3o_dit.utils.stateless_random import stateless_permutation
+
+LESSONS = 2  # of a path: see above
+HUBER = 0.1  # c of the pseudo-Huber loss
 
 
 class StudentTrainer(ExactResumeTrainer):
@@ -96,9 +100,9 @@ class StudentTrainer(ExactResumeTrainer):
         return self._loss(self.unwrapped_model, batch)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """A step is the teacher's whole path, and the student's steps forward and backward."""
+        """A step is the teacher's whole path, and the student's lessons forward and backward."""
         if self._throughput is None:
-            passes = teacher_calls(self.lessons) + PASSES_PER_STEP * self.lessons.steps
+            passes = teacher_calls(self.lessons) + PASSES_PER_STEP * LESSONS
             self._throughput = measure_throughput(self.unwrapped_model, self.config, self.args.device, passes)
         return super().get_batch_samples(*args, **kwargs)
 
@@ -116,52 +120,68 @@ class StudentTrainer(ExactResumeTrainer):
             copy_towers(Path(self.lessons.teacher), folder)
 
     def _loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """Mean squared error of the velocity, in the flow's units."""
+        """Mean over lessons of (e^2 + c^2)^(1/2), e^2 the velocity's mean squared error in the flow's units.
+
+        Pseudo-Huber, as consistency models have it (arXiv 2310.14189): fewer samples end between two modes,
+        where the mean of e^2 is least.
+        """
         flow = self.unwrapped_model.config.flow
         lesson = self._lesson(batch)
+        piece = lesson.sample
         velocity = convert_prediction(
-            lesson.predict(model),
-            lesson.sample.x_t,
-            lesson.sample.t,
+            model(lesson.network_input, piece.t, lesson.condition, lesson.source.mean, piece.end),
+            piece.x_t,
+            piece.t,
             make_path(flow),
             from_type=flow.prediction_type,
             to_type="v_prediction",
+            end=piece.end,
         )
-        return (velocity - lesson.sample.velocity).square().mean()
+        squares = (velocity - piece.velocity).square().flatten(1).mean(dim=1)
+        return (squares + HUBER**2).sqrt().mean()
 
     @torch.no_grad()
-    def _lesson(self, batch: dict[str, Any]) -> FlowBatch[PathPoint]:
-        """The targets at all of the student's steps, for the conditions of a batch."""
+    def _lesson(self, batch: dict[str, Any]) -> FlowBatch[PathPiece]:
+        """The whole path and a random piece of it, for the conditions of a batch."""
         teacher, lessons = self.teacher, self.lessons
         condition = teacher.normalize_condition(batch["eva"])
         start = teacher.source_distribution(condition)
         flow = teacher.config.flow
-        targets = trajectory_targets(
+        grid = time_grid(lessons.teacher_steps, flow.time_shift).to(condition.device)
+        points = teacher_path(
             teacher.make_velocity_fn(condition, start),
             make_path(flow).initial_point(batch["noise"]),
-            student_steps=lessons.steps,
-            teacher_steps=lessons.steps_of_an_interval,
-            solver=lessons.teacher_solver,
-            time_shift=flow.time_shift,
+            grid,
+            lessons.teacher_solver,
         )
-        together = PathPoint(
-            t=torch.cat([target.t for target in targets]),
-            x_t=torch.cat([target.x_t for target in targets]),
-            velocity=torch.cat([target.velocity for target in targets]),
-        )
-        return FlowBatch(together, start.repeat(len(targets)), condition.repeat(len(targets), 1, 1))
+        pieces = whole_and_random(points, grid, batch["u_time"])
+        return FlowBatch(pieces, start.repeat(LESSONS), condition.repeat(LESSONS, 1, 1))
+
+
+@dataclass(frozen=True)
+class PathPiece(PathPoint):
+    """Points x_t [B, ...] at t [B], and the average velocity [B, ...] from there to `end` [B]."""
+
+    end: Tensor
 
 
 def student_of(teacher: BLIP3oDiTModel, steps: int) -> BLIP3oDiTModel:
-    """A copy of the teacher in float32, to be sampled in `steps` Euler steps and no others."""
+    """A copy of the teacher in float32, to be sampled in any number of Euler steps, by default in `steps`.
+
+    What it is told of its step's end is added to what it is told of its time, and is zero at first.
+    """
     student = copy.deepcopy(teacher).float()
     as_student(student.config, steps)
+    embedder = copy.deepcopy(student.dit.time_caption_embed.timestep_embedder)
+    nn.init.zeros_(embedder.linear_2.weight)
+    nn.init.zeros_(embedder.linear_2.bias)
+    student.dit.step_embedder = embedder
     return student
 
 
 def as_student(config: BLIP3oDiTConfig, steps: int) -> BLIP3oDiTConfig:
     """Turn a teacher's configuration into its student's."""
-    flow = replace(config.flow, student_steps=steps, condition_dropout=0.0)
+    flow = replace(config.flow, student_steps=ANY_STEPS, condition_dropout=0.0)
     config.default_solver, config.default_steps = "euler", steps
     config.flow_matching = asdict(flow)
     return config
@@ -169,34 +189,33 @@ def as_student(config: BLIP3oDiTConfig, steps: int) -> BLIP3oDiTConfig:
 
 def teacher_calls(lessons: DistillationConfig) -> int:
     """Network calls of the teacher in an optimizer step."""
-    return lessons.steps * lessons.steps_of_an_interval * SOLVERS[lessons.teacher_solver].calls_per_step
+    return lessons.teacher_steps * SOLVERS[lessons.teacher_solver].calls_per_step
 
 
 @torch.no_grad()
-def trajectory_targets(
-    teacher: Velocity,
-    x_0: Tensor,
-    *,
-    student_steps: int,
-    teacher_steps: int,
-    solver: str = "heun",
-    time_shift: float = 1.0,
-) -> list[PathPoint]:
-    """Follow the teacher from noise x_0 [B, ...] to data, and note its average velocity over each interval of
-    the student's grid, `time_grid(student_steps, time_shift)`; inside each it takes `teacher_steps`.
-
-    Returns: `student_steps` batches of B points, with the velocity that the student has to predict there.
-    """
-    grid = time_grid(student_steps * teacher_steps, time_shift).to(x_0.device)
+def teacher_path(teacher: Velocity, x_0: Tensor, grid: Tensor, solver: str = "heun") -> Tensor:
+    """The teacher's path from noise x_0 [B, ...] at the times of a grid [n + 1]: [n + 1, B, ...], float32."""
     step, x = SOLVERS[solver].step, x_0.float()
-    targets = []
-    for first in range(0, len(grid) - 1, teacher_steps):
-        before, times = x, grid[first : first + teacher_steps + 1]
-        for t, after in pairwise(times):
-            x = step(teacher, x, t.expand(len(x)), after - t)
-        start, end = times[0], times[-1]
-        targets.append(PathPoint(start.expand(len(x)), before, (x - before) / (end - start)))
-    return targets
+    points = [x]
+    for t, after in pairwise(grid):
+        x = step(teacher, x, t.expand(len(x)), after - t)
+        points.append(x)
+    return torch.stack(points)
+
+
+def whole_and_random(points: Tensor, grid: Tensor, uniform: Tensor) -> PathPiece:
+    """Of each of B paths [n + 1, B, ...] at the times of a grid [n + 1] two pieces: all wholes, then a random
+    one of each, chosen evenly among all by a uniform number in [0, 1) [B]."""
+    last, batch = len(grid) - 1, torch.arange(points.shape[1], device=grid.device)
+    ends = torch.triu_indices(last + 1, last + 1, offset=1, device=grid.device)  # [2, n (n + 1) / 2]
+    chosen = (uniform.double() * ends.shape[1]).long()
+    i, j = torch.cat(
+        [torch.tensor([[0], [last]], device=grid.device).expand(2, len(batch)), ends[:, chosen]], dim=1
+    )
+    batch = batch.repeat(LESSONS)
+    before, after = points[i, batch], points[j, batch]
+    length = expand_times(grid[j] - grid[i], before)
+    return PathPiece(t=grid[i], x_t=before, velocity=(after - before) / length, end=grid[j])
 
 
 class LessonSampler(ShuffledSampler):

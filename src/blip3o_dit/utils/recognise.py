@@ -232,7 +232,8 @@ def _model(path: Path, names: Sequence[str]) -> Found | None:
         return Found("folder", "a model folder without weights")
     flow = config.get("flow_matching")
     steps = flow.get("student_steps") if isinstance(flow, dict) else None
-    return Found("model", f"a distilled model ({short_repr(steps)} steps)" if steps else "a trained model")
+    known = steps if steps == "any" else short_repr(steps)
+    return Found("model", f"a distilled model ({known} steps)" if steps else "a trained model")
 
 
 def _unfinished_run(path: Path, names: Sequence[str]) -> Found | None:
