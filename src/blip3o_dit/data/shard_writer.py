@@ -65,10 +65,8 @@ class ShardWriter:
         check_pair(where, eva, clip, records, expected=self.sizes, offset=first)
         lines = [json_line(where, first + row, record) for row, record in enumerate(records)]
         # Copies: the caller may reuse its buffers.
-        sides = {"eva": eva, "clip": clip}
+        sides = {"eva": eva, "clip": clip, **(kept or {})}
         stored = {name: to_disk(where, tokens, name, self.dtype) for name, tokens in sides.items()}
-        for name, vectors in (kept or {}).items():
-            stored[name] = to_disk(where, vectors, name, dtype_of(self.dtype))
         start = 0
         while start < len(lines):
             piece = slice(start, start + self.shard_size - len(self._lines))
@@ -126,14 +124,15 @@ def write_shard(
 
 
 def to_disk(where: Path, tokens: Tensor, name: str, dtype: str) -> Tensor:
-    """Tokens in the dtype of the store, on the CPU, as a copy.
+    """Tokens [n, N, C], or kept vectors [n, C], in the dtype of the store, on the CPU, as a copy.
 
     Raises:
         ValueError: when a value does not fit, or a token would lose more than `MAX_ERROR`.
     """
     tokens = tokens.detach().cpu()
-    if dtype == INT8:
+    if dtype == INT8 and tokens.ndim == 3:
         return quantized(tokens)
+    dtype = dtype_of(dtype) if tokens.ndim == 2 else dtype
     stored = tokens.to(DTYPES[dtype], copy=True)
     if not torch.isfinite(stored).all():
         raise ValueError(
