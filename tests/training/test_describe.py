@@ -65,7 +65,7 @@ def test_a_finished_run(run: Path, store: EmbeddingStore) -> None:
         "target_width": 8,
     }
     recipe = about["recipe"]
-    assert (recipe["prediction_type"], recipe["source"]) == ("preconditioned", "ridge_3x3")
+    assert (recipe["prediction_type"], recipe["source"]) == ("preconditioned", "ridge_context")
     assert (recipe["batch_size"], recipe["processes"], recipe["precision"]) == (8, 1, "float32")
     assert recipe["learning_rate"] == 1e-3
     progress = about["progress"]

@@ -130,7 +130,7 @@ def test_the_maps_are_ridge_regressions_on_the_other_samples(
 
 
 def test_on_one_token_the_neighbours_add_nothing_and_are_left_out(tmp_path: Path) -> None:
-    """`train` on vectors takes ridge where ridge_3x3 is asked for: the same map of fewer features."""
+    """`train` on vectors takes ridge where neighbours are asked for: the same map of fewer features."""
     store = write_linear_store(tmp_path / "store", samples=110, tokens=1)
     eva = store.fetch(range(10))[0]
     alone, around = (fitted(store, source, 100)[0] for source in ("ridge", "ridge_3x3"))

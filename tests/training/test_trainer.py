@@ -59,7 +59,7 @@ def test_the_output_folder_holds_all_that_generation_needs(finished: Path, store
     assert names <= {file.name for file in finished.iterdir()}
     saved = json.loads((finished / "config.json").read_text())
     assert saved["flow_matching"]["prediction_type"] == "preconditioned"
-    assert saved["flow_matching"]["source"] == "ridge_3x3"
+    assert saved["flow_matching"]["source"] == "ridge_context"
     assert "source_weight" in tensors(finished / "model.safetensors")
     assert (saved["in_channels"], saved["eva_embedding_size"], saved["input_size"]) == (8, 12, 3)
     split = split_samples(store, eval_split=1 / 6, seed=42)

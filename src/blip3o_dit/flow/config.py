@@ -22,7 +22,7 @@ ANY_STEPS = "any"
 
 def source_on(source: str, num_tokens: int) -> str:
     """The same source without the neighbours that a grid of one token does not have."""
-    return "ridge" if num_tokens == 1 and source in ("ridge_3x3", "ridge_5x5") else source
+    return "ridge" if num_tokens == 1 and source in ("ridge_3x3", "ridge_context") else source
 
 
 @dataclass(frozen=True, kw_only=True)
