@@ -446,6 +446,33 @@ def test_counted_operations_are_those_of_the_matrix_products() -> None:
     assert counted == 3 * (forward_flops(config, 5) - attention + time_embedding)
 
 
+def test_a_gpu_waits_for_data_while_it_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an event notes is when the GPU comes to it, which may be long after the loop has passed."""
+    now, busy_until = [0.0], [0.0]
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = max(now[0], busy_until[0])
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1000 * (end.at - self.at)
+
+        def synchronize(self) -> None:
+            now[0] = max(now[0], self.at)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    throughput = Throughput(1.0, 1.0, on_gpu=True)
+    for work, fetching in ((0.0, 1.0), (3.0, 2.0), (3.0, 5.0)):  # seconds: all of one, none, 1 of the last
+        busy_until[0] = max(now[0], busy_until[0]) + work
+        with throughput.waiting():
+            now[0] += fetching
+    assert throughput.pop()["data_wait"] == pytest.approx(2.0 / 8.0)
+
+
 def test_throughput_counts_samples_waiting_and_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])

@@ -135,10 +135,14 @@ class TrainingMetrics:
 
 
 class Throughput:
-    """Counts samples and seconds between two log lines; `rate` is the device's measured FLOP per second."""
+    """Counts samples and seconds between two log lines; `rate` is the device's measured FLOP per second.
 
-    def __init__(self, flops_per_sample: float, rate: float) -> None:
-        self._flops, self._rate = flops_per_sample, rate
+    On a GPU (`on_gpu`) it waits for data while its own time passes and nothing is computed: the loop that
+    fetches a batch may be ahead of it, or wait for it.
+    """
+
+    def __init__(self, flops_per_sample: float, rate: float, *, on_gpu: bool = False) -> None:
+        self._flops, self._rate, self._on_gpu = flops_per_sample, rate, on_gpu
         self._paused = False
         self._start()
 
@@ -149,9 +153,22 @@ class Throughput:
     def waiting(self) -> Iterator[None]:
         """Around the fetching of what an optimizer step takes."""
         self._steps += 1
+        if self._on_gpu:
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            yield
+            after.record()
+            self._fetches.append((before, after))
+            return
         started = time.perf_counter()
         yield
         self._waited += time.perf_counter() - started
+
+    def _waited_on_gpu(self) -> float:
+        """Seconds from the end of what was asked for before a batch was fetched to the first moment after."""
+        if self._fetches:
+            self._fetches[-1][1].synchronize()
+        return sum(before.elapsed_time(after) for before, after in self._fetches) / 1000
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -175,7 +192,7 @@ class Throughput:
             "samples_per_second": per_second * processes,
             "seconds_per_step": seconds / max(1, self._steps),
             "mfu": per_second * self._flops / self._rate,
-            "data_wait": self._waited / seconds,
+            "data_wait": (self._waited_on_gpu() if self._on_gpu else self._waited) / seconds,
         }
         self._start()
         return logged
@@ -183,6 +200,7 @@ class Throughput:
     def _start(self) -> None:
         self._started = self._pause_began = time.perf_counter()
         self._samples, self._steps, self._waited, self._apart = 0, 0, 0.0, 0.0
+        self._fetches: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
 
 def measure_throughput(
@@ -192,7 +210,7 @@ def measure_throughput(
     many forward passes."""
     dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else model.compute_dtype
     rate = matmul_rate(model.config, config.batch_size, device, dtype)
-    return Throughput(passes * forward_flops(model.config), rate)
+    return Throughput(passes * forward_flops(model.config), rate, on_gpu=device.type == "cuda")
 
 
 def forward_flops(config: BLIP3oDiTConfig, condition_tokens: int | None = None) -> float:
