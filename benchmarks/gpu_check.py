@@ -39,6 +39,7 @@ CHECKS: dict[str, tuple[Part, int]] = {
     "compare: student": (gpu_compare.check_student, 30),
     "compare: draws": (gpu_compare.check_draws, 20),
     "compare: quantized": (gpu_compare.check_quantized, 40),
+    "compare: decoder": (gpu_compare.check_decoder, 40),
     "compare: training": (gpu_compare.check_training, 90),
     "compare: resume": (gpu_compare.check_resume, 90),
 }

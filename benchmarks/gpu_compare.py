@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -19,6 +22,10 @@ from benchmarks.measure import Row
 from benchmarks.our_step import RandomEmbeddings
 from blip3o_dit.data.embeddings import open_embeddings
 from blip3o_dit.data.store import StoreWriter
+from blip3o_dit.decoder.config import DecoderConfig, DecoderTrainingConfig
+from blip3o_dit.decoder.network import TokenDecoder
+from blip3o_dit.decoder.pictures import Pictures
+from blip3o_dit.decoder.training import fit_decoder
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
@@ -178,6 +185,29 @@ def check_quantized(setup: Setup) -> Iterator[Row]:
             for _ in range(3):
                 found = _generate(there.model, setup.conditions(2))
                 yield _compared(f"quantize {kind}", found, expected, TOLERANCE["bfloat16"])
+
+
+def check_decoder(setup: Setup) -> Iterator[Row]:
+    """A decoder of 64 tokens after five steps of training, and what a step takes."""
+    pixels = torch.randint(
+        256, (64, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
+    tokens = stateless_normal(range(64), (64, 768), seed=1, stream="decoder check")
+    source: Any = SimpleNamespace(fetch=lambda rows: (None, tokens[rows]))
+    sizes = DecoderConfig(num_tokens=64, channels=768, picture_size=64, width=128, num_layers=2, num_heads=4)
+    found: list[Tensor] = []
+    for where in (torch.device("cpu"), setup.device):
+        torch.manual_seed(0)
+        decoder = TokenDecoder(sizes).to(where)
+        for steps in (5, 20) if where.type == "cuda" else (5,):
+            started = time.monotonic()
+            fit_decoder(decoder, source, Pictures(np.arange(64), pixels), DecoderTrainingConfig(steps=steps))
+            if steps == 5:
+                with torch.no_grad():
+                    found.append(decoder.eval()(tokens[:8].to(where)).cpu())
+    seconds = (time.monotonic() - started) / steps
+    yield _compared("decoder", found[1], found[0], 1e-2)
+    yield {"figure": "decoder, a training step, 32 pictures of 64 pixels", "seconds": seconds}
 
 
 def check_devices(setup: Setup) -> list[Row]:

@@ -151,7 +151,7 @@ def _fit(
         "a decoder of %.2g million parameters, for pictures of %d pixels: %d steps of %d pictures",
         *(weights / 1e6, sizes.picture_size, steps, config.batch_size),
     )
-    _train(decoder, source, pictures, replace(config, steps=steps))
+    fit_decoder(decoder, source, pictures, replace(config, steps=steps))
     return decoder.eval()
 
 
@@ -161,7 +161,7 @@ def _mean_picture(pictures: Pictures) -> Tensor:
     return (total / len(pictures) / 255).permute(2, 0, 1).float()
 
 
-def _train(
+def fit_decoder(
     decoder: TokenDecoder, source: Embeddings, pictures: Pictures, config: DecoderTrainingConfig
 ) -> None:
     """AdamW, a warm-up over a twentieth of the steps, and a cosine to zero."""

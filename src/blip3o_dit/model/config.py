@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from blip3o_dit.flow.config import SOLVER_NAMES, FlowMatchingConfig
 from blip3o_dit.utils.json_files import read_json, short_repr
-from blip3o_dit.utils.recognise import MODEL, refusal
+from blip3o_dit.utils.recognise import DECODER_TYPE, MODEL, refusal
 from blip3o_dit.utils.validation import (
     check_bool,
     check_known,
@@ -225,6 +225,8 @@ def _config_file(folder: str | os.PathLike[str]) -> Path:
 def _check_written(file: Path, values: Any) -> None:
     """Refuse (ValueError) what Hugging Face would read of a config.json before our fields are checked."""
     if not isinstance(values, dict) or values.get("model_type") != BLIP3oDiTConfig.model_type:
+        if isinstance(values, dict) and values.get("model_type") == DECODER_TYPE:
+            raise refusal(file.parent, MODEL)
         found = short_repr(values.get("model_type")) if isinstance(values, dict) else short_repr(values)
         raise ValueError(f"{file}: expected model_type {BLIP3oDiTConfig.model_type!r}, found {found}")
     check_known(file, values, sorted({*BLIP3oDiTConfig.own_fields(), *_WRITTEN_EXTRAS}))

@@ -19,7 +19,7 @@ from blip3o_dit.utils.atomic import MODEL_ASIDE, finish_publishing
 from blip3o_dit.utils.checksums import is_sealed, verify
 from blip3o_dit.utils.json_files import printable, show_names, weight_files_of
 from blip3o_dit.utils.logging import quiet_transformers
-from blip3o_dit.utils.recognise import MODEL, refusal
+from blip3o_dit.utils.recognise import MODEL, recognise, refusal
 from blip3o_dit.utils.validation import check_name, damage_refused, is_hub_id
 
 TENSORS_AT_ONCE = 4  # mapped while they are read: 0.1 GiB at the default size
@@ -201,7 +201,7 @@ def find_weights(path: Path, weights: str) -> str:
 def check_is_model(path: Path) -> None:
     """Raises FileNotFoundError or ValueError, of one line, where there is no model."""
     finish_model(path)
-    if not (path / "config.json").is_file():
+    if not (path / "config.json").is_file() or recognise(path).kind == "decoder":
         raise refusal(path, MODEL)
 
 

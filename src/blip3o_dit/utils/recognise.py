@@ -38,7 +38,7 @@ _WANTED = {
 DECODER_TYPE = "blip3o-dit-decoder"
 # What is found, by groups to which the same is said.
 TRAINED = frozenset(("model", "checkpoint", "run"))
-MADE_HERE = TRAINED | {"store", "unfinished"}
+MADE_HERE = TRAINED | {"store", "unfinished", "decoder"}
 _OF_PICTURES = frozenset(("picture", "pictures", "tar_of_pictures"))
 _OF_TOKENS = frozenset(
     (
