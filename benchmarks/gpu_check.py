@@ -41,6 +41,8 @@ CHECKS: dict[str, tuple[Part, int]] = {
     "compare: quantized": (gpu_compare.check_quantized, 40),
     "compare: training": (gpu_compare.check_training, 90),
     "compare: resume": (gpu_compare.check_resume, 90),
+    "compare: checkpoints": (gpu_compare.check_checkpoints, 40),
+    "compare: lack of memory": (gpu_compare.check_lack_of_memory, 40),
 }
 
 
