@@ -42,6 +42,8 @@ CHECKS: dict[str, tuple[Part, int]] = {
     "compare: decoder": (gpu_compare.check_decoder, 40),
     "compare: training": (gpu_compare.check_training, 90),
     "compare: resume": (gpu_compare.check_resume, 90),
+    "compare: checkpoints": (gpu_compare.check_checkpoints, 40),
+    "compare: lack of memory": (gpu_compare.check_lack_of_memory, 40),
 }
 
 
@@ -90,7 +92,7 @@ def choose(beginnings: Sequence[str] | None, on_cpu: bool) -> dict[str, tuple[Pa
     """
     parts = CHECKS | gpu_measure.parts()
     if on_cpu:
-        del parts["compare: recordings"]  # there are none
+        del parts["compare: recordings"], parts["compare: lack of memory"]  # there are none
     for beginning in beginnings or ():
         if not any(name.startswith(beginning) for name in parts):
             raise ValueError(f"--parts: expected a beginning of one of {', '.join(parts)}, found {beginning}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import tempfile
 import time
@@ -32,6 +33,7 @@ from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.quantization import DTYPES as QUANTIZED
 from blip3o_dit.training.config import LOW_MEMORY_DEFAULTS, TrainingConfig
 from blip3o_dit.training.run import train, train_on
+from blip3o_dit.training.trainer import BLIP3oTrainer
 from blip3o_dit.utils.stateless_random import stateless_normal
 
 # Largest relative distance (root mean square) from the CPU's float32.
@@ -68,6 +70,7 @@ RESUMED: dict[str, dict[str, Any]] = {
     ", recorded": {"cuda_graphs": True},
     ", memory split": {"memory": "split", "moments": "bfloat16"},
     ", muon": {"optimizer": "muon"},
+    ", checkpoints waited for": {"async_checkpoints": False},
 }
 
 
@@ -260,14 +263,62 @@ def _resumed(setup: Setup, name: str, **more: Any) -> Row:
     return {"check": f"resume bit for bit{name}", "found": len(different), "at most": 0, "ok": not different}
 
 
+def check_checkpoints(setup: Setup) -> list[Row]:
+    """What a thread writes out of pinned memory while steps go on is what is written between two steps."""
+    settings = {"bf16": True, "save_steps": 1, "max_steps": setup.steps, "deterministic": True}
+    with tempfile.TemporaryDirectory() as folder, _algorithms_restored():
+        data, root = _write_store(setup, Path(folder) / "store"), Path(folder)
+        for name, meanwhile in (("meanwhile", True), ("between", False)):
+            train(_config(setup, data, root / name, **settings, async_checkpoints=meanwhile))
+        files = sorted(path.relative_to(root / "between") for path in root.glob("between/**/*.safetensors"))
+        different = [
+            str(file)
+            for file in files
+            if (root / "between" / file).read_bytes() != (root / "meanwhile" / file).read_bytes()
+        ]
+    check = f"checkpoints written meanwhile: files that differ of {len(files)}"
+    return [{"check": check, "found": len(different), "at most": 0, "ok": not different and len(files) > 3}]
+
+
+def check_lack_of_memory(setup: Setup) -> Iterator[Row]:
+    """A real lack of memory, of a GPU that is given three quarters of what a run takes: the run goes on."""
+    if setup.device.type != "cuda":
+        return
+    settings: dict[str, Any] = {"batch_size": 256, "logging_steps": 1, "auto_micro_batch": True}
+    with tempfile.TemporaryDirectory() as folder:
+        data = _write_store(setup, Path(folder) / "store")
+        torch.cuda.reset_peak_memory_stats()
+        plain = train_on(open_embeddings(data), _config(setup, data, Path(folder) / "plain", **settings))
+        peak, total = torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[1]
+        expected = _losses_of(plain)
+        del plain
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(0.75 * peak / total)
+        short = train_on(open_embeddings(data), _config(setup, data, Path(folder) / "short", **settings))
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        assert short.micro_batches is not None
+        pieces = short.micro_batches.pieces
+        yield {
+            "check": "lack of memory: pieces of a batch",
+            "found": pieces,
+            "at most": 256,
+            "ok": pieces > 1,
+        }
+        yield _compared("lack of memory: losses", _losses_of(short), expected, TOLERANCE["float32"])
+
+
+def _losses_of(trainer: BLIP3oTrainer) -> Tensor:
+    return torch.tensor([line["loss"] for line in trainer.state.log_history if "loss" in line])
+
+
 def _losses(setup: Setup, device: str, **settings: Any) -> Tensor:
     with tempfile.TemporaryDirectory() as folder:
         data = _write_store(setup, Path(folder) / "store")
         asked = _config(
             setup, data, Path(folder) / "run", **{"device": device, "logging_steps": 1} | settings
         )
-        trainer = train_on(open_embeddings(data), asked)
-        return torch.tensor([line["loss"] for line in trainer.state.log_history if "loss" in line])
+        return _losses_of(train_on(open_embeddings(data), asked))
 
 
 def _config(setup: Setup, data: str, output: Path, **settings: Any) -> TrainingConfig:

@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
+from benchmarks import checkpoints
 from benchmarks.gpu_compare import Setup, prepared, uncompiled
 from benchmarks.measure import (
     Row,
@@ -201,6 +202,13 @@ def measure_end_to_end(setup: Setup) -> list[Row]:
     return [{"figure": "one call end to end", "ms": 1000 * whole}, *rows]
 
 
+def measure_checkpoints(setup: Setup) -> Iterator[Row]:
+    """How long the default size, 21.7 GB a checkpoint, stands still for one; needs 45 GB of disk."""
+    sizes = dict(width=setup.width, layers=2) if setup.quick else dict(width=1792, layers=24)
+    for goes_on in (False, True):
+        yield checkpoints.measured(goes_on, saves=2, every=3 if setup.quick else 60, **sizes)
+
+
 def measure_training(asked: Training, setup: Setup) -> Iterator[Row]:
     """Steps in the Trainer's own loop: loader, draws, clipping, AdamW and averaged weights."""
     batch, settings = _batch(asked, setup), _settings(asked, setup)
@@ -269,6 +277,7 @@ def parts() -> dict[str, tuple[Callable[[Setup], Any], int]]:
         if group == "generation speed":
             listed["one call end to end"] = (measure_end_to_end, 30)
             listed["quantized speed"] = (measure_quantized, 40)
+            listed["checkpoints"] = (measure_checkpoints, 300)
     return listed
 
 

@@ -82,7 +82,7 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
 
 # Of each kind of part one: a lent GPU's minutes must not be lost to a slip of the pen.
 TRIED = (
-    *("compare", "hardware", "one call end to end"),
+    *("compare", "hardware", "one call end to end", "checkpoints"),
     *("training speed: batch 32, memory low", "training speed: batch 256, bf16, cuda graphs, compile"),
     *("generation speed: batch 64, guidance 3", "split: generation, batch 64"),
     *("diffusers: training, batch 32", "diffusers: generation, batch 1"),
@@ -108,7 +108,7 @@ def test_what_is_measured_are_runs_that_can_be_configured(tmp_path: Path) -> Non
     for kind in gpu_compare.TRAININGS.values():
         TrainingConfig(output_dir=str(tmp_path), **kind.settings)
     names = list(gpu_measure.parts())
-    assert len(names) == len({*names}) == 3 + len(entries) + len(gpu_measure.GENERATIONS)
+    assert len(names) == len({*names}) == 4 + len(entries) + len(gpu_measure.GENERATIONS)
 
 
 def test_one_recorded_call_is_split_around_its_replay(monkeypatch: pytest.MonkeyPatch) -> None:
