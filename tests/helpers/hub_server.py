@@ -129,7 +129,11 @@ class _Handler(BaseHTTPRequestHandler):
         part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if part:
             data = data[int(part[1]) : int(part[2]) + 1]
-        self._answer(206 if part else 200, data, {"ETag": f'"{etag}"', "X-Repo-Commit": self.hub.commit(name, revision)})
+        self._answer(
+            206 if part else 200,
+            data,
+            {"ETag": f'"{etag}"', "X-Repo-Commit": self.hub.commit(name, revision)},
+        )
 
     def do_PUT(self) -> None:
         self.hub.large[self.path.rpartition("/")[2]] = self._body()

@@ -63,7 +63,7 @@ def test_a_store_is_read_sample_by_sample(
     with counted() as traffic:
         assert torch.equal(store.fetch([3, 21])[0], EmbeddingStore(here / "store").fetch([3, 21])[0])
     assert traffic.bytes < 3 * 720 + 3000
-    with pytest.raises(FileNotFoundError, match="^hf://datasets/me/nothing: expected an embedding store"):
+    with pytest.raises(FileNotFoundError, match=r"^hf://datasets/me/nothing: expected an embedding store"):
         EmbeddingStore("hf://datasets/me/nothing")
 
 

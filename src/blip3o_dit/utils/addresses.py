@@ -143,6 +143,16 @@ class RemoteFolder:
             entry["name"].rpartition("/")[2]: entry["size"] for entry in listed if entry["type"] == "file"
         }
 
+    def folders(self) -> list[str]:
+        """The names of folders in it; none where nothing is there."""
+        try:
+            listed = self._retried("", lambda files, path: files.ls(path, detail=True, refresh=True))
+        except FileNotFoundError:
+            return []
+        return [
+            entry["name"].rstrip("/").rpartition("/")[2] for entry in listed if entry["type"] == "directory"
+        ]
+
     def download(self, name: str, path: Path) -> None:
         """A file of any size, to a path of this disk; whole or not there."""
         with atomic_file(path) as file:
@@ -158,7 +168,8 @@ class RemoteFolder:
         self._retried(name, lambda files, path: files.pipe_file(path, content))
 
     def remove(self, name: str) -> None:
-        self._retried(name, lambda files, path: files.rm_file(path))
+        """A file, or a folder and all that is in it."""
+        self._retried(name, lambda files, path: files.rm(path, recursive=True))
 
     def _path(self, files: Any, name: str) -> str:
         return files._strip_protocol(str(self.address / name if name else self.address))
