@@ -34,6 +34,8 @@ _LIBRARY_ERRORS = {
 }
 
 _OF_THIS_DISK = ("file", "local")
+# Nothing is waited for there; and memory:// has one position in a file for all who read it.
+_IN_TURN = (*_OF_THIS_DISK, "memory")
 
 T = TypeVar("T")
 
@@ -103,8 +105,8 @@ class RemoteFolder:
         starts, stops = [start for _, start, _ in wanted], [stop for _, _, stop in wanted]
         if files.async_impl:
             found = files.cat_ranges(paths, starts, stops, batch_size=_AT_ONCE, on_error="raise")
-        elif len(wanted) == 1:
-            found = [_range(files, paths[0], starts[0], stops[0])]
+        elif len(wanted) == 1 or str(self.address).partition("://")[0] in _IN_TURN:
+            found = [_range(files, *where) for where in zip(paths, starts, stops, strict=True)]
         else:
             with ThreadPoolExecutor(_AT_ONCE) as threads:
                 found = list(threads.map(lambda *where: _range(files, *where), paths, starts, stops))
