@@ -25,6 +25,7 @@ TABLES = {
     "split": "what a training step and a generation spend their time on, by a profiler",
     "counts": "weights read, passes over activations and launches of one network call on a GPU, by counting",
     "loading": "reading a store: samples per second, memory, time to the first batch",
+    "remote": "a store at an address: what an epoch reads from there, by samples and by whole shards",
     "memory": "peak memory of training and generation beside what was forecast",
     "evaluation": "time and peak memory of an evaluation at full widths",
     "migration": "an index of translated vectors: recall beside ridge's, and what the spread is good for",

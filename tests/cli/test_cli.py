@@ -64,7 +64,7 @@ def test_each_flag_reaches_its_field() -> None:
         elif isinstance(option.default, float):
             value = 0.5 if option.name == "sigma_max" else 0.25
             words += [f"--{option.name}", str(value)]
-        elif option.name.startswith(("wandb", "embeddings", "output", "report", "group")):
+        elif option.name.startswith(("wandb", "embeddings", "output", "report", "group", "send")):
             value = "text"
             words += [f"--{option.name}", "text"]
         else:

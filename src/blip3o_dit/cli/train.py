@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from blip3o_dit.cli.arguments import add_flags, add_push, given_settings, pushed
 from blip3o_dit.cli.main import run_script
 from blip3o_dit.cli.parser import CommandParser
 from blip3o_dit.training.config import NOTED, SIZES, STARTING, TrainingConfig
+from blip3o_dit.utils.addresses import Address, located
 from blip3o_dit.utils.progress import working
 
 logger = logging.getLogger(__name__)
@@ -45,7 +48,8 @@ def add_arguments(parser: CommandParser) -> None:
         "--resume_from_checkpoint",
         metavar="CHECKPOINT",
         help="continue a run; what is not given is taken from the checkpoint. auto: the newest whole one in "
-        "--output_dir, or a new run if there is none (default: a new run)",
+        "--output_dir, else at --send_to, or a new run if there is none; an address: the newest whole one "
+        "there (default: a new run)",
     )
     parser.add_argument(
         "--dry_run", action="store_true", help="do everything up to the first step, then stop"
@@ -79,7 +83,8 @@ def run(arguments: argparse.Namespace) -> None:
         from blip3o_dit.training.run import run_alone
 
     with output_folder(output, "a training", dry_run=arguments.dry_run):
-        resume = _own_checkpoint(output) or _checkpoint(arguments.resume_from_checkpoint, output)
+        given = arguments.resume_from_checkpoint
+        resume = _own_checkpoint(output) or _checkpoint(given, output, getattr(arguments, "send_to", ""))
         config = resolve_config(
             given_settings(arguments, TrainingConfig),
             debug=arguments.debug,
@@ -87,14 +92,17 @@ def run(arguments: argparse.Namespace) -> None:
             recipe=arguments.recipe,
             size=arguments.size,
         )
-        with nullcontext() if arguments.dry_run else pushed(arguments, output):
+        with (
+            nullcontext() if arguments.dry_run else pushed(arguments, output),
+            nullcontext() if arguments.dry_run else _sent(config, resume),
+        ):
             run_alone(config, resume=resume, dry_run=arguments.dry_run, overwrite=arguments.overwrite)
 
 
 def _output_dir(arguments: argparse.Namespace) -> Path:
     """Where to train, which a run that is resumed knows."""
     output, resume = getattr(arguments, "output_dir", None), arguments.resume_from_checkpoint
-    if not output and resume not in (None, "auto"):
+    if not output and resume not in (None, "auto") and not isinstance(located(resume), Address):
         from blip3o_dit.training.checkpoint import verify_checkpoint
 
         verify_checkpoint(Path(resume))
@@ -119,13 +127,37 @@ def _own_checkpoint(output: Path) -> Path | None:
     return found
 
 
-def _checkpoint(given: str | None, output: Path) -> Path | None:
-    """The checkpoint to continue from, whole."""
+@contextmanager
+def _sent(config: TrainingConfig, resume: Path | None) -> Iterator[None]:
+    """Around a training whose results go to --send_to as well; that they can is found out first."""
+    if not config.send_to or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    from blip3o_dit.publish import push_to_address
+    from blip3o_dit.training.sent_checkpoints import SendCheckpoints, check_send_to
+
+    check_send_to(config.send_to, resumes=resume is not None)
+    yield
+    SendCheckpoints(config.send_to).send(Path(config.output_dir))
+    push_to_address(config.output_dir, config.send_to, overwrite=True)
+
+
+def _checkpoint(given: str | None, output: Path, send_to: str) -> Path | None:
+    """The checkpoint to continue from, whole; fetched from an address where this folder has none."""
     from blip3o_dit.training.checkpoint import newest_whole, verify_checkpoint
 
     if given is None:
         return None
-    if given != "auto":
+    is_address = isinstance(located(given), Address)
+    if is_address or (given == "auto" and send_to and newest_whole(output) is None):
+        from blip3o_dit.training.sent_checkpoints import fetch_checkpoint
+
+        fetched = fetch_checkpoint(given if is_address else send_to, output)
+        if is_address and fetched is None:
+            raise FileNotFoundError(f"{located(given)}: expected a whole checkpoint there, found none")
+        if fetched is not None:
+            return fetched
+    elif given != "auto":
         with working(f"checking {given}"):
             verify_checkpoint(Path(given))
         return Path(given)

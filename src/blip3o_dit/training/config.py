@@ -96,6 +96,10 @@ class TrainingConfig:
     output_dir: str = setting(
         "", "folder for weights, checkpoints, logs and curves (default: the resumed run's)"
     )
+    send_to: str = setting(
+        "",
+        "address, s3://bucket/run, to which each whole checkpoint and in the end the model is sent as well",
+    )
     init_from: str = setting(
         "",
         "model folder, checkpoint or owner/name on the hub whose weights the run starts from; they bring "

@@ -24,6 +24,7 @@ from blip3o_dit.utils.hub import model_folder
 RESUMABLE_CHANGES = {
     "embeddings_path",
     "output_dir",
+    "send_to",
     "num_workers",
     "verify",
     "device",

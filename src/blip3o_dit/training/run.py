@@ -63,6 +63,7 @@ from blip3o_dit.training.memory import (
 )
 from blip3o_dit.training.metrics import PASSES_PER_STEP, synchronize
 from blip3o_dit.training.output_folder import output_folder
+from blip3o_dit.training.sent_checkpoints import SendCheckpoints
 from blip3o_dit.training.trainer import SCORED_SAMPLES, BLIP3oTrainer
 from blip3o_dit.utils.distributed import Processes, cores
 from blip3o_dit.utils.errors import StoppedEarly
@@ -238,6 +239,7 @@ def build_trainer(
             CurvesCallback(),
             ConsoleCallback(_evaluation_cost(config, split)),
             EarlyStop(config.early_stop, since=config.extended_at),
+            *([SendCheckpoints(config.send_to)] if config.send_to else []),
         ],
     )
 

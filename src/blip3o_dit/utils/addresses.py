@@ -34,6 +34,8 @@ _LIBRARY_ERRORS = {
 }
 
 _OF_THIS_DISK = ("file", "local")
+# Nothing is waited for there; and memory:// has one position in a file for all who read it.
+_IN_TURN = (*_OF_THIS_DISK, "memory")
 
 T = TypeVar("T")
 
@@ -103,8 +105,8 @@ class RemoteFolder:
         starts, stops = [start for _, start, _ in wanted], [stop for _, _, stop in wanted]
         if files.async_impl:
             found = files.cat_ranges(paths, starts, stops, batch_size=_AT_ONCE, on_error="raise")
-        elif len(wanted) == 1:
-            found = [_range(files, paths[0], starts[0], stops[0])]
+        elif len(wanted) == 1 or str(self.address).partition("://")[0] in _IN_TURN:
+            found = [_range(files, *where) for where in zip(paths, starts, stops, strict=True)]
         else:
             with ThreadPoolExecutor(_AT_ONCE) as threads:
                 found = list(threads.map(lambda *where: _range(files, *where), paths, starts, stops))
@@ -143,6 +145,16 @@ class RemoteFolder:
             entry["name"].rpartition("/")[2]: entry["size"] for entry in listed if entry["type"] == "file"
         }
 
+    def folders(self) -> list[str]:
+        """The names of folders in it; none where nothing is there."""
+        try:
+            listed = self._retried("", lambda files, path: files.ls(path, detail=True, refresh=True))
+        except FileNotFoundError:
+            return []
+        return [
+            entry["name"].rstrip("/").rpartition("/")[2] for entry in listed if entry["type"] == "directory"
+        ]
+
     def download(self, name: str, path: Path) -> None:
         """A file of any size, to a path of this disk; whole or not there."""
         with atomic_file(path) as file:
@@ -158,7 +170,8 @@ class RemoteFolder:
         self._retried(name, lambda files, path: files.pipe_file(path, content))
 
     def remove(self, name: str) -> None:
-        self._retried(name, lambda files, path: files.rm_file(path))
+        """A file, or a folder and all that is in it."""
+        self._retried(name, lambda files, path: files.rm(path, recursive=True))
 
     def _path(self, files: Any, name: str) -> str:
         return files._strip_protocol(str(self.address / name if name else self.address))
