@@ -43,6 +43,7 @@ PROGRAMS = {
     "quality-table": "tables and figure of these JSON lines",
     "calibration": "spread over error and energy score with and without the fitted scale of the noise",
     "real-towers": "recipes on real pretrained towers and photographs, out of packages that it fetches",
+    "goldens": "small trainings beside what they computed when they were recorded, to the last bit",
     "gpu-check": "whether a GPU computes what the CPU does, and how near it is to its limits",
 }
 OF_FILES = (

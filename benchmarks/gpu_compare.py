@@ -6,18 +6,20 @@ import gc
 import importlib.util
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils import deterministic
 
 from benchmarks.measure import Row
 from benchmarks.our_step import RandomEmbeddings
@@ -31,7 +33,11 @@ from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.config import BLIP3oDiTConfig
 from blip3o_dit.model.quantization import DTYPES as QUANTIZED
+from blip3o_dit.training import base_trainer
+from blip3o_dit.training.arguments import make_deterministic
 from blip3o_dit.training.config import LOW_MEMORY_DEFAULTS, TrainingConfig
+from blip3o_dit.training.distillation import student_trainer
+from blip3o_dit.training.distillation_config import DistillationConfig
 from blip3o_dit.training.run import train, train_on
 from blip3o_dit.training.trainer import BLIP3oTrainer
 from blip3o_dit.utils.stateless_random import stateless_normal
@@ -249,6 +255,8 @@ def check_resume(setup: Setup) -> Iterator[Row]:
     for name, settings in RESUMED.items():
         if not name or setup.device.type == "cuda":
             yield _resumed(setup, name, **settings)
+    yield _resumed_student(setup)
+    yield _resumed(setup, " without --deterministic", deterministic=False) | {"at most": "", "ok": True}
 
 
 def _resumed(setup: Setup, name: str, **more: Any) -> Row:
@@ -259,8 +267,33 @@ def _resumed(setup: Setup, name: str, **more: Any) -> Row:
         train(whole)
         train(again, resume=root / "whole" / "checkpoint-2")
         first, second = (load_file(root / run / "model.safetensors") for run in ("whole", "again"))
+    return _same_weights(f"resume bit for bit{name}", first, second)
+
+
+def _resumed_student(setup: Setup) -> Row:
+    """The same of a distillation, which keeps one checkpoint only."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _algorithms_restored(),
+        mock.patch.object(base_trainer, "keep_newest"),
+    ):
+        make_deterministic()
+        root, source = Path(folder), open_embeddings(_write_store(setup, Path(folder) / "store"))
+        lessons = DistillationConfig(
+            steps=1, train_steps=4, save_steps=2, teacher_steps=2, batch_size=8, device=setup.device.type
+        )
+        found = []
+        for run, resume in (("whole", None), ("again", str(root / "whole" / "checkpoint-2"))):
+            config = TrainingConfig(output_dir=str(root / run), device=setup.device.type)
+            student = student_trainer(setup.model("ridge"), source, np.arange(32), lessons, config)
+            student.train(resume_from_checkpoint=resume)
+            found.append(student.unwrapped_model.state_dict())
+    return _same_weights("resume bit for bit, distillation", *found)
+
+
+def _same_weights(what: str, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Row:
     different = [weight for weight in first if not torch.equal(first[weight], second[weight])]
-    return {"check": f"resume bit for bit{name}", "found": len(different), "at most": 0, "ok": not different}
+    return {"check": what, "found": len(different), "at most": 0, "ok": not different}
 
 
 def check_checkpoints(setup: Setup) -> list[Row]:
@@ -387,8 +420,9 @@ def uncompiled() -> Iterator[None]:
 
 @contextmanager
 def _algorithms_restored() -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
+    before, filled = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+        deterministic.fill_uninitialized_memory = filled

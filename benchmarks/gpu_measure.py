@@ -89,6 +89,8 @@ TRAININGS = [
     Training(128, GRAPHS | {"compile": "blocks"}, 90),
     Training(256, GRAPHS | {"compile": "blocks"}, 90),
     Training(128, GRAPHS | {"compile": "full"}, 120),
+    Training(32, GRAPHS | {"deterministic": True}),  # beside the first two: what it costs
+    Training(128, GRAPHS | {"deterministic": True}),
     Training(32, GRAPHS | {"memory": "split"}),
     Training(128, GRAPHS | {"memory": "split", "moments": "bfloat16"}),
     Training(128, GRAPHS | {"residual": "bfloat16"}),

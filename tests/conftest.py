@@ -55,6 +55,7 @@ LONGEST = (
     "test_processes",
     "test_precision",
     "test_fuzz",
+    "test_goldens",
     "test_first_hour",
     "test_evaluate",
     "test_distributed_commands",

@@ -31,7 +31,7 @@ from blip3o_dit.model.loading import EMA_FILE
 from blip3o_dit.training.checkpoint import TRAINER_STATE_FILE, checkpoints
 from blip3o_dit.training.config import SPLIT_SETTINGS, TrainingConfig
 from blip3o_dit.training.curves import CURVES_FILE, LOG_FILE, read_log
-from blip3o_dit.training.distillation import _samples_seen, distill, train_student
+from blip3o_dit.training.distillation import _samples_seen, distill, student_trainer, train_student
 from blip3o_dit.training.distillation_config import DISTILLATION_CONFIG_FILE, DistillationConfig
 from blip3o_dit.training.ema import ExponentialMovingAverage
 from blip3o_dit.training.student import StudentTrainer, student_of, teacher_path, whole_and_random
@@ -163,6 +163,32 @@ def test_the_student_of_a_bfloat16_teacher_learns_in_float32(tmp_path: Path) -> 
     for file in ("model.safetensors", EMA_FILE):
         weights = load_file(tmp_path / "student" / file)
         assert weights[name].dtype == torch.bfloat16 and weights["target_mean"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_deterministic_is_the_distillations_own_setting(
+    store: EmbeddingStore, tmp_path: Path, asked: bool
+) -> None:
+    lessons = DistillationConfig(steps=1, train_steps=1, batch_size=8, deterministic=asked)
+    run = TrainingConfig(output_dir=str(tmp_path / "student"), device="cpu", deterministic=not asked)
+    trainer = student_trainer(BLIP3oDiTModel(tiny_config()), store, np.arange(8), lessons, run)
+    assert trainer.config.deterministic == asked
+    older = json.loads(lessons.to_json())
+    del older["deterministic"]
+    (tmp_path / DISTILLATION_CONFIG_FILE).write_text(json.dumps(older))
+    assert not lessons.differences(tmp_path)
+
+
+def test_a_deterministic_distillation_asks_for_it_first(
+    teacher: Path, store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_deterministic() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("blip3o_dit.training.distillation.make_deterministic", make_deterministic)
+    words = ["distill", str(teacher), str(store.path), "--output_dir", str(tmp_path / "student")]
+    with pytest.raises(ZeroDivisionError):
+        main([*words, "--device", "cpu", "--steps", "1", "--deterministic"])
 
 
 def test_the_command(

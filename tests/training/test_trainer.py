@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from blip3o_dit.flow.predictions import preconditioning
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.loading import EMA_FILE
 from blip3o_dit.training.anomalies import NonFiniteLossError
-from blip3o_dit.training.arguments import training_arguments
+from blip3o_dit.training.arguments import make_deterministic, training_arguments
 from blip3o_dit.training.checkpoint import LoopState, best_saved, check_checkpoint
+from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.curves import read_log
 from blip3o_dit.training.distillation import distill
 from blip3o_dit.training.distillation_config import DistillationConfig
@@ -418,24 +420,62 @@ def test_the_arguments_allow_for_a_long_fit_and_send_no_buffers_around(
     assert arguments.ddp_timeout >= 3600 and arguments.ddp_broadcast_buffers is False
 
 
+@pytest.fixture
+def algorithms(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Torch's choice of algorithms, and the variables for it, are as before afterwards."""
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.mark.usefixtures("algorithms")
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_deterministic_asks_torch_and_cublas(
-    store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deterministic: bool
+def test_deterministic_asks_torch_cublas_and_nccl(
+    store: EmbeddingStore, tmp_path: Path, deterministic: bool
 ) -> None:
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    try:
-        trainer = build_trainer(
-            store, config_for(store, tmp_path, source="noise", deterministic=deterministic)
-        )
-        loss = trainer.compute_loss(
-            trainer.unwrapped_model,
-            trainer._prepare_inputs(trainer.train_dataset.__getitems__([(0, 1), (0, 2)])),
-        )
-        loss.backward()  # every operation has a deterministic form
-        assert torch.are_deterministic_algorithms_enabled() == deterministic
-        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if deterministic else None)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    trainer = build_trainer(store, config_for(store, tmp_path, source="noise", deterministic=deterministic))
+    loss = trainer.compute_loss(
+        trainer.unwrapped_model,
+        trainer._prepare_inputs(trainer.train_dataset.__getitems__([(0, 1), (0, 2)])),
+    )
+    loss.backward()  # every operation has a deterministic form
+    assert torch.are_deterministic_algorithms_enabled() == deterministic
+    assert torch.utils.deterministic.fill_uninitialized_memory != deterministic
+    found = [os.environ.get(name) for name in ("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO")]
+    assert found == ([":4096:8", "Ring"] if deterministic else [None, None])
+
+
+@pytest.mark.usefixtures("algorithms")
+def test_a_deterministic_run_asks_before_a_gpu_is_looked_at(
+    store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuBLAS and NCCL read their variables once."""
+    seen: list[str | None] = []
+
+    def use_cpu(config: TrainingConfig) -> bool:
+        seen.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("blip3o_dit.training.run.use_cpu", use_cpu)
+    with pytest.raises(ZeroDivisionError):
+        train(config_for(store, tmp_path / "run", deterministic=True))
+    assert seen == [":4096:8"]
+
+
+@pytest.mark.usefixtures("algorithms")
+def test_deterministic_refuses_variables_that_say_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    monkeypatch.setenv("NCCL_ALGO", "Tree")
+    make_deterministic()
+    assert os.environ["NCCL_ALGO"] == "Tree"
+    for name, value in (("NCCL_ALGO", "NVLS"), ("CUBLAS_WORKSPACE_CONFIG", ":0:0")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            with pytest.raises(ValueError, match=f"--deterministic: {name}: expected .*, found '{value}'"):
+                make_deterministic()
 
 
 def test_a_continued_run_is_the_same_one_at_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,14 +103,30 @@ def _optimizer(config: TrainingConfig) -> tuple[str, str | None]:
     return "adamw_torch_8bit", "bf16_stochastic_round=True"
 
 
+# cuBLAS's workspaces with which its products are the same in every run, by its documentation; and ways in
+# which NCCL adds up gradients: by default it chooses one by what it finds when it starts.
+CUBLAS_WORKSPACES = (":4096:8", ":16:8")
+NCCL_ALGORITHMS = ("Ring", "Tree")
+
+
 def make_deterministic() -> None:
     """From here on only kernels that give the same bits in every run; one that has no such form raises.
 
-    cuBLAS reads its variable when its first handle is made: call this before anything runs on a GPU.
+    Torch then takes attention whose backward pass adds in one order, and none of cuDNN's. cuBLAS reads its
+    variable when its first handle is made, NCCL when processes join: call this before anything runs on a GPU.
+
+    Raises:
+        ValueError: when a variable is set to what is not deterministic.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    for name, accepted in (("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACES), ("NCCL_ALGO", NCCL_ALGORITHMS)):
+        found = os.environ.setdefault(name, accepted[0])
+        if found not in accepted:
+            expected = " or ".join(accepted)
+            raise ValueError(f"--deterministic: {name}: expected {expected} or nothing, found {found!r}")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True)
+    # Nothing here reads memory before it is written; filling it would be a launch for each tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def use_cpu(config: TrainingConfig) -> bool:

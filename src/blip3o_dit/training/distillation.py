@@ -26,6 +26,7 @@ from blip3o_dit.model.loading import (
     variant_of,
     weights_files,
 )
+from blip3o_dit.training.arguments import make_deterministic
 from blip3o_dit.training.checkpoint import (
     TRAINER_STATE_FILE,
     RunIdentity,
@@ -93,6 +94,8 @@ def _distill(
     progress: bool,
 ) -> Path:
     """`distill` into a folder that is held."""
+    if config.deterministic:
+        make_deterministic()
     with working(f"checking {model_path}"):
         variant = variant_of(pick_weights(model_path, "auto"))
         checksum = " ".join(sha256(file) for file in weights_files(model_path, variant))
@@ -148,12 +151,23 @@ def train_student(
     Raises:
         FileNotFoundError, ValueError: as `distill`.
     """
+    trainer = student_trainer(teacher, source, train, config, run)
+    teach(trainer, None, progress=False)
+    return trainer
+
+
+def student_trainer(
+    teacher: BLIP3oDiTModel,
+    source: Embeddings,
+    train: np.ndarray,
+    config: DistillationConfig,
+    run: TrainingConfig,
+) -> StudentTrainer:
+    """The trainer of a student, before its first step. Raises ValueError as `distill`."""
     _check_teacher(teacher.config)
     config = config.resolved(run, samples=len(train), samples_seen=0.0)
     taught = _settings_of_student(run, config, Path(run.output_dir), len(train))
-    trainer = StudentTrainer(teacher, source, train, config, taught)
-    teach(trainer, None, progress=False)
-    return trainer
+    return StudentTrainer(teacher, source, train, config, taught)
 
 
 def teach(trainer: StudentTrainer, resume: Path | None, *, progress: bool) -> None:
@@ -245,11 +259,11 @@ def _settings_of_student(
 
 _OF_THE_DISTILLATION = (
     *("batch_size", "learning_rate", "warmup_steps", "ema_decay", "max_grad_norm"),
-    *("logging_steps", "save_steps", "max_hours"),
+    *("logging_steps", "save_steps", "max_hours", "deterministic"),
 )
 _NOT_OF_THE_TEACHER = (
     *("num_epochs", "eval_steps", "gradient_accumulation_steps", "lr_scheduler_type", "weight_decay"),
-    *("memory", "fp16", "bf16", "compile", "selective_checkpointing", "deterministic"),
+    *("memory", "fp16", "bf16", "compile", "selective_checkpointing"),
     *("init_from", "init_statistics", "init_checksum", "report_to", "wandb_project", "wandb_run_name"),
     *("ema_every", "moments", "optimizer", "early_stop"),
     *("extend_epochs", "extend_steps", "extended_at", "extended_to", "extended_rate", "extended_warmup"),

@@ -20,8 +20,8 @@ DISTILLATION_CONFIG_FILE = "distillation_config.json"
 # in that many steps it has nearly all that it can have, and they take as long as a few of the teacher's runs.
 SHARE_OF_TEACHER, MIN_STEPS, MAX_STEPS = 3, 50, 1000
 
-# What may change when a distillation is continued: none of it changes the student.
-FREE = {"teacher", "device", "logging_steps", "save_steps", "max_hours"}
+# What may change when a distillation is continued: none of it changes the student, but in its last bits.
+FREE = {"teacher", "device", "deterministic", "logging_steps", "save_steps", "max_hours"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,9 @@ class DistillationConfig:
     teacher_steps: int = setting(8, "solver steps of a whole path of the teacher")
     ema_decay: float = setting(0.999, "decay of the averaged weights; 0: none", group="optimisation")
     seed: int = setting(0, "seed of the order of conditions and of the noise")
+    deterministic: bool = setting(
+        False, "on a GPU, only kernels that give the same bits in every run; slower (the CPU has no others)"
+    )
     logging_steps: int | None = setting(
         None,
         "optimizer steps between log lines (default: a twentieth of them all)",

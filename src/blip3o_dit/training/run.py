@@ -125,6 +125,8 @@ def _checked(
     config: TrainingConfig, *, resume: Path | None, dry_run: bool, overwrite: bool
 ) -> tuple[Embeddings, Split, TrainingConfig]:
     """The data, its split, and the configuration in numbers: whatever can be refused is refused here."""
+    if config.deterministic:
+        make_deterministic()  # before a GPU is asked for its memory
     use_cpu(config)  # what cannot run on this machine is refused before anything is read or written
     loggers(config)
     if config.init_from and overwrite and resume is None:
