@@ -145,9 +145,10 @@ def test_a_student(run: Path, store: EmbeddingStore, tmp_path: Path) -> None:
     student = tmp_path / "s"
     (student / describe.DISTILLATION).write_text(json.dumps({"teacher": str(run), "steps": 2}))
     about = describe.describe(student)
-    assert about["kind"] == "a distilled model (2 steps)"
-    assert about["student"] == {"steps": 2, "teacher": str(run)} and about["go_on"] is None
-    assert "network calls a sample: 2, from " in flowing(about)
+    assert about["kind"] == "a distilled model (any steps)"
+    assert about["student"] == {"steps": "any", "default_steps": 2, "teacher": str(run)}
+    assert about["go_on"] is None
+    assert "network calls a sample: any, by default 2, from " in flowing(about)
 
 
 def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

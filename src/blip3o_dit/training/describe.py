@@ -148,7 +148,8 @@ def _student(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     flow = config.get("flow_matching")
     steps = flow.get("student_steps") if isinstance(flow, dict) else None
     teacher = _object(folder / DISTILLATION).get("teacher")
-    return {"steps": steps, "teacher": teacher or None} if steps else None
+    default = config.get("default_steps")
+    return {"steps": steps, "default_steps": default, "teacher": teacher or None} if steps else None
 
 
 def _checkpoints(folder: Path) -> list[dict[str, Any]]:
@@ -333,7 +334,9 @@ def _student_line(student: dict[str, Any] | None) -> str:
     if student is None:
         return ""
     teacher = student["teacher"]
-    return f"network calls a sample: {_show(student['steps'])}" + (
+    any_number = f"any, by default {_show(student['default_steps'])}"
+    calls = any_number if student["steps"] == "any" else _show(student["steps"])
+    return f"network calls a sample: {calls}" + (
         f", from {_show(teacher)}" if teacher else "; its teacher is not noted"
     )
 
