@@ -4,10 +4,11 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 WORKERS ?= 2
 
-.PHONY: help setup demo test matrix fuzz lint bench gpu-check clean
+.PHONY: help setup lock demo test matrix fuzz lint bench gpu-check clean
 
 help:
 	@echo "make setup   install everything into .venv"
+	@echo "make lock    requirements.lock anew: every package that the tests need, with hashes"
 	@echo "make demo    handwritten digits: two vision towers, a training run, a table and a picture"
 	@echo "make test    all tests"
 	@echo "make matrix  the core of the tests under Python 3.10 to 3.13, with the oldest and newest packages"
@@ -22,6 +23,14 @@ setup: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
 	touch $@
+
+# In an environment of its own: nothing else needs what resolves.
+lock:
+	$(PYTHON) -m venv .lock
+	.lock/bin/python -m pip install -q --disable-pip-version-check uv==0.13.9
+	UV_CUSTOM_COMPILE_COMMAND="make lock" .lock/bin/uv pip compile requirements-dev.txt --upgrade \
+		--python-version 3.11 --generate-hashes --no-annotate --no-emit-package blip3o-dit --quiet \
+		--output-file requirements.lock
 
 demo: .venv/installed
 	$(BIN)/python -m examples.digits.demo
@@ -51,4 +60,4 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks short
 
 clean:
-	rm -rf .venv .matrix outputs build fuzz-input .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .lock .matrix outputs build fuzz-input .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -5,12 +5,15 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from importlib.metadata import packages_distributions
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
+from tests import licences
+from tests.licences import plain
 from tests.matrix import PYTHONS
 
 tomllib: Any = pytest.importorskip("tomllib", reason="Python 3.11")
@@ -81,3 +84,53 @@ def test_the_pythons_that_are_named_are_those_that_are_tested() -> None:
 def test_requirements_of_the_path_are_not_extras() -> None:
     """Each command of the README's path runs without one: see also tests/acceptance/test_first_hour.py."""
     assert {"torch", "transformers", "accelerate", "pillow", "matplotlib", "jinja2"} <= NEEDED
+
+
+def pinned(*files: str) -> dict[str, str]:
+    """Names and versions of the lines `name==version` in these files."""
+    lines = "".join((ROOT / file).read_text() for file in files)
+    found = re.findall(r"^([\w.-]+)(?:\[[\w,-]+\])?==([\w.+]+)", lines, flags=re.MULTILINE)
+    return {plain(name): version for name, version in found}
+
+
+def test_the_lock_is_in_step_with_the_requirements() -> None:
+    """All that is pinned, in the same version, each with hashes, and no address of where it was found."""
+    text = (ROOT / "requirements.lock").read_text()
+    asked, locked = pinned("requirements.txt", "requirements-dev.txt"), pinned("requirements.lock")
+    assert {name: locked.get(name) for name in asked} == asked, "make lock"
+    entries = re.split(r"\n(?=\w)", text.split("make lock\n", 1)[1])
+    assert len(entries) == len(locked) and all("--hash=sha256:" in entry for entry in entries)
+    assert "://" not in text
+
+
+def test_the_lock_is_whole() -> None:
+    """What a locked package needs is locked, as far as that version is here to say so."""
+    locked, compared = pinned("requirements.lock"), 0
+    for name, version in locked.items():
+        try:
+            package = distribution(name)
+        except PackageNotFoundError:
+            continue
+        if package.version != version:
+            continue
+        compared += 1
+        lines = [Requirement(line) for line in package.requires or []]
+        here = [line for line in lines if not line.marker or line.marker.evaluate({"extra": ""})]
+        missing = {plain(line.name) for line in here} - set(locked)
+        assert not missing, f"{name} needs {missing}: make lock"
+    assert compared > 10
+
+
+def test_the_licences_of_what_is_needed_are_listed() -> None:
+    rows = dict(re.findall(r"^\| ([\w.-]+) \| (.+) \|$", licences.PAGE.read_text(), flags=re.MULTILINE))
+    del rows["package"]
+    direct = names(PROJECT["dependencies"]) | names(
+        [line for extra in licences.EXTRAS for line in PROJECT["optional-dependencies"][extra]]
+    )
+    assert direct | (set(licences.needed()) & set(pinned("requirements.lock"))) <= set(rows)
+    assert all(rows[name].strip() for name in rows)
+    assert licences.licence(distribution("numpy")) == rows["numpy"]
+
+
+def test_the_change_log_names_this_version() -> None:
+    assert f"## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text()
