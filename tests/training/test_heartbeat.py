@@ -12,12 +12,13 @@ from typing import Any
 
 import psutil
 import pytest
+import torch.distributed as dist
 
-from blip3o_dit.cli.command import STOPPED, USER_ERROR
+from blip3o_dit.cli.command import STOPPED, USER_ERROR, run_command
 from blip3o_dit.cli.train import main
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.training.checkpoint import checkpoints
-from blip3o_dit.training.heartbeat import HUNG, Judge, Sign, end_process
+from blip3o_dit.training.heartbeat import HUNG, Judge, Sign, end_process, losses_in_one_line
 from blip3o_dit.training.run import train
 from blip3o_dit.training.trainer import BLIP3oTrainer
 from blip3o_dit.utils.distributed import RESTARTS_VARIABLE, launcher_began, restarts
@@ -70,6 +71,30 @@ def test_a_process_that_is_ended_says_so_and_its_status_is_its_own(capfd: pytest
     ended = os.waitpid(forked(lambda: end_process("error: rank 1\n")), 0)[1]
     assert os.waitstatus_to_exitcode(ended) == HUNG
     assert capfd.readouterr().err == "error: rank 1\n"
+
+
+def test_a_process_that_died_is_one_line_for_those_that_waited(capsys: pytest.CaptureFixture[str]) -> None:
+    gloo = "[pair.cc:553] Connection closed by peer [127.0.0.1]:11912.\nThis is typically caused by"
+    for error, processes, kind in (
+        (RuntimeError(gloo), 2, ConnectionError),
+        (dist.DistNetworkError("no route"), 2, ConnectionError),
+        (RuntimeError(gloo), 1, RuntimeError),
+        (RuntimeError("size 3"), 2, RuntimeError),
+    ):
+        match = r"Connection closed|no route|size 3"
+        with pytest.raises(kind, match=match) as caught, losses_in_one_line(processes):
+            raise error
+        assert (caught.value is error) == (kind is RuntimeError)
+        if kind is ConnectionError:
+            assert run_command(lambda error=caught.value: _raise(error)) == USER_ERROR
+    shown = capsys.readouterr().err.splitlines()
+    assert len(shown) == 2 and shown[0].startswith(
+        "error: another process was lost: [pair.cc:553] Connection"
+    )
+
+
+def _raise(error: BaseException) -> None:
+    raise error
 
 
 # Restarts

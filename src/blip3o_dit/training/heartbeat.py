@@ -9,8 +9,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +21,10 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from blip3o_dit.utils.distributed import Processes
+from blip3o_dit.utils.json_files import one_line
 
 HUNG = 76  # exit status
+LOST = re.compile("Connection (closed|reset) by peer|Broken pipe")  # as gloo says it
 PLACES = 2**20  # of a step's marks: processes that took some again agree when the next step begins
 KEY = "blip3o-dit/rank-{}"
 
@@ -126,6 +131,21 @@ class Heartbeat:
 
     def _tell(self, store: Any, rank: int, pulse: int) -> None:
         store.set(KEY.format(rank), json.dumps((pulse, *self._done)))
+
+
+@contextmanager
+def losses_in_one_line(processes: int) -> Iterator[None]:
+    """Around a training: what waited for a process that died says so.
+
+    Raises:
+        ConnectionError: in place of whatever the exchange between the processes raised.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if processes == 1 or not (isinstance(error, dist.DistError) or LOST.search(str(error))):
+            raise
+        raise ConnectionError(f"another process was lost: {one_line(error)[:200]}") from error
 
 
 def end_process(line: str) -> None:

@@ -50,6 +50,7 @@ from blip3o_dit.training.console import ConsoleCallback, closing_bar, estimate, 
 from blip3o_dit.training.disk import check_disk, checkpoint_bytes
 from blip3o_dit.training.finishing import EarlyStop, finish
 from blip3o_dit.training.fit_source import SourceFolds, fit_source, threads_of_all
+from blip3o_dit.training.heartbeat import losses_in_one_line
 from blip3o_dit.training.init_from import check_start, kept_folds, load_start, refuse_overwritten_start
 from blip3o_dit.training.lengths import total_steps, with_lengths
 from blip3o_dit.training.loggers import loggers, prepare_loggers
@@ -188,7 +189,7 @@ def train_to_the_end(trainer: ExactResumeTrainer, resume: Path | None, *, go_on:
     Raises:
         StoppedEarly: a stop was asked for, and a checkpoint saved; `go_on` says how to continue from it.
     """
-    with closing_bar(trainer), trainer.files:
+    with losses_in_one_line(trainer.args.world_size), closing_bar(trainer), trainer.files:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if trainer.stop_request.cut_short(trainer.state):
         raise StoppedEarly(
