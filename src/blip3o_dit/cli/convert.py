@@ -49,7 +49,8 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument(
         "--vectors",
         choices=KEPT,
-        help="of a store, one vector a sample: those that `extract --keep` put beside its tokens (default: its tokens)",
+        help="of a store, one vector a sample: those that `extract --keep` put beside its tokens (default: "
+        "its tokens)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a store that is there")
 
