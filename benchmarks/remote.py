@@ -35,7 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> Iterator[Row]:
+def run(arguments: argparse.Namespace) -> list[Row]:
+    return list(_rows(arguments))
+
+
+def _rows(arguments: argparse.Namespace) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         here = _written(Path(folder) / "store", arguments.samples, arguments.samples // arguments.shards)
         files = fsspec.filesystem("memory")

@@ -129,9 +129,9 @@ def test_a_damaged_cache_is_read_again(address: str, cache: Path, tmp_path: Path
         store = EmbeddingStore(address)
         found = store.fetch(range(10))
         assert store.records([0])[0]["key"] == "sample-0"
-    assert torch.equal(found[1], EmbeddingStore(tmp_path / "store").fetch(range(10))[1])
+    for mine, other in zip(found, EmbeddingStore(tmp_path / "store").fetch(range(10)), strict=True):
+        assert torch.equal(mine, other)
     assert traffic.bytes < 4 * SAMPLE + 5_000
-    assert EmbeddingStore(address).fetch([9])[0].any()
 
 
 @pytest.mark.parametrize("damage", ["sample", "table", "size", "header"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import pickle
+import threading
 from pathlib import Path
 
 import fsspec
@@ -108,3 +109,19 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder() == Path.home() / ".cache" / "blip3o-dit"
     monkeypatch.setenv("BLIP3O_DIT_CACHE", "/mine")
     assert cache_folder() == Path("/mine")
+
+
+def test_memory_is_read_by_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file there has one position for all who read it."""
+    readers: set[int] = set()
+    own = MemoryFileSystem.open
+
+    def opened(files: MemoryFileSystem, *arguments: object, **named: object) -> object:
+        readers.add(threading.get_ident())
+        return own(files, *arguments, **named)
+
+    fsspec.filesystem("memory").pipe_file("/turns/a", bytes(range(200)))
+    monkeypatch.setattr(MemoryFileSystem, "open", opened)
+    wanted = [("a", start, start + 1) for start in range(200)]
+    assert RemoteFolder(located("memory://turns")).ranges(wanted) == [bytes([n]) for n in range(200)]
+    assert readers == {threading.get_ident()}

@@ -93,11 +93,12 @@ def _write_safetensors(source: Embeddings, path: Path) -> None:
 def _write_parquet(source: Embeddings, path: Path) -> None:
     """Columns key, caption, label (if all are whole numbers, or text), record (JSON), and the tokens.
 
-    Tokens are of Arrow's tensor type of fixed shape, which readers without it see as lists of fixed size.
+    Tokens are lists of fixed size in one another, [tokens][width], which Hugging Face datasets read; they refuse
+    Arrow's tensors.
     """
     arrow = pyarrow()
     kind = arrow.float16() if _dtype_of(source) == "float16" else arrow.float32()
-    types = [arrow.fixed_shape_tensor(kind, shape[1:]) for shape in _shapes(source)]
+    types = [arrow.list_(arrow.list_(kind, width), tokens) for _, tokens, width in _shapes(source)]
     columns = [("key", arrow.string()), ("caption", arrow.string()), ("label", _label_type(source))]
     columns += [(RECORD, arrow.string()), *zip((EVA_NAMES[0], CLIP_NAMES[0]), types, strict=True)]
     schema = arrow.schema([(name, type_) for name, type_ in columns if type_ is not None])
@@ -116,10 +117,11 @@ def _table_of(source: Embeddings, rows: range, schema: Any) -> Any:
     }
     arrays = [arrow.array(values[n], schema.field(n).type) for n in schema.names if n in values]
     for name, tokens in zip(schema.names[-2:], source.fetch(rows), strict=True):
-        type_ = schema.field(name).type
-        numbers = tokens.numpy().astype(type_.value_type.to_pandas_dtype())
-        storage = arrow.FixedSizeListArray.from_arrays(arrow.array(numbers.ravel()), type=type_.storage_type)
-        arrays.append(arrow.ExtensionArray.from_storage(type_, storage))
+        outer = schema.field(name).type
+        inner = outer.value_type
+        numbers = arrow.array(tokens.numpy().astype(inner.value_type.to_pandas_dtype()).ravel())
+        each = arrow.FixedSizeListArray.from_arrays(numbers, type=inner)
+        arrays.append(arrow.FixedSizeListArray.from_arrays(each, type=outer))
     return arrow.Table.from_arrays(arrays, schema=schema)
 
 

@@ -1,7 +1,8 @@
 """Tokens in one byte a number: a scale for each token, and whole numbers from -127 to 127.
 
-On disk a token of width C is C + 4 bytes, its numbers and then its scale, float32 of 16 significant bits:
-127 scales are exact, so that tokens that were read and are stored again have the same bytes.
+On disk a token of width C is C + 4 bytes, its numbers and then its scale in float32, a 127th of the largest.
+Tokens that were read and are stored again have the same bytes: fl(fl(127 s) / 127) = s for each scale s that
+is such a quotient, which was tried for every significand.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 NAME = "int8"
-_LARGEST, _SCALE_BYTES, _LOW_BITS = 127, 4, 0xFF
+_LARGEST, _SCALE_BYTES = 127, 4
 
 
 def width_on_disk(width: int, dtype: str) -> int:
@@ -21,8 +22,7 @@ def width_on_disk(width: int, dtype: str) -> int:
 def quantized(tokens: Tensor) -> Tensor:
     """[n, N, C] -> int8 [n, N, C + 4]. The error is at most 1/254 of a token's largest value."""
     tokens = tokens.float()
-    bits = (tokens.abs().amax(dim=-1, keepdim=True) / _LARGEST).view(torch.int32)
-    scale = ((bits + _LOW_BITS) & ~_LOW_BITS).view(torch.float32)  # [n, N, 1], rounded up
+    scale = tokens.abs().amax(dim=-1, keepdim=True) / _LARGEST  # [n, N, 1]
     whole = (tokens / scale.where(scale > 0, 1.0)).round().clamp(-_LARGEST, _LARGEST)
     return torch.cat([whole.to(torch.int8), scale.view(torch.int8)], dim=-1)
 

@@ -148,12 +148,12 @@ class RemoteShards:
         for runs in _in_parts(shards, wanted):
             asked = [piece for run in runs for piece in run.pieces()]
             contents = iter(self.files.ranges(asked))
-            for run in runs:
-                parts = {start: bytearray(next(contents)) for _, start, _ in run.pieces()}
-                samples = run.samples(parts)
+            parts = [{start: bytearray(next(contents)) for _, start, _ in run.pieces()} for run in runs]
+            for run, part in zip(runs, parts, strict=True):
+                samples = run.samples(part)
                 self._check(run, samples)
-                self._keep(run, parts)
                 found |= {(run.number, run.first + row): sample for row, sample in enumerate(samples)}
+            self._keep(runs, parts)
         return found
 
     def rows(self, entry: Mapping[str, Any], names: Sequence[str], rows: Sequence[int]) -> dict[str, Tensor]:
@@ -245,11 +245,11 @@ class RemoteShards:
                     f"{file}: row {place}: its CRC-32 is not the stored one: the file was altered"
                 )
 
-    def _keep(self, run: Run, parts: Mapping[int, bytearray]) -> None:
-        if not self.cache.take(sum(map(len, parts.values()))):
-            return
+    def _keep(self, runs: Sequence[Run], parts: Sequence[Mapping[int, bytearray]]) -> None:
+        fitting = self.cache.take(*(sum(map(len, part.values())) for part in parts))
         try:
-            run.shard.cached.put(run.first, run.rows, parts)
+            for run, part in zip(runs[:fitting], parts, strict=False):
+                run.shard.cached.put(run.first, run.rows, part)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise

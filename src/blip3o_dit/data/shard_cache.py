@@ -67,18 +67,23 @@ class ShardCache:
         with self._used() as used:
             used[0] = sum(_size_of(file) for file in self.folder.iterdir())
 
-    def take(self, size: int) -> bool:
-        """Whether there is room for so many more bytes, which then count; what is not in use goes for it."""
+    def take(self, *sizes: int) -> int:
+        """How many of these, from the first on, there is room for, which then count: bytes.
+
+        What is not in use goes for them.
+        """
         if time.monotonic() < self._full_until:
-            return False
+            return 0
+        fitting = 0
         with self._used() as used:
-            if used[0] + size > self.bound:
-                used[0] -= self._drop(used[0] + size - self.bound)
-            if used[0] + size <= self.bound:
-                used[0] += size
-                return True
-        self.is_full()
-        return False
+            more = used[0] + sum(sizes) - self.bound
+            used[0] -= self._drop(more) if more > 0 else 0
+            while fitting < len(sizes) and used[0] + sizes[fitting] <= self.bound:
+                used[0] += sizes[fitting]
+                fitting += 1
+        if fitting < len(sizes):
+            self.is_full()
+        return fitting
 
     def is_full(self) -> None:
         """The disk is: nothing more is kept for a while."""
