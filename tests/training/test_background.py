@@ -23,7 +23,7 @@ from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.training import background
 from blip3o_dit.training.arguments import training_arguments
-from blip3o_dit.training.background import LEFT_FREE, Staging, may_go_on
+from blip3o_dit.training.background import LEFT_FREE, CheckpointFiles, Staging, may_go_on
 from blip3o_dit.training.checkpoint import checkpoints, newest_whole
 from blip3o_dit.training.config import TrainingConfig
 from blip3o_dit.training.lengths import with_lengths
@@ -66,6 +66,23 @@ def slowed(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     monkeypatch.setattr(background, "_write", write)
 
 
+def as_late_as_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written before the run waits for it."""
+    write, wait, needed = background._write, CheckpointFiles.wait, threading.Event()
+
+    def wait_for_it(files: CheckpointFiles, meanwhile: str = "") -> None:
+        needed.set()
+        wait(files, meanwhile)
+        needed.clear()
+
+    def write_late(tensors: Any, path: Path, metadata: Any) -> None:
+        assert threading.current_thread() is threading.main_thread() or needed.wait(20)
+        write(tensors, path, metadata)
+
+    monkeypatch.setattr(background, "_write", write_late)
+    monkeypatch.setattr(CheckpointFiles, "wait", wait_for_it)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     files = [file for file in folder.iterdir() if file.is_file() and file.name not in DIFFER]
     return {file.name: file.read_bytes() for file in files}
@@ -90,10 +107,10 @@ def test_files_are_those_of_a_run_that_stops_for_them(
     monkeypatch: pytest.MonkeyPatch,
     changes: dict[str, Any],
 ) -> None:
-    """Also where steps are taken before anything is written."""
+    """Where steps are taken before anything is written."""
     settings = EVERY | changes
     at_once = train(config_for(store, tmp_path / "at_once", **settings)) if changes else stopping
-    slowed(monkeypatch, 0.03)
+    as_late_as_may_be(monkeypatch)
     run = train(config_for(store, tmp_path / "run", **settings, async_checkpoints=True))
     names = [path.name for path in checkpoints(run)]
     assert names == [path.name for path in checkpoints(at_once)] == [f"checkpoint-{i}" for i in (7, 6, 4, 2)]
@@ -113,7 +130,7 @@ def test_weights_are_written_as_the_model_itself_writes_them(stopping: Path, tmp
 def test_the_run_goes_on_meanwhile_and_the_next_checkpoint_waits(
     store: EmbeddingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    slowed(monkeypatch, 0.1)
+    as_late_as_may_be(monkeypatch)
     seen = []
     at_step(monkeypatch, 3, lambda trainer: seen.append([p.name for p in tmp_path.glob("run/checkpoint-*")]))
     with caplog.at_level(logging.INFO):
