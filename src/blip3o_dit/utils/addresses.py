@@ -21,7 +21,8 @@ from blip3o_dit.utils.atomic import atomic_file
 from blip3o_dit.utils.errors import RETRY_AFTER, ReadError
 from blip3o_dit.utils.json_files import one_line
 
-_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/+(?=[^/])")
+# Not of web pages, which have no list of what lies below an address.
+_SCHEME = re.compile(r"(?!https?:)([a-z][a-z0-9+.-]+):/+(?=[^/])")
 # Ranges that are asked for at a time, and bytes of a file that is read whole.
 _AT_ONCE, _BLOCK = 32, 2**23
 # What libraries raise that is no OSError, where they are loaded; credentials that are missing among it.
