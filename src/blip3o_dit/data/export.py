@@ -93,8 +93,8 @@ def _write_safetensors(source: Embeddings, path: Path) -> None:
 def _write_parquet(source: Embeddings, path: Path) -> None:
     """Columns key, caption, label (if all are whole numbers, or text), record (JSON), and the tokens.
 
-    Tokens are lists of fixed size in one another, [tokens][width], which Hugging Face datasets read; they refuse
-    Arrow's tensors.
+    Tokens are lists of fixed size in one another, [tokens][width], which Hugging Face datasets read; they
+    refuse Arrow's tensors.
     """
     arrow = pyarrow()
     kind = arrow.float16() if _dtype_of(source) == "float16" else arrow.float32()
