@@ -9,6 +9,7 @@ import fsspec
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
+from PIL import Image
 
 from blip3o_dit.cli.main import main
 from blip3o_dit.data.store import EmbeddingStore
@@ -101,6 +102,10 @@ def test_a_model_goes_and_is_used_from_there(tmp_path: Path, tiny_model: BLIP3oD
     here = BLIP3oInference(folder, device="cpu").generate(conditions, seed=0)
     for _ in range(2):
         assert torch.equal(BLIP3oInference(address, device="cpu").generate(conditions, seed=0), here)
+    store = write_linear_store(tmp_path / "store", samples=12)
+    out = f"memory://{tmp_path.name}/generated"
+    words = ["generate", address, str(store.path), out, "--num_inference_steps", "1", "--device", "cpu"]
+    assert main(words) == 0 and len(EmbeddingStore(out)) == 12
     memory = fsspec.filesystem("memory")
     weights = f"/{tmp_path.name}/model/model.safetensors"
     memory.pipe_file(weights, memory.cat_file(weights)[:-1] + b"!")
@@ -127,6 +132,20 @@ def test_commands_write_stores_there(tmp_path: Path, capsys: pytest.CaptureFixtu
         ["extract", "images", "--output", f"{there}/merged", "--append"],
     ):
         assert main(refused) == 2
+
+
+def test_pictures_are_extracted_to_there(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(5):
+        picture = Image.new("RGB", (32, 32), (50 * number, 9, 200))
+        picture.save(tmp_path / "images" / f"{number}.png")
+    words = ["extract", str(tmp_path / "images"), "--towers_from_scratch", "--device", "cpu"]
+    words += ["--workers", "1", "--store_dtype", "int8", "--output"]
+    address = f"memory://{tmp_path.name}/store"
+    assert main([*words, str(tmp_path / "here")]) == main([*words, address]) == 0
+    found = EmbeddingStore(address)
+    assert found.fingerprint() == EmbeddingStore(tmp_path / "here").fingerprint()
+    assert found.manifest["dtype"] == "int8" and torch.isfinite(found.fetch([4])[0]).all()
 
 
 def test_what_cannot_be_written_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
