@@ -20,6 +20,7 @@ from blip3o_dit.cli.main import COMMANDS, main
 from tests.data.test_safe_unpickler import HOSTILE
 from tests.fuzz.formats import Make, documented, write_decoder, write_model, write_store
 from tests.fuzz.judge import Trial
+from tests.helpers.painted import painted_store
 
 # Values of a flag that asks for work in proportion are kept small: ten billion steps are slow by right.
 NUMBERS = ("-1", "0", "1", "2", "3", "1.5", "nan", "-inf", "inf", "x", "", "1e308", "-1e-300", "٣", "1_0")
@@ -99,6 +100,8 @@ class _Places:
         self.out, self.canary = folder / "out", folder / "canary"
         self.store, self.model = write_store(folder / "store"), write_model(folder / "model")
         (self.model / "training_log.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+        painted, images = painted_store(folder / "painted", samples=8)
+        self.painted = (painted.path, images)
         self.decoder = write_decoder(folder / "decoder")
         self.pickle, self.evil = folder / "data.pkl", folder / "evil.pkl"
         self.pickle.write_bytes(pickle.dumps(documented()))
@@ -179,7 +182,10 @@ class _Places:
             ],
             "evaluate": [model, data, "--output_dir", out, *few],
             "calibrate": [model, data, "--split=eval"],
-            "train-decoder": [data, str(self.pictures), "--output_dir", out, "--steps=1", "--width=8"],
+            "train-decoder": [
+                *map(str, self.painted),
+                *("--output_dir", out, "--picture_size=12", "--steps=1", "--width=8", "--num_heads=1"),
+            ],
             "decode": [str(self.decoder), data, out],
             "extract": [str(self.pictures), "--output", out],
         }[name]
