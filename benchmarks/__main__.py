@@ -25,6 +25,7 @@ TABLES = {
     "split": "what a training step and a generation spend their time on, by a profiler",
     "counts": "weights read, passes over activations and launches of one network call on a GPU, by counting",
     "loading": "reading a store: samples per second, memory, time to the first batch",
+    "scale": "a store of 100 million samples, imitated: opening, split, first batches; seconds and memory",
     "memory": "peak memory of training and generation beside what was forecast",
     "evaluation": "time and peak memory of an evaluation at full widths",
     "quantization": "quantised weights: energy scores beside float32's, time of a call, bytes",
