@@ -26,6 +26,7 @@ TABLES = {
     "counts": "weights read, passes over activations and launches of one network call on a GPU, by counting",
     "loading": "reading a store: samples per second, memory, time to the first batch",
     "remote": "a store at an address: what an epoch reads from there, by samples and by whole shards",
+    "scale": "a store of 100 million samples, imitated: opening, split, first batches; seconds and memory",
     "memory": "peak memory of training and generation beside what was forecast",
     "evaluation": "time and peak memory of an evaluation at full widths",
     "migration": "an index of translated vectors: recall beside ridge's, and what the spread is good for",

@@ -656,3 +656,42 @@ def test_a_pickles_batches_travel_as_it_has_them(store: EmbeddingStore, tmp_path
     batch = EmbeddingDataset(pickled, np.arange(23))[4]
     assert batch["eva"].dtype == batch["clip"].dtype == torch.float16
     assert torch.equal(batch["eva"].float(), pickled.fetch([4])[0])
+
+
+@pytest.fixture(params=[False, True], ids=["small", "large"])
+def large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """A hundred samples count as too many to hold in memory, or do not."""
+    monkeypatch.setattr(dataset, "LARGE", 100 if request.param else 2**25)
+    monkeypatch.setattr(dataset, "PIECE", 16)
+    return bool(request.param)
+
+
+def test_a_large_split_is_one_too(large: bool) -> None:
+    small = dataset.split_permutation(99, eval_split=0.1, seed=1)
+    assert small.train.dtype == np.int64
+    split = dataset.split_permutation(1000, eval_split=0.1, seed=1)
+    assert split.train.dtype == (np.int32 if large else np.int64)
+    assert len(split.eval) == 100 and (np.diff(split.eval) > 0).all() and (np.diff(split.train) > 0).all()
+    assert sorted([*split.train, *split.eval]) == list(range(1000))
+    wider = dataset.split_permutation(1000, eval_split=150, seed=1)
+    assert set(split.eval) < set(wider.eval)
+    assert set(dataset.split_permutation(1000, eval_split=0.1, seed=2).eval) != set(split.eval)
+    chosen = choose_samples(split.train, max_samples=50, seed=1)
+    assert chosen.dtype == np.int64 and len(set(chosen) & set(split.train)) == 50
+    assert np.array_equal(np.sort(choose_samples(split.train, max_samples=5000, seed=1)), split.train)
+
+
+@pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize(("samples", "batch"), [(500, 32), (5, 32), (96, 16)])
+def test_an_order_can_begin_anywhere(large: bool, samples: int, batch: int, window: int | None) -> None:
+    if window:
+        starts = np.arange(0, samples + 1, max(1, samples // 4))
+        sampler = WindowShuffledSampler(starts, window=window, seed=1, global_batch=batch)
+    else:
+        sampler = ShuffledSampler(samples, seed=1, global_batch=batch)
+    sampler.set_epoch(3)
+    whole = list(sampler)
+    assert len(whole) == len(sampler) and {item[0] for item in whole} == {3}
+    assert {item[1] for item in whole} == set(range(sampler.num_samples))
+    for first in (0, 1, 15, 16, 17, 33, len(whole) - 1, len(whole)):
+        assert list(sampler.items(first)) == whole[first:]

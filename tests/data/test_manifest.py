@@ -15,7 +15,6 @@ from blip3o_dit.data.convert import convert_pickle
 from blip3o_dit.data.manifest import MANIFEST, STORE_ASIDE
 from blip3o_dit.data.pickle_format import write_pickle
 from blip3o_dit.data.store import EmbeddingStore
-from blip3o_dit.utils.json_files import MAX_JSON_BYTES
 from tests.data.test_store import edit_manifest, refused, write
 
 
@@ -150,11 +149,11 @@ def test_a_store_of_more_shards_than_a_manifest_lists_is_refused_while_it_is_wri
 
 def test_a_manifest_of_the_most_shards_is_read(tmp_path: Path) -> None:
     digest = "0" * 64
-    entry = {"file": "shard-149999.safetensors", "num_samples": 1024, "bytes": 268435456, "sha256": digest}
-    entry |= {"table": "shard-149999.jsonl", "table_sha256": digest}
+    entry = {"file": "shard-349999.safetensors", "num_samples": 1024, "bytes": 268435456, "sha256": digest}
+    entry |= {"table": "shard-349999.jsonl", "table_sha256": digest}
     one, two = (len(json.dumps({"shards": [entry] * count}, indent=2)) for count in (1, 2))
-    assert (two - one) * manifest_module.MAX_SHARDS < 0.9 * MAX_JSON_BYTES
-    about = {"encoders": {"eva": {"name": "x" * MAX_JSON_BYTES}}}
+    assert (two - one) * manifest_module.MAX_SHARDS < 0.9 * manifest_module.MAX_MANIFEST_BYTES
+    about = {"encoders": {"eva": {"name": "x" * manifest_module.MAX_MANIFEST_BYTES}}}
     assert "bytes to write" in refused(
         lambda: manifest_module.write_manifest(tmp_path, (4, 6, 3), "float16", [], about)
     )

@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from blip3o_dit.utils.stateless_random import stateless_normal, stateless_permutation, stateless_uniform
+from blip3o_dit.utils.stateless_random import (
+    StatelessOrder,
+    stateless_normal,
+    stateless_permutation,
+    stateless_uniform,
+)
 from tests.utils.test_philox import reference_philox
 
 
@@ -94,3 +99,28 @@ def test_numbers_are_philoxs(index: int, counter: int, repeat: int) -> None:
     assert np.abs(found.numpy() - numbers[:11]).max() < 4e-6
     first = reference_philox((0, index % 2**32, index // 2**32 % 2**32, repeat), key)[0]
     assert float(stateless_uniform([index], **settings)) == (first >> 8) / 2**24
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 17, 1000, 4096, 10_007])
+def test_a_stateless_order_holds_each_index_once(n: int) -> None:
+    order = StatelessOrder(n, seed=3, stream="a")
+    found = order.at(np.arange(n))
+    assert np.array_equal(np.sort(found), np.arange(n))
+    places = np.arange(n)[::-3]
+    assert np.array_equal(order.at(places), found[places])
+
+
+def test_a_stateless_order_follows_its_name_and_has_no_structure() -> None:
+    n, places = 99_999_999, np.arange(200_000)
+    found = StatelessOrder(n, seed=3, stream="a").at(places)
+    assert found[:3].tolist() == [32052649, 14667183, 96896021]  # in every version
+    for other in (dict(seed=4, stream="a"), dict(seed=3, stream="b"), dict(seed=3, stream="a", counter=1)):
+        assert (StatelessOrder(n, **other).at(places) == found).mean() < 1e-4
+    assert len(np.unique(found)) == len(places) and 0 <= found.min() < found.max() < n
+    assert abs(np.corrcoef(found, places)[0, 1]) < 0.01
+    assert abs(np.corrcoef(found[1:], found[:-1])[0, 1]) < 0.01
+    assert (np.diff(found) == 1).mean() < 1e-4
+    counts = np.bincount(found * 100 // n, minlength=100)  # 2,000 expected in each hundredth
+    assert ((counts - 2000) ** 2 / 2000).sum() < 150
+    # Of a random permutation half of the pairs are in order.
+    assert abs((found[1::2] > found[::2]).mean() - 0.5) < 0.01

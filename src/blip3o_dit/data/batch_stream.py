@@ -42,8 +42,9 @@ class OwnBatches(Sampler):
         first = self.first
         for epoch in count(self.epoch):
             self.sampler.set_epoch(epoch)
-            everyones = BatchSampler(self.sampler, self.batch_size, drop_last=True)
-            yield from islice(everyones, self.process + first * self.processes, None, self.processes)
+            rest: Any = self.sampler.items(first * self.processes * self.batch_size)
+            everyones = BatchSampler(rest, self.batch_size, drop_last=True)
+            yield from islice(everyones, self.process, None, self.processes)
             first = 0
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from itertools import count, islice, pairwise
+from itertools import chain, count, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from blip3o_dit.data.statistics import streamed_statistics
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.utils.json_files import short_repr
 from blip3o_dit.utils.stateless_random import (
+    StatelessOrder,
     stateless_generator,
     stateless_normal,
     stateless_permutation,
@@ -132,12 +133,41 @@ def _split_at(held_out: np.ndarray) -> Split:
     return Split(train=np.flatnonzero(~held_out), eval=np.flatnonzero(held_out))
 
 
+# From so many samples on, split and order are computed piece by piece (`StatelessOrder`), indices int32.
+LARGE = 2**25
+PIECE = 2**16
+
+
 def split_permutation(num_samples: int, *, eval_split: float, seed: int) -> Split:
     """The `permutation` split, which the number of samples decides alone; a side may be empty."""
     wanted = round(eval_split if eval_split >= 1 else num_samples * eval_split)
     count = max(1, wanted) if eval_split > 0 else 0
-    order = stateless_permutation(num_samples, seed=seed, stream="split")
-    return Split(train=np.sort(order[count:]), eval=np.sort(order[:count]))
+    if num_samples < LARGE:
+        order = stateless_permutation(num_samples, seed=seed, stream="split")
+        return Split(train=np.sort(order[count:]), eval=np.sort(order[:count]))
+    large, held_out = (
+        StatelessOrder(num_samples, seed=seed, stream="split"),
+        np.zeros(num_samples, dtype=bool),
+    )
+    for places in _in_pieces(count):
+        held_out[large.at(places)] = True
+    return Split(train=_places_of(~held_out), eval=_places_of(held_out))
+
+
+def _in_pieces(count: int, start: int = 0) -> Iterator[np.ndarray]:
+    """start..count-1 as consecutive arrays."""
+    for first in range(start, count, PIECE):
+        yield np.arange(first, min(first + PIECE, count))
+
+
+def _places_of(chosen: np.ndarray) -> np.ndarray:
+    """As np.flatnonzero, int32 and without an int64 array of all of them beside it."""
+    found, filled = np.empty(np.count_nonzero(chosen), dtype=np.int32), 0
+    for first in range(0, len(chosen), PIECE):
+        here = np.flatnonzero(chosen[first : first + PIECE])
+        found[filled : filled + len(here)] = here + first
+        filled += len(here)
+    return found
 
 
 # One in so many of the training side is held back, at most so many, and none where there would be fewer.
@@ -167,6 +197,9 @@ def choose_samples(indices: np.ndarray, *, max_samples: int, seed: int) -> np.nd
 
     At most `max_samples` of `indices`, in random order; the seed alone decides.
     """
+    if len(indices) >= LARGE:
+        order = StatelessOrder(len(indices), seed=seed, stream="baseline samples")
+        return np.asarray(indices)[order.at(np.arange(min(max_samples, len(indices))))].astype(np.int64)
     return stateless_generator(seed, "baseline samples").permutation(np.asarray(indices))[:max_samples]
 
 
@@ -273,18 +306,35 @@ class ShuffledSampler(Sampler):
         return self.num_samples + self.num_repeated
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
-        epoch = self.epoch
-        first_items: list[tuple[int, ...]] = []
-        for item in ((epoch, int(position)) for piece in self._pieces(epoch) for position in piece):
-            if len(first_items) < self.num_repeated:
-                first_items.append(item)
-            yield item
-        again = ((*item, repeat) for repeat in count(1) for item in first_items)
-        yield from islice(again, self.num_repeated)
+        return self.items()
 
-    def _pieces(self, epoch: int) -> Iterator[np.ndarray]:
-        """The positions of an epoch in order, as consecutive arrays."""
-        yield stateless_permutation(self.num_samples, seed=self.seed, stream="order", counter=epoch)
+    def items(self, first: int = 0) -> Iterator[tuple[int, ...]]:
+        """The epoch's items from number `first` on."""
+        epoch, before = self.epoch, first
+        for piece in self._pieces(epoch, first):
+            for position in piece[before:]:
+                yield epoch, int(position)
+            before = max(0, before - len(piece))
+        first_items = self._first_items(epoch) if self.num_repeated else []
+        again = ((*item, repeat) for repeat in count(1) for item in first_items)
+        yield from islice(again, max(0, first - self.num_samples), self.num_repeated)
+
+    def _first_items(self, epoch: int) -> list[tuple[int, ...]]:
+        """Those that come again at the end, at most all."""
+        positions = chain.from_iterable(self._pieces(epoch))
+        return [(epoch, int(position)) for position in islice(positions, self.num_repeated)]
+
+    def _pieces(self, epoch: int, first: int = 0) -> Iterator[np.ndarray]:
+        """The positions of an epoch in order, as consecutive arrays; before number `first` they may be empty
+        of meaning, but have their lengths."""
+        name: dict[str, Any] = {"seed": self.seed, "stream": "order", "counter": epoch}
+        if self.num_samples < LARGE:
+            yield stateless_permutation(self.num_samples, **name)
+            return
+        order, whole = StatelessOrder(self.num_samples, **name), first // PIECE * PIECE
+        yield np.broadcast_to(np.int64(0), whole)
+        for places in _in_pieces(self.num_samples, whole):
+            yield order.at(places)
 
 
 class WindowShuffledSampler(ShuffledSampler):
@@ -307,7 +357,7 @@ class WindowShuffledSampler(ShuffledSampler):
         self.starts = np.concatenate([*cuts, starts[-1:]])
         self.window = window
 
-    def _pieces(self, epoch: int) -> Iterator[np.ndarray]:
+    def _pieces(self, epoch: int, first: int = 0) -> Iterator[np.ndarray]:
         name: dict[str, Any] = {"seed": self.seed, "counter": epoch}
         lengths = np.diff(self.starts)
         order = stateless_permutation(len(lengths), stream="order of shards", **name)

@@ -224,11 +224,11 @@ class LessonSampler(ShuffledSampler):
     def __len__(self) -> int:
         return self.num_samples - self.num_samples % self.global_batch
 
-    def __iter__(self) -> Iterator[tuple[int, ...]]:
+    def items(self, first: int = 0) -> Iterator[tuple[int, ...]]:
         size = self.global_batch
         order = stateless_permutation(
             self.num_samples, seed=self.seed, stream="distillation order", counter=self.epoch
         )
         first_step = self.epoch * (len(self) // size)
-        for number, position in enumerate(order[: len(self)].tolist()):
+        for number, position in enumerate(order[first : len(self)].tolist(), first):
             yield first_step + number // size, position

@@ -8,7 +8,7 @@ import reprlib
 from pathlib import Path
 from typing import Any, NoReturn
 
-# Largest JSON file that is read whole, in bytes; a manifest of a hundred thousand shards has half of it.
+# Largest JSON file that is read whole, in bytes, but for a store's manifest.
 MAX_JSON_BYTES = 2**26
 
 # What an empty list or object takes in memory, and how much of that a file may ask for beyond its own size:
@@ -17,7 +17,7 @@ _CONTAINER = 72
 _GROWTH, _FREE = 8, 2**24
 
 
-def read_json(file: Path, *, non_finite: bool = False) -> Any:
+def read_json(file: Path, *, non_finite: bool = False, most: int = MAX_JSON_BYTES) -> Any:
     """The content of a JSON file: UTF-8, not too large or too deep, no name twice in an object.
 
     `non_finite` also takes NaN, Infinity and -Infinity, which Python writes and JSON does not have.
@@ -27,8 +27,8 @@ def read_json(file: Path, *, non_finite: bool = False) -> Any:
             gives a name twice.
     """
     size = file.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise ValueError(f"{file}: expected at most {MAX_JSON_BYTES} bytes of JSON, found {size}")
+    if size > most:
+        raise ValueError(f"{file}: expected at most {most} bytes of JSON, found {size}")
     return parse_json(file, file.read_bytes(), non_finite=non_finite)
 
 
@@ -104,7 +104,8 @@ def weight_files_of(index: Path) -> list[Path]:
 
 def is_plain_name(name: str) -> bool:
     """Whether a name out of a file is one of a file beside it, and fit for a message."""
-    return Path(name).name == name and name.isprintable() and len(name) <= 100
+    plain = "/" not in name and name not in ("", ".", "..")
+    return plain and name.isprintable() and len(name) <= 100
 
 
 def one_line(error: BaseException, *, max_length: int = 200) -> str:

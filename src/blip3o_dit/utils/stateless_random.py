@@ -149,6 +149,39 @@ def stateless_permutation(n: int, *, seed: int, stream: str, counter: int = 0) -
     return stateless_generator(seed, stream, counter).permutation(n)
 
 
+class StatelessOrder:
+    """A permutation of 0..n-1 that is computed where it is asked for: no array of n numbers is made.
+
+    A Feistel network on pairs (L, R) of digits below a = ceil(sqrt n), number L a + R, whose round functions
+    are tables of random numbers (Luby and Rackoff, 1988); what falls on n or above goes through it again
+    (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+    """
+
+    ROUNDS = 8
+
+    def __init__(self, n: int, *, seed: int, stream: str, counter: int = 0) -> None:
+        self.n = n
+        self._digits = math.isqrt(max(0, n - 1)) + 1
+        tables = stateless_generator(seed, stream, counter)
+        self._tables = tables.integers(self._digits, size=(self.ROUNDS, self._digits), dtype=np.int64)
+
+    def at(self, places: np.ndarray) -> np.ndarray:
+        """What stands at these places in [0, n); int64."""
+        found = self._network(np.asarray(places, dtype=np.int64))
+        beyond = np.flatnonzero(found >= self.n)
+        while len(beyond):
+            found[beyond] = self._network(found[beyond])
+            beyond = beyond[found[beyond] >= self.n]
+        return found
+
+    def _network(self, numbers: np.ndarray) -> np.ndarray:
+        left, right = np.divmod(numbers, self._digits)
+        for table in self._tables:
+            total = left + table[right]
+            left, right = right, np.where(total < self._digits, total, total - self._digits)
+        return left * self._digits + right
+
+
 def stateless_choice(n: int, count: int, *, seed: int, stream: str) -> np.ndarray:
     """`count` of 0..n-1 without repetition, or all if there are fewer; ascending, int64."""
     return np.sort(stateless_permutation(n, seed=seed, stream=stream)[:count])
