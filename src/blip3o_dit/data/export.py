@@ -59,11 +59,11 @@ def _write_npz(source: Embeddings, path: Path) -> None:
     with atomic_file(path) as file, zipfile.ZipFile(file, "w") as archive:
         for side, name in enumerate((EVA_NAMES[0], CLIP_NAMES[0])):
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                _write_header(member, _shapes(source)[side], dtype)
+                write_header(member, _shapes(source)[side], dtype)
                 for tokens in _tokens(source, side):
                     member.write(tokens.float().numpy().astype(dtype).tobytes())
         with archive.open(f"{RECORDS}.npy", "w", force_zip64=True) as member:
-            _write_header(member, (sum(map(len, _lines(source))),), np.dtype(np.uint8))
+            write_header(member, (sum(map(len, _lines(source))),), np.dtype(np.uint8))
             for line in _lines(source):
                 member.write(line)
 
@@ -93,8 +93,8 @@ def _write_safetensors(source: Embeddings, path: Path) -> None:
 def _write_parquet(source: Embeddings, path: Path) -> None:
     """Columns key, caption, label (if all are whole numbers, or text), record (JSON), and the tokens.
 
-    Tokens are lists of fixed size in one another, [tokens][width], which Hugging Face datasets read; they
-    refuse Arrow's tensors.
+    Tokens are lists of fixed size in one another, [tokens][width], which Hugging Face datasets read; Arrow's
+    tensors they refuse.
     """
     arrow = pyarrow()
     kind = arrow.float16() if _dtype_of(source) == "float16" else arrow.float32()
@@ -165,6 +165,7 @@ def _as(tokens: Any, dtype: str) -> bytes:
     return tokens.to(getattr(torch, dtype)).contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def _write_header(member: IO[bytes], shape: tuple[int, ...], dtype: np.dtype) -> None:
+def write_header(member: IO[bytes], shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """What a .npy file begins with; the array's bytes follow, row by row."""
     about = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(member, about)
