@@ -189,6 +189,7 @@ def test_a_classification_checkpoint_needs_no_pooler(tmp_path: Path) -> None:
     pixels = torch.randn(1, 3, 24, 24)
     with torch.no_grad():
         torch.testing.assert_close(encoder(pixels), model.vit(pixels).last_hidden_state[:, 1:])
+        assert encoder.with_vectors(pixels)[1].keys() == {"class"}  # and keeps none that nobody trained
 
 
 @pytest.mark.parametrize("family", ["vit", "deit", "dinov2", "dinov3", "siglip", "beit", "clip"])

@@ -260,7 +260,7 @@ def _try_out(tower: nn.Module, size: int, checkpoint: Checkpoint, options: dict[
 def _from_pretrained(kind: Any, checkpoint: Checkpoint, name: str) -> Any:
     """Tensors of other towers may be left over; this tower's own must all be there and fit (ValueError).
 
-    Not the pooler's: it comes after the tokens, and classification checkpoints have none.
+    Not the pooler's: it comes after the tokens, classification checkpoints have none, and it is left out.
     """
     folder = checkpoint.folder
     _say_size(name, count_parameters(checkpoint.files), checkpoint.dtype)
@@ -276,7 +276,10 @@ def _from_pretrained(kind: Any, checkpoint: Checkpoint, name: str) -> Any:
             )
     except _NOT_LOADED as error:
         raise ValueError(f"{folder}: not a model that transformers loads: {one_line(error)}") from error
-    missing = sorted(key for key in info.get("missing_keys") or () if not key.startswith("pooler."))
+    missing = sorted(info.get("missing_keys") or ())
+    if any(key.startswith("pooler.") for key in missing):
+        model.pooler = None  # random, it would pool to nothing
+        missing = [key for key in missing if not key.startswith("pooler.")]
     mismatched = sorted(str(key[0]) for key in info.get("mismatched_keys") or ())
     if missing or mismatched:
         raise ValueError(
