@@ -12,7 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from blip3o_dit.metrics.downstream import LinearProbe, neighbour_agreement, retrieval_ranks
+from blip3o_dit.metrics.downstream import LinearProbe, NearestClass, neighbour_agreement, retrieval_ranks
 
 
 def vectors(count: int = 60, width: int = 7, seed: int = 0) -> Tensor:
@@ -95,3 +95,14 @@ def test_the_probe_is_scikit_learns_logistic_regression() -> None:
 def test_a_probe_needs_two_classes() -> None:
     with pytest.raises(ValueError, match="at least two classes, found \\['a'\\]"):
         LinearProbe(vectors(4), ["a"] * 4)
+
+
+def test_the_nearest_class_by_cosine_about_an_origin() -> None:
+    """The mean of each class, whatever mean all vectors share; texts have no origin to take off."""
+    features = 100 + torch.tensor([[1.0, 0.0], [3.0, 0.2], [0.0, 2.0], [0.1, 4.0]])
+    known = NearestClass.of_samples(features, ["b", "b", "a", "a"])
+    assert known.names == ["a", "b"]
+    torch.testing.assert_close(known.vectors, 100 + torch.tensor([[0.05, 3.0], [2.0, 0.1]]))
+    assert known.predict(100 + torch.tensor([[9.0, 0.0], [1.0, 9.0]])) == ["b", "a"]
+    texts = NearestClass(["x", "y"], torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.zeros(2))
+    assert texts.predict(torch.tensor([[0.2, 0.1], [-5.0, 1.0]])) == ["x", "y"]

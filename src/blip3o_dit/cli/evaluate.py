@@ -7,12 +7,16 @@ import logging
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from blip3o_dit.cli.arguments import add_flags, add_no_calibrate, add_tf32, given_settings, use_tf32
 from blip3o_dit.cli.parser import CommandParser
 from blip3o_dit.evaluation.config import EvaluationConfig
 from blip3o_dit.utils.errors import StoppedEarly
 from blip3o_dit.utils.json_files import escaped
+
+if TYPE_CHECKING:
+    from blip3o_dit.evaluation.reference import ClassTexts
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +61,19 @@ def add_arguments(parser: CommandParser) -> None:
         metavar="DIR",
         help="show and compare predicted tokens as pictures, by this decoder (default: do not)",
     )
+    group = parser.group("zero-shot classification")
+    group.add_argument(
+        "--class_names",
+        type=Path,
+        metavar="FILE",
+        help="names of the classes, one a line: the labels themselves, or their numbers count lines from 0 "
+        "(default: no zero-shot classification)",
+    )
+    group.add_argument(
+        "--clip",
+        metavar="NAME",
+        help="folder or owner/name on the hub of the CLIP whose text tower reads them (default: none)",
+    )
     add_tf32(parser.group("weights, device and precision"))
 
 
@@ -72,6 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.tf32:
         use_tf32(config.device)
+    texts = _texts(arguments, config.device)
     source = open_embeddings(arguments.embeddings)
     pictures = pictures_of_store(getattr(source, "manifest", {}), arguments.pictures)
     decoder = load_decoder(arguments.decoder) if arguments.decoder else None
@@ -84,6 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
             config,
             pictures=pictures,
             decoder=decoder,
+            texts=texts,
             command=shlex.join(["blip3o-dit", *sys.argv[1:]]),
         )
     except KeyboardInterrupt as error:
@@ -95,6 +114,21 @@ def run(arguments: argparse.Namespace) -> None:
         return
     sys.stdout.writelines(escaped(line) + "\n" for line in result["summary"])
     logger.info("the report: %s", folder / "report.html")
+
+
+def _texts(arguments: argparse.Namespace, device: str) -> ClassTexts | None:
+    """What the classes are called, as CLIP's text tower says it; None without --class_names."""
+    given = arguments.class_names, arguments.clip
+    if given == (None, None):
+        return None
+    if None in given:
+        raise ValueError("expected --class_names and --clip together, found one of them")
+    from blip3o_dit.evaluation.reference import ClassTexts
+    from blip3o_dit.extraction.text_tower import class_vectors, read_class_names
+    from blip3o_dit.utils.distributed import pick_device
+
+    names = read_class_names(arguments.class_names)
+    return ClassTexts(names, class_vectors(names, arguments.clip, device=pick_device(device)))
 
 
 def _output_dir(arguments: argparse.Namespace) -> Path:

@@ -20,7 +20,14 @@ from blip3o_dit.evaluation.config import EvaluationConfig
 from blip3o_dit.evaluation.decoded import check_decoder, decoded_rows, measure_decoded, said_of_decoded
 from blip3o_dit.evaluation.kept import NOWHERE, Kept, describe_evaluation, going_on
 from blip3o_dit.evaluation.predictions import Predictions, collect_predictions
-from blip3o_dit.evaluation.reference import Progress, ReferenceSet, collect_reference, fit_probe
+from blip3o_dit.evaluation.reference import (
+    ClassTexts,
+    Progress,
+    ReferenceSet,
+    add_class_names,
+    collect_reference,
+    fit_probe,
+)
 from blip3o_dit.evaluation.sample_maps import ShownSamples
 from blip3o_dit.evaluation.samplers import ModelSampler, Sampler
 from blip3o_dit.evaluation.samples import (
@@ -58,6 +65,7 @@ def evaluate_models(
     *,
     pictures: Callable[[list[str]], list[Any]] | None = None,
     decoder: TokenDecoder | None = None,
+    texts: ClassTexts | None = None,
     progress: bool = True,
     command: str | None = None,
 ) -> dict[str, Any]:
@@ -73,6 +81,7 @@ def evaluate_models(
         pictures: keys -> RGB images, or name -> image where there are several of one, or None, for the page;
             called once, at the end.
         decoder: turns tokens into pictures, for the page and for `decoded` in metrics.json.
+        texts: what the classes of the labels are called, for zero-shot classification.
         command: shown on the page.
 
     Returns: the content of metrics.json, whose schema is in docs/evaluation.md, on the first process; an
@@ -97,6 +106,8 @@ def evaluate_models(
         return {}
     fit_on, train, groups = fitting_samples(loaded, source, config)
     request = describe_evaluation(loaded, (source, indices), (fit_on, train), config)
+    if texts is not None:
+        request["texts"] = {"lines": texts.lines, "vectors": texts.vectors.double().sum(dim=1).tolist()}
     with going_on(folder, request) as kept:
         # Of the data, not of a model: scores must not depend on which model is named first.
         statistics = target_statistics(fit_on, train, seed=config.seed)
@@ -113,6 +124,7 @@ def evaluate_models(
             regression_like=loaded[0],
             pictures=pictures,
             decoder=decoder,
+            texts=texts,
             progress=progress,
             processes=processes,
             kept=kept,
@@ -171,6 +183,7 @@ def evaluate_samplers(
     regression_like: BLIP3oInference | None = None,
     pictures: Callable[[list[str]], list[Any]] | None = None,
     decoder: TokenDecoder | None = None,
+    texts: ClassTexts | None = None,
     progress: bool = True,
     processes: Processes = SINGLE_PROCESS,
     kept: Kept = NOWHERE,
@@ -194,6 +207,8 @@ def evaluate_samplers(
         fit_on, train = fit_source
         if fit_on is source:
             fit_probe(reference, train, bars)
+        if texts is not None:
+            add_class_names(reference, texts)
         floor = scores.real_vs_real(reference, fit_on, train, progress=bars) if len(train) >= 2 else None
         fitted = min(len(train), config.fit_samples or max(MIN_FIT_SAMPLES, source_samples))
         network = regression_like.model if regression_like else None

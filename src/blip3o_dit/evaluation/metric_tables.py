@@ -22,17 +22,18 @@ from blip3o_dit.metrics.downstream import neighbour_agreement, retrieval_ranks
 from blip3o_dit.metrics.fidelity import TokenMeasures
 
 NEIGHBOURS = 10
+CLASSIFIERS = {"probe": "probe", "prototype": "prototype", "zero_shot": "zero-shot"}
 BALL_NEIGHBOURS = 5
 
 
 @dataclass(frozen=True)
 class TokenInputs:
-    """A batch of generated tokens beside the reference; `correct` [n] says where the probe is right."""
+    """A batch of generated tokens beside the reference; `correct` [n] says where a classifier is right."""
 
     tokens: TokenMeasures
     channel_weights: Tensor
     spread: Tensor
-    correct: np.ndarray | None
+    correct: dict[str, np.ndarray]
 
     def r2(self) -> Tensor:
         """Residual and spread, [n, 2]: R2 is 1 - the ratio of their means."""
@@ -232,6 +233,10 @@ def _conditional() -> tuple[Metric, ...]:
     )
 
 
+def _right(classifier: str, inputs: TokenInputs) -> np.ndarray | None:
+    return inputs.correct.get(classifier)
+
+
 def _downstream() -> tuple[Metric, ...]:
     row = partial(Metric, "use", stage="gallery")
     return (
@@ -244,7 +249,10 @@ def _downstream() -> tuple[Metric, ...]:
         row("reverse_recall_at_10", "", "up", lambda x: x.reverse_ranks <= 10),
         row("reverse_median_rank", "reverse median rank", "down", lambda x: x.reverse_ranks, "median"),
         row("neighbour_agreement", "neighbours in common", "up", GalleryInputs.neighbour_agreement),
-        row("probe_accuracy", "probe accuracy", "up", lambda x: x.correct, stage="sample"),
+        *[
+            row(f"{name}_accuracy", f"{label} accuracy", "up", partial(_right, name), stage="sample")
+            for name, label in CLASSIFIERS.items()
+        ],
     )
 
 
@@ -287,7 +295,8 @@ TABLES = (
         "Does a sample do the true tokens' work? Retrieval ranks the true pooled vector among those of "
         "{gallery_samples} held-out samples by cosine, reverse the other way round; neighbours in common "
         "compares the ten nearest true vectors there; the probe is a linear classifier fitted on true "
-        "training tokens.",
+        "training tokens; prototype and zero-shot take the class whose mean true vector, or text, is nearest "
+        "to the mean token.",
         _downstream(),
     ),
     MetricTable(

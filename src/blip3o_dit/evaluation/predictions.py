@@ -19,8 +19,8 @@ from blip3o_dit.evaluation.reference import (
     Progress,
     ReferenceSet,
     check_finite,
+    is_right,
     keep_vectors,
-    probe_is_correct,
 )
 from blip3o_dit.evaluation.samplers import ModelSampler, Sampler
 from blip3o_dit.metrics.conditional import spread_and_error
@@ -189,12 +189,11 @@ def _add_tokens(
 ) -> TokenInputs:
     """Fidelity of one batch, in sums and per sample."""
     sums = predictions.sums.setdefault(variant, FidelitySums(reference.mean))
-    probed = reference.probe is not None and variant == "sample"
     inputs = TokenInputs(
         sums.add(generated, clip),
         reference.channel_weights,
         reference.spread[piece.start : piece.stop],
-        probe_is_correct(reference, generated, piece) if probed else None,
+        is_right(reference, generated, piece) if variant == "sample" else {},
     )
     rows, count = slice(piece.start, piece.stop), len(reference.indices)
     _fill(predictions.values, rows, count, values_at(variant, inputs))

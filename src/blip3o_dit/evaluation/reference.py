@@ -7,7 +7,7 @@ of them only (`distribution_samples`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,8 @@ from blip3o_dit.data.checks import non_finite_samples
 from blip3o_dit.data.embeddings import Embeddings, batches
 from blip3o_dit.evaluation.config import EvaluationConfig
 from blip3o_dit.metrics.bootstrap import Bootstrap, Estimate
-from blip3o_dit.metrics.downstream import LinearProbe
+from blip3o_dit.metrics.downstream import LinearProbe, NearestClass
+from blip3o_dit.utils.json_files import short_repr
 from blip3o_dit.utils.stateless_random import stateless_choice, stateless_permutation
 
 # Wraps an iterable for a progress bar of that name.
@@ -53,7 +54,10 @@ class ReferenceSet:
     gallery: np.ndarray
     labels: list[str] | None = None
     probe: LinearProbe | None = None
-    probe_accuracy: Estimate | None = None
+    # Of mean tokens: "prototype", "zero_shot"
+    nearest: dict[str, NearestClass] = field(default_factory=dict)
+    # Of the true tokens, by classifier, "probe" among them
+    accuracies: dict[str, Estimate] = field(default_factory=dict)
 
     @property
     def channel_weights(self) -> Tensor:
@@ -138,16 +142,67 @@ def fit_probe(reference: ReferenceSet, train: np.ndarray, progress: Progress) ->
     if any(label is None for label in train_labels) or len(set(train_labels)) < 2:
         return
     features = [
-        probe_features(source.fetch(piece)[1])
+        (probe_features(clip), clip.mean(dim=1))
         for piece in progress(list(batches(chosen, config.batch_size)), "linear probe")
+        for clip in [source.fetch(piece)[1]]
     ]
     reference.labels = [str(label) for label in labels]
-    reference.probe = LinearProbe(torch.cat(features), [str(label) for label in train_labels])
-    correct = [
-        probe_is_correct(reference, source.fetch(reference.indices[piece.start : piece.stop])[1], piece)
-        for piece in reference.batches()
-    ]
-    reference.probe_accuracy = reference.bootstrap(len(labels)).mean(np.concatenate(correct))
+    known = [str(label) for label in train_labels]
+    probed, pooled = (torch.cat(side) for side in zip(*features, strict=True))
+    reference.probe = LinearProbe(probed, known)
+    reference.nearest["prototype"] = NearestClass.of_samples(pooled, known)
+    _measure_true_tokens(reference)
+
+
+def add_class_names(reference: ReferenceSet, texts: ClassTexts) -> None:
+    """Classify by texts too, zero-shot: the class whose text is nearest to the mean token, by cosine.
+
+    Raises:
+        ValueError: for samples without a label, labels that no line of the class names is for, and texts of
+            another width than the tokens.
+    """
+    labels = [record.get("label") for record in reference.source.records(reference.indices)]
+    if any(label is None for label in labels):
+        raise ValueError(
+            f"class_names: expected a label of every sample, found one without in {reference.source.path}"
+        )
+    width = reference.pooled.shape[1]
+    if texts.vectors.shape[1] != width:
+        raise ValueError(f"clip: expected texts {width} wide, as the tokens, found {texts.vectors.shape[1]}")
+    reference.labels = [str(label) for label in labels]
+    names = texts.labels_among(set(reference.labels))
+    reference.nearest["zero_shot"] = NearestClass(names, texts.vectors, torch.zeros(width))
+    _measure_true_tokens(reference)
+
+
+@dataclass(frozen=True)
+class ClassTexts:
+    """What classes are called, K lines, and the vectors of a text about each, [K, C]."""
+
+    lines: list[str]
+    vectors: Tensor
+
+    def labels_among(self, labels: set[str]) -> list[str]:
+        """The label of each line: the line itself, or its number from 0. Raises ValueError for others."""
+        numbers = [str(number) for number in range(len(self.lines))]
+        for known in (self.lines, numbers):
+            if labels <= set(known):
+                return known
+        other = min(labels - set(self.lines))
+        raise ValueError(
+            f"class_names: expected a line for each label, its own text or its number from 0, of "
+            f"{len(self.lines)} lines, found no line for the label {short_repr(other)}"
+        )
+
+
+def _measure_true_tokens(reference: ReferenceSet) -> None:
+    """Accuracies of the classifiers on the tokens that are measured against."""
+    source, found = reference.source, []
+    for piece in reference.batches():
+        found.append(is_right(reference, source.fetch(reference.indices[piece.start : piece.stop])[1], piece))
+    for name in found[0]:
+        numbers = np.concatenate([right[name] for right in found])
+        reference.accuracies[name] = reference.bootstrap(len(numbers)).mean(numbers)
 
 
 def probe_features(clip: Tensor) -> Tensor:
@@ -156,12 +211,17 @@ def probe_features(clip: Tensor) -> Tensor:
     return flat if flat.shape[1] <= MAX_PROBE_FEATURES else clip.mean(dim=1)
 
 
-def probe_is_correct(reference: ReferenceSet, clip: Tensor, piece: range) -> np.ndarray:
-    """1.0 where the probe tells the label of the rows in `piece` from tokens [n, N, C], else 0.0."""
-    assert reference.probe is not None and reference.labels is not None
-    predicted = reference.probe.predict(probe_features(clip))
-    expected = reference.labels[piece.start : piece.stop]
-    return np.array([a == b for a, b in zip(predicted, expected, strict=True)], dtype=float)
+def is_right(reference: ReferenceSet, clip: Tensor, piece: range) -> dict[str, np.ndarray]:
+    """1.0 where a classifier tells the label of the rows in `piece` from tokens [n, N, C], else 0.0; by the
+    classifier's name, of those that there are."""
+    predicted = {name: nearest.predict(clip.mean(dim=1)) for name, nearest in reference.nearest.items()}
+    if reference.probe is not None:
+        predicted["probe"] = reference.probe.predict(probe_features(clip))
+    expected = (reference.labels or [])[piece.start : piece.stop]
+    return {
+        name: np.array([a == b for a, b in zip(labels, expected, strict=True)], dtype=float)
+        for name, labels in predicted.items()
+    }
 
 
 def check_finite(what: str, values: Tensor, indices: np.ndarray) -> None:

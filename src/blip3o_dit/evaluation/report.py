@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from blip3o_dit.evaluation import plots
 from blip3o_dit.evaluation.config import EvaluationConfig
-from blip3o_dit.evaluation.metric_tables import METRICS, TABLES, Metric, MetricTable
+from blip3o_dit.evaluation.metric_tables import CLASSIFIERS, METRICS, TABLES, Metric, MetricTable
 from blip3o_dit.evaluation.reference import ReferenceSet
 from blip3o_dit.evaluation.sample_maps import ShownSamples, blocks
 from blip3o_dit.evaluation.summary import MIN_SET_SAMPLES, compare, listed
@@ -91,8 +91,13 @@ def describe_data(reference: ReferenceSet) -> dict[str, Any]:
         "condition_dim": source.condition_dim,
         "target_dim": source.target_dim,
         "drawn_samples": int(reference.drawn.sum()),
-        "probe_accuracy_of_truth": reference.probe_accuracy and reference.probe_accuracy.to_json(),
+        **{f"{name}_accuracy_of_truth": _accuracy(reference, name) for name in CLASSIFIERS},
     }
+
+
+def _accuracy(reference: ReferenceSet, name: str) -> dict[str, Any] | None:
+    found = reference.accuracies.get(name)
+    return found and found.to_json()
 
 
 def describe_settings(config: EvaluationConfig) -> dict[str, Any]:
@@ -231,8 +236,10 @@ def _table(table: MetricTable, result: Mapping[str, Any]) -> Table:
     if group in ("tokens", "pooled") and result["floor"]:
         real = result["floor"][group]
         rows.append(("true against true", False, real))
-    if group == "use" and result["data"].get("probe_accuracy_of_truth"):
-        real = {"probe_accuracy": result["data"]["probe_accuracy_of_truth"]}
+    if group == "use":
+        told = {name: result["data"].get(f"{name}_accuracy_of_truth") for name in CLASSIFIERS}
+        real = {f"{name}_accuracy": estimate for name, estimate in told.items() if estimate}
+    if group == "use" and real:
         rows.append(("true tokens", False, real))
     shown = [m for m in table.metrics if m.label and any(m.name in scores for _, _, scores in rows)]
     return Table(

@@ -7,6 +7,7 @@ import inspect
 import logging
 import math
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ from blip3o_dit.utils.validation import check_name, check_size, is_hub_id, packa
 # Bytes of a tower from which on it is said what it takes
 LARGE = 4e9
 # What transformers raises on folders that it cannot make a model of
-_NOT_LOADED = (
+NOT_LOADED = (
     ArithmeticError,
     AttributeError,
     EOFError,
@@ -87,7 +88,7 @@ def load_encoder(
                 f"{spec}: expected the settings that come with it, found a file or size of yours"
             )
         return _load_timm(spec).to(dtype)
-    folder, commit = _find_folder(spec, revision)
+    folder, commit = find_folder(spec, revision)
     config = _read_config(folder)
     model_type = str(config.get("model_type"))
     is_eva = "EvaCLIP" in " ".join(map(str, config.get("architectures") or []))
@@ -115,7 +116,7 @@ def digest_of_weights(spec: str, revision: str | None = None) -> str | None:
     """
     if spec.startswith(("timm:", "open_clip:")):
         return None
-    return weights_digest(weight_files(_find_folder(spec, revision)[0]))
+    return weights_digest(weight_files(find_folder(spec, revision)[0]))
 
 
 def local_files(spec: str, revision: str | None = None) -> list[Path] | None:
@@ -127,7 +128,7 @@ def local_files(spec: str, revision: str | None = None) -> list[Path] | None:
     if spec.startswith(("timm:", "open_clip:")):
         return None
     if not is_hub_id(spec) or spec.count("/") != 1 or Path(spec).exists():
-        return weight_files(_find_folder(spec, revision)[0])
+        return weight_files(find_folder(spec, revision)[0])
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -274,7 +275,7 @@ def _from_pretrained(kind: Any, checkpoint: Checkpoint, name: str) -> Any:
                 ignore_mismatched_sizes=True,
                 local_files_only=True,
             )
-    except _NOT_LOADED as error:
+    except NOT_LOADED as error:
         raise ValueError(f"{folder}: not a model that transformers loads: {one_line(error)}") from error
     missing = sorted(info.get("missing_keys") or ())
     if any(key.startswith("pooler.") for key in missing):
@@ -289,8 +290,11 @@ def _from_pretrained(kind: Any, checkpoint: Checkpoint, name: str) -> Any:
     return model
 
 
-def _find_folder(spec: str, revision: str | None) -> tuple[Path, str | None]:
-    """The folder of a tower, and the commit it is at on the hub (None for a folder of the user's)."""
+def find_folder(spec: str, revision: str | None, more: Sequence[str] = ()) -> tuple[Path, str | None]:
+    """The folder of a tower, and the commit it is at on the hub (None for a folder of the user's).
+
+    `more` are names of files that are wanted from the hub beside configuration and weights.
+    """
     path = Path(spec)
     if path.is_dir():
         return path, None
@@ -299,7 +303,7 @@ def _find_folder(spec: str, revision: str | None) -> tuple[Path, str | None]:
         raise FileNotFoundError(f"{spec}: expected a folder with config.json, or a hub id, found {found}")
     if spec.count("/") != 1 or not is_hub_id(spec):
         raise FileNotFoundError(f"{spec}: expected a model folder or a hub id (owner/name), found neither")
-    folder = download(spec, revision, ["*.json", "*.safetensors"])
+    folder = download(spec, revision, ["*.json", "*.safetensors", *more])
     if not list(folder.glob("model*.safetensors")):
         folder = download(spec, folder.name, ["*.json", "*.bin"])
     return folder, folder.name

@@ -1,6 +1,8 @@
-"""Generated vectors in downstream use, in place of reference ones: retrieval, neighbours, a linear probe."""
+"""Generated vectors in downstream use, in place of reference ones: retrieval, neighbours, classes."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +51,32 @@ def neighbour_agreement(generated: Tensor, reference: Tensor, *, k: int = 10, bl
         shared = (nearest[0][:, :, None] == nearest[1][:, None, :]).any(dim=2)
         shares.append(shared.double().mean(dim=1))
     return torch.cat(shares)
+
+
+@dataclass(frozen=True)
+class NearestClass:
+    """Tells the class whose vector is nearest by cosine, of K names and vectors [K, C].
+
+    `origin` [C] is taken off both sides first: vectors with a large mean are alike in all but that.
+    """
+
+    names: list[str]
+    vectors: Tensor
+    origin: Tensor
+
+    @classmethod
+    def of_samples(cls, features: Tensor, labels: list[str]) -> NearestClass:
+        """The mean vector of each class (nearest prototype) of features [n, C], about the mean of all."""
+        names, place = sorted(set(labels)), {}
+        for row, label in enumerate(labels):
+            place.setdefault(label, []).append(row)
+        means = torch.stack([features[place[name]].double().mean(dim=0) for name in names])
+        return cls(names, means.float(), features.double().mean(dim=0).float())
+
+    def predict(self, features: Tensor) -> list[str]:
+        """[n, C] -> n class names."""
+        found, known = (F.normalize(side.float() - self.origin, dim=-1) for side in (features, self.vectors))
+        return [self.names[number] for number in (found @ known.T).argmax(dim=1).tolist()]
 
 
 class LinearProbe:
