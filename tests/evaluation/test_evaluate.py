@@ -72,8 +72,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two trained models `a` and `b`, their store, and one evaluation of both in `out`."""
     root = tmp_path_factory.mktemp("evaluate")
     store = labelled_store(root / "store")
-    for name, seed in (("a", {}), ("b", {"max_steps": 6})):
-        train_model(store, root / name, **seed)
+    for name, changes in (("a", {"source": "noise"}), ("b", {"max_steps": 6})):
+        train_model(store, root / name, **changes)
     words = ["evaluate", str(root / "a"), str(store.path), "--compare", str(root / "b")]
     assert main([*words, "--output_dir", str(root / "out"), "--regression_steps", "3", *QUICK]) == 0
     return root

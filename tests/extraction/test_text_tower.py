@@ -71,7 +71,7 @@ def test_what_is_no_text_tower_is_refused(clip: Path, tmp_path: Path) -> None:
 
 
 def known_store(path: Path, vectors: torch.Tensor, labels: list[Any]) -> EmbeddingStore:
-    """Samples whose target is near the text of their class, but for every eighth, which has the next one's."""
+    """Targets are near the text of their class, but for every eighth, which has the next one's."""
     generator = torch.Generator().manual_seed(0)
     count, classes = 48, torch.arange(48) % len(vectors)
     shown = torch.where(torch.arange(count) % 8 == 0, (classes + 1) % len(vectors), classes)
@@ -97,7 +97,7 @@ def test_accuracies_that_are_known(clip: Path, tmp_path: Path, capsys: pytest.Ca
         assert result["data"]["zero_shot_accuracy_of_truth"]["value"] == 42 / 48
         used = {method["name"]: method["metrics"]["use"] for method in result["methods"]}
         assert 0 <= used["DiT"]["zero_shot_accuracy"]["value"] <= 1
-        assert used["training mean"]["zero_shot_accuracy"]["value"] == pytest.approx(1 / 3)
+        assert used["training mean"]["zero_shot_accuracy"]["value"] == pytest.approx(1 / 3, abs=0.06)
     own = small_evaluation(num_inference_steps=2)
     result = evaluate_models([model], store, tmp_path / "own", own, progress=False)
     assert result["data"]["zero_shot_accuracy_of_truth"] is None
