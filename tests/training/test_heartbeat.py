@@ -21,7 +21,7 @@ from blip3o_dit.training.checkpoint import checkpoints
 from blip3o_dit.training.heartbeat import HUNG, Judge, Sign, end_process, losses_in_one_line
 from blip3o_dit.training.run import train
 from blip3o_dit.training.trainer import BLIP3oTrainer
-from blip3o_dit.utils.distributed import RESTARTS_VARIABLE, launcher_began, restarts
+from blip3o_dit.utils.distributed import RESTARTS_VARIABLE, launcher_began, meet_again, restarts
 from tests.helpers.forks import forked
 from tests.helpers.stores import write_linear_store
 from tests.helpers.training import same_files, tiny_training
@@ -158,6 +158,24 @@ def test_a_restart_does_not_go_on_with_what_was_there_before_its_launcher(
     monkeypatch.setenv(RESTARTS_VARIABLE, "1")
     assert main(words) == USER_ERROR
     assert "expected no run there, found one" in capsys.readouterr().err
+
+
+def test_restarted_processes_do_not_look_for_the_dead_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the launcher keeps its store, the names in it are those of this attempt."""
+    met: list[Any] = []
+    monkeypatch.setattr(dist, "TCPStore", lambda *place, is_master: place)
+    monkeypatch.setattr(dist, "PrefixStore", lambda prefix, store: (prefix, store))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **given: met.append((backend, given)))
+    places = dict(RANK="1", WORLD_SIZE="2", MASTER_ADDR="here", MASTER_PORT="29")
+    for name, value in {**places, "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name, value)
+    meet_again(on_cpu=True, timeout=5)
+    assert not met
+    monkeypatch.setenv(RESTARTS_VARIABLE, "3")
+    meet_again(on_cpu=True, timeout=5)
+    ((backend, given),) = met
+    assert backend == "gloo" and given["store"] == ("restart-3", ("here", 29, 2))
+    assert (given["rank"], given["world_size"], given["timeout"].seconds) == (1, 2, 5)
 
 
 def test_hours_count_from_the_launcher_on(

@@ -13,7 +13,7 @@ from blip3o_dit.training import fsdp
 from blip3o_dit.training.config import LOWER_IS_BETTER, TrainingConfig, launcher_precision
 from blip3o_dit.training.loggers import loggers
 from blip3o_dit.training.muon import check_muon
-from blip3o_dit.utils.distributed import check_launch
+from blip3o_dit.utils.distributed import check_launch, meet_again
 from blip3o_dit.utils.validation import check_compiler, package_missing
 
 # How long the other processes wait for the first one, which fits the source; also how long it takes until a
@@ -25,6 +25,7 @@ def training_arguments(config: TrainingConfig, *, evaluate: bool) -> TrainingArg
     """Hugging Face's arguments for this run, refused (ValueError) for another launcher or no GPU."""
     on_cpu = use_cpu(config)
     optimizer, optimizer_arguments = _optimizer(config)
+    meet_again(on_cpu=on_cpu, timeout=MAX_FIT_SECONDS)
     arguments = TrainingArguments(
         output_dir=config.output_dir,
         num_train_epochs=_number(config, "num_epochs"),

@@ -169,6 +169,28 @@ def restarts() -> int:
     return int(os.environ.get(RESTARTS_VARIABLE) or 0)
 
 
+def meet_again(*, on_cpu: bool, timeout: float) -> None:
+    """Have processes that torchrun started again find each other, before anything else looks for them.
+
+    torchrun keeps one store for all of its attempts (torch 2.13), in which gloo finds the addresses of
+    processes that are dead, and waits for them: each attempt needs names of its own.
+    """
+    if not restarts() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = torch.distributed.TCPStore(address, port, count, is_master=False)
+    if not on_cpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group(
+        "gloo" if on_cpu else "cuda:nccl,cpu:gloo",
+        store=torch.distributed.PrefixStore(f"restart-{restarts()}", store),
+        rank=rank,
+        world_size=count,
+        timeout=timedelta(seconds=timeout),
+    )
+
+
 def launcher_began() -> float:
     """When the launcher began that started this process, in seconds since 1970: not what lies between them,
     which is started again with it and has its variables."""
