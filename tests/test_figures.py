@@ -58,6 +58,7 @@ def demo(path: Path) -> None:
         pictures=np.zeros((2, 32, 32, 3), np.uint8),
         labels=[1, 2],
         rows={name: np.random.default_rng(0).normal(size=(2, 16, 8)) for name in ("true", "DiT")},
+        decoded={name: np.zeros((2, 32, 32, 3), np.uint8) for name in ("true", "DiT")},
         training_curve={"training": ([1, 2], [1.0, 0.5])},
         metrics={"DiT": {"R2": 0.5, "energy score": 0.2}},
         title_note="made up",
