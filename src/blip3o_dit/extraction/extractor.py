@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from blip3o_dit.data.checks import check_pair
+from blip3o_dit.data.int8_tokens import width_on_disk
 from blip3o_dit.data.shard_writer import json_line, write_shard
 from blip3o_dit.extraction.config import ExtractionConfig
 from blip3o_dit.extraction.decoding import Decoded, decoded_images, stack
@@ -195,7 +196,8 @@ class Extractor:
         kept = [image.index for row, image in enumerate(batch) if row not in reasons]
         records = [self.refs[index].record for index in kept]
         eva, clip = stored["eva"], stored["clip"]
-        check_pair(self.output, eva, clip, records, expected=self.sizes)
+        eva_width, clip_width = (width_on_disk(width, self.config.store_dtype) for width in self.sizes[1:])
+        check_pair(self.output, eva, clip, records, expected=(self.sizes[0], eva_width, clip_width))
         unit.eva.append(eva)
         unit.clip.append(clip)
         unit.lines += [json_line(self.output, i, r) for i, r in zip(kept, records, strict=True)]
