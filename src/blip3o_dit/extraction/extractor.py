@@ -194,9 +194,9 @@ class Extractor:
             self._skip(unit, batch[row].index, reason)
         kept = [image.index for row, image in enumerate(batch) if row not in reasons]
         records = [self.refs[index].record for index in kept]
-        widths = [width_on_disk(width, self.config.store_dtype) for width in self.sizes[1:]]
-        expected = (self.sizes[0], *widths)
-        check_pair(self.output, stored["eva"], stored["clip"], records, expected=expected)
+        eva_width, clip_width = (width_on_disk(width, self.config.store_dtype) for width in self.sizes[1:])
+        sizes = (self.sizes[0], eva_width, clip_width)
+        check_pair(self.output, stored["eva"], stored["clip"], records, expected=sizes)
         unit.tokens.append(stored)
         unit.lines += [json_line(self.output, i, r) for i, r in zip(kept, records, strict=True)]
 
