@@ -428,17 +428,17 @@ def test_baselines_see_as_many_samples_as_the_models_own_source(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluate, "MIN_FIT_SAMPLES", 10)
-    run = json.loads((folder / "a" / "training_config.json").read_text())
-    shutil.copytree(folder / "a", tmp_path / "a")
-    (tmp_path / "a" / "training_config.json").write_text(json.dumps(run | {"source_samples": 24}))
-    seal(tmp_path / "a")
+    run = json.loads((folder / "b" / "training_config.json").read_text())
+    shutil.copytree(folder / "b", tmp_path / "b")
+    (tmp_path / "b" / "training_config.json").write_text(json.dumps(run | {"source_samples": 24}))
+    seal(tmp_path / "b")
     monkeypatch.setattr(
         evaluate, "fit_baselines", lambda *_, max_samples, **__: asked.append(max_samples) or []
     )
     asked: list[int] = []
     found = {
         wanted: small(
-            [tmp_path / "a"], folder / "store", tmp_path / "out", fit_samples=wanted, draw_samples=20
+            [tmp_path / "b"], folder / "store", tmp_path / "out", fit_samples=wanted, draw_samples=20
         )
         for wanted in (None, 12)
     }

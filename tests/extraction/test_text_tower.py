@@ -105,11 +105,11 @@ def test_accuracies_that_are_known(clip: Path, tmp_path: Path, capsys: pytest.Ca
     assert "prototype_accuracy" in result["methods"][0]["metrics"]["use"]
     assert "found no line for the label '2'" in refused(
         lambda: evaluate_models(
-            [model], store, tmp_path / "x", config, texts=ClassTexts(["a", "b"], vectors[:2])
+            [model], store, tmp_path / "x", own, texts=ClassTexts(["a", "b"], vectors[:2])
         )
     )
     assert "expected texts 8 wide, as the tokens, found 3" in refused(
-        lambda: evaluate_models([model], store, tmp_path / "x", config, texts=ClassTexts(NAMES, torch.eye(3)))
+        lambda: evaluate_models([model], store, tmp_path / "x", own, texts=ClassTexts(NAMES, torch.eye(3)))
     )
     (tmp_path / "names.txt").write_text("\n".join(NAMES))
     words = ["evaluate", str(model), str(store.path), "--output_dir", str(tmp_path / "cli"), "--draws=2"]

@@ -188,7 +188,8 @@ class ClassTexts:
         for known in (self.lines, numbers):
             if labels <= set(known):
                 return known
-        other = min(labels - set(self.lines))
+        unknown = labels - set(self.lines)
+        other = min(unknown - set(numbers) or unknown)
         raise ValueError(
             f"class_names: expected a line for each label, its own text or its number from 0, of "
             f"{len(self.lines)} lines, found no line for the label {short_repr(other)}"
