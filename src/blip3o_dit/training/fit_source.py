@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from blip3o_dit.model.layers import without_autocast
 from blip3o_dit.ridge import (
     SPREAD_BOUNDS,
     USUAL_PENALTY,
+    GroupPenalties,
     Moments,
     context_sizes,
     principal_components,
@@ -256,17 +257,18 @@ def _merged(parts: list[Moments]) -> Moments:
 
 
 def _cross_fitted(
-    total: Moments, parts: list[Moments], sizes: Sequence[int] | None = None
+    total: Moments, parts: list[Moments], sizes: tuple[int, ...] | None = None
 ) -> tuple[Solution, list[Solution]]:
     """The map of all parts, and for each the one of the others; of a single one the same.
 
     The first part chooses the penalty, and one for each group of features where their `sizes` are given.
     """
+    penalty: float | GroupPenalties
     if len(parts) == 1:
-        final = total.solve(USUAL_PENALTY)
+        usual = None if sizes is None else GroupPenalties((USUAL_PENALTY,) * len(sizes), sizes)
+        final = total.solve(usual or USUAL_PENALTY)
         return final, [final]
     rest = total.without(parts[0])
-    penalty: float | Tensor
     if sizes is None:
         penalty, without_first = search_penalty(rest, parts[0])
     else:
