@@ -104,7 +104,7 @@ def context_features(centred: Tensor, components: Tensor) -> Tensor:
         *_neighbours(projected[..., -(nearest // 8) :], distance=1),
         *_neighbours(projected[..., -(further // 16) :], distance=2),
         projected.mean(dim=1, keepdim=True).expand_as(projected),
-        positions.expand(len(centred), -1, -1),
+        positions.expand(centred.shape[0], -1, -1),  # len() would fix an exported batch
     ]
     return torch.cat(groups, dim=-1)
 

@@ -241,7 +241,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match="batch_size: expected an integer >= 1, found 0"):
             ExtractionConfig(images="a", output="b", batch_size=0)
         with pytest.raises(ValueError, match="store_dtype: expected one of"):
-            ExtractionConfig(images="a", output="b", store_dtype="int8")
+            ExtractionConfig(images="a", output="b", store_dtype="int4")
 
 
 def test_the_command_writes_the_documented_pickle(images: Path, whole: Path, tmp_path: Path) -> None:

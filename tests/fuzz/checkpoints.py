@@ -8,6 +8,7 @@ from random import Random
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
 
@@ -49,7 +50,7 @@ def write_checkpoint(folder: Path) -> BLIP3oDiTModel:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     schedule.step()
-    save_optimizer(folder, gathered_state(model, optimizer), schedule, None)
+    save_optimizer(folder, gathered_state(model, optimizer), schedule, None, save_file)
     progress = LoopState(
         run=RUN, loss_since_log=0.5, loss_until_log=1.0, last_logged_step=1, monitor=([0.1] * 7, 2)
     )
