@@ -111,6 +111,7 @@ class _Places:
         self.pictures = folder / "pictures"
         self.pictures.mkdir()
         Image.new("RGB", (9, 9), "red").save(self.pictures / "a.png")
+        os.environ["BLIP3O_DIT_CACHE"] = str(folder / "cache")
         os.environ["MPLCONFIGDIR"] = str(folder / "matplotlib")  # it lists the fonts once, by a program
         importlib.import_module("matplotlib.font_manager")
         (folder / "loop").symlink_to("loop")

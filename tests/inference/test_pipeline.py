@@ -100,7 +100,7 @@ def test_guidance_acts_in_all_stages_of_the_steps_that_begin_in_its_interval(
     """The last stage of Heun's method is at t = 1 exactly."""
     rows: list[tuple[float, int]] = []
 
-    def predict(x: torch.Tensor, t: torch.Tensor, encoded: object, end: None) -> torch.Tensor:
+    def predict(x: torch.Tensor, t: torch.Tensor, encoded: object, end: object = None) -> torch.Tensor:
         rows.append((round(float(t[0]), 6), len(x)))
         return torch.zeros_like(x)
 
