@@ -96,7 +96,8 @@ def context_features(centred: Tensor, components: Tensor) -> Tensor:
     The token; its 8 nearest neighbours; the 16 around these; the picture's mean token; one for each position.
     All but the token enter by their leading components, of which `components` [C, r] holds the mean's.
     """
-    _, nearest, further, *_ = context_sizes(*components.shape, centred.shape[1])
+    width, kept = components.shape
+    _, nearest, further, *_ = context_sizes(width, kept, centred.shape[1])
     projected = centred @ components
     positions = torch.eye(centred.shape[1], dtype=centred.dtype, device=centred.device)
     groups = [

@@ -97,7 +97,7 @@ def describe_data(reference: ReferenceSet) -> dict[str, Any]:
 
 def _accuracy(reference: ReferenceSet, name: str) -> dict[str, Any] | None:
     found = reference.accuracies.get(name)
-    return found and found.to_json()
+    return None if found is None else found.to_json()
 
 
 def describe_settings(config: EvaluationConfig) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,9 +41,10 @@ def class_vectors(
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-            model, info = CLIPTextModelWithProjection.from_pretrained(
+            found: Any = CLIPTextModelWithProjection.from_pretrained(
                 folder, output_loading_info=True, local_files_only=True
             )
+            model, info = found
     except NOT_LOADED as error:
         raise ValueError(f"{folder}: not a CLIP with a text tower: {one_line(error)}") from error
     missing = sorted(info.get("missing_keys") or ())

@@ -67,7 +67,8 @@ class NearestClass:
     @classmethod
     def of_samples(cls, features: Tensor, labels: list[str]) -> NearestClass:
         """The mean vector of each class (nearest prototype) of features [n, C], about the mean of all."""
-        names, place = sorted(set(labels)), {}
+        names = sorted(set(labels))
+        place: dict[str, list[int]] = {}
         for row, label in enumerate(labels):
             place.setdefault(label, []).append(row)
         means = torch.stack([features[place[name]].double().mean(dim=0) for name in names])
