@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
+
+from tqdm import tqdm
 
 
 def forked(work: Callable[[], object]) -> int:
@@ -13,6 +16,7 @@ def forked(work: Callable[[], object]) -> int:
         return child
     try:
         os.setsid()
+        tqdm.set_lock(threading.RLock())  # tqdm's own is shared, and a fork that is killed may hold it
         work()
     finally:
         os._exit(1)
