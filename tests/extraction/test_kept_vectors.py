@@ -119,6 +119,10 @@ def test_they_come_along_and_become_embeddings_of_one_token(
         found, expected = (fetch_kept(each, range(COUNT)) for each in (store, whole))
         assert all(torch.equal(found[name], expected[name]) for name in NAMES)
         store.verify()
+    converted = convert_files([root / "kept"], tmp_path / "float32", dtype="float32")
+    assert converted.kept == whole.kept
+    found, expected = (fetch_kept(each, range(COUNT)) for each in (converted, whole))
+    assert all(torch.equal(found[name], expected[name].float()) for name in NAMES)
     words = ["convert", str(root / "kept"), str(tmp_path / "vectors"), "--vectors", "pooled"]
     assert main(words) == 0
     vectors = EmbeddingStore(tmp_path / "vectors")
@@ -145,6 +149,16 @@ def test_what_does_not_belong_together_is_refused(root: Path, tmp_path: Path) ->
     )
     assert "keep: expected one of" in refused(lambda: config_for(root, "x", keep=("tokens",)))
     assert "keep: expected each once" in refused(lambda: config_for(root, "x", keep=("class", "class")))
+
+
+def test_vectors_that_not_every_source_has_are_left_out_with_a_word(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    eva, clip = EmbeddingStore(root / "plain").fetch([0, 1])
+    np.savez(tmp_path / "more.npz", eva=eva.numpy(), clip=clip.numpy())
+    both = convert_files([root / "kept", tmp_path / "more.npz"], tmp_path / "both")
+    assert not both.kept and len(both) == COUNT + 2
+    assert f"{NAMES} are left out: {tmp_path / 'more.npz'} has none" in caplog.text
 
 
 def test_damage_is_found(root: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from blip3o_dit.data.embeddings import (
     generated_by,
     open_embeddings,
 )
-from blip3o_dit.data.kept_vectors import KeptVectors
+from blip3o_dit.data.kept_vectors import KeptVectors, fetch_kept
 from blip3o_dit.data.manifest import check_shard_count
 from blip3o_dit.data.pickle_format import PickledEmbeddings, config_for_json
 from blip3o_dit.data.store import EmbeddingStore, StoreWriter
 from blip3o_dit.utils.json_files import short_repr
+
+logger = logging.getLogger(__name__)
 
 
 def convert_pickle(
@@ -49,8 +52,9 @@ def convert_files(
 ) -> EmbeddingStore:
     """Write files of embeddings and stores, in their order, as one store at `target`.
 
-    Two .npy files are the two sides of one source. Keys that were made up go on from source to source. With
-    `vectors` ("class" or "pooled") samples are of one token: what stores keep of them beside their grid.
+    Two .npy files are the two sides of one source. Keys that were made up go on from source to source.
+    Vectors that stores keep beside their grid (`kept_vectors.py`) go along when every source is a store; with
+    `vectors` ("class" or "pooled") these are the samples, of one token.
 
     Raises:
         ValueError: for what cannot be read or stored, other sizes than the first source's, and a key of
@@ -63,6 +67,7 @@ def convert_files(
     samples = sum(source.num_samples for source in sources)
     if shard_size is not None and shard_size >= 1:
         check_shard_count(Path(target), samples, shard_size)
+    kept_widths = _kept(sources)
     writer = StoreWriter(
         target,
         num_tokens=num_tokens,
@@ -70,6 +75,7 @@ def convert_files(
         target_dim=target_dim,
         dtype=dtype,
         shard_size=shard_size,
+        kept=kept_widths,
         overwrite=overwrite,
         **_about(sources, arrangement),
     )
@@ -79,7 +85,8 @@ def convert_files(
             for rows in batches(range(source.num_samples), 256):
                 records = keys.checked(source, source.records(rows))
                 eva, clip = fetch_stored(source, rows)
-                writer.append(arrangement(eva), arrangement(clip), records)
+                kept = fetch_kept(source, rows) if isinstance(source, EmbeddingStore) and kept_widths else {}
+                writer.append(arrangement(eva), arrangement(clip), records, kept)
     return EmbeddingStore(target)
 
 
@@ -99,6 +106,22 @@ def _open_all(paths: Sequence[Path], arrangement: Arrangement) -> list[Embedding
     for store in stores[1:]:
         check_alike(stores[0], store, dtypes=False)
     return sources
+
+
+def _kept(sources: Sequence[Embeddings]) -> dict[str, int]:
+    """The vectors beside the tokens that go along, and their widths: those that every source has."""
+    for source in sources:
+        if not isinstance(source, EmbeddingStore):
+            left_out = [store for store in sources if isinstance(store, EmbeddingStore) and store.kept]
+            if left_out:
+                logger.warning(
+                    "%s: its vectors %s are left out: %s has none",
+                    left_out[0].path,
+                    sorted(left_out[0].kept),
+                    source.path,
+                )
+            return {}
+    return next(source.kept for source in sources if isinstance(source, EmbeddingStore))
 
 
 def _vectors_of(source: Embeddings, kind: str) -> Embeddings:
