@@ -1,4 +1,4 @@
-"""A model or an embedding store sent to the Hugging Face hub, with a card, or to an address.
+"""A model, a decoder or an embedding store sent to the Hugging Face hub, with a card, or to an address.
 
 Of a model's folder go its weights, configuration, settings and checksums, of a checkpoint no optimizer; the
 evaluation's report goes along where there is one. A store becomes a data set.
@@ -23,18 +23,19 @@ from blip3o_dit.utils.sending import send_folder
 logger = logging.getLogger(__name__)
 
 _OF_A_MODEL = (*MODEL_FILES, RAW, "metrics.json", "report.html", "training_log.jsonl", "training_curves.png")
+_SENT = ("model", "checkpoint", "decoder", "store")
 _OF_A_STORE = (MANIFEST, "shard-*", "skipped.jsonl")
 
 
 def push_to_hub(
     folder: str | Path, repository: str, *, private: bool = False, revision: str | None = None
 ) -> str:
-    """Send a model or an embedding store to the hub; returns the address of its page.
+    """Send a model, a decoder or an embedding store to the hub; returns the address of its page.
 
     A README.md in the folder is its card (`evaluate` writes one); without any a short one is made.
 
     Args:
-        folder: of a training run, a checkpoint, a distilled model, or a store.
+        folder: of a training run, a checkpoint, a distilled model, a decoder, or a store.
         repository: `owner/name`, made if it is not there.
         private: of a new repository.
         revision: a branch (default: main).
@@ -44,11 +45,14 @@ def push_to_hub(
     """
     folder = Path(folder)
     kind = recognise(folder).kind
-    if kind not in ("model", "checkpoint", "store"):
+    if kind not in _SENT:
         raise refusal(folder, MODEL)
     is_store = kind == "store"
     patterns = _OF_A_STORE if is_store else _OF_A_MODEL
-    card = store_card(EmbeddingStore(folder), repository) if is_store else model_card(repository)
+    if is_store:
+        card = store_card(EmbeddingStore(folder), repository)
+    else:
+        card = decoder_card(repository) if kind == "decoder" else model_card(repository)
     there = Repository(
         repository, kind="dataset" if is_store else "model", private=private, revision=revision
     )
@@ -56,7 +60,7 @@ def push_to_hub(
 
 
 def push_to_address(folder: str | Path, address: str | Path, *, overwrite: bool = False) -> str:
-    """Send a model or an embedding store to `s3://bucket/place`, or wherever else fsspec writes; returns it.
+    """Send a model, a decoder or a store to `s3://bucket/place`, or wherever else fsspec writes; returns it.
 
     What is there already with the right checksums is not sent again. The store's manifest, or the model's
     checksums, go last: until then nothing there passes for whole.
@@ -67,7 +71,7 @@ def push_to_address(folder: str | Path, address: str | Path, *, overwrite: bool 
     """
     folder = Path(folder)
     kind = recognise(folder).kind
-    if kind not in ("model", "checkpoint", "store"):
+    if kind not in _SENT:
         raise refusal(folder, MODEL)
     if kind == "store":
         shards = EmbeddingStore(folder).manifest["shards"]
@@ -106,6 +110,23 @@ from blip3o_dit import BLIP3oInference
 
 inference = BLIP3oInference("{printable(name)}")
 clip = inference.generate(eva_embeddings)
+```
+"""
+
+
+def decoder_card(name: str) -> str:
+    """The card of a decoder."""
+    return f"""---
+library_name: blip3o-dit
+tags: [embeddings, decoder]
+---
+
+# {printable(name)}
+
+A small network that turns CLIP tokens into pictures, by blip3o-dit.
+
+```bash
+blip3o-dit decode {printable(name)} embeddings/store pictures
 ```
 """
 

@@ -11,10 +11,12 @@ from transformers import AutoModel
 
 from blip3o_dit.cli.main import main
 from blip3o_dit.data.store import EmbeddingStore
+from blip3o_dit.decoder.folder import load_decoder, save_decoder
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.publish import push_to_hub
 from blip3o_dit.utils.hub import model_folder, names_a_repository
 from tests.helpers.hub_server import HubServer, hub_server
+from tests.helpers.painted import random_decoder
 from tests.helpers.remote import counted
 from tests.helpers.stores import write_linear_store
 from tests.helpers.training import train_model
@@ -93,6 +95,24 @@ def test_every_command_takes_a_name(
     onward = ["train", "--embeddings_path", store, "--output_dir", "on", "--init_from", "me/model"]
     assert main([*onward, "--max_steps", "1", "--batch_size", "4", *cpu, "--push_to_hub", "me/on"]) == 0
     assert "model.safetensors" in hub.files("me/on")
+
+
+def test_a_decoder_sent_and_fetched_makes_the_same_pictures(
+    hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decoder = random_decoder()
+    save_decoder(decoder, tmp_path / "decoder")
+    assert main(["push", str(tmp_path / "decoder"), "me/decoder"]) == 0
+    assert b"blip3o-dit decode me/decoder" in hub.files("me/decoder")["README.md"]
+    tokens = torch.randn(2, 9, 8)
+    assert torch.equal(load_decoder("me/decoder").decode(tokens), decoder.decode(tokens))
+    capsys.readouterr()
+    assert main(["inspect", "me/decoder"]) == 0
+    assert "9 tokens, 8 wide" in capsys.readouterr().out
+    weights = hub.files("me/decoder")["model.safetensors"]
+    hub.files("me/decoder")["model.safetensors"] = weights[:-1] + bytes([weights[-1] ^ 1])
+    with pytest.raises(ValueError, match="the file was altered"):
+        load_decoder("me/decoder")
 
 
 def test_branches_commits_and_private_repositories(

@@ -121,7 +121,7 @@ LISTS = {"notes.txt", "notes.csv", "notes.json", "things.tar", "empty", "mixed",
 # Words of a command with the path that is tried, and what it takes there or says of it in its own way.
 OTHERS = {"model", "model/checkpoint-2"}
 PLACES_OF_COMMANDS: dict[str, tuple[list[str], set[str]]] = {
-    "inspect": (["inspect", "PATH", "--no-picture"], TOKENS | OTHERS | {"run"}),
+    "inspect": (["inspect", "PATH", "--no-picture"], TOKENS | OTHERS | {"run", "decoder"}),
     "plot": (["plot", "PATH"], OTHERS | {"run"}),
     "generate MODEL": (["generate", "PATH", "store", "out"], OTHERS | {"clip"}),
     "generate DATA": (

@@ -15,7 +15,9 @@ logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: CommandParser) -> None:
-    parser.add_argument("decoder", type=Path, help="folder of a decoder (train-decoder)")
+    parser.add_argument(
+        "decoder", type=Path, help="decoder (train-decoder): a folder, or owner/name on the hub"
+    )
     parser.add_argument("embeddings", type=Path, help="what generate wrote, or any store, pickle or arrays")
     parser.add_argument(
         "output", type=Path, help="new folder for pictures, one PNG a sample, named by its key"

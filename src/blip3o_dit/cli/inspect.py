@@ -1,4 +1,4 @@
-"""blip3o-dit inspect: what is in a store, with a sheet of token maps, or in a model, checkpoint or run."""
+"""blip3o-dit inspect: a store, with a sheet of token maps, or a model, checkpoint, run or decoder."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument(
         "embeddings",
         metavar="path",
-        help="embedding store, documented pickle, checkpoint, folder of a run, or model (a folder, or "
-        "owner/name on the hub)",
+        help="embedding store, documented pickle, checkpoint, folder of a run, a model or decoder (folder, "
+        "or owner/name on the hub)",
     )
     parser.add_argument(
         "--output",
@@ -65,8 +65,11 @@ def run(arguments: argparse.Namespace) -> None:
         _run_on_embeddings(arguments)
         return
     arguments.embeddings = model_folder(arguments.embeddings)
-    if recognise(arguments.embeddings).kind in TRAINED:
+    kind = recognise(arguments.embeddings).kind
+    if kind in TRAINED:
         _run_on_model(arguments)
+    elif kind == "decoder":
+        _run_on_decoder(arguments)
     else:
         _run_on_embeddings(arguments)
 
@@ -76,6 +79,13 @@ def _run_on_model(arguments: argparse.Namespace) -> None:
 
     about = describe(arguments.embeddings)
     _write(about, format_description(about), arguments.json)
+
+
+def _run_on_decoder(arguments: argparse.Namespace) -> None:
+    from blip3o_dit.decoder.folder import describe_decoder, format_decoder
+
+    about = describe_decoder(arguments.embeddings)
+    _write(about, format_decoder(about), arguments.json)
 
 
 def _run_on_embeddings(arguments: argparse.Namespace) -> None:

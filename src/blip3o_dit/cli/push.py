@@ -1,4 +1,4 @@
-"""blip3o-dit push: a model or an embedding store to the Hugging Face hub, or to an address."""
+"""blip3o-dit push: a model, a decoder or an embedding store to the Hugging Face hub, or to an address."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXAMPLES = (
 
 
 def add_arguments(parser: CommandParser) -> None:
-    parser.add_argument("folder", type=Path, help="model, checkpoint or embedding store")
+    parser.add_argument("folder", type=Path, help="model, checkpoint, decoder or embedding store")
     parser.add_argument(
         "repository",
         metavar="where",

@@ -21,9 +21,10 @@ from blip3o_dit.decoder.network import TokenDecoder
 from blip3o_dit.model.loading import WEIGHTS_FILE, compare_shapes, finish_model, refuse_misfits
 from blip3o_dit.utils.atomic import save_tensors, write_atomically, written_aside
 from blip3o_dit.utils.checksums import is_sealed, verify
-from blip3o_dit.utils.json_files import read_json_object
+from blip3o_dit.utils.hub import model_folder
+from blip3o_dit.utils.json_files import printable, read_json_object, short_repr
 from blip3o_dit.utils.recognise import DECODER, DECODER_TYPE, recognise, refusal
-from blip3o_dit.utils.validation import check_known, damage_refused, error_context
+from blip3o_dit.utils.validation import check_known, damage_refused, error_context, is_number
 
 CONFIG_FILE = "config.json"
 NOTED = ("model_type", "training")
@@ -55,13 +56,13 @@ def save_decoder(decoder: TokenDecoder, folder: Path) -> None:
 
 
 def load_decoder(folder: str | Path, device: torch.device | str = "cpu") -> TokenDecoder:
-    """The decoder in a folder, for decoding.
+    """The decoder in a folder, for decoding; or `owner/name` on the hub, or an address, fetched.
 
     Raises:
         FileNotFoundError, ValueError: one line: no decoder there, files that were altered, or weights that do
             not fit the configuration.
     """
-    folder = Path(folder)
+    folder = model_folder(folder, weights="raw")
     if recognise(folder).kind != "decoder":
         finish_model(folder)  # a process that replaced it may have been killed
         if recognise(folder).kind != "decoder":
@@ -80,6 +81,36 @@ def load_decoder(folder: str | Path, device: torch.device | str = "cpu") -> Toke
     decoder.load_state_dict(state, assign=True)
     decoder.about = about
     return decoder.eval().to(device)
+
+
+def describe_decoder(folder: Path) -> dict[str, Any]:
+    """What is known of the decoder in a folder, as JSON values, without its weights.
+
+    Raises:
+        ValueError: one line: a file of it that cannot be read.
+    """
+    config, about = _read_config(folder / CONFIG_FILE)
+    return {"path": str(folder), "kind": recognise(folder).what, "sizes": asdict(config), "training": about}
+
+
+def format_decoder(about: dict[str, Any]) -> str:
+    """The same as text."""
+    sizes, training = about["sizes"], about["training"]
+    lines = [
+        f"{printable(about['path'])}: {about['kind']}",
+        f"  takes        {sizes['num_tokens']} tokens, {sizes['channels']} wide"
+        + (", L2-normalised first" if sizes["normalize_embeddings"] else ""),
+        f"  makes        pictures of {sizes['picture_size']} pixels a side",
+        f"  network      width {sizes['width']}, layers {sizes['num_layers']}, heads {sizes['num_heads']}",
+    ]
+    if "embeddings" in training:
+        samples = f"{short_repr(training.get('train_samples'))} samples"
+        lines.append(f"  data         {printable(str(training['embeddings']))}, {samples}")
+    held_out = training.get("held_out")
+    for method, found in held_out.items() if isinstance(held_out, dict) else ():
+        figures = [f"{name} {value:.4g}" for name, value in dict(found).items() if is_number(value)]
+        lines.append(f"  held out     {printable(method)}: {', '.join(figures)}")
+    return "\n".join(lines) + "\n"
 
 
 def _read_config(file: Path) -> tuple[DecoderConfig, dict[str, Any]]:
