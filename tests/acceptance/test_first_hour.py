@@ -176,12 +176,12 @@ def test_the_wheel_in_an_empty_environment(installed: Installed, tmp_path: Path)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "empty"], check=True)
     python = tmp_path / "empty/bin/python"
     (wheel,) = (installed.site.parent / "wheel").glob("*.whl")
-    pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check", "install"]
-    subprocess.run([*pip, "-q", "--no-index", "--no-deps", "--no-compile", wheel], check=True, cwd=tmp_path)
-    (site,) = (tmp_path / "empty/lib").glob("python*/site-packages")
-    (site / "lent.pth").write_text(f"{Path(pytest.__file__).parent.parent}\n")
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     run = partial(subprocess.run, cwd=tmp_path, env=kept, check=True, capture_output=True, text=True)
+    pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check", "install"]
+    run([*pip, "-q", "--no-index", "--no-deps", "--no-compile", wheel])
+    (site,) = (tmp_path / "empty/lib").glob("python*/site-packages")
+    (site / "lent.pth").write_text(f"{Path(pytest.__file__).parent.parent}\n")
     assert run([python.parent / "blip3o-dit", "--version"]).stdout.startswith("blip3o-dit 0.")
     where = "import blip3o_dit; print(blip3o_dit.__file__)"
     assert Path(run([python, "-c", where]).stdout.strip()).is_relative_to(site)

@@ -8,6 +8,7 @@ so that a loaded machine changes nothing, and go faster, as on a slower machine 
 from __future__ import annotations
 
 import fcntl
+import gc
 import importlib.util
 import json
 import os
@@ -256,6 +257,9 @@ def main() -> None:
     begun = {"package": blip3o_dit.__file__, "path": sys.path, "printed": printed}
     answers.write(json.dumps(begun) + "\n")
     answers.flush()
+    # Looking through the modules' objects for garbage stops all threads for as long, whatever the data.
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         answers.write(json.dumps(run_on_terminal(json.loads(line))) + "\n")
         answers.flush()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from accelerate.state import PartialState
 
@@ -24,7 +25,6 @@ def launch(job: Callable[..., Any], processes: int, *arguments: Any, method: str
 
     `method` "fork" is quicker, for what does not train: the Trainer's state of this process is copied then.
     """
-    os.environ["PYTHONPATH"] = f"{ROOT / 'src'}{os.pathsep}{ROOT}"
     context = get_context(method)
     context.set_forkserver_preload(PRELOADED)
     results: Any = context.SimpleQueue()
@@ -33,8 +33,9 @@ def launch(job: Callable[..., Any], processes: int, *arguments: Any, method: str
         context.Process(target=_run, args=(results, rank, processes, port, job, arguments), daemon=True)
         for rank in range(processes)
     ]
-    for process in started:
-        process.start()
+    with patch.dict(os.environ, PYTHONPATH=f"{ROOT / 'src'}{os.pathsep}{ROOT}"):  # for what is preloaded
+        for process in started:
+            process.start()
     found = {}
     for _ in started:
         rank, result, error = results.get()
