@@ -18,6 +18,7 @@ from blip3o_dit.ridge import (
     Moments,
     NeighbourhoodRidge,
     TokenRidge,
+    _PenaltyError,
     search_penalties,
     search_penalty,
 )
@@ -214,6 +215,26 @@ def test_a_group_that_tells_nothing_gets_a_penalty_of_its_own() -> None:
     errors = [float(truth.squared_error(*solution).mean()) for solution in ((weight, bias), one)]
     assert errors[0] < 0.8 * errors[1]
     torch.testing.assert_close(few.solve(found)[0], weight)
+
+
+def test_the_gradient_that_penalties_follow_is_that_of_the_error() -> None:
+    generator = torch.Generator().manual_seed(0)
+    moments, unseen = Moments(7, 4), Moments(7, 4)
+    for each in (moments, unseen):
+        features = torch.randn(30, 7, generator=generator, dtype=torch.float64)
+        targets = features[:, :4] + torch.randn(30, 4, generator=generator, dtype=torch.float64)
+        each.add(features, targets * torch.tensor([1.0, 9.0, 0.1, 0.0]))
+    error = _PenaltyError(moments, unseen, (2, 4, 1))
+    powers = torch.tensor([-1.0, 0.5, 0.0], dtype=torch.float64)
+    value, gradient = error(powers)
+    weight, bias = moments.solve(GroupPenalties(tuple((10.0**powers).tolist()), (2, 4, 1)))
+    variance = unseen.squared_error(torch.zeros_like(weight), unseen.centred()[3])
+    expected = unseen.squared_error(weight, bias)[:3] / variance[:3]
+    assert value == pytest.approx(float(expected.mean()))
+    for group in range(3):
+        step = 1e-4 * torch.eye(3, dtype=torch.float64)[group]
+        slope = (error(powers + step)[0] - error(powers - step)[0]) / 2e-4
+        assert float(gradient[group]) == pytest.approx(slope, rel=1e-5)
 
 
 def test_a_direction_that_few_samples_hardly_show_is_not_free() -> None:

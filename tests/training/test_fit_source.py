@@ -72,7 +72,7 @@ def test_training_meets_residuals_as_large_as_new_samples_leave(
     )
     assert seen == pytest.approx(1.0, abs=1e-3)
     assert unseen == pytest.approx(1.0, abs=within)
-    assert deviation(trainer, trainer.train_dataset, training=False) < 0.95  # what is cured here
+    assert deviation(trainer, trainer.train_dataset, training=False) < 0.97  # what is cured here
 
 
 def fitted(store: Any, source: str, most: int) -> tuple[BLIP3oDiTModel, SourceFolds]:
