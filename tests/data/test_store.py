@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,21 @@ def test_shards_hold_the_values_rounded_to_the_dtype(tmp_path: Path, dtype: str,
     on_disk = load_file(tmp_path / "s" / "shard-00000.safetensors")
     assert torch.equal(on_disk["eva"], eva.to(kind))
     assert torch.equal(EmbeddingStore(tmp_path / "s").fetch([0, 1])[1], clip.to(kind).float())
+
+
+def test_of_very_many_shards_sizes_are_looked_at_when_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blip3o_dit.data.manifest.MAX_SIZES_ASKED", 2)
+    write(tmp_path / "s", 9, shard_size=3)
+    shards = EmbeddingStore(tmp_path / "s").manifest["shards"]
+    with open(tmp_path / "s" / shards[1]["file"], "ab") as file:
+        file.write(b"more")
+    store = EmbeddingStore(tmp_path / "s")
+    store.fetch([0, 2, 6])
+    assert re.search(r"expected \d+ bytes, found \d+: truncated", refused(lambda: store.fetch([3])))
+    (tmp_path / "s" / shards[2]["file"]).unlink()
+    assert "expected a shard, found no file" in refused(lambda: EmbeddingStore(tmp_path / "s"))
 
 
 @pytest.mark.parametrize("indices", [[6, 0, 3, 3, 1, 6], [2, 3], [5], range(6, -1, -1), np.array([4, 0, 4])])

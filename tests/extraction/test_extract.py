@@ -34,7 +34,7 @@ from blip3o_dit.extraction.vision_towers import tiny_encoder
 from blip3o_dit.utils.distributed import Processes
 from tests.helpers.extraction import BROKEN, COUNT, content, extract_silently, settings, write_images
 from tests.helpers.forks import forked
-from tests.helpers.processes import launch
+from tests.helpers.processes import SEVERAL, launch
 
 TINY = ["--towers-from-scratch", "--batch_size", "4", "--shard_size", "6", "--device", "cpu"]
 
@@ -126,8 +126,8 @@ def test_killed_and_started_again_it_writes_the_same_bytes(images: Path, whole: 
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_same_bytes(images: Path, whole: Path, tmp_path: Path) -> None:
-    launch(extract_silently, 2, settings(images, tmp_path / "store"), method="fork")
+def test_several_processes_write_the_same_bytes(images: Path, whole: Path, tmp_path: Path) -> None:
+    launch(extract_silently, SEVERAL, settings(images, tmp_path / "store"), method="fork")
     assert content(tmp_path / "store") == content(whole)
 
 

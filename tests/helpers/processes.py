@@ -17,6 +17,8 @@ from unittest.mock import patch
 from accelerate.state import PartialState
 
 ROOT = Path(__file__).parents[2]
+# How many are several; BLIP3O_DIT_TEST_PROCESSES=64 takes a minute more.
+SEVERAL = int(os.environ.get("BLIP3O_DIT_TEST_PROCESSES", "2"))
 PRELOADED = ["blip3o_dit.training.run", "blip3o_dit.evaluation.evaluate", "tests.helpers.training_jobs"]
 
 

@@ -20,7 +20,7 @@ from blip3o_dit.training.checkpoint import verify_checkpoint
 from blip3o_dit.training.curves import read_log
 from tests.helpers import training_jobs as jobs
 from tests.helpers.inference_jobs import generate_store
-from tests.helpers.processes import launch
+from tests.helpers.processes import SEVERAL, launch
 from tests.helpers.stores import write_linear_store
 
 pytestmark = pytest.mark.slow
@@ -144,7 +144,7 @@ def test_work_is_shared_out_and_comes_together_in_order(processes: int) -> None:
     assert sorted(piece for share in shares for piece, counts in share if counts) == list(range(5))
 
 
-@pytest.mark.parametrize("processes", [2])
+@pytest.mark.parametrize("processes", [SEVERAL])
 def test_generation_and_reports_are_those_of_one_process(
     run: Callable[..., Path], store: Path, tmp_path: Path, processes: int
 ) -> None:
@@ -170,14 +170,16 @@ def test_generation_and_reports_are_those_of_one_process(
 def test_several_processes_write_the_store_that_one_would(
     run: Callable[..., Path], store: Path, tmp_path: Path
 ) -> None:
-    """21 samples in 6 batches; each process writes a shard of its own."""
+    """21 samples in 6 batches; each process that has any writes a shard of its own."""
     model = run(1, 32)
     expected, _ = generate_store(model, store, tmp_path / "one")
-    (first, mine), (nothing, others) = launch(generate_store, 2, model, store, tmp_path / "two")
+    (first, *others), counts = zip(
+        *launch(generate_store, SEVERAL, model, store, tmp_path / "two"), strict=True
+    )
     assert first["generation_metrics"] == expected["generation_metrics"]
-    assert nothing == {} and mine + others == 21 and min(mine, others) >= 8
+    assert not any(others) and sum(counts) == 21 and (SEVERAL > 2 or min(counts) >= 8)
     one, two = (EmbeddingStore(tmp_path / name) for name in ("one", "two"))
-    assert len(two.manifest["shards"]) == 2
+    assert len(two.manifest["shards"]) == sum(count > 0 for count in counts)
     for a, b in zip(one.fetch(range(21)), two.fetch(range(21)), strict=True):
         assert torch.equal(a, b)
     assert one.records() == two.records()

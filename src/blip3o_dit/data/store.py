@@ -70,7 +70,8 @@ class EmbeddingStore:
         verify: "first" checks a sample's CRC-32 when this process first reads it, and again when the file
             changed; of a shard without these its SHA-256, once on a machine. "never" relies on sizes and
             shapes.
-        check_files: refuse a store whose shards are not all there in the right sizes.
+        check_files: refuse a store whose shards are not all there in the right sizes; of more than 20,000 a
+            size is looked at when the shard is first read.
 
     Raises:
         FileNotFoundError, ValueError: one line naming the file, what was expected and what was found.
@@ -261,6 +262,7 @@ class EmbeddingStore:
         return self._maps[shard]
 
     def _map_file(self, shard: int, entry: Mapping[str, Any]) -> Shard:
+        check_shard_file(self.path, entry)
         file = self.path / entry["file"]
         now = _identity(file)
         try:
