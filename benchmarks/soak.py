@@ -278,10 +278,12 @@ def let_memory_lack() -> None:
 
 
 def fill_the_disk() -> None:
-    """From now on files end after some bytes, as on a full disk: needs no privileges, harms nobody else."""
+    """From now on files end after some bytes, as on a full disk: needs no privileges, harms nobody else.
+
+    Python ignores the signal that comes with it.
+    """
     import resource
 
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 

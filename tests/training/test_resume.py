@@ -347,6 +347,16 @@ def test_the_newest_and_the_best_checkpoint_are_kept(store: EmbeddingStore, tmp_
     assert names == {"checkpoint-10", f"checkpoint-{state['best_global_step']}"}
 
 
+def test_the_checkpoint_that_a_run_went_on_from_may_be_replaced(
+    whole: Path, store: EmbeddingStore, tmp_path: Path
+) -> None:
+    checkpoint = continued(whole, 3, tmp_path / "run")
+    changes = EVERY | dict(save_steps=2, save_total_limit=1, best_metric="loss")
+    train(config_for(store, tmp_path / "run", **changes), resume=checkpoint)
+    assert not checkpoint.exists()
+    assert_same_run(whole, tmp_path / "run")
+
+
 def test_starting_over_leaves_no_checkpoint_of_the_earlier_run(store: EmbeddingStore, tmp_path: Path) -> None:
     config = config_for(store, tmp_path / "run", **EVERY)
     (tmp_path / "run" / "checkpoint-99").mkdir(parents=True)

@@ -116,9 +116,10 @@ def run_alone(
             return output
         if os.environ.get("RANK", "0") == "0":
             remove_leftovers(output, all_checkpoints=resume is None)
+        began_at = _step_of(resume)  # which newer checkpoints may replace
     trainer = train_on(source, config, resume=resume, split=split)
     if trainer.is_world_process_zero():
-        _report(trainer, _step_of(resume))
+        _report(trainer, began_at)
     return output
 
 
