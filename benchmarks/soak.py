@@ -32,6 +32,7 @@ import torch
 from benchmarks.measure import Row
 from blip3o_dit.data.store import StoreWriter
 from blip3o_dit.model.layers import BFLOAT16_VARIABLE
+from blip3o_dit.training.checkpoint import checkpoints, newest_whole
 from blip3o_dit.utils.distributed import RESTARTS_VARIABLE
 
 SIZES: dict[str, Any] = dict(model_dim=64, num_layers=2, num_heads=2, batch_size=8, eval_batch_size=8)
@@ -149,7 +150,8 @@ class Soak:
         mode = Mode(chance.choice(("native", "emulated")), *(chance.random() < 0.5 for _ in range(3)))
         for attempt in itertools.count():
             disturbance = self._choose(only_kills) if most is None or self.kills < most else None
-            status = in_a_process(self.store, output, disturbance, mode, attempt)
+            over = bool(checkpoints(output)) and newest_whole(output) is None  # as who finds all damaged must
+            status = in_a_process(self.store, output, disturbance, mode, attempt, over=over)
             if status == 0:
                 break
             self._note(disturbance, status, output)
@@ -192,12 +194,18 @@ def write_store(path: Path) -> None:
 
 
 def in_a_process(
-    store: Path, output: Path, disturbance: dict[str, Any] | None, mode: Mode, attempt: int = 0
+    store: Path,
+    output: Path,
+    disturbance: dict[str, Any] | None,
+    mode: Mode,
+    attempt: int = 0,
+    *,
+    over: bool = False,
 ) -> int:
     """Continue (or begin) the run in a fresh process; returns its exit status, negative for a signal."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["blip3o_dit.training.run", "blip3o_dit.cli.train"])
-    process = context.Process(target=train_disturbed, args=(store, output, disturbance, mode, attempt))
+    process = context.Process(target=train_disturbed, args=(store, output, disturbance, mode, attempt, over))
     process.start()
     if disturbance and disturbance["kind"] == "kill by time":
         process.join(disturbance["seconds"])
@@ -208,7 +216,7 @@ def in_a_process(
 
 
 def train_disturbed(
-    store: Path, output: Path, disturbance: dict[str, Any] | None, mode: Mode, attempt: int
+    store: Path, output: Path, disturbance: dict[str, Any] | None, mode: Mode, attempt: int, over: bool
 ) -> None:
     """What the process does: the command line's `train`, hit by the disturbance."""
     from blip3o_dit.cli.main import main
@@ -223,6 +231,7 @@ def train_disturbed(
         arm(disturbance)
     words = ["train", "--embeddings_path", str(store), "--output_dir", str(output)]
     words += ["--bf16", "--async_checkpoints" if mode.background else "--no_async_checkpoints"]
+    words += ["--overwrite"] if over else []
     if mode.restarted:
         os.environ[RESTARTS_VARIABLE] = str(attempt)
     else:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from blip3o_dit.cli import command
+from blip3o_dit.cli.train import _checkpoint
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.model.loading import EMA_FILE
@@ -308,6 +309,9 @@ def test_auto_passes_over_what_is_not_whole(whole: Path, tmp_path: Path) -> None
     assert newest_whole(output) == output / "checkpoint-3"
     shutil.rmtree(output / "checkpoint-3")
     assert newest_whole(output) is None
+    with pytest.raises(ValueError, match=r"found none: --overwrite starts over$"):
+        _checkpoint("auto", output, "", overwrite=False)
+    assert _checkpoint("auto", output, "", overwrite=True) is None
 
 
 @pytest.mark.parametrize("moment", ["writing", "sealing", "renaming"])

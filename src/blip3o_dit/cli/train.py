@@ -83,8 +83,8 @@ def run(arguments: argparse.Namespace) -> None:
         from blip3o_dit.training.run import run_alone
 
     with output_folder(output, "a training", dry_run=arguments.dry_run):
-        given = arguments.resume_from_checkpoint
-        resume = _own_checkpoint(output) or _checkpoint(given, output, getattr(arguments, "send_to", ""))
+        given, send_to = arguments.resume_from_checkpoint, getattr(arguments, "send_to", "")
+        resume = _own_checkpoint(output) or _checkpoint(given, output, send_to, overwrite=arguments.overwrite)
         config = resolve_config(
             given_settings(arguments, TrainingConfig),
             debug=arguments.debug,
@@ -142,9 +142,9 @@ def _sent(config: TrainingConfig, resume: Path | None) -> Iterator[None]:
     push_to_address(config.output_dir, config.send_to, overwrite=True)
 
 
-def _checkpoint(given: str | None, output: Path, send_to: str) -> Path | None:
+def _checkpoint(given: str | None, output: Path, send_to: str, *, overwrite: bool) -> Path | None:
     """The checkpoint to continue from, whole; fetched from an address where this folder has none."""
-    from blip3o_dit.training.checkpoint import newest_whole, verify_checkpoint
+    from blip3o_dit.training.checkpoint import checkpoints, newest_whole, verify_checkpoint
 
     if given is None:
         return None
@@ -163,6 +163,10 @@ def _checkpoint(given: str | None, output: Path, send_to: str) -> Path | None:
         return Path(given)
     with working(f"checking the checkpoints in {output}"):
         found = newest_whole(output)
+    if found is None and checkpoints(output) and not overwrite:
+        raise ValueError(
+            f"{output}: expected a whole checkpoint to continue from, found none: --overwrite starts over"
+        )
     logger.info("continuing from %s", found) if found else logger.info("%s: a new run", output)
     return found
 
