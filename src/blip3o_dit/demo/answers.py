@@ -112,7 +112,7 @@ class Demo:
         distances, figures = _distances(drawn, mean, true)
         views: Row = [(view, name) for name, view in asked.views.items()]
         rows = {
-            "Tokens as colours: the more alike, the more alike the tokens": views + self._as_colours(shown),
+            "Tokens as colours: like colours, like tokens": views + self._as_colours(shown),
             "The same tokens, decoded to pictures": self._decoded(shown),
             "How far off at each token: the darker, the farther": distances,
             **nearest,
@@ -176,9 +176,15 @@ def _distances(drawn: Tensor, mean: Tensor, true: Tensor | None) -> tuple[Row, s
     percents = [f"{100 * float(each.square().mean().sqrt()) / length:.0f} %" for each in found.values()]
     captions = [f"{name}, {percent}" for name, percent in zip(found, percents, strict=True)]
     row = list(zip(distance_maps(torch.stack(list(found.values()))), captions, strict=True))
-    says = f"the spread of the {len(drawn)} draws says {percents[0]} of a token's length"
+    expected = f"{percents[0]} of a token's length away from the true tokens"
     if true is None:
-        return row, f"How far their mean is from the true tokens: {says}. There is no tower that tells these."
-    cosine = float(measure_tokens(mean, true).cosine.mean())
-    far = f"The mean of the draws is {percents[1]} of a token's length away from the true tokens"
-    return row, f"{far}, at a cosine of {cosine:.3f}; {says}."
+        said = (
+            f"By the spread of the {len(drawn)} draws, their mean is {expected}, which no tower here tells."
+        )
+    else:
+        cosine = float(measure_tokens(mean, true).cosine.mean())
+        said = (
+            f"By the spread of the {len(drawn)} draws, their mean should be {expected}; it is {percents[1]} "
+            f"away, at a cosine of {cosine:.3f}."
+        )
+    return row, said

@@ -17,7 +17,7 @@ from blip3o_dit.inference.pipeline import BLIP3oInference
 from blip3o_dit.utils.pca_colors import pca_colors
 from blip3o_dit.utils.progress import working
 
-PIXELS = 224  # of a map, a side, at most
+PIXELS = 96  # of a map, a side, at most: the page scales it up
 # Most samples that neighbours are looked for among: the page begins soon, also for a large store
 MOST_SEARCHED = 20_000
 # Tokens that the colours are fitted on

@@ -11,7 +11,7 @@ from blip3o_dit.demo.answers import Demo
 from blip3o_dit.demo.config import DemoConfig
 from blip3o_dit.demo.gallery import Gallery
 from blip3o_dit.evaluation.decoded import check_made_for
-from blip3o_dit.extraction.conditions import open_tower
+from blip3o_dit.extraction.conditions import FROM_SCRATCH, open_tower
 from blip3o_dit.extraction.shown_images import pictures_of_store
 from blip3o_dit.extraction.vision_towers import VisionEncoder
 from blip3o_dit.inference.pipeline import BLIP3oInference
@@ -61,7 +61,7 @@ def _tower(
     try:
         recorded = read_towers(folder) or {"encoders": {}}
         known = (recorded["encoders"].get(side) or {}).get("name", "")
-        if name is None and is_hub_id(known):
+        if name is None and is_hub_id(known) and not FROM_SCRATCH.fullmatch(known):
             raise ValueError(f"its tower {known} is on the hub: name it with --{side}")
         return open_tower(recorded, sizes, folder, side=side, name=name, device=inference.device)
     except (OSError, ValueError) as error:

@@ -25,7 +25,8 @@ from blip3o_dit.utils.json_files import printable, short_repr
 
 # Of a tower's description, what does not say what tokens it makes, or may be spelled in several ways.
 _NOT_COMPARED = {"name", "revision", "commit", "meaningful"}
-_FROM_SCRATCH = re.compile(r"random (eva|clip) tower, seed (\d{1,9})")
+# The name of a tower that is made, not loaded.
+FROM_SCRATCH = re.compile(r"random (eva|clip) tower, seed (\d{1,9})")
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +176,7 @@ def _load(
     side: str,
 ) -> VisionEncoder:
     precision = DTYPES[dtype or (recorded or {}).get("dtype", "float32")]
-    from_scratch = _FROM_SCRATCH.fullmatch(name)
+    from_scratch = FROM_SCRATCH.fullmatch(name)
     if from_scratch:
         logger.warning("%s: tiny and random, its tokens mean nothing", name)
         return tiny_encoder(from_scratch[1], seed=int(from_scratch[2])).to(precision)
