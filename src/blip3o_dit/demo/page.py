@@ -11,6 +11,8 @@ import os
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -19,7 +21,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from fastapi.middleware.trustedhost import TrustedHostMiddleware
 
 from blip3o_dit.demo.answers import Answer, Demo, Row
 from blip3o_dit.evaluation.sample_maps import data_address
@@ -42,6 +44,48 @@ CSS = """
 """
 
 
+@contextmanager
+def listening(port: int) -> Iterator[socket.socket]:
+    """A socket of this machine. Raises ValueError when the port is taken, or is none."""
+    with socket.socket() as found:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            found.bind((ADDRESS, port))
+            found.listen()
+        except (OSError, OverflowError) as error:
+            raise ValueError(
+                f"--port: expected a free one (0 takes any), found {port}: {one_line(error)}"
+            ) from error
+        yield found
+
+
+@contextmanager
+def server_of(demo: Demo) -> Iterator[uvicorn.Server]:
+    """What serves the page, on a socket of `listening`, until its `should_exit` or control-C."""
+    with TemporaryDirectory(prefix="blip3o-dit-demo-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # read when components and the application are made
+        page = build_page(demo).queue(default_concurrency_limit=1, api_open=False)
+        app = FastAPI(openapi_url=None)
+        # Pages of other sites whose name leads here get no answer (DNS rebinding)
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[ADDRESS, "localhost"])
+        theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+        app = gr.mount_gradio_app(
+            app,
+            page,
+            path="/",
+            theme=theme,
+            css=CSS,
+            footer_links=[],
+            run_history=False,
+            max_file_size=MAX_UPLOAD,
+            ssr_mode=False,
+            mcp_server=False,
+        )
+        # Not a traceback for each page that is open when it ends
+        quiet: dict[str, Any] = {"log_config": None, "log_level": "critical"}
+        yield uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=1, **quiet))
+
+
 def build_page(demo: Demo) -> gr.Blocks:
     """What can be asked on the left (on a phone above), the answer on the right."""
     gallery = demo.gallery
@@ -51,10 +95,8 @@ def build_page(demo: Demo) -> gr.Blocks:
         gr.HTML(_about(demo), elem_classes="said")
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
-                eva = demo.condition_tower
-                picture = gr.File(
-                    label="A picture of yours", type="binary", height=140, visible=eva is not None
-                )
+                takes = demo.condition_tower is not None
+                picture = gr.File(label="A picture of yours", type="binary", height=140, visible=takes)
                 samples = gr.Gallery(
                     gallery and gallery.thumbnails(shown),
                     label="A sample of the store",
@@ -64,20 +106,20 @@ def build_page(demo: Demo) -> gr.Blocks:
                     buttons=[],
                     visible=gallery is not None,
                 )
-                number = gr.Slider(0, last, 0, step=1, label="Its number", visible=gallery is not None)
+                number = gr.Slider(
+                    0, last, 0, step=1, label="Number of the sample", visible=gallery is not None
+                )
                 seed = gr.Number(0, label="Seed of the noise", precision=0)
                 draws = gr.Slider(2, MOST_DRAWS, DRAWS, step=1, label="Draws")
                 again = gr.Button("Generate", variant="primary")
             with gr.Column(scale=3, min_width=300):
                 answer = gr.HTML("Drop a picture, or pick a sample.", elem_classes="said")
 
-        def answered(data: bytes | None, *how: int) -> str:
-            return _answered(demo, data, *how)
-
         def picked(event: gr.SelectData) -> tuple[None, int]:
             return None, event.index * (1 + last // OFFERED)
 
-        ask: dict[str, Any] = {"fn": answered, "inputs": [picture, number, seed, draws], "outputs": answer}
+        inputs = [picture, number, seed, draws]
+        ask: dict[str, Any] = {"fn": partial(_answered, demo), "inputs": inputs, "outputs": answer}
         again.click(**ask)
         picture.upload(**ask)
         number.release(lambda: None, outputs=picture).then(**ask)
@@ -87,8 +129,10 @@ def build_page(demo: Demo) -> gr.Blocks:
 
 def _about(demo: Demo) -> str:
     tokens, eva, clip = demo.inference.model.config.data_sizes
+    name = Path(demo.inference.name)  # the folder as it was given, or owner/name of the hub
+    name = demo.inference.model_path if name.is_absolute() else name
     lines = [
-        f"{demo.inference.name} generates {tokens} tokens of {clip} numbers from {tokens} tokens of {eva}.",
+        f"{name} generates {tokens} tokens of {clip} numbers from {tokens} tokens of {eva}.",
         *([] if demo.gallery is None else [f"The store is {demo.gallery.source.path}."]),
         *demo.notes,
     ]
@@ -120,42 +164,3 @@ def _paragraphs(lines: Iterable[str]) -> str:
 
 def _text(text: str) -> str:
     return html.escape(escaped(text))
-
-
-@contextmanager
-def listening(port: int) -> Iterator[socket.socket]:
-    """A socket of this machine. Raises ValueError when the port is taken, or is none."""
-    with socket.socket() as found:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            found.bind((ADDRESS, port))
-        except (OSError, OverflowError) as error:
-            raise ValueError(
-                f"--port: expected a free one (0 takes any), found {port}: {one_line(error)}"
-            ) from error
-        yield found
-
-
-@contextmanager
-def server_of(demo: Demo) -> Iterator[uvicorn.Server]:
-    """What serves the page, on a socket of `listening`, until its `should_exit` or control-C."""
-    with TemporaryDirectory(prefix="blip3o-dit-demo-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # read when components and the application are made
-        page = build_page(demo).queue(default_concurrency_limit=1, api_open=False)
-        app = FastAPI(openapi_url=None)
-        # Pages of other sites whose name leads here get no answer (DNS rebinding)
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[ADDRESS, "localhost"])
-        theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-        app = gr.mount_gradio_app(
-            app,
-            page,
-            path="/",
-            theme=theme,
-            css=CSS,
-            footer_links=[],
-            run_history=False,
-            max_file_size=MAX_UPLOAD,
-            ssr_mode=False,
-            mcp_server=False,
-        )
-        yield uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
