@@ -155,6 +155,8 @@ def test_what_is_not_there_is_left_out_and_said(
     ] and "--embeddings_path" in alone.notes[1]
     with pytest.raises(ValueError, match=r"^expected a picture, found none$"):
         alone.sample(0)
+    others = altered(root, tmp_path / "b", lambda towers: towers["clip"].update(grid=8))
+    assert "with grid 8, found random clip tower, seed 3 with 16" in open_demo(others, DemoConfig()).notes[1]
     without_clip = altered(root, tmp_path / "a", lambda towers: towers["clip"].update(name="owner/clip"))
     one_sided = open_demo(without_clip, DemoConfig())
     assert (

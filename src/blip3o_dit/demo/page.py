@@ -98,7 +98,7 @@ def build_page(demo: Demo) -> gr.Blocks:
                 takes = demo.condition_tower is not None
                 picture = gr.File(label="A picture of yours", type="binary", height=140, visible=takes)
                 samples = gr.Gallery(
-                    gallery and gallery.thumbnails(shown),
+                    [] if gallery is None else gallery.thumbnails(shown),
                     label="A sample of the store",
                     elem_classes="samples",
                     allow_preview=False,
