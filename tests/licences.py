@@ -14,15 +14,15 @@ PAGE = ROOT / "docs" / "licences.md"
 PACKAGE = "blip3o-dit"
 HEAD = """# Licences of what is needed
 
-What `pip install '.[wandb,parquet,ode,lowmem,onnx]'` brings, and what that needs in turn, by the packages'
-own metadata; `python -m tests.licences` writes this page anew. torch's builds for a GPU also bring NVIDIA's
-libraries, which have NVIDIA's licence, and Triton (MIT). No code of other projects is copied into this one,
-which is MIT; no weights are included.
+What `pip install '.[wandb,parquet,ode,lowmem,onnx,demo]'` brings, and what that needs in turn, by the
+packages' own metadata; `python -m tests.licences` writes this page anew. torch's builds for a GPU also bring
+NVIDIA's libraries, which have NVIDIA's licence, and Triton (MIT). No code of other projects is copied into
+this one, which is MIT; no weights are included.
 
 | package | licence |
 |---|---|
 """
-EXTRAS = ("wandb", "parquet", "ode", "lowmem", "onnx")
+EXTRAS = ("wandb", "parquet", "ode", "lowmem", "onnx", "demo")
 # Of packages whose metadata says nothing: by the text in them.
 BY_THEIR_TEXT = {"torchao": "BSD-3-Clause"}
 

@@ -49,8 +49,9 @@ BESIDE = {
     "verify": "verify merged",
     "plot": "plot checkpoints/run",
 }
-# One needs a hub (tests/utils/test_hub.py), one a model of vectors (tests/inference/test_translate.py).
-ELSEWHERE = {"push", "translate"}
+# One needs a hub (tests/utils/test_hub.py), one a model of vectors (tests/inference/test_translate.py), and
+# one goes on until it is stopped (tests/demo/test_demo.py).
+ELSEWHERE = {"push", "translate", "demo"}
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,8 @@ def test_those_of_the_store_are_shown(
     images_found = [views and views["whole picture"] for views in found]
     assert [image and image.getpixel((0, 0)) for image in images_found] == [(2, 0, 0), None, (0, 0, 0)]
     assert all(image is None or max(image.size) <= 448 for image in images_found)
-    assert listing == [str(images)] and not caplog.records
+    assert show(["1.png"]) != [None] and show([]) == []
+    assert listing == [str(images)] and not caplog.records  # listed once
 
 
 @pytest.mark.parametrize(
@@ -101,8 +102,9 @@ def test_others_are_not_and_the_log_says_why(
     if "cut" not in message:
         (images / "cut.tar").unlink()
     change(images, manifest)
+    show = pictures_of_store(manifest)
     with caplog.at_level(logging.INFO):
-        assert pictures_of_store(manifest)(["0.png", "1.png"]) == [None, None]
+        assert show(["0.png", "1.png"]) == [None, None] and show(["0.png"]) == [None]
     (record,) = caplog.records
     assert message in record.getMessage() and "\n" not in record.getMessage()
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "generate": "generate CLIP tokens for the samples of an embedding store or pickle, or for pictures",
     "translate": "turn one embedding model's vectors, one a sample, into another's, and say how sure each is",
     "calibrate": "fit how much noise a trained model should sample from, and write it into its folder",
+    "demo": "serve a page on this machine to try a model on pictures or samples of a store",
     "evaluate": "measure trained models beside baselines on held-out samples, and write a report",
     "train-decoder": "train a small network that turns the target tokens of a store into pictures",
     "decode": "write generated or true tokens as pictures, with a decoder",

@@ -34,7 +34,11 @@ logger = logging.getLogger(__name__)
 def check_decoder(decoder: TokenDecoder, loaded: Sequence[BLIP3oInference], source: Embeddings) -> None:
     """Refuse (ValueError) a decoder that does not take the models' tokens; warn if it may know samples."""
     check_fits(decoder, source.num_tokens, source.target_dim, source.path)
-    first = loaded[0]
+    check_made_for(decoder, loaded[0])
+
+
+def check_made_for(decoder: TokenDecoder, first: BLIP3oInference) -> None:
+    """Refuse (ValueError) a decoder of tokens that are normalised otherwise; warn if it may know samples."""
     if first.model.config.normalize_embeddings and not decoder.config.normalize_embeddings:
         raise ValueError(
             f"decoder: expected one for the L2-normalised tokens of {first.model_path} (train-decoder "

@@ -84,16 +84,17 @@ def _map(colors: np.ndarray) -> str:
     """Colours [n, n, 3] in 0..1, each token a square of whole pixels."""
     pixels = np.rint(255 * colors).astype(np.uint8)
     scale = max(1, MAP_PIXELS // len(pixels))
-    return _address(Image.fromarray(pixels.repeat(scale, axis=0).repeat(scale, axis=1)), "PNG")
+    return data_address(Image.fromarray(pixels.repeat(scale, axis=0).repeat(scale, axis=1)), "PNG")
 
 
 def _picture(image: Image.Image) -> str:
     small = image.convert("RGB")
     small.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS))
-    return _address(small, "JPEG", quality=88)
+    return data_address(small, "JPEG", quality=88)
 
 
-def _address(image: Image.Image, kind: str, **options: Any) -> str:
+def data_address(image: Image.Image, kind: str, **options: Any) -> str:
+    """An image of the format `kind` as an address (data:) that a page needs no file for."""
     buffer = io.BytesIO()
     image.save(buffer, format=kind, optimize=True, **options)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

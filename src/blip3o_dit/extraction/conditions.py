@@ -25,7 +25,8 @@ from blip3o_dit.utils.json_files import printable, short_repr
 
 # Of a tower's description, what does not say what tokens it makes, or may be spelled in several ways.
 _NOT_COMPARED = {"name", "revision", "commit", "meaningful"}
-_FROM_SCRATCH = re.compile(r"random eva tower, seed (\d{1,9})")
+# The name of a tower that is made, not loaded.
+FROM_SCRATCH = re.compile(r"random (eva|clip) tower, seed (\d{1,9})")
 
 logger = logging.getLogger(__name__)
 
@@ -90,12 +91,9 @@ class ImageConditions:
             self._skip(image, str(error))
             return None
 
-    @torch.no_grad()
     def _encode(self, pixels: list[Tensor], images: list[ImageRef]) -> tuple[Tensor, list[Record]]:
         """Pooled tokens [n, L, C_eva] and records of these images, without those whose tokens overflow."""
-        weight = next(self.tower.parameters())
-        grid = self.tower(torch.stack(pixels).to(weight.device, weight.dtype))  # [B, grid * grid, C]
-        tokens = pool_tokens(grid.float(), self.num_tokens).cpu()
+        tokens = pooled_tokens(self.tower, torch.stack(pixels), self.num_tokens)
         bad = set(non_finite_samples(tokens).tolist())
         for row in sorted(bad):
             self._skip(images[row], "its tokens are not finite")
@@ -106,48 +104,61 @@ class ImageConditions:
         self.skipped.append({"key": image.key, "location": image.location, "reason": reason})
 
 
+@torch.no_grad()
+def pooled_tokens(tower: VisionEncoder, pixels: Tensor, num_tokens: int) -> Tensor:
+    """A tower's tokens of prepared images [B, 3, size, size]: [B, num_tokens, C] float32 on the CPU."""
+    weight = next(tower.parameters())
+    grid = tower(pixels.to(weight.device, weight.dtype))  # [B, grid * grid, C]
+    return pool_tokens(grid.float(), num_tokens).cpu()
+
+
 def open_tower(
     recorded: Mapping[str, Any] | None,
     sizes: tuple[int, int, int],
     model: Path,
     *,
+    side: str = "eva",
     name: str | None = None,
     revision: str | None = None,
     dtype: str | None = None,
     device: torch.device | str = "cpu",
 ) -> VisionEncoder:
-    """The tower that made the conditions which the model at `model` was trained on.
+    """The tower that made the conditions, or with side "clip" the targets, which a model was trained on.
 
     Args:
         recorded: what `read_towers` found beside the model's weights.
-        sizes: tokens, condition width and target width of the model.
+        sizes: tokens, condition width and target width of the model. model: its folder.
         name, revision, dtype: of the tower, instead of those recorded.
 
     Raises:
         ValueError, OSError: one line: no tower is recorded or named, it cannot be loaded, or it is another
             one than the one recorded.
     """
-    known = {} if recorded is None else recorded["encoders"]["eva"]
-    if name is None and not known:
+    known = {} if recorded is None else recorded["encoders"].get(side)
+    known = known if isinstance(known, dict) else {}
+    role = "conditions" if side == "eva" else "targets"
+    if name is None and not isinstance(known.get("name"), str):
         raise ValueError(
-            f"{model}: expected {TOWERS_FILE}, which names the tower of the conditions, found none: the "
-            "model was trained on a pickle or by an earlier version; name the tower with --eva"
+            f"{model}: expected {TOWERS_FILE}, which names the tower of the {role}, found none: the "
+            f"model was trained on a pickle or by an earlier version; name the tower with --{side}"
         )
     if name is None and known["name"].startswith(("timm:", "open_clip:")):
         raise ValueError(
             f"{model}: was trained on tokens of {printable(known['name'])}, which is only loaded when you "
-            "name it: --eva"
+            f"name it: --{side}"
         )
     wanted = known["name"] if name is None else name
-    tower = _load(wanted, revision or (_revision(known) if name is None else None), dtype, recorded, model)
-    tokens, width, _ = sizes
+    tower = _load(
+        wanted, revision or (_revision(known) if name is None else None), dtype, recorded, model, side
+    )
+    tokens, width = sizes[0], sizes[1 if side == "eva" else 2]
     if tower.width != width:
         raise ValueError(
             f"{model}: expected a tower {width} wide, found {printable(wanted)}, {tower.width} wide"
         )
     pool_tokens(torch.empty(1, tower.grid**2, 1), tokens)  # refuses a grid that does not pool into the tokens
     _check_description(tower.describe(), known, model)
-    _check_pooling(recorded or {}, tower, tokens, model)
+    _check_pooling(recorded or {}, tower, tokens, model, side)
     return tower.to(device).eval().requires_grad_(False)
 
 
@@ -157,19 +168,24 @@ def _revision(known: Mapping[str, Any]) -> str | None:
 
 
 def _load(
-    name: str, revision: str | None, dtype: str | None, recorded: Mapping[str, Any] | None, model: Path
+    name: str,
+    revision: str | None,
+    dtype: str | None,
+    recorded: Mapping[str, Any] | None,
+    model: Path,
+    side: str,
 ) -> VisionEncoder:
     precision = DTYPES[dtype or (recorded or {}).get("dtype", "float32")]
-    from_scratch = _FROM_SCRATCH.fullmatch(name)
+    from_scratch = FROM_SCRATCH.fullmatch(name)
     if from_scratch:
         logger.warning("%s: tiny and random, its tokens mean nothing", name)
-        return tiny_encoder("eva", seed=int(from_scratch[1])).to(precision)
+        return tiny_encoder(from_scratch[1], seed=int(from_scratch[2])).to(precision)
     logger.info("loading the tower %s", printable(name))
     try:
         return load_encoder(name, dtype=precision, revision=revision)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{error}; {model} was trained on tokens of it: name where it is now with --eva"
+            f"{error}; {model} was trained on tokens of it: name where it is now with --{side}"
         ) from error
 
 
@@ -191,12 +207,14 @@ def _check_description(found: Mapping[str, Any], known: Mapping[str, Any], model
             )
 
 
-def _check_pooling(recorded: Mapping[str, Any], tower: VisionEncoder, tokens: int, model: Path) -> None:
+def _check_pooling(
+    recorded: Mapping[str, Any], tower: VisionEncoder, tokens: int, model: Path, side: str
+) -> None:
     """Refuse what was pooled or normalised in another way than here."""
-    side = round(tokens**0.5)
-    ours = f"eva {tower.grid}x{tower.grid} -> {side}x{side} mean"
+    grid = round(tokens**0.5)
+    ours = f"{side} {tower.grid}x{tower.grid} -> {grid}x{grid} mean"
     pooling, normalization = recorded.get("pooling"), recorded.get("normalization", "none")
-    if pooling is not None and not str(pooling).startswith(ours):
-        raise ValueError(f"{model}: expected conditions pooled {ours!r}, found {short_repr(pooling)}")
+    if pooling is not None and not any(part.startswith(ours) for part in str(pooling).split(", ")):
+        raise ValueError(f"{model}: expected tokens pooled {ours!r}, found {short_repr(pooling)}")
     if normalization != "none":
-        raise ValueError(f"{model}: expected conditions normalised 'none', found {short_repr(normalization)}")
+        raise ValueError(f"{model}: expected tokens normalised 'none', found {short_repr(normalization)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +54,20 @@ def pictures_of_store(
     if where is not None:
         return _asked_for(manifest, where, views)
 
-    def of_keys(keys: list[str]) -> list[dict[str, Image.Image] | None]:
+    @cache
+    def listed() -> ImageList | None:
         recorded: Any = manifest.get("pictures")
-        if not keys or not (isinstance(recorded, str) or _are_names(recorded)):
-            return [None] * len(keys)
+        if not (isinstance(recorded, str) or _are_names(recorded)):
+            return None
         try:
-            return _of_keys(_unchanged(manifest, recorded), keys, views)
+            return _unchanged(manifest, recorded)
         except (OSError, ValueError) as error:
             logger.info("the pictures are not shown (--pictures shows others): %s", one_line(error))
-            return [None] * len(keys)
+            return None
+
+    def of_keys(keys: list[str]) -> list[dict[str, Image.Image] | None]:
+        images = listed() if keys else None
+        return [None] * len(keys) if images is None else _of_keys(images, keys, views)
 
     return of_keys
 

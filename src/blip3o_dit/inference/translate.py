@@ -86,8 +86,7 @@ def translate_vectors(
         ]
     )
     centre = drawn.mean(dim=0)
-    squares = (drawn - centre).square().sum(dim=(0, 2))
-    spread = ((1 + 1 / draws) / (draws - 1) * squares).sqrt()
+    spread = spread_of(drawn)
     if way == "sample":
         centre = drawn[0]
     elif way == "estimate":
@@ -97,6 +96,13 @@ def translate_vectors(
     if model.config.normalize_embeddings:
         centre = F.normalize(centre, dim=-1)
     return Translation(centre.cpu(), spread.cpu())
+
+
+def spread_of(drawn: Tensor) -> Tensor:
+    """The spread [...] of K draws [K, ..., C] of each vector, as in `Translation`."""
+    draws = len(drawn)
+    squares = (drawn - drawn.mean(dim=0)).square().sum(dim=(0, -1))
+    return ((1 + 1 / draws) / (draws - 1) * squares).sqrt()
 
 
 def checked_way(model: BLIP3oDiTModel, way: str | None) -> str:
