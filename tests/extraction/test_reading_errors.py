@@ -74,11 +74,6 @@ def after_unit(number: int, act: Callable[[], Any], monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(engine, "write_entry", acting)
 
 
-def interrupt() -> None:
-    """As control-C; the signal itself reaches nobody in a background job."""
-    raise KeyboardInterrupt
-
-
 def finished_units(output: Path) -> list[int]:
     return [unit for unit in range(4) if read_entry(output, unit) is not None]
 
@@ -233,7 +228,7 @@ def test_images_that_could_not_be_read_are_tried_again(
 ) -> None:
     failing(errno.ENOENT)
     with monkeypatch.context() as patch:
-        after_unit(2, interrupt, patch)
+        after_unit(2, lambda: signal.raise_signal(signal.SIGINT), patch)
         with pytest.raises(KeyboardInterrupt):
             extract(settings(images, tmp_path / "store"), progress=False)
     failing(errno.ENOENT, times=0)

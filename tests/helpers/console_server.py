@@ -33,7 +33,7 @@ MOVES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # of the cursor, and colours
 # What takes the same time whatever the data: imports, and the drawing of figures.
 FIXED = 1.0
 # Not there after `pip install` of the package alone. torchao stays: it is the one that has much to say.
-EXTRAS = ("wandb", "pyarrow", "torchdiffeq", "sklearn", "scipy", "pandas", "diffusers", "peft")
+EXTRAS = ("wandb", "pyarrow", "torchdiffeq", "sklearn", "scipy", "pandas", "diffusers", "peft", "gradio")
 # Whose words a stream carries is asked of whoever called these.
 CARRIERS = ("logging", "tqdm", "contextlib", "warnings", __name__)
 
@@ -222,10 +222,11 @@ def import_everything() -> None:
     set_up_logging()
     import matplotlib.pyplot  # noqa: F401
 
+    need_extras = ("__main__", "demo.page")
     need_triton = ("gpu_kernels", "triton_kernels", "gpu_training", "triton_training", "triton_adamw")
     on_a_gpu = () if importlib.util.find_spec("triton") else (*need_triton, "philox_kernel")
     for found in pkgutil.walk_packages(blip3o_dit.__path__, "blip3o_dit."):
-        if not found.name.endswith(("__main__", *on_a_gpu)):
+        if not found.name.endswith((*need_extras, *on_a_gpu)):
             importlib.import_module(found.name)
 
 
