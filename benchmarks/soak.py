@@ -178,6 +178,8 @@ class Soak:
         expected = {"stop": {75}, "full disk": {74}, "lost disk": {74}}
         allowed = {-signal.SIGKILL} if disturbance else set()
         allowed = expected.get(disturbance["kind"], allowed) if disturbance else allowed
+        if disturbance and (disturbance["kind"], disturbance["phase"]) == ("stop", "loading"):
+            allowed = allowed | {-signal.SIGTERM}  # before the first step there is nothing to save
         if status not in allowed:
             raise RuntimeError(f"{disturbance}: ended with {status}: {log_of(output)}")
         assert disturbance is not None
