@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blip3o_dit import ridge
+from blip3o_dit import normal_equations
 from blip3o_dit.data.embeddings import TransformedEmbeddings
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
@@ -89,7 +89,7 @@ def fitted(store: Any, source: str, most: int) -> tuple[BLIP3oDiTModel, SourceFo
 def test_a_map_does_not_depend_on_the_samples_of_its_fold(
     store: EmbeddingStore, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
-    monkeypatch.setattr(ridge, "PENALTIES", (1e-3, 1e-3))
+    monkeypatch.setattr(normal_equations, "PENALTIES", (1e-3, 1e-3))
     model, folds = fitted(store, source, 100)
     third = set(folds.samples[folds.fold == 3].tolist())
     assert len(third) == 100 // FOLDS and len(folds.samples) == 100
@@ -116,7 +116,7 @@ def test_a_map_does_not_depend_on_the_samples_of_its_fold(
 def test_the_maps_are_ridge_regressions_on_the_other_samples(
     store: EmbeddingStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ridge, "PENALTIES", (1e-2, 1e-2))
+    monkeypatch.setattr(normal_equations, "PENALTIES", (1e-2, 1e-2))
     model, folds = fitted(store, "ridge", 100)
     eva = store.fetch(range(6))[0]
     for fold in (0, 3):

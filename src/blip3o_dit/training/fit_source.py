@@ -25,16 +25,18 @@ from blip3o_dit.data.embeddings import Embeddings, TransformedEmbeddings, batche
 from blip3o_dit.flow.path import AffineSource
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.model.layers import without_autocast
-from blip3o_dit.ridge import (
-    SPREAD_BOUNDS,
+from blip3o_dit.normal_equations import (
     USUAL_PENALTY,
     GroupPenalties,
     Moments,
+    search_penalties,
+    search_penalty,
+)
+from blip3o_dit.ridge import (
+    SPREAD_BOUNDS,
     context_sizes,
     principal_components,
     relative_spread,
-    search_penalties,
-    search_penalty,
     source_features,
     spread_features,
 )
