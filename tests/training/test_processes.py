@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,22 @@ def test_training_does_not_depend_on_how_a_batch_is_shared_out(
         weights = load_file(other / file)
         for name, tensor in load_file(one / file).items():
             torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_log_line_has_the_steps_of_all_processes_before_and_after_a_checkpoint(
+    store: Path, tmp_path: Path
+) -> None:
+    changes = dict(batch_size=16, max_steps=6, logging_steps=4, save_steps=3, eval_split=0.0, source="noise")
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    launch(jobs.train_once, 2, store, whole, changes)
+    shutil.copytree(whole / "checkpoint-3", again / "checkpoint-3")
+    launch(jobs.train_once, 2, store, again, changes, again / "checkpoint-3")
+    expected, found = logged(whole), logged(again)
+    assert len(expected["loss"]) == 1 and expected.keys() == found.keys()
+    for name, values in expected.items():
+        assert np.array_equal(found[name], values), name
+    name = "checkpoint-6/optimizer.safetensors"
+    assert (whole / name).read_bytes() == (again / name).read_bytes()
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(store: Path, tmp_path: Path) -> None:

@@ -435,6 +435,7 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
             self._save_weights(folder)
         optimizer = gathered_state(self.unwrapped_model, self.optimizer)
         assert isinstance(self.train_dataset, EmbeddingDataset)
+        of_ranks = self.processes.gather((self._tr_loss.item(), self.step_metrics.state))
         loop_state = LoopState(
             run=RunIdentity.of(self.train_dataset.source, self.config, self.args.world_size),
             loss_since_log=self.accelerator.reduce(self._tr_loss / self.args.world_size).item(),
@@ -442,6 +443,7 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
             last_logged_step=self._globalstep_last_logged,
             monitor=self.step_metrics.state,
             pieces=self.micro_batches.pieces if self.micro_batches else 1,
+            of_ranks=of_ranks if len(of_ranks) > 1 else None,
         )
         if not self.args.should_save:
             return
@@ -483,10 +485,11 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
         self.state.compute_steps(self.args, self.state.max_steps)
         if self._loop_state is None:
             return
-        self._tr_loss.fill_(self._loop_state.loss_since_log)
+        loss, sums = self._loop_state.of_rank(self.processes)
+        self._tr_loss.fill_(loss)
         self._total_loss_scalar = self._loop_state.loss_until_log
         self._globalstep_last_logged = self._loop_state.last_logged_step
-        self.step_metrics.restore(self._loop_state.monitor, self.args.device)
+        self.step_metrics.restore(sums, self.args.device)
         if self.micro_batches is not None:
             self.micro_batches.go_on(self._loop_state.pieces)
 

@@ -31,6 +31,7 @@ from blip3o_dit.training.anomalies import SPIKES_FILE
 from blip3o_dit.training.config import LOWER_IS_BETTER, TrainingConfig
 from blip3o_dit.utils.atomic import ASIDE, REPLACED, remove_files_and_folders, restore_replaced
 from blip3o_dit.utils.checksums import CHECKSUMS_FILE, verify
+from blip3o_dit.utils.distributed import Processes
 from blip3o_dit.utils.json_files import finite_or_none, read_json_object, short_repr, show_names
 from blip3o_dit.utils.recognise import CHECKPOINT, refusal
 from blip3o_dit.utils.stateless_random import DRAWS_VERSION
@@ -89,7 +90,8 @@ class LoopState:
     """Where a run is, beside the Trainer's own counters: what the next log line will say of the steps since
     the last one. `monitor` holds the sums and the count of `TrainingMetrics`; `draws` is the version of the
     random numbers, 1 where none was written; `pieces` those that batches were cut into for want of memory,
-    written only where they were."""
+    written only where they were. Of several processes `of_ranks` has each one's loss and monitor; the others
+    are their mean, and the first one's."""
 
     run: RunIdentity
     loss_since_log: float
@@ -98,6 +100,14 @@ class LoopState:
     monitor: tuple[list[float], int] | None
     draws: int = DRAWS_VERSION
     pieces: int = 1
+    of_ranks: list[tuple[float, tuple[list[float], int] | None]] | None = None
+
+    def of_rank(self, processes: Processes) -> tuple[float, tuple[list[float], int] | None]:
+        """Loss and monitor that a process goes on with; the same for all where none were written for each."""
+        if self.of_ranks is None or len(self.of_ranks) != processes.count:
+            return self.loss_since_log, self.monitor
+        loss, monitor = self.of_ranks[processes.rank]
+        return loss, monitor
 
     def warn_of_other_draws(self, checkpoint: str) -> None:
         """Say that a continued run is not the one that it would have been."""
@@ -110,8 +120,9 @@ class LoopState:
 
     def write(self, folder: Path) -> None:
         values = asdict(self)
-        if self.pieces == 1:  # so that earlier versions can go on
-            del values["pieces"]
+        for name, usual in (("pieces", 1), ("of_ranks", None)):
+            if values[name] == usual:  # so that earlier versions can go on
+                del values[name]
         (folder / PROGRESS_FILE).write_text(json.dumps(values, indent=1))
 
     @classmethod

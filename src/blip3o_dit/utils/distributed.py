@@ -75,7 +75,7 @@ class Processes:
         waiting = iter(pieces)
         while together := list(islice(waiting, self.count)):
             mine = work(together[self.rank]) if self.rank < len(together) else None
-            yield from zip(together, self._gather(mine), strict=False)  # the last round may be short
+            yield from zip(together, self.gather(mine), strict=False)  # the last round may be short
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over the processes, on the CPU."""
@@ -92,7 +92,7 @@ class Processes:
         if self.count > 1:
             PartialState().wait_for_everyone()
 
-    def _gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         """Every process's value, on the first one; elsewhere nothing (accelerate would send all to all)."""
         if self.count == 1:
             return [value]
