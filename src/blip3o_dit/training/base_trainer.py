@@ -435,13 +435,14 @@ class ExactResumeTrainer(Trainer, TrainerCallback, ABC):
             self._save_weights(folder)
         optimizer = gathered_state(self.unwrapped_model, self.optimizer)
         assert isinstance(self.train_dataset, EmbeddingDataset)
-        of_ranks = self.processes.gather((self._tr_loss.item(), self.step_metrics.state))
+        monitor = self.step_metrics.state
+        of_ranks = self.processes.gather((self._tr_loss.item(), monitor))
         loop_state = LoopState(
             run=RunIdentity.of(self.train_dataset.source, self.config, self.args.world_size),
             loss_since_log=self.accelerator.reduce(self._tr_loss / self.args.world_size).item(),
             loss_until_log=self._total_loss_scalar,
             last_logged_step=self._globalstep_last_logged,
-            monitor=self.step_metrics.state,
+            monitor=monitor,
             pieces=self.micro_batches.pieces if self.micro_batches else 1,
             of_ranks=of_ranks if len(of_ranks) > 1 else None,
         )
