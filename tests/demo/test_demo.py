@@ -28,10 +28,9 @@ from blip3o_dit.decoder.folder import save_decoder
 from blip3o_dit.demo.answers import MEAN, TRUE, Answer, Demo
 from blip3o_dit.demo.config import DemoConfig
 from blip3o_dit.demo.opening import open_demo
-from blip3o_dit.extraction.config import ExtractionConfig
-from blip3o_dit.extraction.extract import extract
 from blip3o_dit.extraction.image_decoding import UnreadableImageError
 from blip3o_dit.inference.pipeline import BLIP3oInference
+from tests.helpers.extracted import extracted_store
 from tests.helpers.painted import random_decoder
 from tests.helpers.training import train_model
 
@@ -50,18 +49,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         colours = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(colours.repeat(16, axis=0).repeat(16, axis=1)).save(root / f"images/{number:02d}.png")
         (root / f"images/{number:02d}.txt").write_text(HOSTILE)
-    config = ExtractionConfig(
-        images=str(root / "images"),
-        output=str(root / "store"),
-        towers_from_scratch=True,
-        seed=3,
-        tokens=16,
-        workers=0,
-        device="cpu",
-    )
-    store = extract(config, progress=False)
-    assert store is not None
-    train_model(store, root / "model")
+    train_model(extracted_store(root), root / "model")
     save_decoder(random_decoder(num_tokens=16, channels=48, picture_size=16), root / "decoder")
     return root
 

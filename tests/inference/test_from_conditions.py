@@ -17,14 +17,13 @@ from blip3o_dit.data.safe_unpickler import load_pickle
 from blip3o_dit.data.store import EmbeddingStore
 from blip3o_dit.data.towers import TOWERS_FILE, read_towers
 from blip3o_dit.extraction import conditions as tower_conditions
-from blip3o_dit.extraction.config import ExtractionConfig
-from blip3o_dit.extraction.extract import extract
 from blip3o_dit.extraction.sources.listing import list_images
 from blip3o_dit.inference import generated_store
 from blip3o_dit.model.blip3o_dit import BLIP3oDiTModel
 from blip3o_dit.training.distillation import distill
 from blip3o_dit.training.distillation_config import DistillationConfig
 from blip3o_dit.utils import kept_state
+from tests.helpers.extracted import extracted_store
 from tests.helpers.training import train_model
 
 FAST = ["--num_inference_steps", "2", "--dtype", "float32", "--device", "cpu"]
@@ -43,18 +42,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, data in BROKEN.items():
         (root / "images" / name).write_bytes(data)
     (root / "images" / "00.txt").write_text("the first picture")
-    config = ExtractionConfig(
-        images=str(root / "images"),
-        output=str(root / "store"),
-        towers_from_scratch=True,
-        seed=3,
-        tokens=16,
-        workers=0,
-        device="cpu",
-    )
-    store = extract(config, progress=False)
-    assert store is not None
-    train_model(store, root / "model", save_steps=2)
+    train_model(extracted_store(root), root / "model", save_steps=2)
     return root
 
 
